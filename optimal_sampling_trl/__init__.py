@@ -1,0 +1,49 @@
+"""Rollouts for TRL, sampled token by token from a solved mixture of a student θ and its teacher.
+
+The names below load what they need when they are first used, so that vLLM's worker processes, which import this
+package as a plugin, load neither TRL nor datasets.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .generate import OptimalSamplingOutput, OptimalSamplingV1
+    from .mixture import Mixture, mix
+    from .rollout import Rollout
+    from .trainers import GRPOConfig, GRPOTrainer, OptimalSamplingGenerator
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "GRPOConfig": "trainers",
+    "GRPOTrainer": "trainers",
+    "Mixture": "mixture",
+    "OptimalSamplingGenerator": "trainers",
+    "OptimalSamplingOutput": "generate",
+    "OptimalSamplingV1": "generate",
+    "Rollout": "rollout",
+    "mix": "mixture",
+}
+__all__ = [
+    "GRPOConfig",
+    "GRPOTrainer",
+    "Mixture",
+    "OptimalSamplingGenerator",
+    "OptimalSamplingOutput",
+    "OptimalSamplingV1",
+    "Rollout",
+    "mix",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,73 @@
+"""What a backend is asked for: one completion of one prompt under one mixture, and how it is sampled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .mixture import Mixture
+from .options import check_number
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn from the mixture, in vLLM's words and with vLLM's meaning.
+
+    Args:
+        max_tokens: most tokens to generate; a context that ends earlier ends the completion too.
+        temperature: acts on both models before α is solved. 0 takes the likeliest token of the mixture solved at 1.
+        top_p: keep the likeliest tokens of q whose mass reaches this share; 1 keeps all.
+        top_k: keep the k likeliest tokens of q; -1 or 0 keeps all.
+        min_p: keep tokens with at least this share of the likeliest token's probability under q.
+        repetition_penalty: divides (or, where negative, multiplies) the mixture's logit of each token seen before.
+        stop: texts that end a completion; the text is cut before them, the tokens are kept.
+        seed: makes the completion the same in any batch; None draws from torch's global generator.
+        ignore_eos: go on after an end-of-sequence token.
+
+    Raises:
+        ValueError: on a number outside of its range.
+    """
+
+    max_tokens: int = 100
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        check_number("Sampling", "max_tokens", self.max_tokens, 1)
+        check_number("Sampling", "temperature", self.temperature, 0.0)
+        check_number("Sampling", "top_p", self.top_p, 0.0, 1.0)
+        check_number("Sampling", "top_k", self.top_k, -1)
+        check_number("Sampling", "min_p", self.min_p, 0.0, 1.0)
+        check_number("Sampling", "repetition_penalty", self.repetition_penalty, 0.0)
+        if self.top_p == 0.0 or self.repetition_penalty == 0.0:
+            raise ValueError(
+                f"Sampling: `top_p` is {self.top_p} and `repetition_penalty` is {self.repetition_penalty}; "
+                "wanted both above 0. For the likeliest token alone set `temperature=0`."
+            )
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether no token is cut off or penalised, so that log q is the mixture's own."""
+        return self.top_p == 1.0 and self.top_k <= 0 and self.min_p == 0.0 and self.repetition_penalty == 1.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion to sample.
+
+    Args:
+        prompt_ids: what the teacher reads.
+        theta_prompt_ids: what the student reads; equal to `prompt_ids` unless the two have prompts of their own.
+        mixture: how α is chosen.
+        sampling: how tokens are drawn.
+    """
+
+    prompt_ids: list[int]
+    theta_prompt_ids: list[int]
+    mixture: Mixture = field(default_factory=Mixture)
+    sampling: Sampling = field(default_factory=Sampling)

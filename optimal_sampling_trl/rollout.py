@@ -1,0 +1,152 @@
+"""A sampled completion with the record of how each of its tokens was drawn, and its way to a dataset and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .mixture import Mixture
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
+
+RECORDS = ("alpha", "log_q", "log_theta", "log_teacher")
+"""The numbers that each sampled token carries."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rollout:
+    """One completion and its record.
+
+    T counts the sampled tokens, an end-of-sequence token included. The records are float32 tensors on the CPU.
+
+    Args:
+        prompt_ids: what the teacher read.
+        theta_prompt_ids: what the student read.
+        completion_ids: the T sampled tokens.
+        alpha: (T,) weight of the teacher at each token.
+        log_q: (T,) log-probability of the token under the distribution that it was drawn from, in nats: after
+            temperature, penalties and truncation.
+        log_theta: (T,) under the student at the sampling temperature, over the whole common vocabulary.
+        log_teacher: (T,) under the teacher, likewise.
+        text: the completion without special tokens.
+        finish_reason: `"stop"` (an end-of-sequence token or a stop text) or `"length"`.
+        mixture: how α was chosen.
+        temperature: the sampling temperature.
+
+    Raises:
+        ValueError: where a record has not one entry for each token.
+    """
+
+    prompt_ids: list[int]
+    theta_prompt_ids: list[int]
+    completion_ids: list[int]
+    alpha: Float[Tensor, " T"]
+    log_q: Float[Tensor, " T"]
+    log_theta: Float[Tensor, " T"]
+    log_teacher: Float[Tensor, " T"]
+    text: str
+    finish_reason: str
+    mixture: Mixture
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in RECORDS:
+            record = getattr(self, name)
+            if tuple(record.shape) != (len(self.completion_ids),):
+                raise ValueError(
+                    f"Rollout: `{name}` has shape {tuple(record.shape)}; wanted one entry for each of the "
+                    f"{len(self.completion_ids)} tokens of `completion_ids`."
+                )
+
+    @property
+    def weight_theta(self) -> Float[Tensor, " T"]:
+        """θ(x)/q(x) of each token: what turns an expectation under q into one under the student.
+
+        Where top_p, top_k or min_p cut q, E_q[θ/q] is below 1 by the student's mass that was cut off.
+        """
+        return self._weight(self.log_theta)
+
+    @property
+    def weight_teacher(self) -> Float[Tensor, " T"]:
+        """t(x)/q(x) of each token: what turns an expectation under q into one under the teacher."""
+        return self._weight(self.log_teacher)
+
+    def _weight(self, log_target: Tensor) -> Tensor:
+        if self.temperature == 0:
+            raise ValueError(
+                "A rollout sampled at temperature 0 has no importance weights: its tokens were not drawn. "
+                "Sample at a temperature above 0."
+            )
+        return torch.exp(log_target - self.log_q)
+
+    @property
+    def mixing_weights(self) -> Float[Tensor, "T 2"]:
+        """(1-α, α) of each token: the weights of the student and the teacher."""
+        return torch.stack([1 - self.alpha, self.alpha], dim=1)
+
+    @property
+    def effective_sample_size(self) -> float:
+        """(Σw)²/Σw² of the T weights θ/q: how many of the student's own tokens these T are worth.
+
+        Source: Kish, "Survey Sampling", 1965; Liu, "Monte Carlo Strategies in Scientific Computing", 2001, §2.5.3.
+        """
+        weights = self.weight_theta.double()
+        return float(weights.sum().square() / weights.square().sum()) if len(weights) else 0.0
+
+
+def to_dataset(rollouts: Iterable[Rollout]) -> Dataset:
+    """The rollouts as a `datasets.Dataset`, a row each; float32 stays float32, so nothing is lost."""
+    from datasets import Dataset
+
+    return Dataset.from_list([_to_row(rollout) for rollout in rollouts], features=features())
+
+
+def from_dataset(dataset: Iterable[dict[str, Any]]) -> list[Rollout]:
+    """The rollouts that `to_dataset` wrote.
+
+    Raises:
+        ValueError: where a column is missing.
+    """
+    return [_from_row(row) for row in dataset]
+
+
+def features() -> Features:
+    """The columns of `to_dataset`."""
+    from datasets import Features, List, Value
+
+    ids, record = List(Value("int64")), List(Value("float32"))
+    numbers = ("alpha_min", "alpha_max", "fixed_alpha", "epsilon")
+    return Features(
+        {
+            **{name: ids for name in ("prompt_ids", "theta_prompt_ids", "completion_ids")},
+            **{name: record for name in RECORDS},
+            "text": Value("string"),
+            "finish_reason": Value("string"),
+            "mixture": {"method": Value("string"), **{name: Value("float64") for name in numbers}},
+            "temperature": Value("float64"),
+        }
+    )
+
+
+def _to_row(rollout: Rollout) -> dict[str, Any]:
+    row = dict(vars(rollout))
+    return row | {name: row[name].numpy() for name in RECORDS} | {"mixture": rollout.mixture.to_dict()}
+
+
+def _from_row(row: dict[str, Any]) -> Rollout:
+    names = Rollout.__dataclass_fields__
+    missing = [name for name in names if name not in row]
+    if missing:
+        raise ValueError(
+            f"A row of rollouts lacks {', '.join(missing)}; it has {', '.join(row)}. "
+            "Wanted the columns that `to_dataset` writes."
+        )
+    records = {name: torch.tensor(row[name], dtype=torch.float32) for name in RECORDS}
+    mixture = Mixture.from_dict(row["mixture"])
+    return Rollout(**{**{name: row[name] for name in names}, **records, "mixture": mixture})
