@@ -349,15 +349,19 @@ def _find_root(
     residual: Callable[[_Family, Tensor, Tensor], _Residual], family: _Family, rows: MixtureRows, alpha: Tensor
 ) -> Float[Tensor, " N"]:
     """Newton's method from `alpha` in the bracket [alpha_min, alpha_max]; bisection where a step does not halve the
-    last one. A step beyond an end of the bracket tries that end, which is the answer where the root lies outside."""
+    last one. A step beyond an end of the range tries that end, once, which is the answer where the root lies outside:
+    bisection would only creep towards it, and α = 1 - 1e-9 has another support than 1."""
     low, high = rows.alpha_min.clone(), rows.alpha_max.clone()
     last = high - low
+    untried = torch.ones_like(low, dtype=torch.bool)
     for _ in range(SOLVER_STEPS):
         value, slope = residual(family, alpha, rows.epsilon)
         low, high = torch.where(value < 0, alpha, low), torch.where(value > 0, alpha, high)
         newton = torch.clamp(alpha - value / slope, low, high)
-        halves = (newton - alpha).abs() <= last / 2
-        step = torch.where(value == 0, alpha, torch.where(halves, newton, (low + high) / 2)) - alpha
+        end = untried & ((newton == rows.alpha_min) | (newton == rows.alpha_max))
+        accept = end | ((newton - alpha).abs() <= last / 2)
+        step = torch.where(value == 0, alpha, torch.where(accept, newton, (low + high) / 2)) - alpha
+        untried &= ~end
         alpha, last = alpha + step, step.abs()
         if alpha.device.type == "cpu" and not bool((last > SOLVER_TOLERANCE).any()):
             break

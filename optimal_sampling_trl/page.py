@@ -1,8 +1,8 @@
 """Rollouts as one HTML file: every token coloured by α, no network, no dependency.
 
-The page is `page.html` beside this module with its gaps filled: title, data, hash of the script. What a model wrote never
-becomes markup: the data is JSON with every `<` escaped, the script builds the page through `textContent` alone, and a
-content security policy admits that one script by its hash and nothing else, so an escape that failed would still not run.
+The page is `page.html` beside this module with its gaps filled: title, data, hash of the script. What a model wrote
+never becomes markup: the data is JSON with every `<` escaped, the script builds the page through `textContent` alone,
+and a content security policy admits that one script, by its hash: markup that slipped through would still not run.
 """
 
 from __future__ import annotations
@@ -22,18 +22,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .rollout import RECORDS
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from .rollout import Rollout
 
-RECORDS = ("alpha", "log_theta", "log_teacher", "log_q")
-"""The records of a token, in the order of the rows of `_records`."""
 DIGITS = 4
 LARGEST_PAGE = 400_000_000
 """Characters of data that a page may hold: browsers refuse strings from about 500 million on."""
 REPLACEMENT = "\ufffd"
 """What a tokenizer decodes an incomplete UTF-8 sequence to."""
+LONGEST_RUN = 16
+"""Incomplete tokens that are tried together; a run that makes no text within it stays as the tokenizer shows it."""
 
 
 def write_page(
@@ -46,7 +48,8 @@ def write_page(
 ) -> Path:
     """Writes `rollouts` as a self-contained HTML page and returns its path.
 
-    The page filters by reward, mean α and text, sorts, shows 50 rollouts at a time, and a token's records on hover or focus.
+    The page filters by reward, mean α and text, sorts, and shows 50 rollouts at a time; a token shows its records on
+    hover and on keyboard focus.
 
     Args:
         path (`str` or `os.PathLike`):
@@ -83,7 +86,7 @@ def write_page(
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces the file at `path` by `content` in one step; makes its folder. A failure leaves the old file in place."""
+    """Replaces the file at `path` by `content` in one step; makes its folder. A failure leaves the old file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Opened by hand, not through `tempfile`, whose files only their owner may read.
     temporary = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}.tmp")
@@ -132,7 +135,7 @@ def _page_data(
         row = {
             "ids": ids,
             **{name: _rounded(record) for name, record in zip(RECORDS, records, strict=True)},
-            "mean": _rounded(records[0].nanmean()[None])[0],
+            "mean": _rounded(records[RECORDS.index("alpha")].nanmean()[None])[0],
             "reward": _rounded(torch.tensor([math.nan if reward is None else float(reward)]).double())[0],
             "step": None if step is None else int(step),
             "prompt": prompts.index(tuple(rollout.prompt_ids)),
@@ -211,19 +214,19 @@ def _piece(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
 
 
 def _joined_characters(tokenizer: PreTrainedTokenizerBase, ids: list[int], texts: list[str]) -> dict[int, str]:
-    """Texts by position where one character spans several tokens: the first token gets it, the others the empty text."""
+    """Texts by position where a character spans several tokens: the first token gets it, the others the empty text."""
     joined: dict[int, str] = {}
     start = 0
     while start < len(ids):
-        end = start + 1
-        if REPLACEMENT in texts[start]:
-            # A character has at most four bytes, so a longer run of incomplete tokens is not one.
-            for stop in range(start + 2, min(start + 4, len(ids)) + 1):
-                text = _decode(tokenizer, ids[start:stop])
-                if text and REPLACEMENT not in text:
-                    joined[start] = text
-                    joined.update({position: "" for position in range(start + 1, stop)})
-                    end = stop
-                    break
-        start = end
+        stop = start + 1
+        # The shortest run of incomplete tokens that makes text; a byte-level merge may span two characters.
+        while stop < min(start + LONGEST_RUN, len(ids)) and REPLACEMENT in texts[start] and REPLACEMENT in texts[stop]:
+            stop += 1
+            text = _decode(tokenizer, ids[start:stop])
+            if text and REPLACEMENT not in text:
+                joined[start] = text
+                joined.update(dict.fromkeys(range(start + 1, stop), ""))
+                start = stop - 1
+                break
+        start += 1
     return joined

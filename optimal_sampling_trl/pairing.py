@@ -1,4 +1,4 @@
-"""What a teacher and a student must share to be mixed, and the prompts of a pair: all the refusals that need no engine."""
+"""What a teacher and a student must share to be mixed, and the prompts of a pair: the refusals that need no engine."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def check_same_tokens(teacher: PreTrainedTokenizerBase, theta: PreTrainedTokeniz
         if of_teacher != of_theta:
             raise ValueError(
                 f"Teacher and student have different tokenizers: token {index} is {of_teacher!r} in the teacher's "
-                f"({len(teacher)} tokens, {teacher.name_or_path!r}) and {of_theta!r} in the student's "
+                f"({len(teacher)} tokens, {teacher.name_or_path!r}), {of_theta!r} in the student's "
                 f"({len(theta)} tokens, {theta.name_or_path!r}). Their probabilities cannot be multiplied. "
                 "Pass two models of one family."
             )
@@ -114,8 +114,8 @@ def check_vocabulary(teacher: PreTrainedConfig, theta: PreTrainedConfig, tokeniz
     for role, config in (("teacher", teacher), ("student", theta)):
         if config.vocab_size <= largest:
             raise ValueError(
-                f"The {role} {config.name_or_path!r} scores {config.vocab_size} tokens, but the tokenizer's last token "
-                f"has id {largest}. Resize its embeddings (`model.resize_token_embeddings`) or pass its own tokenizer."
+                f"The {role} {config.name_or_path!r} scores {config.vocab_size} tokens, but the tokenizer's last has "
+                f"id {largest}. Resize its embeddings (`model.resize_token_embeddings`) or pass its own tokenizer."
             )
     return min(teacher.vocab_size, theta.vocab_size)
 
@@ -188,10 +188,10 @@ def encode(
         if not prompt:
             raise ValueError(f"Prompt {index} is an empty text; wanted at least one token. Drop it.")
         if not chat:
-            return list(tokenizer(prompt if system_prompt is None else f"{system_prompt}\n\n{prompt}")["input_ids"])
-        return _encode_chat([{"role": "user", "content": prompt}], tokenizer, system_prompt, index)
+            return list(tokenizer(with_system_prompt(prompt, system_prompt))["input_ids"])
+        prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, Sequence) and len(prompt) and all(isinstance(item, dict) for item in prompt):
-        return _encode_chat(list(prompt), tokenizer, system_prompt, index)
+        return _encode_chat(with_system_prompt(list(prompt), system_prompt), tokenizer, index)
     try:
         ids = [item.__index__() for item in prompt]
     except (TypeError, AttributeError) as error:
@@ -207,19 +207,28 @@ def encode(
     return ids
 
 
-def _encode_chat(
-    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, system_prompt: str | None, index: int
-) -> list[int]:
+def with_system_prompt(prompt: Any, system_prompt: str | None) -> Any:
+    """A text or chat messages with a system prompt before them: as a message, or as a text with an empty line.
+
+    Raises:
+        ValueError: where the messages have a system prompt of their own.
+    """
+    if system_prompt is None:
+        return prompt
+    if isinstance(prompt, str):
+        return f"{system_prompt}\n\n{prompt}"
+    if prompt[0].get("role") == "system":
+        raise ValueError(
+            f"A prompt begins with the system message {str(prompt[0].get('content'))[:40]!r}, and a system prompt was "
+            f"given as well ({system_prompt[:40]!r}). Keep one of the two."
+        )
+    return [{"role": "system", "content": system_prompt}, *prompt]
+
+
+def _encode_chat(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, index: int) -> list[int]:
     if tokenizer.chat_template is None:
         raise ValueError(
             f"Prompt {index} needs a chat template, and the tokenizer {tokenizer.name_or_path!r} has none. "
             "Pass plain texts, or set `tokenizer.chat_template` and save it with the model."
         )
-    if system_prompt is not None:
-        if messages[0].get("role") == "system":
-            raise ValueError(
-                f"Prompt {index} begins with a system message, and a system prompt was given as well "
-                f"({system_prompt[:40]!r}). Keep one of the two."
-            )
-        messages = [{"role": "system", "content": system_prompt}, *messages]
     return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])

@@ -97,11 +97,11 @@ def _draw_success(panel: Any, curves: Mapping[str, Sequence[tuple[float, float]]
 
 
 def _draw_alpha(panel: Any, alpha: Sequence[Any], band: Sequence[Any] | None, band_label: str) -> None:
+    x, mean = _columns("alpha", alpha, 2)
+    panel.plot(x, mean, color=PALETTE[0], linewidth=1.8, label="mean α")
     if band is not None:
         x, low, high = _columns("alpha_band", band, 3)
         panel.fill_between(x, low, high, color=PALETTE[0], alpha=0.2, linewidth=0, label=band_label)
-    x, mean = _columns("alpha", alpha, 2)
-    panel.plot(x, mean, color=PALETTE[0], linewidth=1.8, label="mean α")
     panel.set_ylim(-0.03, 1.03)
     panel.set_ylabel("α (0 student, 1 teacher)")
 

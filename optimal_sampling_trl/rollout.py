@@ -150,3 +150,29 @@ def _from_row(row: dict[str, Any]) -> Rollout:
     records = {name: torch.tensor(row[name], dtype=torch.float32) for name in RECORDS}
     mixture = Mixture.from_dict(row["mixture"])
     return Rollout(**{**{name: row[name] for name in names}, **records, "mixture": mixture})
+
+
+def check_solved(rollouts: Iterable[Rollout]) -> None:
+    """Refuse rollouts with a token whose α had no solution.
+
+    Raises:
+        ValueError: naming each such request, the token and the model to blame.
+    """
+    found = []
+    for index, rollout in enumerate(rollouts):
+        broken = rollout.alpha.isnan()
+        if not broken.any():
+            continue
+        token = int(broken.int().argmax())
+        bad = [
+            role
+            for role, record in (("student", rollout.log_theta), ("teacher", rollout.log_teacher))
+            if bool(record[token].isnan())
+        ]
+        cause = f"the {' and the '.join(bad)} returned NaN" if bad else "no token has mass under both models"
+        found.append(f"request {index}, token {token}: {cause}")
+    if found:
+        raise ValueError(
+            f"The mixture has no solution in {len(found)} request(s): {'; '.join(found[:5])}. NaN comes from weights "
+            "or activations that overflowed: look at the model's checkpoint and dtype."
+        )

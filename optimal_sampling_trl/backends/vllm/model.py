@@ -1,0 +1,154 @@
+"""Teacher and student as one vLLM model: two submodules that share a schedule, a block table and a batch.
+
+vLLM's own machinery builds, loads, compiles and caches both. This class runs one after the other and keeps the
+student's logits for the sampler, which mixes (see `sampler.py`): `compute_logits` returns the teacher's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.compilation.backends import set_model_tag
+from vllm.config import ModelConfig, VllmConfig
+from vllm.config.utils import replace
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.model_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.model_executor.models import ModelRegistry
+from vllm.transformers_utils.config import get_config
+from vllm.v1.attention.backend import subclass_attention_backend
+
+from ...pairing import Ending
+
+THETA = "theta."
+"""What the names of the student's weights start with while the engine loads both models from disk."""
+
+
+class OptimalSamplingForCausalLM(nn.Module):
+    """The engine's model is the teacher; the student is named in `additional_config["optimal_sampling"]`:
+    `theta` (its folder), `ending` (`stop` and `folded` token ids, see `pairing.Ending`), `mixture` (of a request that
+    brings none, as `Mixture.to_dict`)."""
+
+    is_text_generation_model = True
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        settings = vllm_config.additional_config["optimal_sampling"]
+        self.ending = Ending(**{name: tuple(ids) for name, ids in settings["ending"].items()})
+        self.default_mixture: dict[str, Any] = settings.get("mixture", {})
+        # A teacher with an FP8 scheme for its cache switches the shared setting while it is built: compat.py.
+        cache_config = copy.copy(vllm_config.cache_config)
+        with set_model_tag("teacher"):
+            self.teacher = _build(vllm_config, _own_architectures(vllm_config.model_config), "teacher")
+        theta = _theta_model_config(vllm_config.model_config, settings["theta"])
+        self.theta_config = replace(vllm_config, model_config=theta, quant_config=None, cache_config=cache_config)
+        with set_model_tag("theta"):
+            self.theta = _build(self.theta_config, theta.architectures, "theta")
+        _bind_attention(self.theta, self.theta_config)
+        self.secondary_weights = [DefaultModelLoader.Source(settings["theta"], revision=None, prefix=THETA)]
+        self.teacher_size = vllm_config.model_config.get_hidden_size()
+        self.theta_size = theta.get_hidden_size()
+        self.theta_names: set[str] = set()
+        self.theta_logits: Tensor | None = None
+        self.is_loaded = False
+
+    def embed_input_ids(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The teacher's embeddings; vLLM asks every model for them, and uses them for multimodal ones alone."""
+        return self.teacher.embed_input_ids(input_ids, *args, **kwargs)
+
+    def forward(self, input_ids: Tensor, positions: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The hidden states of both, (tokens, teacher's size + student's size).
+
+        The teacher's are copied out before the student runs: under piecewise CUDA graphs its buffer returns to the
+        pool that the student's graphs write to.
+        """
+        teacher = self.teacher(input_ids, positions)
+        hidden = teacher.new_empty(teacher.shape[0], self.teacher_size + self.theta_size)
+        hidden[:, : self.teacher_size] = teacher
+        hidden[:, self.teacher_size :] = self.theta(input_ids, positions)
+        return hidden
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        """The teacher's logits (N, V of the teacher); the student's stay on `theta_logits` for the sampler."""
+        teacher, theta = hidden_states.split([self.teacher_size, self.theta_size], dim=1)
+        self.theta_logits = self.theta.compute_logits(theta.contiguous())
+        return self.teacher.compute_logits(teacher.contiguous())
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """At first both models from disk, the student's names behind `theta.`; afterwards the student alone, under
+        the names of its own checkpoint, so that vLLM's and TRL's ways of pushing weights reach it."""
+        if self.is_loaded:
+            return {THETA + name for name in self.theta.load_weights(weights)}
+        loaded: set[str] = set()
+        for is_theta, group in groupby(weights, lambda item: item[0].startswith(THETA)):
+            if is_theta:
+                loaded |= {THETA + name for name in self.theta.load_weights(self._strip(group))}
+            else:
+                loaded |= {"teacher." + name for name in self.teacher.load_weights(group)}
+        self.is_loaded = True
+        return loaded
+
+    def _strip(self, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+        for name, weight in weights:
+            self.theta_names.add(name.removeprefix(THETA))
+            yield name.removeprefix(THETA), weight
+
+    @staticmethod
+    def get_model_state_cls() -> type:
+        """What Model Runner V2 asks for its hooks."""
+        from .model_state import OptimalSamplingModelState
+
+        return OptimalSamplingModelState
+
+
+def _own_architectures(config: ModelConfig) -> list[str]:
+    """What the teacher's checkpoint says it is: the engine's configuration names the fused model instead."""
+    on_disk = get_config(config.model, config.trust_remote_code, revision=config.revision)
+    return list(on_disk.architectures or [])
+
+
+def _build(config: VllmConfig, architectures: list[str], prefix: str) -> nn.Module:
+    """vLLM's own constructor, under a configuration of the submodel's own: compat.py says what goes wrong without."""
+    model_class, _ = ModelRegistry.resolve_model_cls(architectures, config.model_config)
+    return initialize_model(config, prefix=prefix, model_class=model_class)
+
+
+def _theta_model_config(teacher: ModelConfig, theta: str) -> ModelConfig:
+    return ModelConfig(
+        model=theta,
+        tokenizer=teacher.tokenizer,
+        skip_tokenizer_init=True,
+        trust_remote_code=teacher.trust_remote_code,
+        model_impl=teacher.model_impl,
+        dtype=teacher.dtype,
+        seed=teacher.seed,
+        max_model_len=teacher.max_model_len,
+        enforce_eager=teacher.enforce_eager,
+    )
+
+
+def _bind_attention(model: nn.Module, config: VllmConfig) -> None:
+    """Let the attention layers of `model` be planned by its own head counts: builders are handed the engine's."""
+    bound: dict[type, type] = {}
+    for module in model.modules():
+        if isinstance(module, Attention):
+            backend = module.attn_backend
+            if backend not in bound:
+                bound[backend] = subclass_attention_backend("Theta", backend, _bound_builder(backend, config))
+            module.attn_backend = bound[backend]
+
+
+def _bound_builder(backend: Any, config: VllmConfig) -> type:
+    class ThetaBuilder(backend.get_builder_cls()):  # type: ignore[misc]
+        def __init__(
+            self, spec: Any, names: list[str], vllm_config: VllmConfig, device: torch.device, **kwargs: Any
+        ) -> None:
+            config.cache_config = vllm_config.cache_config  # one cache: its block counts are known only by now
+            super().__init__(spec, names, config, device, **kwargs)
+
+    return ThetaBuilder

@@ -1,0 +1,49 @@
+"""What vLLM loads in each of its processes: names only, so that loading it can neither fail nor cost time."""
+
+from __future__ import annotations
+
+import logging
+
+ARCHITECTURE = "OptimalSamplingForCausalLM"
+"""The architecture under which vLLM knows the fused model."""
+_HOME = "optimal_sampling_trl.backends.vllm.model:OptimalSamplingForCausalLM"
+
+
+def register() -> None:
+    """Make the fused model known to vLLM; called by vLLM through the entry point `vllm.general_plugins`.
+
+    May be called any number of times. vLLM does not catch what a plugin raises, and the plugin is loaded for every
+    model that a user serves: so an unsuited version is logged here, and raised by `require` where it matters.
+    """
+    from . import compat
+
+    reason = compat.unsupported()
+    if reason:
+        logging.getLogger(__name__).warning("optimal_sampling_trl: %s", reason)
+        return
+    from vllm import ModelRegistry
+
+    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
+        ModelRegistry.register_model(ARCHITECTURE, _HOME)
+
+
+def require() -> None:
+    """Load vLLM's plugins, and see that ours registered its model.
+
+    Raises:
+        ImportError: where vLLM is missing, has an unsuited version, or was told not to load this plugin.
+    """
+    from . import compat
+
+    reason = compat.unsupported()
+    if reason:
+        raise ImportError(reason)
+    from vllm import ModelRegistry
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
+        raise ImportError(
+            "vLLM did not load the plugin `optimal_sampling` of this package. Install the package (an entry point is "
+            "read from its metadata), and where the variable VLLM_PLUGINS is set, add optimal_sampling to it."
+        )

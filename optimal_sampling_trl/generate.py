@@ -1,0 +1,233 @@
+"""The front door without a trainer: prompts in, texts with their records out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .backends import Backend, make_backend
+from .mixture import Mixture
+from .pairing import Prompt, encode
+from .request import Request, Sampling
+from .rollout import Rollout
+
+OLD_NAMES = {"model_base": "model_theta", "model_guide": "model_teacher"}
+"""Arguments of an older version, and what they are called now."""
+
+
+@dataclass(frozen=True)
+class OptimalSamplingOutput:
+    """What `OptimalSamplingV1.generate` returns: an entry for each sequence, the n of a prompt side by side.
+
+    Args:
+        generated_texts: the completions without special tokens.
+        generated_ids: their token ids, an end-of-sequence token included.
+        num_tokens: how many tokens each has.
+        alpha_stats: mean, std, min, max, count and history (a list of `count` numbers) of α over all tokens in order
+            of the sequences; None where α is not tracked.
+        rollouts: the sequences with all their records.
+    """
+
+    generated_texts: list[str]
+    generated_ids: list[list[int]]
+    num_tokens: list[int]
+    alpha_stats: dict[str, Any] | None
+    rollouts: list[Rollout]
+
+
+class OptimalSamplingV1:
+    """Samples completions from the mixture of a teacher and a student θ.
+
+    Args:
+        model_teacher: the teacher: a folder, a model id, or (with the transformers backend) a loaded model.
+        model_theta: the student, likewise.
+        alpha_method, fixed_alpha, alpha_min, alpha_max, epsilon: the mixture; see `Mixture`.
+        teacher_system_prompt: put before each prompt for the teacher.
+        theta_system_prompt: put before each prompt for the student; where it differs from the teacher's, the two read
+            different prompts.
+        enable_chat_template: send texts through the chat template, as the message of a user.
+        track_alpha_stats: fill `alpha_stats`.
+        gpu_memory_utilization: share of a GPU's memory for vLLM, in (0, 1].
+        backend: `"vllm"`, `"transformers"`, or `"auto"`: vLLM where it is installed and able.
+        engine_arguments: go to the backend: all that vLLM's `LLM` takes, or `device`, `dtype`, `max_num_seqs`,
+            `max_model_len`, `revision`, `attn_implementation`, `trust_remote_code` with transformers.
+
+    Raises:
+        ValueError: on an unknown argument, a setting out of range, or a pair that cannot be mixed.
+
+    Example:
+        ```python
+        with OptimalSamplingV1(model_teacher="large", model_theta="small") as sampler:
+            print(sampler.generate(["3 + 4 ="], max_tokens=8).generated_texts)
+        ```
+    """
+
+    def __init__(
+        self,
+        model_teacher: str | PreTrainedModel | None = None,
+        model_theta: str | PreTrainedModel | None = None,
+        alpha_method: str = "kl_symmetry",
+        fixed_alpha: float = 0.5,
+        alpha_min: float = 0.5,
+        alpha_max: float = 1.0,
+        teacher_system_prompt: str | None = None,
+        theta_system_prompt: str | None = None,
+        enable_chat_template: bool = False,
+        track_alpha_stats: bool = True,
+        gpu_memory_utilization: float = 0.5,
+        epsilon: float = 0.05,
+        backend: str = "auto",
+        **engine_arguments: Any,
+    ) -> None:
+        for old, new in OLD_NAMES.items():
+            if old in engine_arguments:
+                raise ValueError(f"`{old}=` is the name of an older version. Write `{new}=`.")
+        if model_teacher is None or model_theta is None:
+            missing = "model_teacher" if model_teacher is None else "model_theta"
+            raise ValueError(
+                f"OptimalSamplingV1: `{missing}` is missing; wanted a folder, a model id or a loaded model."
+            )
+        self.mixture = Mixture(alpha_method, alpha_min, alpha_max, fixed_alpha, epsilon)
+        self.teacher_system_prompt = teacher_system_prompt
+        self.theta_system_prompt = theta_system_prompt
+        self.enable_chat_template = enable_chat_template
+        self.track_alpha_stats = track_alpha_stats
+        self.backend: Backend = make_backend(
+            backend,
+            model_teacher,
+            model_theta,
+            two_prompts=teacher_system_prompt != theta_system_prompt,
+            gpu_memory_utilization=gpu_memory_utilization,
+            **engine_arguments,
+        )
+
+    def generate(
+        self,
+        prompts: str | Sequence[Prompt],
+        max_tokens: int = 100,
+        temperature: float | Sequence[float] = 1.0,
+        top_p: float = 1.0,
+        top_k: int = -1,
+        use_optimal_sampling: bool = True,
+        n: int = 1,
+        seed: int | None = None,
+        mixture: Mixture | Sequence[Mixture] | None = None,
+        *,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        stop: str | Sequence[str] = (),
+    ) -> OptimalSamplingOutput:
+        """Sample n completions of each prompt.
+
+        Args:
+            prompts: texts, lists of token ids or lists of chat messages; a single text is one prompt.
+            max_tokens, top_p, top_k, min_p, repetition_penalty, stop: see `Sampling`.
+            temperature: one for all, or one for each prompt.
+            use_optimal_sampling: False samples from the teacher alone.
+            n: completions of each prompt.
+            seed: the r-th sequence of the call uses `seed + r`, so that equal prompts get different completions.
+            mixture: one for all prompts or one for each; by default the one that the constructor described.
+
+        Raises:
+            ValueError: on an empty or unreadable prompt, a setting out of range, or as many mixtures or temperatures
+                as there are not prompts; or naming each sequence for which a model returned NaN.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts:
+            raise ValueError("`prompts` is empty; wanted at least one text, list of token ids or list of messages.")
+        if not isinstance(n, int) or n < 1:
+            raise ValueError(f"`n` is {n!r}; wanted a whole number of at least 1.")
+        if mixture is not None and not use_optimal_sampling:
+            raise ValueError("`mixture` and `use_optimal_sampling=False` (the teacher alone) exclude each other.")
+        default = self.mixture if use_optimal_sampling else Mixture.teacher_only()
+        mixtures = _one_each(default if mixture is None else mixture, Mixture, len(prompts), "mixture")
+        temperatures = _one_each(temperature, int | float, len(prompts), "temperature")
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        pairs = [self._encode(prompt, index) for index, prompt in enumerate(prompts)]
+        requests = [
+            Request(
+                *pairs[index],
+                mixtures[index],
+                Sampling(
+                    max_tokens=max_tokens,
+                    temperature=temperatures[index],
+                    top_p=top_p,
+                    top_k=top_k,
+                    min_p=min_p,
+                    repetition_penalty=repetition_penalty,
+                    stop=stop,
+                    seed=None if seed is None else seed + index * n + sample,
+                ),
+            )
+            for index in range(len(prompts))
+            for sample in range(n)
+        ]
+        return self._output(self.backend.generate(requests))
+
+    def _encode(self, prompt: Prompt, index: int) -> tuple[list[int], list[int]]:
+        """The teacher's and the student's token ids of one prompt."""
+        tokenizer, chat = self.backend.tokenizer, self.enable_chat_template
+        teacher = encode(prompt, tokenizer, self.teacher_system_prompt, chat, index)
+        if self.theta_system_prompt == self.teacher_system_prompt:
+            return teacher, teacher
+        return teacher, encode(prompt, tokenizer, self.theta_system_prompt, chat, index)
+
+    def _output(self, rollouts: list[Rollout]) -> OptimalSamplingOutput:
+        return OptimalSamplingOutput(
+            generated_texts=[rollout.text for rollout in rollouts],
+            generated_ids=[rollout.completion_ids for rollout in rollouts],
+            num_tokens=[len(rollout.completion_ids) for rollout in rollouts],
+            alpha_stats=_alpha_stats(rollouts) if self.track_alpha_stats else None,
+            rollouts=rollouts,
+        )
+
+    def load_theta(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Replace the student's weights in place, all or none, under the names of transformers."""
+        self.backend.load_theta(named_parameters)
+
+    def sleep(self) -> None:
+        """Free what memory the engine can; the teacher is kept."""
+        self.backend.sleep()
+
+    def wake_up(self) -> None:
+        """Undo `sleep`."""
+        self.backend.wake_up()
+
+    def close(self) -> None:
+        """Free both models. Doing so twice is fine."""
+        self.backend.close()
+
+    def __enter__(self) -> OptimalSamplingV1:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _one_each(value: Any, kind: Any, count: int, name: str) -> list[Any]:
+    """`value` once for each of `count` prompts, or as it is where it holds one for each."""
+    if isinstance(value, kind):
+        return [value] * count
+    values = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+    wrong = [item for item in values if not isinstance(item, kind)]
+    if wrong or len(values) != count:
+        got = f"{wrong[0]!r}" if wrong else f"{len(values)} of them"
+        raise ValueError(f"`{name}`: got {got}; wanted one, or one for each of the {count} prompts.")
+    return values
+
+
+def _alpha_stats(rollouts: list[Rollout]) -> dict[str, Any]:
+    alpha = torch.cat([rollout.alpha for rollout in rollouts]).double()
+    return {
+        "mean": float(alpha.mean()),
+        "std": float(alpha.std(correction=0)),
+        "min": float(alpha.min()),
+        "max": float(alpha.max()),
+        "count": len(alpha),
+        "history": alpha.tolist(),
+    }

@@ -1,0 +1,144 @@
+"""Corrections for having sampled from the mixture q instead of the student θ, as plain functions of tensors (B, T).
+
+B completions of T tokens; `mask` is 1 on tokens and 0 on padding. The ratio of a token is r_i = θ(x_i)/q(x_i). A
+correction is named as TRL names its own, `<level>_<shape>`; the level says which ratios make the weight of token i,
+
+| level      | weight w_i         | what it is                                                                        |
+|------------|--------------------|-----------------------------------------------------------------------------------|
+| `token`    | r_i                | biased: corrects the token, but not that q chose the prefix it follows            |
+| `prefix`   | Π_{j≤i} r_j        | exact for a sum over tokens; with a window only the last k ratios: biased, calmer |
+| `sequence` | Π_j r_j            | exact for any function of the completion; the variance grows with its length      |
+
+and the shape how a large weight is tamed, which biases it towards the tokens that q draws more often than θ:
+
+| shape      | weight             | source                                                                            |
+|------------|--------------------|-----------------------------------------------------------------------------------|
+| `truncate` | min(w, C)          | Ionides, "Truncated Importance Sampling", 2008                                    |
+| `mask`     | w·1[c ≤ w ≤ C]     | the masked importance sampling of TRL's `vllm_importance_sampling_mode`           |
+| `luffy`    | w / (w + γ)        | Yan et al., "Learning to Reason under Off-Policy Guidance", arXiv:2504.14945      |
+
+`none` is weight 1: the tokens are trained on as if they were the student's own. With `positive_only` the mixture's
+completions then act as demonstrations that turned out well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from .options import check_number, unknown_option
+
+LEVELS = ("token", "prefix", "sequence")
+SHAPES = ("truncate", "mask", "luffy")
+CORRECTIONS = ("none", *(f"{level}_{shape}" for level in LEVELS for shape in SHAPES))
+
+
+@dataclass(frozen=True)
+class Correction:
+    """Which weight each token of a mixture's completion gets.
+
+    Args:
+        name: one of `CORRECTIONS`.
+        clip_max: C of the shapes `truncate` and `mask`.
+        clip_min: c of the shape `mask`; None is no lower bound.
+        gamma: γ of the shape `luffy`.
+        window: how many of the last ratios the level `prefix` multiplies; None is all.
+        self_normalise: divide the weights by their mean over the mixture's tokens.
+
+    Raises:
+        ValueError: on an unknown name, or a number out of range.
+    """
+
+    name: str = "none"
+    clip_max: float = 3.0
+    clip_min: float | None = None
+    gamma: float = 0.1
+    window: int | None = None
+    self_normalise: bool = False
+
+    def __post_init__(self) -> None:
+        if self.name not in CORRECTIONS:
+            raise ValueError(unknown_option("correction", self.name, CORRECTIONS))
+        check_number("Correction", "clip_max", self.clip_max, 0.0)
+        check_number("Correction", "gamma", self.gamma, 0.0)
+        if self.clip_min is not None:
+            check_number("Correction", "clip_min", self.clip_min, 0.0, self.clip_max)
+        if self.window is not None:
+            check_number("Correction", "window", self.window, 1)
+
+    def weights(
+        self,
+        log_theta: Float[Tensor, "B T"],
+        log_q: Float[Tensor, "B T"],
+        mask: Float[Tensor, "B T"],
+        mixture_rows: Bool[Tensor, " B"],
+    ) -> Float[Tensor, "B T"]:
+        """The weight of each token; 1 in rows that are no mixture's. Carries no gradient."""
+        ones = torch.ones_like(log_theta)
+        if self.name == "none":
+            return ones
+        level, shape = self.name.split("_")
+        log_weight = log_weights(log_theta.detach(), log_q, mask, level, window=self.window)
+        weight = self._shape(log_weight.exp(), shape)
+        rows = mixture_rows[:, None]
+        if self.self_normalise:
+            tokens = rows * mask
+            weight = weight * tokens.sum() / (weight * tokens).sum().clamp(min=torch.finfo(weight.dtype).tiny)
+        return torch.where(rows, weight, ones)
+
+    def _shape(self, weight: Tensor, shape: str) -> Tensor:
+        if shape == "truncate":
+            return weight.clamp(max=self.clip_max)
+        if shape == "luffy":
+            return 1 / (1 + self.gamma / weight)  # w/(w+γ), finite where w overflows
+        return weight.masked_fill((weight > self.clip_max) | (weight < (self.clip_min or 0.0)), 0.0)
+
+
+def log_weights(
+    log_theta: Float[Tensor, "B T"],
+    log_q: Float[Tensor, "B T"],
+    mask: Float[Tensor, "B T"],
+    level: str,
+    *,
+    window: int | None = None,
+    inclusive: bool = True,
+) -> Float[Tensor, "B T"]:
+    """The logarithm of the weight of each token, before a shape tames it (see the head of this module).
+
+    Args:
+        level: one of `LEVELS`.
+        window: of the level `prefix`: how many ratios are multiplied at most.
+        inclusive: of the level `prefix`: False leaves token i's own ratio out, Π_{j<i} r_j, which is exact for a
+            function of the prefix, such as a divergence between the two next-token distributions.
+    """
+    log_ratio = (log_theta - log_q) * mask
+    if level == "token":
+        return log_ratio
+    if level == "sequence":
+        return log_ratio.sum(dim=1, keepdim=True).expand_as(log_ratio)
+    if level != "prefix":
+        raise ValueError(unknown_option("level of a correction", level, LEVELS))
+    total = log_ratio.cumsum(dim=1)
+    total = total if inclusive else total - log_ratio
+    if window is not None and window < total.shape[1]:
+        total = total - torch.nn.functional.pad(total[:, :-window], (window, 0))
+    return total
+
+
+def keep_positive(advantages: Float[Tensor, B * T], mixture_rows: Bool[Tensor, " B"]) -> Float[Tensor, B * T]:
+    """Advantages with those of the mixture's completions that are below 0 set to 0.
+
+    A failure of the mixture says little about the student, which would often not have gone there: its negatives cost
+    most of what its successes bring.
+    """
+    rows = mixture_rows.reshape(-1, *[1] * (advantages.ndim - 1))
+    return torch.where(rows, advantages.clamp(min=0.0), advantages)
+
+
+def effective_sample_size(weights: Float[Tensor, " *N"]) -> Float[Tensor, ""]:
+    """(Σw)² / Σw²: how many equally weighted samples the weights are worth (Kish, 1965). 0 where there are none."""
+    squares = weights.square().sum()
+    return torch.where(squares > 0, weights.sum().square() / squares, 0.0)

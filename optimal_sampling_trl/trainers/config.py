@@ -1,0 +1,66 @@
+"""TRL's configurations with the fields of the correction, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import trl
+
+from ..losses import Correction
+
+
+@dataclass
+class CorrectionConfig:
+    """How the loss is corrected for completions that were sampled from the mixture; see `losses.Correction`."""
+
+    correction: str = field(
+        default="none",
+        metadata={
+            "help": "Weight of each token that the mixture sampled: 'none' (1, the default), or "
+            "'<token|prefix|sequence>_<truncate|mask|luffy>' of the ratio theta/q."
+        },
+    )
+    correction_clip_max: float = field(
+        default=3.0, metadata={"help": "Largest weight of the shapes 'truncate' and 'mask'."}
+    )
+    correction_clip_min: float | None = field(
+        default=None, metadata={"help": "Smallest weight that the shape 'mask' keeps."}
+    )
+    correction_gamma: float = field(default=0.1, metadata={"help": "gamma of the shape 'luffy', w / (w + gamma)."})
+    correction_window: int | None = field(
+        default=None, metadata={"help": "How many of the last ratios the level 'prefix' multiplies; None is all."}
+    )
+    correction_self_normalise: bool = field(
+        default=False, metadata={"help": "Divide the weights by their mean over the mixture's tokens."}
+    )
+
+
+@dataclass
+class PositiveOnlyConfig(CorrectionConfig):
+    """The correction of a policy gradient, which has advantages."""
+
+    positive_only: bool = field(
+        default=True,
+        metadata={"help": "Train on the mixture's completions only where their advantage is above 0."},
+    )
+
+
+@dataclass
+class GRPOConfig(PositiveOnlyConfig, trl.GRPOConfig):
+    """TRL's `GRPOConfig` with the correction for completions of the mixture.
+
+    The defaults are those that were seen to teach and not to collapse: half of each group from the student as plain
+    GRPO (`OptimalSamplingGenerator.theta_fraction`), the other half from the mixture with weight 1 and positive
+    advantages only.
+    """
+
+
+def correction_of(args: Any) -> Correction:
+    """The correction that a configuration asks for; the default where it is TRL's own."""
+    names = {field.name for field in fields(args)}
+    values = {name: getattr(args, f"correction_{name}") for name in _DETAILS if f"correction_{name}" in names}
+    return Correction(getattr(args, "correction", "none"), **values)
+
+
+_DETAILS = ("clip_max", "clip_min", "gamma", "window", "self_normalise")

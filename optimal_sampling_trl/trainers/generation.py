@@ -1,0 +1,188 @@
+"""What stands in a trainer where TRL has its `VLLMGeneration`: the same methods, rollouts from the mixture.
+
+TRL builds that object inside `__init__`, under a name of its module, and offers no other way in. `installed` puts ours
+under that name while `__init__` runs. All that is relied on in TRL's generation is used in this file alone.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest.mock import patch
+
+from ..backends import make_backend
+from ..mixture import Mixture
+from ..options import unknown_option
+from ..request import Request, Sampling
+from ..rollout import Rollout
+from .generator import OptimalSamplingGenerator
+
+TRAINER_PACKAGE = "trl.trainer"
+SEAM = "VLLMGeneration"
+"""The name in the module of each of TRL's trainers that its `__init__` calls to build its engine."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which mixture each completion of a batch is sampled from; asked anew for each batch.
+
+    Args:
+        generator: the user's settings.
+        theta_count: how many of each group come from the student alone.
+        training: whether the trainer trains; an evaluation samples from the student alone.
+        progress: the share of training that is done, in [0, 1].
+        first_row: the position of this process's first completion in the batch of all processes.
+    """
+
+    generator: OptimalSamplingGenerator
+    theta_count: Callable[[], int]
+    training: Callable[[], bool]
+    progress: Callable[[], float]
+    first_row: Callable[[int], int]
+
+    def mixtures(self, rows: int, group: int) -> list[Mixture]:
+        """The mixture of each of this process's `rows` completions, which stand in groups of `group`."""
+        if not self.training():
+            return [Mixture.theta_only()] * rows
+        mixture, first, alone = (
+            self.generator.current_mixture(self.progress()),
+            self.first_row(rows),
+            self.theta_count(),
+        )
+        return [Mixture.theta_only() if (first + row) % group < alone else mixture for row in range(rows)]
+
+
+class MixtureGeneration:
+    """TRL's view of a backend. Keeps the rollouts of the last call until the trainer takes them.
+
+    Args:
+        plan: which mixture each completion is sampled from.
+        trl_arguments: what TRL passes to its `VLLMGeneration`.
+    """
+
+    def __init__(self, plan: Plan, **trl_arguments: Any) -> None:
+        self.plan = plan
+        self.sampling = _sampling(trl_arguments)
+        self.sleeps = trl_arguments["enable_sleep_mode"]
+        self.teacher_prompts: Sequence[list[int]] | None = None
+        self.rollouts: list[Rollout] = []
+        self.seconds = 0.0
+        self.backend = self._build(**trl_arguments)
+
+    def _build(self, **trl_arguments: Any) -> Any:
+        generator = self.plan.generator
+        accelerator = trl_arguments["accelerator"]
+        if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED"):
+            raise ValueError(
+                f"The transformers backend reads the live model, which {accelerator.distributed_type.value} "
+                'splits. Use `backend="vllm"`, or train with one process or DDP.'
+            )
+        if trl_arguments["tensor_parallel_size"] != 1:
+            raise ValueError(
+                f"`vllm_tensor_parallel_size` is {trl_arguments['tensor_parallel_size']}; the transformers backend "
+                'has no tensor parallelism. Set it to 1 or use `backend="vllm"`.'
+            )
+        options = {"max_num_seqs": trl_arguments["max_num_seqs"], **(generator.engine_arguments or {})}
+        if trl_arguments["max_model_length"] is not None:
+            options["max_model_len"] = trl_arguments["max_model_length"]
+        return make_backend(
+            "transformers",
+            generator.teacher,
+            trl_arguments["model"],
+            tokenizer=trl_arguments["processing_class"],
+            device=accelerator.device,
+            trust_remote_code=trl_arguments["trust_remote_code"],
+            **options,
+        )
+
+    def sync_weights(self) -> None:
+        """Nothing: the backend reads the live model."""
+
+    def generate(
+        self, prompts: list[list[int]], images: list[Any] | None, num_generations: int, profiler: Any = None
+    ) -> tuple[list[list[int]], list[list[int]], list[list[list[float]]], None]:
+        """Sample a completion of each prompt.
+
+        Returns what TRL's own returns. The log-probabilities are log θ, not log q, so that TRL's correction goes on
+        correcting what it is meant for, the difference between the engine and the trainer.
+        """
+        if images is not None:
+            raise ValueError("Rollouts from the mixture take text alone; the dataset has images. Drop them.")
+        theirs = self.teacher_prompts if self.teacher_prompts is not None else prompts
+        mixtures = self.plan.mixtures(len(prompts), num_generations)
+        requests = [
+            Request(list(teacher), list(theta), mixture, self.sampling)
+            for teacher, theta, mixture in zip(theirs, prompts, mixtures, strict=True)
+        ]
+        if self.sleeps:
+            self.backend.wake_up()
+        start = time.perf_counter()
+        with profiler or nullcontext():
+            self.rollouts = self.backend.generate(requests)
+        self.seconds = time.perf_counter() - start
+        if self.sleeps:
+            self.backend.sleep()
+        completions = [rollout.completion_ids for rollout in self.rollouts]
+        log_theta = [[[value] for value in rollout.log_theta.tolist()] for rollout in self.rollouts]
+        return prompts, completions, log_theta, None
+
+    def take(self) -> list[Rollout]:
+        """The rollouts of the last call, once."""
+        rollouts, self.rollouts = self.rollouts, []
+        return rollouts
+
+
+def _sampling(trl_arguments: dict[str, Any]) -> Sampling:
+    """TRL's settings of generation as ours; `generation_kwargs` may add or replace some."""
+    if trl_arguments["structured_outputs_regex"] is not None:
+        raise ValueError("`vllm_structured_outputs_regex` is not supported with rollouts from the mixture. Drop it.")
+    if trl_arguments["mode"] != "colocate":
+        raise ValueError(
+            f"`vllm_mode` is {trl_arguments['mode']!r}; rollouts from the mixture need 'colocate'. "
+            "Drop the setting or set it so."
+        )
+    sampling = Sampling(
+        max_tokens=trl_arguments["max_completion_length"],
+        temperature=trl_arguments["temperature"],
+        top_p=trl_arguments["top_p"],
+        top_k=trl_arguments["top_k"],
+        min_p=trl_arguments["min_p"] or 0.0,
+        repetition_penalty=trl_arguments["repetition_penalty"],
+    )
+    if sampling.temperature == 0:
+        raise ValueError("`temperature` is 0; a token that was not drawn has no probability to train with. Raise it.")
+    extra = trl_arguments["generation_kwargs"] or {}
+    for name in extra:
+        if name not in Sampling.__dataclass_fields__:
+            raise ValueError(unknown_option("entry of `generation_kwargs`", name, Sampling.__dataclass_fields__))
+        if name == "seed":
+            raise ValueError(
+                "`generation_kwargs` has a `seed`, which would make the completions of a group equal. "
+                "Set the trainer's `seed`."
+            )
+    return replace(sampling, **extra)
+
+
+@contextmanager
+def installed(trainer: type, build: Callable[..., Any]) -> Iterator[None]:
+    """While this lasts, TRL's trainer above `trainer` builds its engine with `build`.
+
+    Raises:
+        RuntimeError: where TRL has no such name any more.
+    """
+    modules = [sys.modules[cls.__module__] for cls in trainer.__mro__ if cls.__module__.startswith(TRAINER_PACKAGE)]
+    seams = [module for module in modules if hasattr(module, SEAM)]
+    if not seams:
+        raise RuntimeError(
+            f"No module of TRL above {trainer.__name__} has the name {SEAM}, which this package needs to put its own "
+            "engine in. This version of TRL is not supported; install the one that this package asks for."
+        )
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(seams[0], SEAM, build))
+        if hasattr(seams[0], "is_vllm_available"):  # asked for although the engine may be transformers
+            stack.enter_context(patch.object(seams[0], "is_vllm_available", lambda: True))
+        yield

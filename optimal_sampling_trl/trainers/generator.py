@@ -1,0 +1,80 @@
+"""What a user passes as `generator=`: where rollouts come from, and which of a group come from the mixture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..backends import BACKENDS
+from ..mixture import Mixture
+from ..options import check_number, unknown_option
+
+
+@dataclass(frozen=True)
+class OptimalSamplingGenerator:
+    """Rollouts from the mixture of a teacher and the model being trained.
+
+    Args:
+        teacher: a folder, a model id, or (with the transformers backend) a loaded model.
+        mixture: how α is chosen.
+        theta_fraction: the share of each prompt's group that is sampled from the student alone, in [0, 1]; None is
+            0.5 in GRPO and RLOO, whose groups then hold on-policy samples, and 0 in distillation.
+        schedule: the share of training, in (0, 1], over which the mixture is annealed to the student (linear in ε for
+            `trust_region`, in alpha_max otherwise); None keeps it. It follows the trainer's step, so a resumed
+            run goes on where it was.
+        teacher_system_prompt: put before each prompt for the teacher: as a system message, or as text.
+        theta_system_prompt: put before each prompt for the student, in sampling and in training.
+        backend: `"vllm"`, `"transformers"` (the student is then the module being trained: no copy, nothing to
+            synchronise), or `"auto"`: vLLM where it is installed and able.
+        engine_arguments: go to the backend, as in `OptimalSamplingV1`.
+
+    Raises:
+        ValueError: on an unknown backend or a number out of range.
+    """
+
+    teacher: str | PreTrainedModel
+    mixture: Mixture = field(default_factory=Mixture)
+    theta_fraction: float | None = None
+    schedule: float | None = None
+    teacher_system_prompt: str | None = None
+    theta_system_prompt: str | None = None
+    backend: str = "auto"
+    engine_arguments: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.mixture, Mixture):
+            raise ValueError(f"`mixture` is {self.mixture!r}; wanted a `Mixture`, for example `Mixture()`.")
+        if self.theta_fraction is not None:
+            check_number("OptimalSamplingGenerator", "theta_fraction", self.theta_fraction, 0.0, 1.0)
+        if self.schedule is not None:
+            check_number("OptimalSamplingGenerator", "schedule", self.schedule, 0.0, 1.0)
+            if self.schedule == 0:
+                raise ValueError("`schedule` is 0; wanted a share of training above 0, or None to keep the mixture.")
+        if self.backend not in BACKENDS:
+            raise ValueError(unknown_option("backend", self.backend, BACKENDS))
+
+    @property
+    def two_prompts(self) -> bool:
+        """Whether the teacher and the student read different prompts."""
+        return self.teacher_system_prompt != self.theta_system_prompt
+
+    def theta_count(self, group: int, default: float) -> int:
+        """How many of a group's completions come from the student alone.
+
+        Raises:
+            ValueError: where a share strictly between 0 and 1 rounds to none or all of the group.
+        """
+        fraction = default if self.theta_fraction is None else self.theta_fraction
+        count = int(fraction * group + 0.5)
+        if 0 < fraction < 1 and count in (0, group):
+            raise ValueError(
+                f"`theta_fraction` is {fraction} of a group of {group}, which rounds to {count}; wanted at least one "
+                "completion of each kind. Raise `num_generations`, or set `theta_fraction` to 0 or 1."
+            )
+        return count
+
+    def current_mixture(self, progress: float) -> Mixture:
+        """The mixture at a share of training in [0, 1]."""
+        return self.mixture if self.schedule is None else self.mixture.anneal(min(progress / self.schedule, 1.0))

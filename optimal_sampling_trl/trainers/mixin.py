@@ -1,0 +1,148 @@
+"""What our trainers add to TRL's: the engine, the records in the batch, the correction and the metrics."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..losses import effective_sample_size
+from ..pairing import with_system_prompt
+from ..rollout import RECORDS, Rollout
+from .config import correction_of
+from .generation import MixtureGeneration, Plan, installed
+from .generator import OptimalSamplingGenerator
+
+QUANTILES = (0.1, 0.5, 0.9)
+
+
+class MixtureTrainerMixin:
+    """Goes before one of TRL's trainers among the bases of a class.
+
+    A subclass says what a configuration is (`config_class`), which share of a group is the student's own unless the
+    user says so (`default_theta_fraction`), and how its loss uses the records (`_correct`).
+    """
+
+    config_class: type
+    default_theta_fraction: float
+
+    def __init__(
+        self, model: Any, *positional: Any, generator: OptimalSamplingGenerator, args: Any = None, **keywords: Any
+    ) -> None:
+        if not isinstance(generator, OptimalSamplingGenerator):
+            raise ValueError(
+                f"`generator` is {generator!r}; wanted an `OptimalSamplingGenerator(teacher=...)`. "
+                "For rollouts from the model alone use TRL's own trainer."
+            )
+        for name in ("tools", "rollout_func", "environment_factory"):
+            if keywords.get(name) is not None:
+                raise ValueError(
+                    f"`{name}` is not supported with rollouts from the mixture: the records would not match the "
+                    "tokens. Drop it, or use TRL's own trainer."
+                )
+        self.generator = generator
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = self.config_class(f"{name.rstrip('/').split('/')[-1]}-{self._name}")
+        self.correction = correction_of(args)
+        args = copy.copy(args)
+        args.use_vllm = True  # what TRL calls any engine beside the trainer
+        with installed(type(self), self._build_generation):
+            super().__init__(model, *positional, args=args, **keywords)
+        self._check_settings()
+
+    def _build_generation(self, **trl_arguments: Any) -> MixtureGeneration:
+        plan = Plan(
+            generator=self.generator,
+            theta_count=lambda: self.generator.theta_count(self._group_size(), self.default_theta_fraction),
+            training=lambda: self.model.training,
+            progress=lambda: self.state.global_step / max(self.state.max_steps, 1),
+            first_row=lambda rows: self.accelerator.process_index * rows,
+        )
+        return MixtureGeneration(plan, **trl_arguments)
+
+    def _group_size(self) -> int:
+        return getattr(self, "num_generations", 1)
+
+    def _check_settings(self) -> None:
+        """Refuse settings that would do nothing; a subclass adds its own."""
+        self.generator.theta_count(self._group_size(), self.default_theta_fraction)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's batch with the records: `alpha`, `log_q`, `log_theta`, `log_teacher` (B, T), 0 on padding, and
+        `mixture_rows` (B,), True where a completion comes from the mixture. TRL's shuffle and split carry them."""
+        output = super()._generate_and_score_completions(self._with_system_prompts(inputs))
+        rollouts = self.vllm_generation.take()
+        output.update(stack_records(rollouts, output["completion_ids"]))
+        if self.model.training:
+            self._correct(output)
+        self._log_records(output, rollouts)
+        return output
+
+    def _with_system_prompts(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The student's prompts go to TRL, the teacher's, tokenized as TRL would, straight to the engine."""
+        generator = self.generator
+        self.vllm_generation.teacher_prompts = None
+        if generator.two_prompts:
+            theirs = [with_system_prompt(example["prompt"], generator.teacher_system_prompt) for example in inputs]
+            self.vllm_generation.teacher_prompts = self._tokenize_prompts(theirs)[0]
+        own = generator.theta_system_prompt
+        return [{**example, "prompt": with_system_prompt(example["prompt"], own)} for example in inputs]
+
+    def _correct(self, output: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def _log_records(self, output: dict[str, Any], rollouts: list[Rollout]) -> None:
+        """Means over the tokens of all processes; α, the ratios and the divergences over the mixture's alone."""
+        log = self._metrics["train" if self.model.training else "eval"]
+        mask = output["completion_mask"].bool()
+        tokens = torch.tensor([sum(len(r.completion_ids) for r in rollouts), 0.0], device=mask.device)
+        tokens[1] = self.vllm_generation.seconds
+        count, seconds = self.accelerator.gather(tokens).view(-1, 2).unbind(1)
+        log["mixture/tokens_per_second"].append(float(count.sum() / seconds.max().clamp(min=1e-9)))
+        if (trainer := output.get("old_per_token_logps")) is not None:
+            difference = self._gathered((trainer - output["log_theta"]).abs(), mask)
+            log["engine/log_theta_difference"].append(float(difference.mean()))
+        if not self.model.training:
+            return
+        mixed = mask & output["mixture_rows"][:, None]
+        alpha, log_q, log_theta, log_teacher = (self._gathered(output[name], mixed) for name in RECORDS)
+        if not len(alpha):  # the schedule has arrived at the student, or theta_fraction is 1
+            return
+        log["alpha/mean"].append(float(alpha.mean()))
+        for quantile in QUANTILES:
+            log[f"alpha/q{int(100 * quantile)}"].append(float(alpha.quantile(quantile)))
+        log["mixture/kl_theta"].append(float((log_q - log_theta).mean()))
+        log["mixture/kl_teacher"].append(float((log_q - log_teacher).mean()))
+        log["mixture/ess"].append(float(effective_sample_size((log_theta - log_q).exp()) / len(alpha)))
+
+    def _gathered(self, values: Tensor, mask: Tensor) -> Tensor:
+        """The values (B, T) where `mask` holds, of all processes, in one dimension."""
+        marked = values.float().masked_fill(~mask, torch.nan)
+        every = self.accelerator.gather(self.accelerator.pad_across_processes(marked, dim=1, pad_index=torch.nan))
+        return every[~every.isnan()]
+
+
+def stack_records(rollouts: list[Rollout], completion_ids: Tensor) -> dict[str, Tensor]:
+    """The records of rollouts as (B, T) tensors beside TRL's padded `completion_ids` (B, T).
+
+    Raises:
+        RuntimeError: where TRL's completions are not the rollouts' own.
+    """
+    B, T = completion_ids.shape
+    if len(rollouts) != B:
+        raise RuntimeError(f"The batch has {B} completions, but {len(rollouts)} were sampled for it.")
+    records = torch.zeros(len(RECORDS), B, T)
+    for row, rollout in enumerate(rollouts):
+        length = len(rollout.completion_ids)
+        if completion_ids[row, :length].tolist() != rollout.completion_ids:
+            raise RuntimeError(
+                f"Completion {row} of the batch is not the one that was sampled for it, so its record does not belong "
+                "to it. Does a subclass or a callback of the trainer change completions?"
+            )
+        records[:, row, :length] = torch.stack([getattr(rollout, name) for name in RECORDS])
+    mixed = torch.tensor([not rollout.mixture.is_theta_only for rollout in rollouts])
+    stacked = dict(zip(RECORDS, records.unbind(0), strict=True)) | {"mixture_rows": mixed}
+    return {name: tensor.to(completion_ids.device) for name, tensor in stacked.items()}

@@ -1,0 +1,34 @@
+"""What holds for every test: no network, one thread, and the shapes in annotations are checked at each call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import torch
+from beartype import BeartypeConf, beartype
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+torch.set_num_threads(1)
+# The same examples at every run, so that a red is reproducible; `--hypothesis-profile=default` draws new ones.
+settings.register_profile("reproducible", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("reproducible")
+
+
+def check_shapes(function: Callable) -> Callable:
+    """beartype on a function's tensors alone: other types are mypy's, and what a user may get wrong is refused with
+    words, which the tests read. A dataclass checks its own fields."""
+    if function.__name__ == "__init__":
+        return function
+    shapes = {name: hint for name, hint in function.__annotations__.items() if "Tensor" in repr(hint)}
+    function.__annotations__ = shapes
+    return beartype(conf=BeartypeConf(is_pep484_tower=True))(function)
+
+
+# Before the package is imported. Processes that vLLM spawns import it unchecked.
+SHAPED = [f"optimal_sampling_trl.{room}" for room in ("mixture", "rollout", "losses")]
+install_import_hook(SHAPED, f"{__name__}.check_shapes")

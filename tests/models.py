@@ -1,0 +1,98 @@
+"""Tiny models of many families, built on the spot: seconds instead of downloads, and every test the same weights.
+
+The tokenizer is byte-level: one token a byte, then `<eos>` and `<pad>`: 258 entries, so a text
+of n bytes has n tokens. The weights are wide enough (0.08) that teacher and student disagree visibly.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+EOS, PAD, TOKENS = 256, 257, 258
+CHAT_TEMPLATE = (
+    "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+MOE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": None},
+    "granite": {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "logits_scaling": 1.5},
+    "phi3": {"sliding_window": None},
+    "gemma2": {},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "qwen2_moe": MOE | {"shared_expert_intermediate_size": 64, "decoder_sparse_step": 1},
+    "qwen3_moe": MOE | {"decoder_sparse_step": 1, "norm_topk_prob": True},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+}
+"""What each family's configuration needs beyond its sizes."""
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, `<eos>` and `<pad>`, and a chat template."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: index for index, letter in enumerate(letters)} | {"<eos>": EOS, "<pad>": PAD}
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", chat_template=CHAT_TEMPLATE
+    )
+
+
+def make_model(
+    folder: str | Path,
+    family: str,
+    seed: int,
+    hidden: int = 64,
+    layers: int = 2,
+    heads: int = 2,
+    kv_heads: int = 1,
+    vocab_size: int = 288,
+    tied: bool = False,
+    **config: Any,
+) -> str:
+    """Write a random model and its tokenizer into `folder`, and return the folder.
+
+    Args:
+        folder: where to write; made if need be.
+        family: one of `FAMILIES`, as transformers calls its model type.
+        seed: of the weights; equal arguments give equal weights. Torch's own generator is left as it was.
+        hidden: size of the hidden state; hidden / heads has to be at least 32 for vLLM's attention on the CPU.
+        layers: number of decoder layers.
+        heads: attention heads, a multiple of `kv_heads`.
+        kv_heads: key and value heads.
+        vocab_size: rows of the embedding, at least `TOKENS`; what is above is padding.
+        tied: whether the output layer is the embedding.
+        **config: further fields of the family's configuration.
+    """
+    sizes = {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": hidden // heads,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": tied,
+        "initializer_range": 0.08,
+        "bos_token_id": None,
+        "eos_token_id": EOS,
+        "pad_token_id": PAD,
+    }
+    settings = CONFIG_MAPPING[family](**{**sizes, **FAMILIES[family], **config})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
