@@ -13,27 +13,43 @@ if TYPE_CHECKING:
     from .generate import OptimalSamplingOutput, OptimalSamplingV1
     from .mixture import Mixture, mix
     from .rollout import Rollout
-    from .trainers import GRPOConfig, GRPOTrainer, OptimalSamplingGenerator
+    from .trainers import (
+        DistillationConfig,
+        DistillationTrainer,
+        GRPOConfig,
+        GRPOTrainer,
+        OptimalSamplingGenerator,
+        RLOOConfig,
+        RLOOTrainer,
+    )
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "DistillationConfig": "trainers",
+    "DistillationTrainer": "trainers",
     "GRPOConfig": "trainers",
     "GRPOTrainer": "trainers",
     "Mixture": "mixture",
     "OptimalSamplingGenerator": "trainers",
     "OptimalSamplingOutput": "generate",
     "OptimalSamplingV1": "generate",
+    "RLOOConfig": "trainers",
+    "RLOOTrainer": "trainers",
     "Rollout": "rollout",
     "mix": "mixture",
 }
 __all__ = [
+    "DistillationConfig",
+    "DistillationTrainer",
     "GRPOConfig",
     "GRPOTrainer",
     "Mixture",
     "OptimalSamplingGenerator",
     "OptimalSamplingOutput",
     "OptimalSamplingV1",
+    "RLOOConfig",
+    "RLOOTrainer",
     "Rollout",
     "mix",
 ]

@@ -75,13 +75,19 @@ class Correction:
         log_q: Float[Tensor, "B T"],
         mask: Float[Tensor, "B T"],
         mixture_rows: Bool[Tensor, " B"],
+        *,
+        inclusive: bool = True,
     ) -> Float[Tensor, "B T"]:
-        """The weight of each token; 1 in rows that are no mixture's. Carries no gradient."""
+        """The weight of each token; 1 in rows that are no mixture's. Carries no gradient.
+
+        Args:
+            inclusive: see `log_weights`.
+        """
         ones = torch.ones_like(log_theta)
         if self.name == "none":
             return ones
         level, shape = self.name.split("_")
-        log_weight = log_weights(log_theta.detach(), log_q, mask, level, window=self.window)
+        log_weight = log_weights(log_theta.detach(), log_q, mask, level, window=self.window, inclusive=inclusive)
         weight = self._shape(log_weight.exp(), shape)
         rows = mixture_rows[:, None]
         if self.self_normalise:
@@ -136,6 +142,38 @@ def keep_positive(advantages: Float[Tensor, B * T], mixture_rows: Bool[Tensor, "
     """
     rows = mixture_rows.reshape(-1, *[1] * (advantages.ndim - 1))
     return torch.where(rows, advantages.clamp(min=0.0), advantages)
+
+
+def sampled_token_coefficients(
+    log_teacher: Float[Tensor, "B T"],
+    log_theta: Float[Tensor, "B T"],
+    mask: Float[Tensor, "B T"],
+    *,
+    clip: float | None = None,
+    centre: bool = False,
+) -> Float[Tensor, "B T"]:
+    """The coefficient c of −c·∇log θ(x) that takes the student to the teacher with sampled tokens alone: ℓ(x).
+
+    The log-variance divergence of a sampling distribution q, V_q = Var_q[ℓ]/2 with ℓ = log t − log θ, is 0 only where
+    θ = t on q's support (Richter et al., "VarGrad", arXiv:2010.10436). With q held fixed its gradient is
+
+        ∇V_q = −E_q[(ℓ − E_q[ℓ]) ∇log θ],
+
+    of which −ℓ(x)∇log θ(x) is an estimate without bias where E_q[ℓ] = 0: that is what `kl_symmetry` solves for, so its
+    rollouts need neither a baseline nor a weight. On the student's own tokens E_θ[−ℓ∇log θ] = ∇KL(θ‖t), the gradient
+    of reverse KL. For any other q subtract the mean (`centre`).
+
+    Args:
+        log_teacher, log_theta, mask: of the sampled tokens.
+        clip: limits ℓ to [−clip, clip], in nats; biased, but one token cannot outweigh a batch.
+        centre: subtract the mean over the batch's tokens, after clipping.
+    """
+    coefficient = (log_teacher - log_theta).detach()
+    if clip is not None:
+        coefficient = coefficient.clamp(-clip, clip)
+    if centre:
+        coefficient = coefficient - (coefficient * mask).sum() / mask.sum().clamp(min=1.0)
+    return coefficient * mask
 
 
 def effective_sample_size(weights: Float[Tensor, " *N"]) -> Float[Tensor, ""]:

@@ -192,7 +192,11 @@ def mix(
     Returns:
         alpha: (N,) float32; NaN in a row without a solution: a NaN among its logits, or no token with mass under both.
         log_q: (N, V) float32, normalised; NaN throughout a row without a solution.
+
+    Raises:
+        ValueError: on a temperature that is not above 0, or numbers of rows and mixtures that differ.
     """
+    _check_rows(theta_logits, teacher_logits, mixture, temperature)
     log_theta, log_teacher = log_distributions(theta_logits, teacher_logits, temperature)
     if isinstance(mixture, Mixture):
         mixture = [mixture] * log_theta.shape[0]
@@ -200,6 +204,25 @@ def mix(
     alpha = solve_alpha(log_theta, log_teacher, rows)
     log_q = torch.log_softmax(blend(log_theta, log_teacher, alpha), dim=-1)
     return alpha.float(), log_q.float()
+
+
+def _check_rows(
+    theta_logits: Tensor, teacher_logits: Tensor, mixture: Mixture | Sequence[Mixture] | MixtureRows, temperature: Any
+) -> None:
+    """Refuse what would broadcast, or solve a wrong problem, without a word; looks at nothing on a device."""
+    N = len(theta_logits)
+    if len(teacher_logits) != N:
+        raise ValueError(
+            f"mix: {N} rows of the student's logits and {len(teacher_logits)} of the teacher's; wanted equal."
+        )
+    M = N if isinstance(mixture, Mixture) else len(mixture.method if isinstance(mixture, MixtureRows) else mixture)
+    if M != N:
+        raise ValueError(f"mix: {M} mixtures for {N} rows of logits; wanted one for all rows or one for each.")
+    if not isinstance(temperature, Tensor) and not temperature > 0:
+        raise ValueError(
+            f"mix: `temperature` is {temperature!r}; wanted a number above 0. "
+            "For the likeliest token solve at 1 and take the argmax of log_q."
+        )
 
 
 def log_distributions(

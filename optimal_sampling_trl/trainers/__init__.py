@@ -1,7 +1,17 @@
 """TRL's trainers with rollouts from the mixture. TRL is imported here and nowhere else in the package."""
 
-from .config import GRPOConfig
+from .config import DistillationConfig, GRPOConfig, RLOOConfig
+from .distillation import DistillationTrainer
 from .generator import OptimalSamplingGenerator
 from .grpo import GRPOTrainer
+from .rloo import RLOOTrainer
 
-__all__ = ["GRPOConfig", "GRPOTrainer", "OptimalSamplingGenerator"]
+__all__ = [
+    "DistillationConfig",
+    "DistillationTrainer",
+    "GRPOConfig",
+    "GRPOTrainer",
+    "OptimalSamplingGenerator",
+    "RLOOConfig",
+    "RLOOTrainer",
+]

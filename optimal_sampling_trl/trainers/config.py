@@ -8,6 +8,9 @@ from typing import Any
 import trl
 
 from ..losses import Correction
+from ..options import unknown_option
+
+LOSSES = ("divergence", "sampled_token")
 
 
 @dataclass
@@ -37,7 +40,7 @@ class CorrectionConfig:
 
 
 @dataclass
-class PositiveOnlyConfig(CorrectionConfig):
+class PolicyGradientConfig(CorrectionConfig):
     """The correction of a policy gradient, which has advantages."""
 
     positive_only: bool = field(
@@ -47,13 +50,52 @@ class PositiveOnlyConfig(CorrectionConfig):
 
 
 @dataclass
-class GRPOConfig(PositiveOnlyConfig, trl.GRPOConfig):
+class GRPOConfig(PolicyGradientConfig, trl.GRPOConfig):
     """TRL's `GRPOConfig` with the correction for completions of the mixture.
 
     The defaults are those that were seen to teach and not to collapse: half of each group from the student as plain
     GRPO (`OptimalSamplingGenerator.theta_fraction`), the other half from the mixture with weight 1 and positive
     advantages only.
     """
+
+    distillation_coefficient: float = field(
+        default=0.0,
+        metadata={
+            "help": "Adds this times log t - log theta of the sampled token to its advantage; 0 is the reward alone."
+        },
+    )
+    distillation_clip: float | None = field(
+        default=5.0, metadata={"help": "Limits log t - log theta to this many nats either way; None does not."}
+    )
+
+
+@dataclass
+class RLOOConfig(PolicyGradientConfig, trl.RLOOConfig):
+    """TRL's `RLOOConfig` with the correction for completions of the mixture; the defaults are `GRPOConfig`'s."""
+
+
+@dataclass
+class DistillationConfig(CorrectionConfig, trl.DistillationConfig):
+    """TRL's `DistillationConfig` with the correction, and a loss that needs no teacher in the trainer."""
+
+    loss: str = field(
+        default="divergence",
+        metadata={
+            "help": "'divergence': TRL's, over the whole vocabulary; 'sampled_token': log t - log theta of the "
+            "sampled tokens alone, without a teacher in the trainer."
+        },
+    )
+    sampled_token_clip: float | None = field(
+        default=5.0, metadata={"help": "Limits log t - log theta to this many nats either way; None does not."}
+    )
+    sampled_token_centre: bool = field(
+        default=False, metadata={"help": "Subtract the mean of log t - log theta over the batch."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss not in LOSSES:
+            raise ValueError(unknown_option("loss of distillation", self.loss, LOSSES))
 
 
 def correction_of(args: Any) -> Correction:

@@ -32,6 +32,7 @@ class Plan:
 
     Args:
         generator: the user's settings.
+        group: how many completions make a group.
         theta_count: how many of each group come from the student alone.
         training: whether the trainer trains; an evaluation samples from the student alone.
         progress: the share of training that is done, in [0, 1].
@@ -39,20 +40,18 @@ class Plan:
     """
 
     generator: OptimalSamplingGenerator
+    group: Callable[[], int]
     theta_count: Callable[[], int]
     training: Callable[[], bool]
     progress: Callable[[], float]
     first_row: Callable[[int], int]
 
-    def mixtures(self, rows: int, group: int) -> list[Mixture]:
-        """The mixture of each of this process's `rows` completions, which stand in groups of `group`."""
+    def mixtures(self, rows: int) -> list[Mixture]:
+        """The mixture of each of this process's `rows` completions."""
         if not self.training():
             return [Mixture.theta_only()] * rows
-        mixture, first, alone = (
-            self.generator.current_mixture(self.progress()),
-            self.first_row(rows),
-            self.theta_count(),
-        )
+        mixture = self.generator.current_mixture(self.progress())
+        first, group, alone = self.first_row(rows), self.group(), self.theta_count()
         return [Mixture.theta_only() if (first + row) % group < alone else mixture for row in range(rows)]
 
 
@@ -113,7 +112,7 @@ class MixtureGeneration:
         if images is not None:
             raise ValueError("Rollouts from the mixture take text alone; the dataset has images. Drop them.")
         theirs = self.teacher_prompts if self.teacher_prompts is not None else prompts
-        mixtures = self.plan.mixtures(len(prompts), num_generations)
+        mixtures = self.plan.mixtures(len(prompts))
         requests = [
             Request(list(teacher), list(theta), mixture, self.sampling)
             for teacher, theta, mixture in zip(theirs, prompts, mixtures, strict=True)

@@ -54,9 +54,11 @@ class MixtureTrainerMixin:
         self._check_settings()
 
     def _build_generation(self, **trl_arguments: Any) -> MixtureGeneration:
+        """What TRL calls to build its engine, once, while its `__init__` runs."""
         plan = Plan(
             generator=self.generator,
-            theta_count=lambda: self.generator.theta_count(self._group_size(), self.default_theta_fraction),
+            group=self._group_size,
+            theta_count=self._theta_count,
             training=lambda: self.model.training,
             progress=lambda: self.state.global_step / max(self.state.max_steps, 1),
             first_row=lambda rows: self.accelerator.process_index * rows,
@@ -64,11 +66,15 @@ class MixtureTrainerMixin:
         return MixtureGeneration(plan, **trl_arguments)
 
     def _group_size(self) -> int:
-        return getattr(self, "num_generations", 1)
+        """How many completions make a group, of which `theta_fraction` is a share."""
+        raise NotImplementedError
+
+    def _theta_count(self) -> int:
+        return self.generator.theta_count(self._group_size(), self.default_theta_fraction)
 
     def _check_settings(self) -> None:
         """Refuse settings that would do nothing; a subclass adds its own."""
-        self.generator.theta_count(self._group_size(), self.default_theta_fraction)
+        self._theta_count()
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's batch with the records: `alpha`, `log_q`, `log_theta`, `log_teacher` (B, T), 0 on padding, and

@@ -55,7 +55,7 @@ TRAPS = {
     ),
     "packed_head": Trap(
         symptom="After a reload on the CPU a tied student's log-probabilities are off by about 0.02.",
-        cause="The output layer holds a packed copy of the embedding, and no weight of its own that a reload would see.",
+        cause="The output layer holds a packed copy of the embedding, and no weight of its own that a reload sees.",
         safe="Packing it again after a reload is what happens after the first load.",
         upstream="None found.",
         delete="When test_engine_reload passes for a tied student without `repack_tied_head`.",

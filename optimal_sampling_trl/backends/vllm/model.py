@@ -35,10 +35,13 @@ class OptimalSamplingForCausalLM(nn.Module):
     brings none, as `Mixture.to_dict`)."""
 
     is_text_generation_model = True
+    teacher: Any
+    theta: Any
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        settings = vllm_config.additional_config["optimal_sampling"]
+        additional: Any = vllm_config.additional_config
+        settings = additional["optimal_sampling"]
         self.ending = Ending(**{name: tuple(ids) for name, ids in settings["ending"].items()})
         self.default_mixture: dict[str, Any] = settings.get("mixture", {})
         # A teacher with an FP8 scheme for its cache switches the shared setting while it is built: compat.py.
@@ -53,7 +56,7 @@ class OptimalSamplingForCausalLM(nn.Module):
         self.secondary_weights = [DefaultModelLoader.Source(settings["theta"], revision=None, prefix=THETA)]
         self.teacher_size = vllm_config.model_config.get_hidden_size()
         self.theta_size = theta.get_hidden_size()
-        self.theta_names: set[str] = set()
+        self.theta_shapes: dict[str, torch.Size] = {}
         self.theta_logits: Tensor | None = None
         self.is_loaded = False
 
@@ -95,7 +98,7 @@ class OptimalSamplingForCausalLM(nn.Module):
 
     def _strip(self, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
         for name, weight in weights:
-            self.theta_names.add(name.removeprefix(THETA))
+            self.theta_shapes[name.removeprefix(THETA)] = weight.shape
             yield name.removeprefix(THETA), weight
 
     @staticmethod

@@ -73,7 +73,7 @@ def mix_step(
     Reads both logits about ten times where α is solved, three times where it is known; waits for no device but the
     CPU.
     """
-    N, V_engine = teacher.shape
+    V_engine = teacher.shape[1]
     V = min(theta.shape[1], V_engine)
     theta, teacher = theta[:, :V].float(), ending.fold(teacher[:, :V].float())
     if plan.solve is not None and len(plan.solve) == 0:

@@ -1,0 +1,126 @@
+"""The student's weights, replaced in place while the engine stays: same storages, so that CUDA graphs stay valid."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .compat import quiet_reload, repack_tied_head
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+    from .limits import Pair
+
+HEAD = "lm_head.weight"
+
+
+def reload_theta(llm: LLM, pair: Pair, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+    """Replace the student's weights and forget what was cached under the old ones.
+
+    A list is checked as a whole first, and the old weights stay where it is refused. A generator is loaded as it
+    comes, as each of its tensors may be gathered for a moment only: where that fails half-way the engine refuses to
+    sample until a whole set was loaded.
+
+    Args:
+        llm: the engine.
+        pair: its pair; `stale` is set and cleared here.
+        named_parameters: every weight of the student under its checkpoint's name; the output layer of a tied one may
+            be left out.
+
+    Raises:
+        RuntimeError: while requests run, or where vLLM keeps cached blocks.
+        ValueError: where weights are missing, unknown or of another shape, naming them.
+    """
+    if llm.llm_engine.has_unfinished_requests():
+        raise RuntimeError(
+            "The student cannot be reloaded while requests run: their first tokens would be another model's. "
+            "Wait until `generate` returned, or abort them."
+        )
+    named_parameters = named_parameters if isinstance(named_parameters, Sequence) else iter(named_parameters)
+    if isinstance(named_parameters, Sequence):
+        llm.collective_rpc("check_theta_weights", args=(named_parameters,))
+    pair.stale = "a reload of the student failed half-way, so that its weights are a mixture of old and new ones"
+    llm.collective_rpc("reload_theta", args=(named_parameters,))
+    if not llm.reset_prefix_cache():
+        pair.stale = "vLLM did not drop the blocks that were cached under the student's old weights"
+        raise RuntimeError(f"{pair.stale[0].upper()}{pair.stale[1:]}: some request still holds them.")
+    pair.stale = None
+
+
+class OptimalSamplingWorker:
+    """What each of vLLM's workers learns to do; vLLM adds this class to its worker's bases."""
+
+    model_runner: Any
+
+    def install_mixture_sampler(self) -> None:
+        """Put the mixture before the sampler of Model Runner V1; V2 asks the model for its own (model_state.py).
+
+        Raises:
+            ValueError: where vLLM gave the two models more than one group of caches, or chose V1 on a GPU.
+        """
+        runner = self.model_runner
+        groups = len(runner.kv_cache_config.kv_cache_groups)
+        if groups != 1:
+            raise ValueError(
+                f"vLLM made {groups} groups of KV caches for this pair; wanted 1. The two models differ in the kind "
+                "of their attention: pass a pair of one family, or backend='transformers'."
+            )
+        if hasattr(runner, "input_batch"):
+            if runner.device.type != "cpu":
+                raise ValueError(
+                    f"vLLM chose Model Runner V1 on {runner.device}; wanted V2, as V1's rows are mapped to requests "
+                    "on the host. Install Triton and drop settings that force V1, such as `logits_processors`."
+                )
+            from .sampler import MixtureSampler
+
+            if not isinstance(runner.sampler, MixtureSampler):
+                runner.sampler = MixtureSampler(runner.sampler, runner)
+
+    def check_theta_weights(self, named_parameters: Sequence[tuple[str, Tensor]]) -> None:
+        """Read names and shapes of a whole set; see `reload_theta`."""
+        for _ in _checked(self.model_runner.model, named_parameters):
+            pass
+
+    @torch.no_grad()
+    def reload_theta(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Load a whole set into the student's own storages."""
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+        model = self.model_runner.model
+        config = model.theta_config.model_config
+        with quiet_reload():
+            initialize_layerwise_reload(model.theta)
+            try:
+                model.theta.load_weights(_checked(model, named_parameters))
+            finally:
+                finalize_layerwise_reload(model.theta, config)
+                repack_tied_head(model.theta, _is_tied(model))
+
+
+def _is_tied(model: Any) -> bool:
+    return bool(model.theta_config.model_config.hf_config.tie_word_embeddings)
+
+
+def _checked(model: Any, named_parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The weights, on their way; raises where one does not fit, and at the end where some are missing."""
+    expected: dict[str, torch.Size] = model.theta_shapes
+    left = set(expected) - ({HEAD} if _is_tied(model) else set())
+    for name, weight in named_parameters:
+        if name == HEAD and _is_tied(model):
+            continue
+        if name not in expected or weight.shape != expected[name]:
+            got = f"has shape {tuple(weight.shape)}" if name in expected else "is none of its checkpoint's"
+            wanted = f"shape {tuple(expected[name])}" if name in expected else f"names such as {min(expected)!r}"
+            raise ValueError(f"The student's weight {name!r} {got}; wanted {wanted}. Was it another model's?")
+        left.discard(name)
+        yield name, weight.detach()
+    if left:
+        few = ", ".join(sorted(left)[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
+        raise ValueError(
+            f"{len(left)} of the student's {len(expected)} weights are missing: {few}. "
+            "Wanted the whole set: pass all of `model.named_parameters()`, an adapter merged into it."
+        )

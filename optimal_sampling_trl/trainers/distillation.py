@@ -1,0 +1,119 @@
+"""On-policy distillation with rollouts from the mixture: the full divergence, or the sampled tokens alone."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import trl
+from torch import Tensor
+from trl.trainer.utils import selective_log_softmax
+
+from ..losses import sampled_token_coefficients
+from .config import DistillationConfig
+from .mixin import MixtureTrainerMixin
+
+_TRL_MODULE = sys.modules[trl.DistillationTrainer.__module__]
+_DIVERGENCE = "ChunkedDivergenceFunction"
+"""The name in TRL's module under which its loss finds the divergence of each position."""
+
+
+class DistillationTrainer(MixtureTrainerMixin, trl.DistillationTrainer):
+    """TRL's `DistillationTrainer` with `generator=`: rollouts from the mixture of the teacher and the model.
+
+    Takes all that TRL's takes. The loss is TRL's divergence from the teacher, computed over the whole vocabulary, or
+    with `DistillationConfig(loss="sampled_token")` one that uses the recorded log t of the sampled tokens and needs no
+    teacher in the trainer. `theta_fraction` is 0 by default: all rollouts come from the mixture.
+
+    Args:
+        teacher_model: as in TRL; by default the generator's teacher. Not needed by the loss of sampled tokens.
+        generator: where rollouts come from; see `OptimalSamplingGenerator`.
+        args: our `DistillationConfig`, or TRL's, which gets the divergence without weights.
+    """
+
+    config_class = DistillationConfig
+    default_theta_fraction = 0.0
+
+    def __init__(self, model: Any, teacher_model: Any = None, args: Any = None, **keywords: Any) -> None:
+        self.sampled_token = getattr(args, "loss", "divergence") == "sampled_token"
+        if self.sampled_token and teacher_model is not None:
+            raise ValueError(
+                "`loss` is 'sampled_token', which reads the teacher from the rollouts, and a `teacher_model` was "
+                "given as well. Drop it, or set `loss='divergence'`."
+            )
+        if not self.sampled_token and teacher_model is None:
+            teacher_model = getattr(keywords.get("generator"), "teacher", None)
+        super().__init__(model, teacher_model, args=args, **keywords)
+
+    def _group_size(self) -> int:
+        """Distillation has no groups: the share is one of each process's batch."""
+        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+
+    def _check_settings(self) -> None:
+        super()._check_settings()
+        if not self.sampled_token and not self.correction.name.startswith(("none", "prefix")):
+            raise ValueError(
+                f"`correction` is {self.correction.name!r}; the divergence at a position is exact over the vocabulary "
+                "and depends on the tokens before it alone, so wanted 'none' or one of the level 'prefix', "
+                "for example 'prefix_truncate'."
+            )
+
+    def _correct(self, output: dict[str, Any]) -> None:
+        output["weights"] = self.correction.weights(
+            output["log_theta"],
+            output["log_q"],
+            output["completion_mask"].float(),
+            output["mixture_rows"],
+            inclusive=self.sampled_token,
+        )
+
+    def _compute_loss(self, unwrapped_student: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
+        if self.sampled_token:
+            return self._sampled_token_loss(unwrapped_student, inputs, num_items_in_batch)
+        if self.correction.name == "none" or "weights" not in inputs:  # an evaluation has none
+            return super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
+        weighted = _WeightedDivergence(getattr(_TRL_MODULE, _DIVERGENCE), inputs["weights"], inputs["completion_mask"])
+        with patch.object(_TRL_MODULE, _DIVERGENCE, weighted):
+            return super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
+
+    def _sampled_token_loss(self, student: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
+        """Σ −c·log θ(x) over the sampled tokens, with c from `losses.sampled_token_coefficients`; what TRL's returns:
+        the loss, the sum of the student's entropies, the number of tokens."""
+        ids, mask = inputs["completion_ids"], inputs["completion_mask"]
+        logits = student(
+            input_ids=torch.cat([inputs["prompt_ids"], ids], dim=1),
+            attention_mask=torch.cat([inputs["prompt_mask"], mask], dim=1),
+            logits_to_keep=ids.shape[1] + 1,
+            use_cache=False,
+        ).logits[:, :-1]
+        logits = logits.float() / self.temperature
+        log_theta = selective_log_softmax(logits, ids)  # (B, T)
+        coefficients = sampled_token_coefficients(
+            inputs["log_teacher"],
+            log_theta.detach(),
+            mask.float(),
+            clip=self.args.sampled_token_clip,
+            centre=self.args.sampled_token_centre,
+        )
+        weights = inputs.get("weights", torch.ones_like(log_theta))
+        total = -(coefficients * weights * log_theta * mask).sum()
+        with torch.no_grad():
+            entropy = (torch.special.entr(logits.softmax(-1)).sum(-1) * mask).sum()
+        count = mask.sum()
+        divisor = count.clamp(min=1) if num_items_in_batch is None else torch.as_tensor(num_items_in_batch).to(total)
+        return total / divisor, entropy, count
+
+
+class _WeightedDivergence:
+    """Stands where TRL's loss finds its autograd function: the divergence of each position times its weight."""
+
+    def __init__(self, function: Any, weights: Tensor, mask: Tensor) -> None:
+        self.function, self.weights, self.valid = function, weights.reshape(-1), mask.reshape(-1) != 0
+
+    def apply(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        divergence, entropy = self.function.apply(*arguments)
+        # On devices with Triton TRL computes the valid positions alone, elsewhere all (B·T).
+        weights = self.weights if len(divergence) == len(self.weights) else self.weights[self.valid]
+        return divergence * weights.to(divergence), entropy

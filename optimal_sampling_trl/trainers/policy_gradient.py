@@ -1,0 +1,48 @@
+"""What GRPO and RLOO share: groups with a reward, whose advantages make use of the records."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import Tensor
+
+from ..losses import keep_positive
+from .mixin import MixtureTrainerMixin
+
+
+class PolicyGradientMixin(MixtureTrainerMixin):
+    """Advantages of the mixture's completions, and the reward of each half of the groups."""
+
+    default_theta_fraction = 0.5
+
+    def _group_size(self) -> int:
+        return self.num_generations
+
+    def _check_settings(self) -> None:
+        super()._check_settings()
+        if self.correction.name != "none" and self._theta_count() == 0:
+            warnings.warn(
+                f"`correction={self.correction.name!r}` with groups that come from the mixture alone: in a study of "
+                "4-digit addition every ratio theta/q on such groups collapsed (exact match .045 -> .002 with "
+                "token_truncate, .000 with a mask; .09 on-policy). Leave `theta_fraction` at 0.5.",
+                stacklevel=4,
+            )
+
+    def _advantages(self, output: dict[str, Any]) -> Tensor:
+        """TRL's advantages (B,), those of the mixture's completions that are below 0 set to 0 if so configured."""
+        if getattr(self.args, "positive_only", True):
+            return keep_positive(output["advantages"], output["mixture_rows"])
+        return output["advantages"]
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        """TRL's rewards (rows of all processes, functions); logs the mean of each half of the groups."""
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if self.model.training:
+            log, alone = self._metrics["train"], self._theta_count()
+            grouped = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1).view(-1, self._group_size())
+            log["mixture/groups_with_signal"].append(float((grouped.amax(1) > grouped.amin(1)).float().mean()))
+            for name, half in (("theta", grouped[:, :alone]), ("mixture", grouped[:, alone:])):
+                if half.numel():
+                    log[f"mixture/reward_{name}"].append(float(half.mean()))
+        return rewards
