@@ -373,7 +373,8 @@ def _find_root(
 ) -> Float[Tensor, " N"]:
     """Newton's method from `alpha` in the bracket [alpha_min, alpha_max]; bisection where a step does not halve the
     last one. A step beyond an end of the range tries that end, once, which is the answer where the root lies outside:
-    bisection would only creep towards it, and α = 1 - 1e-9 has another support than 1."""
+    bisection would only creep towards it, and α = 1 - 1e-9 has another support than 1. A row that is solved stays
+    where it is while others go on: its last step is rounding, which the next need not halve."""
     low, high = rows.alpha_min.clone(), rows.alpha_max.clone()
     last = high - low
     untried = torch.ones_like(low, dtype=torch.bool)
@@ -382,7 +383,7 @@ def _find_root(
         low, high = torch.where(value < 0, alpha, low), torch.where(value > 0, alpha, high)
         newton = torch.clamp(alpha - value / slope, low, high)
         end = untried & ((newton == rows.alpha_min) | (newton == rows.alpha_max))
-        accept = end | ((newton - alpha).abs() <= last / 2)
+        accept = end | ((newton - alpha).abs() <= (last / 2).clamp(min=SOLVER_TOLERANCE))
         step = torch.where(value == 0, alpha, torch.where(accept, newton, (low + high) / 2)) - alpha
         untried &= ~end
         alpha, last = alpha + step, step.abs()

@@ -172,7 +172,7 @@ def test_the_weights_of_the_student_average_to_one(backend: Any, oracle: Oracle)
 
 def test_padded_ids_are_never_drawn(backend: Any) -> None:
     """The teacher scores 320 ids and the student 288: above 288 q has no mass."""
-    requests = [request(TEXTS[i % 6], Mixture.teacher_only(), seed=i, temperature=3.0) for i in range(30)]
+    requests = [request(TEXTS[i % 6], Mixture.teacher_only(), seed=i, temperature=2.0) for i in range(30)]
     assert max(max(rollout.completion_ids) for rollout in backend.generate(requests)) < 288
 
 
@@ -222,6 +222,12 @@ def test_a_request_that_cannot_be_served(backend: Any, prompt: list[int], theta_
         backend.generate([request("fine"), Request(prompt, theta_prompt, Mixture(), Sampling())])
     assert not backend.llm.llm_engine.has_unfinished_requests()
     assert backend.generate([]) == []
+
+
+@pytest.mark.parametrize("temperature", [0.001, 2.5])
+def test_a_temperature_that_vllm_would_change(backend: Any, temperature: float) -> None:
+    with pytest.raises(ValueError, match=f"Request 0 has `temperature` {temperature}; wanted 0, or 0.01 to 2"):
+        backend.generate([request("x", temperature=temperature)])
 
 
 def test_plain_requests_beside_recorded_ones(backend: Any, oracle: Oracle) -> None:

@@ -364,7 +364,8 @@ def test_a_root_outside_of_the_range_is_its_nearer_end(method: str) -> None:
 @pytest.mark.parametrize("method", ROOTS)
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.5, 1.0), (0.0, 0.2)])
 def test_the_solver_takes_few_passes(method: str, low: float, high: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the root lies outside of the range, to whose end bisection would creep in 30."""
+    """Also where the root lies outside of the range, to whose end bisection would creep in 30, and where a row is
+    solved long before others, which it must not leave again (a GPU makes a fixed number of passes)."""
     passes, residual_of = 0, module._RESIDUALS[method]
 
     def counted(*arguments: Any) -> Any:
@@ -401,7 +402,7 @@ def test_log_q_is_normalised(pair: Pair, mixture: Mixture, temperature: float) -
 
 
 def test_rows_do_not_see_each_other() -> None:
-    """Mixtures and temperatures of each row give what the row gives alone, as a sequence, as columns and picked out."""
+    """Mixture and temperature of each row give what the row gives alone: as a sequence, as columns, picked out."""
     theta, teacher = random_pair(25, 9)
     generator = torch.Generator().manual_seed(1)
     temperature = 0.3 + 1.7 * torch.rand(25, generator=generator)
@@ -471,7 +472,7 @@ def test_without_a_common_token_only_the_ends_have_a_solution() -> None:
         assert alpha.isnan()
         assert log_q.isnan().all()
     for mixture, end in ((Mixture.theta_only(), theta), (Mixture.teacher_only(), teacher)):
-        assert torch.equal(mix(theta, teacher, mixture)[1], torch.log_softmax(end, -1))
+        assert torch.equal(mix(theta, teacher, mixture)[1], torch.log_softmax(end.double(), -1).float())
     assert float(mix(theta, teacher, Mixture("entropy"))[0]) == 1.0  # the teacher's row is certain: its entropy is 0
 
 
@@ -594,7 +595,7 @@ def test_mixture_as_values_and_back(mixture: Mixture) -> None:
 def test_a_key_that_no_mixture_has_is_refused() -> None:
     with pytest.raises(ValueError, match=r"Unknown field of a mixture 'alpha_mn'\. .*Did you mean 'alpha_min'\?"):
         Mixture.from_dict({"method": "fixed", "alpha_mn": 0.1})
-    with pytest.raises(ValueError, match="`alpha_min` is 0.9 and `alpha_max` is 0.1"):
+    with pytest.raises(ValueError, match=r"`alpha_min` is 0\.9 and `alpha_max` is 0\.1"):
         Mixture.from_dict({"alpha_min": 0.9, "alpha_max": 0.1})
 
 
@@ -614,7 +615,8 @@ def test_anneal_is_linear_and_ends_at_the_student(method: str) -> None:
     for gone in (0.25, 0.5, 0.75):
         annealed = mixture.anneal(gone)
         if method == "trust_region":
-            assert annealed == Mixture(method, 0.3, 0.8, 0.6, pytest.approx(0.4 * (1 - gone)))
+            assert annealed.epsilon == pytest.approx(0.4 * (1 - gone))
+            assert (annealed.alpha_min, annealed.alpha_max, annealed.fixed_alpha) == (0.3, 0.8, 0.6)
         else:
             alpha_max = 0.8 * (1 - gone)
             assert annealed.alpha_max == pytest.approx(alpha_max)
@@ -631,7 +633,7 @@ def test_anneal_refuses_what_is_no_share(gone: Any) -> None:
 
 def test_shapes_are_checked_in_tests() -> None:
     """The import hook of conftest.py is on: a batch of another size is refused before any arithmetic."""
-    with pytest.raises(Exception, match="Type-check error whilst checking the parameters of .*mix"):
+    with pytest.raises(Exception, match=r"Type-check error whilst checking the parameters of .*mix"):
         mix(torch.zeros(3, 5), torch.zeros(2, 5), Mixture())
     with pytest.raises(Exception, match="Type-check error"):
         blend(torch.zeros(3, 5), torch.zeros(3, 6), torch.zeros(3))

@@ -47,6 +47,11 @@ class DistillationTrainer(MixtureTrainerMixin, trl.DistillationTrainer):
             teacher_model = getattr(keywords.get("generator"), "teacher", None)
         super().__init__(model, teacher_model, args=args, **keywords)
 
+    def _teacher(self) -> Any:
+        """The transformers backend shares the teacher that TRL has loaded for the loss."""
+        loaded = getattr(self, "teacher_model", None)
+        return loaded if loaded is not None and self.generator.backend == "transformers" else self.generator.teacher
+
     def _group_size(self) -> int:
         """Distillation has no groups: the share is one of each process's batch."""
         return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps

@@ -6,6 +6,7 @@ under that name while `__init__` runs. All that is relied on in TRL's generation
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,12 +15,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
-from ..backends import make_backend
+from transformers import PreTrainedModel
+from trl.generation import vllm_generation
+
+from ..backends import make_backend, why_not_vllm
 from ..mixture import Mixture
 from ..options import unknown_option
 from ..request import Request, Sampling
 from ..rollout import Rollout
 from .generator import OptimalSamplingGenerator
+
+logger = logging.getLogger(__name__)
 
 TRAINER_PACKAGE = "trl.trainer"
 SEAM = "VLLMGeneration"
@@ -32,31 +38,31 @@ class Plan:
 
     Args:
         generator: the user's settings.
+        teacher: the generator's, or the trainer's own copy of it where it holds one.
         group: how many completions make a group.
         theta_count: how many of each group come from the student alone.
         training: whether the trainer trains; an evaluation samples from the student alone.
         progress: the share of training that is done, in [0, 1].
-        first_row: the position of this process's first completion in the batch of all processes.
     """
 
     generator: OptimalSamplingGenerator
+    teacher: str | PreTrainedModel
     group: Callable[[], int]
     theta_count: Callable[[], int]
     training: Callable[[], bool]
     progress: Callable[[], float]
-    first_row: Callable[[int], int]
 
-    def mixtures(self, rows: int) -> list[Mixture]:
-        """The mixture of each of this process's `rows` completions."""
+    def mixtures(self, rows: int, first: int) -> list[Mixture]:
+        """The mixture of each of `rows` completions, which start at row `first` of the batch of all processes."""
         if not self.training():
             return [Mixture.theta_only()] * rows
         mixture = self.generator.current_mixture(self.progress())
-        first, group, alone = self.first_row(rows), self.group(), self.theta_count()
+        group, alone = self.group(), self.theta_count()
         return [Mixture.theta_only() if (first + row) % group < alone else mixture for row in range(rows)]
 
 
 class MixtureGeneration:
-    """TRL's view of a backend. Keeps the rollouts of the last call until the trainer takes them.
+    """What both engines share: requests from TRL's prompts, and the rollouts of the last call until they are taken.
 
     Args:
         plan: which mixture each completion is sampled from.
@@ -66,15 +72,32 @@ class MixtureGeneration:
     def __init__(self, plan: Plan, **trl_arguments: Any) -> None:
         self.plan = plan
         self.sampling = _sampling(trl_arguments)
-        self.sleeps = trl_arguments["enable_sleep_mode"]
         self.teacher_prompts: Sequence[list[int]] | None = None
         self.rollouts: list[Rollout] = []
         self.seconds = 0.0
-        self.backend = self._build(**trl_arguments)
 
-    def _build(self, **trl_arguments: Any) -> Any:
-        generator = self.plan.generator
-        accelerator = trl_arguments["accelerator"]
+    def take(self) -> list[Rollout]:
+        """The rollouts of the last call, once."""
+        rollouts, self.rollouts = self.rollouts, []
+        return rollouts
+
+    def _requests(self, prompts: Sequence[list[int]], first: int) -> list[Request]:
+        """A request for each prompt; `first` is the position of the first of them in the batch of all processes."""
+        theirs = self.teacher_prompts if self.teacher_prompts is not None else prompts
+        mixtures = self.plan.mixtures(len(prompts), first)
+        return [
+            Request(list(teacher), list(theta), mixture, self.sampling)
+            for teacher, theta, mixture in zip(theirs, prompts, mixtures, strict=True)
+        ]
+
+
+class LiveGeneration(MixtureGeneration):
+    """The transformers backend: the student is the module being trained."""
+
+    def __init__(self, plan: Plan, **trl_arguments: Any) -> None:
+        super().__init__(plan, **trl_arguments)
+        self.sleeps = trl_arguments["enable_sleep_mode"]
+        accelerator = self.accelerator = trl_arguments["accelerator"]
         if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED"):
             raise ValueError(
                 f"The transformers backend reads the live model, which {accelerator.distributed_type.value} "
@@ -85,12 +108,12 @@ class MixtureGeneration:
                 f"`vllm_tensor_parallel_size` is {trl_arguments['tensor_parallel_size']}; the transformers backend "
                 'has no tensor parallelism. Set it to 1 or use `backend="vllm"`.'
             )
-        options = {"max_num_seqs": trl_arguments["max_num_seqs"], **(generator.engine_arguments or {})}
+        options = {"max_num_seqs": trl_arguments["max_num_seqs"], **(plan.generator.engine_arguments or {})}
         if trl_arguments["max_model_length"] is not None:
             options["max_model_len"] = trl_arguments["max_model_length"]
-        return make_backend(
+        self.backend = make_backend(
             "transformers",
-            generator.teacher,
+            plan.teacher,
             trl_arguments["model"],
             tokenizer=trl_arguments["processing_class"],
             device=accelerator.device,
@@ -109,14 +132,8 @@ class MixtureGeneration:
         Returns what TRL's own returns. The log-probabilities are log θ, not log q, so that TRL's correction goes on
         correcting what it is meant for, the difference between the engine and the trainer.
         """
-        if images is not None:
-            raise ValueError("Rollouts from the mixture take text alone; the dataset has images. Drop them.")
-        theirs = self.teacher_prompts if self.teacher_prompts is not None else prompts
-        mixtures = self.plan.mixtures(len(prompts))
-        requests = [
-            Request(list(teacher), list(theta), mixture, self.sampling)
-            for teacher, theta, mixture in zip(theirs, prompts, mixtures, strict=True)
-        ]
+        _refuse_images(images)
+        requests = self._requests(prompts, self.accelerator.process_index * len(prompts))
         if self.sleeps:
             self.backend.wake_up()
         start = time.perf_counter()
@@ -129,10 +146,99 @@ class MixtureGeneration:
         log_theta = [[[value] for value in rollout.log_theta.tolist()] for rollout in self.rollouts]
         return prompts, completions, log_theta, None
 
-    def take(self) -> list[Rollout]:
-        """The rollouts of the last call, once."""
-        rollouts, self.rollouts = self.rollouts, []
-        return rollouts
+
+class EngineGeneration(MixtureGeneration, vllm_generation.VLLMGeneration):
+    """TRL's own colocated engine with the fused model inside: process groups, gathering and sleep stay TRL's."""
+
+    def __init__(self, plan: Plan, **trl_arguments: Any) -> None:
+        MixtureGeneration.__init__(self, plan, **trl_arguments)
+        vllm_generation.VLLMGeneration.__init__(self, **trl_arguments)
+
+    def _init_vllm(self) -> None:
+        with patch.object(vllm_generation, "LLM", self._build_llm):
+            super()._init_vllm()
+
+    def _build_llm(self, model: str, **engine_arguments: Any) -> FusedLLM:
+        """What TRL calls for `vllm.LLM`: `model`, the student's folder, goes beside the teacher."""
+        from ..backends.vllm.engine import build_llm
+
+        if self.accelerator.device.type == "cpu":  # vLLM would turn a float32 student into bfloat16
+            engine_arguments["dtype"] = "float32"
+        arguments = {name: value for name, value in engine_arguments.items() if value is not None}
+        arguments.update(self.plan.generator.engine_arguments or {})
+        return FusedLLM(build_llm(self.plan.teacher, model, **arguments), self)
+
+    def sync_weights(self) -> None:
+        """Load the trainer's weights into the engine's student, all of them, in place."""
+        from ..backends.vllm.engine import pair_of, reload_theta
+
+        if self.enable_sleep_mode:
+            vllm_generation.empty_cache()
+            self.llm.wake_up(tags=["weights"])
+            self._llm_weights_sleeping = False
+        reload_theta(self.llm.engine, pair_of(self.llm.engine), self._iter_named_params())
+
+    def generate(
+        self, prompts: list[list[int]], images: list[Any] | None, num_generations: int, profiler: Any = None
+    ) -> tuple:
+        """TRL's own, through `FusedLLM.generate`; see `LiveGeneration.generate` for what it returns."""
+        _refuse_images(images)
+        result = super().generate(prompts, images, num_generations, profiler)
+        # With tensor parallelism each rank samples its group's prompts and keeps its own.
+        start = self.accelerator.process_index % self.tensor_parallel_size * len(prompts)
+        self.rollouts = self.rollouts[start : start + len(prompts)]
+        return result
+
+
+class FusedLLM:
+    """A fused `vllm.LLM` as TRL uses one: takes its prompts, keeps the rollouts, hands back one log-probability.
+
+    Args:
+        engine: what `build_llm` returned.
+        owner: whose plan says what is sampled and who gets the rollouts.
+    """
+
+    def __init__(self, engine: Any, owner: EngineGeneration) -> None:
+        self.engine, self.owner = engine, owner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+    def generate(self, prompts: list[dict[str, Any]], sampling_params: Any, use_tqdm: bool = False) -> list[Any]:
+        """vLLM's outputs with log θ of the sampled tokens; `sampling_params` stand in the requests already."""
+        from vllm.logprobs import Logprob
+
+        from ..backends.vllm.engine import generate
+
+        owner, rows = self.owner, len(prompts)
+        first = owner.accelerator.process_index // owner.tensor_parallel_size * rows
+        requests = owner._requests([prompt["prompt_token_ids"] for prompt in prompts], first)
+        start = time.perf_counter()
+        outputs, owner.rollouts = generate(self.engine, requests)
+        owner.seconds = time.perf_counter() - start
+        for output, rollout in zip(outputs, owner.rollouts, strict=True):
+            pairs = zip(rollout.completion_ids, rollout.log_theta.tolist(), strict=True)
+            output.outputs[0].logprobs = [{token: Logprob(value, rank=1)} for token, value in pairs]
+        return outputs
+
+    def sleep(self, level: int = 1) -> None:
+        """Level 1 whatever TRL asks for: its level 2 would throw the teacher away."""
+        self.engine.sleep(level=1)
+
+
+def build_generation(plan: Plan, **trl_arguments: Any) -> MixtureGeneration:
+    """What stands for TRL's `VLLMGeneration`, on the backend that the generator asks for."""
+    generator, backend = plan.generator, plan.generator.backend
+    if backend == "auto":
+        reason = why_not_vllm(plan.teacher, trl_arguments["model"].name_or_path, two_prompts=generator.two_prompts)
+        backend = "vllm" if reason is None else "transformers"
+        logger.info("Rollouts are sampled with %s%s", backend, "." if reason is None else f": {reason}")
+    return (EngineGeneration if backend == "vllm" else LiveGeneration)(plan, **trl_arguments)
+
+
+def _refuse_images(images: list[Any] | None) -> None:
+    if images is not None:
+        raise ValueError("Rollouts from the mixture take text alone; the dataset has images. Drop them.")
 
 
 def _sampling(trl_arguments: dict[str, Any]) -> Sampling:

@@ -12,7 +12,7 @@ from ..losses import effective_sample_size
 from ..pairing import with_system_prompt
 from ..rollout import RECORDS, Rollout
 from .config import correction_of
-from .generation import MixtureGeneration, Plan, installed
+from .generation import MixtureGeneration, Plan, build_generation, installed
 from .generator import OptimalSamplingGenerator
 
 QUANTILES = (0.1, 0.5, 0.9)
@@ -57,13 +57,17 @@ class MixtureTrainerMixin:
         """What TRL calls to build its engine, once, while its `__init__` runs."""
         plan = Plan(
             generator=self.generator,
+            teacher=self._teacher(),
             group=self._group_size,
             theta_count=self._theta_count,
             training=lambda: self.model.training,
             progress=lambda: self.state.global_step / max(self.state.max_steps, 1),
-            first_row=lambda rows: self.accelerator.process_index * rows,
         )
-        return MixtureGeneration(plan, **trl_arguments)
+        return build_generation(plan, **trl_arguments)
+
+    def _teacher(self) -> Any:
+        """The teacher for the engine."""
+        return self.generator.teacher
 
     def _group_size(self) -> int:
         """How many completions make a group, of which `theta_fraction` is a share."""

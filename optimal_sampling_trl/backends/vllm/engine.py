@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams
 
 WORKER = "optimal_sampling_trl.backends.vllm.weights.OptimalSamplingWorker"
+COLDEST, HOTTEST = 0.01, 2.0
+"""The temperatures above 0 that vLLM takes as they are."""
 
 
 def build_llm(teacher: str, theta: str, **engine_arguments: Any) -> LLM:
@@ -148,6 +150,30 @@ def to_rollouts(outputs: Sequence[RequestOutput], requests: Sequence[Request], p
     return rollouts
 
 
+def generate(llm: LLM, requests: Sequence[Request]) -> tuple[list[RequestOutput], list[Rollout]]:
+    """vLLM's outputs and the rollouts in them, one of each for each request, in their order.
+
+    Raises:
+        ValueError: on a request that cannot be served, before any is; and where a model returned NaN.
+        RuntimeError: after a reload that failed half-way.
+    """
+    from vllm import TokensPrompt
+
+    pair = pair_of(llm)
+    if pair.stale:
+        raise RuntimeError(f"The engine refuses to sample: {pair.stale}. Load the whole student again.")
+    for index, request in enumerate(requests):
+        check_request(request, pair, index)
+    if not requests:
+        return [], []
+    outputs = llm.generate(
+        [TokensPrompt(prompt_token_ids=request.prompt_ids) for request in requests],
+        [to_sampling_params(request, pair.ending) for request in requests],
+        use_tqdm=False,
+    )
+    return outputs, to_rollouts(outputs, requests, pair)
+
+
 def _to_rollout(output: RequestOutput, request: Request, pair: Pair) -> Rollout:
     completion = output.outputs[0]
     ids = list(completion.token_ids)
@@ -229,21 +255,7 @@ class VLLMBackend:
             ValueError: on a request that cannot be served, before any is; and where a model returned NaN.
             RuntimeError: after a reload that failed half-way, or after `close`.
         """
-        from vllm import TokensPrompt
-
-        llm, pair = self.llm, self.pair
-        if pair.stale:
-            raise RuntimeError(f"The engine refuses to sample: {pair.stale}. Load the whole student again.")
-        for index, request in enumerate(requests):
-            check_request(request, pair, index)
-        if not requests:
-            return []
-        outputs = llm.generate(
-            [TokensPrompt(prompt_token_ids=request.prompt_ids) for request in requests],
-            [to_sampling_params(request, pair.ending) for request in requests],
-            use_tqdm=False,
-        )
-        return to_rollouts(outputs, requests, pair)
+        return generate(self.llm, requests)[1]
 
     def load_theta(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Replace the student's weights in place: see `weights.reload_theta`."""
@@ -283,7 +295,8 @@ def check_request(request: Request, pair: Pair, index: int) -> None:
     """Refuse a request that the fused engine cannot serve.
 
     Raises:
-        ValueError: on a prompt that is empty, too long or no tokens; and on a prompt of the student's own.
+        ValueError: on a prompt that is empty, too long or no tokens, on a prompt of the student's own, and on a
+            temperature that vLLM would not sample at.
     """
     if list(request.prompt_ids) != list(request.theta_prompt_ids):
         raise ValueError(
@@ -292,3 +305,8 @@ def check_request(request: Request, pair: Pair, index: int) -> None:
             "under Model Runner V1. Use backend='transformers', or give both the same system prompt."
         )
     check_prompt(request.prompt_ids, pair.context, pair.vocabulary, index, "teacher")
+    if request.sampling.temperature and not COLDEST <= request.sampling.temperature <= HOTTEST:
+        raise ValueError(
+            f"Request {index} has `temperature` {request.sampling.temperature}; wanted 0, or {COLDEST} to {HOTTEST}, "
+            "beyond which vLLM changes or refuses it. Use backend='transformers'."
+        )
