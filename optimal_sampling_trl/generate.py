@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .backends import Backend, make_backend
+from .backends import GPU_MEMORY_UTILIZATION, Backend, make_backend
 from .mixture import Mixture
+from .options import check_whole
 from .pairing import Prompt, encode
 from .request import Request, Sampling
 from .rollout import Rollout
@@ -52,7 +53,7 @@ class OptimalSamplingV1:
             different prompts.
         enable_chat_template: send texts through the chat template, as the message of a user.
         track_alpha_stats: fill `alpha_stats`.
-        gpu_memory_utilization: share of a GPU's memory for vLLM, in (0, 1].
+        gpu_memory_utilization: share of a GPU's memory for vLLM, in (0, 1]; refused with `backend="transformers"`.
         backend: `"vllm"`, `"transformers"`, or `"auto"`: vLLM where it is installed and able.
         engine_arguments: go to the backend: all that vLLM's `LLM` takes, or `device`, `dtype`, `max_num_seqs`,
             `max_model_len`, `revision`, `attn_implementation`, `trust_remote_code` with transformers.
@@ -79,7 +80,7 @@ class OptimalSamplingV1:
         theta_system_prompt: str | None = None,
         enable_chat_template: bool = False,
         track_alpha_stats: bool = True,
-        gpu_memory_utilization: float = 0.5,
+        gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION,
         epsilon: float = 0.05,
         backend: str = "auto",
         **engine_arguments: Any,
@@ -137,17 +138,24 @@ class OptimalSamplingV1:
             ValueError: on an empty or unreadable prompt, a setting out of range, or as many mixtures or temperatures
                 as there are not prompts; or naming each sequence for which a model returned NaN.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not prompts:
-            raise ValueError("`prompts` is empty; wanted at least one text, list of token ids or list of messages.")
-        if not isinstance(n, int) or n < 1:
-            raise ValueError(f"`n` is {n!r}; wanted a whole number of at least 1.")
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        if not isinstance(prompts, Iterable) or not (prompts := list(prompts)):
+            raise ValueError(
+                f"`prompts` is {prompts!r}; wanted at least one text, list of token ids or list of messages. "
+                "Skip the call where there is nothing to sample."
+            )
+        check_whole("generate", "n", n, 1)
+        if seed is not None:
+            check_whole("generate", "seed", seed)
         if mixture is not None and not use_optimal_sampling:
-            raise ValueError("`mixture` and `use_optimal_sampling=False` (the teacher alone) exclude each other.")
+            raise ValueError(
+                f"generate: `mixture` is {mixture!r} and `use_optimal_sampling` is False, the teacher alone; "
+                "wanted one of the two. Drop the other."
+            )
         default = self.mixture if use_optimal_sampling else Mixture.teacher_only()
         mixtures = _one_each(default if mixture is None else mixture, Mixture, len(prompts), "mixture")
         temperatures = _one_each(temperature, int | float, len(prompts), "temperature")
-        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        stop = (stop,) if isinstance(stop, str) else stop
         pairs = [self._encode(prompt, index) for index, prompt in enumerate(prompts)]
         requests = [
             Request(
@@ -160,7 +168,7 @@ class OptimalSamplingV1:
                     top_k=top_k,
                     min_p=min_p,
                     repetition_penalty=repetition_penalty,
-                    stop=stop,
+                    stop=tuple(stop) if isinstance(stop, Iterable) else stop,
                     seed=None if seed is None else seed + index * n + sample,
                 ),
             )
@@ -217,7 +225,8 @@ def _one_each(value: Any, kind: Any, count: int, name: str) -> list[Any]:
     wrong = [item for item in values if not isinstance(item, kind)]
     if wrong or len(values) != count:
         got = f"{wrong[0]!r}" if wrong else f"{len(values)} of them"
-        raise ValueError(f"`{name}`: got {got}; wanted one, or one for each of the {count} prompts.")
+        wanted = "Mixture" if kind is Mixture else "number"
+        raise ValueError(f"`{name}`: got {got}; wanted one {wanted}, or one for each of the {count} prompts.")
     return values
 
 

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .options import check_number, unknown_option
 
@@ -99,7 +100,8 @@ class Correction:
         if shape == "truncate":
             return weight.clamp(max=self.clip_max)
         if shape == "luffy":
-            return 1 / (1 + self.gamma / weight)  # w/(w+γ), finite where w overflows
+            smallest = torch.finfo(weight.dtype).tiny  # γ and w may both be 0
+            return 1 / (1 + self.gamma / weight.clamp(min=smallest))  # w/(w+γ), finite where w overflows
         return weight.masked_fill((weight > self.clip_max) | (weight < (self.clip_min or 0.0)), 0.0)
 
 
@@ -120,18 +122,19 @@ def log_weights(
         inclusive: of the level `prefix`: False leaves token i's own ratio out, Π_{j<i} r_j, which is exact for a
             function of the prefix, such as a divergence between the two next-token distributions.
     """
-    log_ratio = (log_theta - log_q) * mask
+    # Padding may hold anything. A ratio of infinity, brought down to 1e30 nats, has a sum with one of 0.
+    log_ratio = (log_theta - log_q).masked_fill(mask == 0, 0.0).clamp(max=1e30)
     if level == "token":
         return log_ratio
     if level == "sequence":
         return log_ratio.sum(dim=1, keepdim=True).expand_as(log_ratio)
     if level != "prefix":
         raise ValueError(unknown_option("level of a correction", level, LEVELS))
-    total = log_ratio.cumsum(dim=1)
-    total = total if inclusive else total - log_ratio
-    if window is not None and window < total.shape[1]:
-        total = total - torch.nn.functional.pad(total[:, :-window], (window, 0))
-    return total
+    if not inclusive:
+        log_ratio = pad(log_ratio, (1, -1))
+    if window is None or window >= log_ratio.shape[1]:
+        return log_ratio.cumsum(dim=1)
+    return pad(log_ratio, (window - 1, 0)).unfold(1, window, 1).sum(dim=-1)  # a difference of sums loses -inf
 
 
 def keep_positive(advantages: Float[Tensor, B * T], mixture_rows: Bool[Tensor, " B"]) -> Float[Tensor, B * T]:
@@ -168,7 +171,7 @@ def sampled_token_coefficients(
         clip: limits ℓ to [−clip, clip], in nats; biased, but one token cannot outweigh a batch.
         centre: subtract the mean over the batch's tokens, after clipping.
     """
-    coefficient = (log_teacher - log_theta).detach()
+    coefficient = (log_teacher - log_theta).detach().masked_fill(mask == 0, 0.0)
     if clip is not None:
         coefficient = coefficient.clamp(-clip, clip)
     if centre:
@@ -178,5 +181,10 @@ def sampled_token_coefficients(
 
 def effective_sample_size(weights: Float[Tensor, " *N"]) -> Float[Tensor, ""]:
     """(Σw)² / Σw²: how many equally weighted samples the weights are worth (Kish, 1965). 0 where there are none."""
+    if not weights.numel():
+        return weights.sum()
+    limits = torch.finfo(weights.dtype)
+    weights = weights.clamp(max=limits.max)
+    weights = weights / weights.amax().clamp(min=limits.tiny)  # so that no square overflows
     squares = weights.square().sum()
     return torch.where(squares > 0, weights.sum().square() / squares, 0.0)

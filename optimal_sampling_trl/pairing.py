@@ -62,8 +62,10 @@ def check_decoder(config: PreTrainedConfig, role: str) -> None:
     kind = None
     if getattr(config, "is_encoder_decoder", False):
         kind = "an encoder-decoder"
-    elif getattr(config, "vision_config", None) is not None or getattr(config, "audio_config", None) is not None:
+    elif any(getattr(config, part, None) is not None for part in ("vision_config", "audio_config")):
         kind = "a multimodal model"
+    elif getattr(config, "vocab_size", None) is None:  # Qwen2.5-Omni, Granite Speech: models inside of a model
+        kind = "a multimodal model without a vocabulary of its own"
     if kind:
         raise ValueError(
             f"The {role} {config.name_or_path!r} ({', '.join(config.architectures or ['?'])}) is {kind}; "
@@ -134,10 +136,10 @@ def end_of_sequence(
     return Ending(stop, tuple(index for index in dict.fromkeys(ids(teacher)) if index not in stop))
 
 
-def load_generation_config(model: str, config: PreTrainedConfig) -> GenerationConfig | PreTrainedConfig:
+def load_generation_config(model: str, config: PreTrainedConfig, **kwargs: Any) -> GenerationConfig | PreTrainedConfig:
     """The generation settings beside a model, which may name more end-of-sequence tokens; else its configuration."""
     try:
-        return GenerationConfig.from_pretrained(model)
+        return GenerationConfig.from_pretrained(model, **kwargs)
     except OSError:
         return config
 
@@ -193,12 +195,14 @@ def encode(
     if isinstance(prompt, Sequence) and len(prompt) and all(isinstance(item, dict) for item in prompt):
         return _encode_chat(with_system_prompt(list(prompt), system_prompt), tokenizer, index)
     try:
-        ids = [item.__index__() for item in prompt]
+        ids = [item.__index__() for item in prompt]  # type: ignore[union-attr]
     except (TypeError, AttributeError) as error:
         raise ValueError(
             f"Prompt {index} is {str(prompt)[:80]!r} ({type(prompt).__name__}); "
             "wanted a text, a list of token ids or a list of chat messages."
         ) from error
+    if not ids:
+        raise ValueError(f"Prompt {index} holds no token; wanted at least one. Drop it.")
     if system_prompt is not None:
         raise ValueError(
             f"Prompt {index} is given as token ids, before which the system prompt {system_prompt[:40]!r} cannot be "
@@ -231,4 +235,5 @@ def _encode_chat(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerB
             f"Prompt {index} needs a chat template, and the tokenizer {tokenizer.name_or_path!r} has none. "
             "Pass plain texts, or set `tokenizer.chat_template` and save it with the model."
         )
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+    encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    return list(encoded["input_ids"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .mixture import Mixture
-from .options import check_number
+from .options import check_number, check_whole
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Sampling:
         ignore_eos: go on after an end-of-sequence token.
 
     Raises:
-        ValueError: on a number outside of its range.
+        ValueError: on a number outside of its range, or a stop that is no text.
     """
 
     max_tokens: int = 100
@@ -38,16 +38,23 @@ class Sampling:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        check_number("Sampling", "max_tokens", self.max_tokens, 1)
+        check_whole("Sampling", "max_tokens", self.max_tokens, 1)
         check_number("Sampling", "temperature", self.temperature, 0.0)
         check_number("Sampling", "top_p", self.top_p, 0.0, 1.0)
-        check_number("Sampling", "top_k", self.top_k, -1)
+        check_whole("Sampling", "top_k", self.top_k, -1, "-1 keeps all tokens.")
         check_number("Sampling", "min_p", self.min_p, 0.0, 1.0)
         check_number("Sampling", "repetition_penalty", self.repetition_penalty, 0.0)
         if self.top_p == 0.0 or self.repetition_penalty == 0.0:
             raise ValueError(
                 f"Sampling: `top_p` is {self.top_p} and `repetition_penalty` is {self.repetition_penalty}; "
                 "wanted both above 0. For the likeliest token alone set `temperature=0`."
+            )
+        if self.seed is not None:
+            check_whole("Sampling", "seed", self.seed)
+        if not isinstance(self.stop, tuple | list) or not all(isinstance(stop, str) and stop for stop in self.stop):
+            raise ValueError(
+                f"Sampling: `stop` is {self.stop!r}; wanted a tuple of texts, none of them empty. "
+                "For a single one write `stop=('...',)`."
             )
 
     @property

@@ -70,20 +70,20 @@ class Rollout:
 
         Where top_p, top_k or min_p cut q, E_q[θ/q] is below 1 by the student's mass that was cut off.
         """
-        return self._weight(self.log_theta)
+        return torch.exp(self._log_weight(self.log_theta))
 
     @property
     def weight_teacher(self) -> Float[Tensor, " T"]:
         """t(x)/q(x) of each token: what turns an expectation under q into one under the teacher."""
-        return self._weight(self.log_teacher)
+        return torch.exp(self._log_weight(self.log_teacher))
 
-    def _weight(self, log_target: Tensor) -> Tensor:
+    def _log_weight(self, log_target: Tensor) -> Tensor:
         if self.temperature == 0:
             raise ValueError(
                 "A rollout sampled at temperature 0 has no importance weights: its tokens were not drawn. "
                 "Sample at a temperature above 0."
             )
-        return torch.exp(log_target - self.log_q)
+        return log_target - self.log_q
 
     @property
     def mixing_weights(self) -> Float[Tensor, "T 2"]:
@@ -96,15 +96,16 @@ class Rollout:
 
         Source: Kish, "Survey Sampling", 1965; Liu, "Monte Carlo Strategies in Scientific Computing", 2001, §2.5.3.
         """
-        weights = self.weight_theta.double()
-        return float(weights.sum().square() / weights.square().sum()) if len(weights) else 0.0
+        weights = self._log_weight(self.log_theta).double().softmax(0)  # of any scale: exp alone over- or underflows
+        return float(1 / weights.square().sum()) if self.log_theta.gt(-torch.inf).any() else 0.0
 
 
 def to_dataset(rollouts: Iterable[Rollout]) -> Dataset:
     """The rollouts as a `datasets.Dataset`, a row each; float32 stays float32, so nothing is lost."""
     from datasets import Dataset
 
-    return Dataset.from_list([_to_row(rollout) for rollout in rollouts], features=features())
+    rows, columns = [_to_row(rollout) for rollout in rollouts], features()
+    return Dataset.from_dict({name: [row[name] for row in rows] for name in columns}, features=columns)
 
 
 def from_dataset(dataset: Iterable[dict[str, Any]]) -> list[Rollout]:

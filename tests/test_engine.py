@@ -177,7 +177,7 @@ def test_padded_ids_are_never_drawn(backend: Any) -> None:
 
 
 def test_ends(backend: Any, oracle: Oracle) -> None:
-    requests = [request(TEXTS[i % 6], seed=i, ignore_eos=False, max_tokens=200, temperature=2.0) for i in range(20)]
+    requests = [request(TEXTS[i % 6], seed=i, ignore_eos=False, max_tokens=90, temperature=2.0) for i in range(20)]
     rollouts = backend.generate(requests)
     oracle.check(rollouts, requests)
     stopped = [rollout for rollout in rollouts if rollout.finish_reason == "stop"]

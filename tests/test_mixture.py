@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import event, given, settings
+from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -86,7 +86,6 @@ def make_row(kind: str, V: int, scale: float, generator: torch.Generator) -> Pai
 KINDS = ("random", "random", *ADVERSARIAL, *BROKEN)
 share = st.one_of(st.sampled_from([0.0, 0.5, 1.0]), st.floats(0, 1, allow_subnormal=False))
 temperatures = st.one_of(st.just(1.0), st.floats(0.3, 2.0))
-sizes = st.integers(1, 8)
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -100,15 +99,12 @@ def mixtures(draw: st.DrawFn, methods: tuple[str, ...] = METHODS) -> Mixture:
 
 
 @st.composite
-def pairs(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS, max_rows: int = 4, scale: float | None = None) -> Pair:
-    """Raw logits (N, V) of both models, each row of a kind of its own, float32 or rounded to bfloat16."""
+def pairs(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS, least: int = 1, scale: float | None = None) -> Pair:
+    """Raw logits (N, V) of both models, V from `least`, each row of its own kind, float32 or rounded to bfloat16."""
     generator = torch.Generator().manual_seed(draw(seeds))
-    V = draw(sizes)
+    V = draw(st.integers(least, 8))
     scales = st.just(scale) if scale else st.sampled_from([0.1, 1.0, 5.0, 20.0])
-    rows = [
-        make_row(draw(st.sampled_from(kinds)), V, draw(scales), generator)
-        for _ in range(draw(st.integers(1, max_rows)))
-    ]
+    rows = [make_row(draw(st.sampled_from(kinds)), V, draw(scales), generator) for _ in range(draw(st.integers(1, 4)))]
     pair = Pair(*(torch.stack(side) for side in zip(*rows)))
     return Pair(*(side.bfloat16() for side in pair)) if draw(st.booleans()) else pair
 
@@ -190,8 +186,9 @@ def test_every_row_meets_the_reference(pair: Pair, data: st.DataObject) -> None:
 
 
 @settings(max_examples=100)
-@given(pairs(kinds=("random",), scale=2.0), mixtures(), temperatures)
+@given(pairs(kinds=("random",), least=2, scale=2.0), mixtures(), temperatures)
 def test_random_rows_meet_the_tolerances_without_excuse(pair: Pair, mixture: Mixture, temperature: float) -> None:
+    assume(mixture.epsilon > 0)  # at a budget of 0, KL(q‖θ) = α²·Var[ℓ]/2 is rounding up to an α of 1e-5
     alpha, log_q = mix(*pair, mixture, temperature)
     for n in range(len(alpha)):
         one = slice(n, n + 1)
@@ -502,13 +499,14 @@ def test_folding_keeps_the_mass(pair: Pair, data: st.DataObject) -> None:
     before = teacher.clone()
     result = fold_eos(teacher, folded, theta_eos)
     assert torch.equal(teacher, before)  # not in place
+    # float32's rounding of a logit of 128 is 8e-6
     p, q = before.double().softmax(-1), result.double().softmax(-1)
-    assert (q[:, theta_eos] - p[:, [theta_eos, *folded]].sum(-1)).abs().max() < 1e-6
+    assert (q[:, theta_eos] - p[:, [theta_eos, *folded]].sum(-1)).abs().max() < 1e-5
     assert bool((result[:, folded] == -torch.inf).all())
     rest = [token for token in range(V) if token not in (theta_eos, *folded)]
     assert torch.equal(result[:, rest], before[:, rest])
-    assert bool(((q - p)[:, rest].abs() < 1e-6).all())
-    assert (fold_eos(teacher, folded[::-1], theta_eos).double().softmax(-1) - q).abs().max() < 1e-6
+    assert bool(((q - p)[:, rest].abs() < 1e-5).all())
+    assert (fold_eos(teacher, folded[::-1], theta_eos).double().softmax(-1) - q).abs().max() < 1e-5
 
 
 def test_folding_comes_before_the_temperature() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "transformers", "vllm")
+GPU_MEMORY_UTILIZATION = 0.5
+"""vLLM's share of a device's memory, where the user gives none."""
+
+LOADED = "a loaded model was passed, and vLLM loads its own from a folder or a model id"
 
 
 class Backend(Protocol):
@@ -49,7 +54,7 @@ def make_backend(
     theta: str | PreTrainedModel,
     *,
     two_prompts: bool = False,
-    gpu_memory_utilization: float = 0.5,
+    gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION,
     **engine_arguments: Any,
 ) -> Backend:
     """The engine named `backend`; `"auto"` is vLLM where it is installed and able, and says in the log why if not.
@@ -58,18 +63,28 @@ def make_backend(
         two_prompts: the teacher and the student will be given different prompts.
 
     Raises:
-        ValueError: on an unknown backend or argument, or a pair that the backend cannot mix.
+        ValueError: on an unknown backend or argument, a setting that the backend asked for does not have, or a pair
+            that it cannot mix.
     """
     if backend not in BACKENDS:
         raise ValueError(unknown_option("backend", backend, BACKENDS))
+    teacher, theta = _model(teacher, "teacher"), _model(theta, "student")
+    asked = backend
     if backend == "auto":
         reason = why_not_vllm(teacher, theta, two_prompts=two_prompts, **engine_arguments)
         backend = "vllm" if reason is None else "transformers"
         logger.info("Sampling with %s%s", backend, "." if reason is None else f": {reason}")
     if backend == "vllm":
+        if not (isinstance(teacher, str) and isinstance(theta, str)):
+            raise ValueError(f"backend='vllm': {LOADED}. Save it and pass its folder, or use backend='transformers'.")
         from .vllm.engine import VLLMBackend
 
         return VLLMBackend(teacher, theta, gpu_memory_utilization=gpu_memory_utilization, **engine_arguments)
+    if asked == "transformers" and gpu_memory_utilization != GPU_MEMORY_UTILIZATION:
+        raise ValueError(
+            f"`gpu_memory_utilization` is {gpu_memory_utilization!r} and the backend 'transformers', which takes what "
+            "memory it needs; wanted the setting with 'vllm' alone. Drop it, or lower `max_num_seqs` to need less."
+        )
     from .transformers import TransformersBackend
 
     return TransformersBackend(teacher, theta, **engine_arguments)
@@ -82,7 +97,23 @@ def why_not_vllm(
     if find_spec("vllm") is None:
         return "vLLM is not installed"
     if not (isinstance(teacher, str) and isinstance(theta, str)):
-        return "a loaded model was passed, and vLLM loads its own from a folder or a model id"
+        return LOADED
     if two_prompts:
         return "teacher and student read different prompts, which the fused vLLM engine cannot do yet"
     return None
+
+
+def _model(model: Any, role: str) -> str | PreTrainedModel:
+    """A loaded model as it is, a path as a text.
+
+    Raises:
+        ValueError: on anything else.
+    """
+    if isinstance(model, os.PathLike):
+        return os.fspath(model)
+    if isinstance(model, str) or hasattr(model, "config"):
+        return model
+    raise ValueError(
+        f"The {role} is {model!r} ({type(model).__name__}); wanted a folder, a model id or a loaded model. "
+        "Pass one of the three."
+    )

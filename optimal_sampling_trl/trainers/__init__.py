@@ -1,5 +1,6 @@
 """TRL's trainers with rollouts from the mixture. TRL is imported here and nowhere else in the package."""
 
+from .arguments import GeneratorArguments
 from .config import DistillationConfig, GRPOConfig, RLOOConfig
 from .distillation import DistillationTrainer
 from .generator import OptimalSamplingGenerator
@@ -11,6 +12,7 @@ __all__ = [
     "DistillationTrainer",
     "GRPOConfig",
     "GRPOTrainer",
+    "GeneratorArguments",
     "OptimalSamplingGenerator",
     "RLOOConfig",
     "RLOOTrainer",

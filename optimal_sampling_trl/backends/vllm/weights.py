@@ -43,12 +43,21 @@ def reload_theta(llm: LLM, pair: Pair, named_parameters: Iterable[tuple[str, Ten
     named_parameters = named_parameters if isinstance(named_parameters, Sequence) else iter(named_parameters)
     if isinstance(named_parameters, Sequence):
         llm.collective_rpc("check_theta_weights", args=(named_parameters,))
+    clean_caches(llm, pair)
     pair.stale = "a reload of the student failed half-way, so that its weights are a mixture of old and new ones"
     llm.collective_rpc("reload_theta", args=(named_parameters,))
     if not llm.reset_prefix_cache():
         pair.stale = "vLLM did not drop the blocks that were cached under the student's old weights"
         raise RuntimeError(f"{pair.stale[0].upper()}{pair.stale[1:]}: some request still holds them.")
     pair.stale = None
+
+
+def clean_caches(llm: LLM, pair: Pair) -> None:
+    """Drop what a NaN left in the caches: the trap `nan_in_cache`. Nothing where no model returned one."""
+    if pair.has_nan and not llm.llm_engine.has_unfinished_requests():
+        llm.collective_rpc("zero_caches")
+        llm.reset_prefix_cache()
+        pair.has_nan = False
 
 
 class OptimalSamplingWorker:
@@ -79,6 +88,11 @@ class OptimalSamplingWorker:
 
             if not isinstance(runner.sampler, MixtureSampler):
                 runner.sampler = MixtureSampler(runner.sampler, runner)
+
+    def zero_caches(self) -> None:
+        """Set every block of every layer's cache to 0."""
+        for cache in self.model_runner.kv_caches:
+            cache.zero_()
 
     def check_theta_weights(self, named_parameters: Sequence[tuple[str, Tensor]]) -> None:
         """Read names and shapes of a whole set; see `reload_theta`."""

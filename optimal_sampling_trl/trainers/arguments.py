@@ -1,0 +1,56 @@
+"""The settings of `OptimalSamplingGenerator` as flags and YAML, for TRL's parser."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+from ..mixture import METHODS, Mixture
+from .generator import OptimalSamplingGenerator
+
+
+@dataclass
+class GeneratorArguments:
+    """Where rollouts come from; see `OptimalSamplingGenerator` and `Mixture`."""
+
+    teacher: str = field(default="", metadata={"help": "Folder or model id of the teacher."})
+    alpha_method: str = field(
+        default="kl_symmetry", metadata={"help": f"Equation that alpha solves: {', '.join(METHODS)}."}
+    )
+    alpha_min: float = field(default=0.0, metadata={"help": "Smallest weight of the teacher."})
+    alpha_max: float = field(default=1.0, metadata={"help": "Largest weight of the teacher."})
+    fixed_alpha: float = field(default=0.5, metadata={"help": "alpha of the method 'fixed'."})
+    mixture_epsilon: float = field(
+        default=0.05, metadata={"help": "Budget KL(q||theta) of the method 'trust_region', in nats a token."}
+    )
+    theta_fraction: float | None = field(
+        default=None, metadata={"help": "Share of each group that the student samples alone; 0.5 in GRPO and RLOO."}
+    )
+    schedule: float | None = field(
+        default=None, metadata={"help": "Share of training over which the mixture is annealed to the student."}
+    )
+    teacher_system_prompt: str | None = field(default=None, metadata={"help": "Put before each teacher's prompt."})
+    theta_system_prompt: str | None = field(default=None, metadata={"help": "Put before each student's prompt."})
+    backend: str = field(default="auto", metadata={"help": "'vllm', 'transformers', or 'auto'."})
+    engine_arguments: str | None = field(
+        default=None, metadata={"help": "Further arguments of the engine, as a JSON object."}
+    )
+
+    def generator(self) -> OptimalSamplingGenerator:
+        """The generator that the flags describe.
+
+        Raises:
+            ValueError: where no teacher is named, or a setting is out of range.
+        """
+        if not self.teacher:
+            raise ValueError("`--teacher` is missing; wanted a folder or a model id.")
+        return OptimalSamplingGenerator(
+            teacher=self.teacher,
+            mixture=Mixture(self.alpha_method, self.alpha_min, self.alpha_max, self.fixed_alpha, self.mixture_epsilon),
+            theta_fraction=self.theta_fraction,
+            schedule=self.schedule,
+            teacher_system_prompt=self.teacher_system_prompt,
+            theta_system_prompt=self.theta_system_prompt,
+            backend=self.backend,
+            engine_arguments=None if self.engine_arguments is None else json.loads(self.engine_arguments),
+        )

@@ -1,0 +1,71 @@
+"""What the training recipes share: the data and the model that the flags name, and the end of a run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from datasets import load_dataset
+from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
+
+
+@dataclass
+class RewardArguments(ScriptArguments):
+    """TRL's script arguments with the rewards."""
+
+    reward_funcs: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Reward functions, each as an import path such as 'trl.rewards.accuracy_reward'."},
+    )
+
+    def rewards(self) -> list[Any]:
+        """The functions that the paths name; the working directory is searched too."""
+        if not self.reward_funcs:
+            raise SystemExit("`--reward_funcs` is missing; wanted an import path such as trl.rewards.accuracy_reward.")
+        sys.path.insert(0, os.getcwd())
+        return [getattr(import_module(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in self.reward_funcs]
+
+
+def load_data(script: ScriptArguments, evaluate: bool) -> dict[str, Any]:
+    """`train_dataset` and `eval_dataset` from the Hub, a folder or a file (.jsonl, .json, .csv, .parquet)."""
+    if not script.dataset_name:
+        raise SystemExit("`--dataset_name` is missing; wanted a dataset with the column 'prompt'.")
+    suffix = Path(script.dataset_name).suffix.lstrip(".")
+    if suffix in ("json", "jsonl", "csv", "parquet"):
+        builder = "json" if suffix == "jsonl" else suffix
+        data = load_dataset(builder, data_files={script.dataset_train_split: script.dataset_name})
+    else:
+        data = load_dataset(script.dataset_name, script.dataset_config, streaming=script.dataset_streaming)
+    return {
+        "train_dataset": data[script.dataset_train_split],
+        "eval_dataset": data[script.dataset_test_split] if evaluate else None,
+    }
+
+
+def load_options(model: ModelConfig, training: Any) -> dict[str, Any]:
+    """`model`, `quantization_config`, `peft_config` of a trainer; the model's other flags go into `training`."""
+    training.model_init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(training.model_init_kwargs or {}),
+    }
+    return {
+        "model": model.model_name_or_path,
+        "quantization_config": get_quantization_config(model),
+        "peft_config": get_peft_config(model),
+    }
+
+
+def run(trainer: Any) -> None:
+    """Train, resume where asked to, evaluate where there is data, and save."""
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    if trainer.eval_dataset is not None:
+        trainer.log_metrics("eval", trainer.evaluate())
+    trainer.save_model(trainer.args.output_dir)
+    trainer.accelerator.print(f"The model is in {trainer.args.output_dir}.")
+    trainer.accelerator.end_training()

@@ -1,0 +1,37 @@
+# /// script
+# dependencies = ["optimal-sampling-trl", "peft"]
+# ///
+r"""On-policy distillation with rollouts sampled from the mixture of the student and its teacher.
+
+On the embedded pair (no download; makes the pair first):
+
+    python recipes/pair.py --folder output/pair
+    accelerate launch recipes/distill.py --config recipes/distill.yaml
+
+On models of the Hub:
+
+    accelerate launch recipes/distill.py \
+        --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --teacher Qwen/Qwen2.5-7B-Instruct \
+        --dataset_name trl-lib/DeepMath-103K --per_device_train_batch_size 8 --max_completion_length 1024 \
+        --learning_rate 1e-5 --bf16 --output_dir output/distill
+
+`--loss sampled_token` needs no teacher in the trainer. `--theta_fraction 1` is plain on-policy distillation.
+`--help` lists all flags: TRL's, the correction's and the generator's. They may stand in a YAML file, `--config`.
+"""
+
+from trl import ModelConfig, ScriptArguments, TrlParser
+
+from common import load_data, load_options, run
+from optimal_sampling_trl import DistillationConfig, DistillationTrainer
+from optimal_sampling_trl.trainers import GeneratorArguments
+
+if __name__ == "__main__":
+    parser = TrlParser((ScriptArguments, DistillationConfig, ModelConfig, GeneratorArguments))
+    script, training, model, sampling = parser.parse_args_and_config()
+    trainer = DistillationTrainer(
+        generator=sampling.generator(),
+        args=training,
+        **load_options(model, training),
+        **load_data(script, evaluate=training.eval_strategy != "no"),
+    )
+    run(trainer)

