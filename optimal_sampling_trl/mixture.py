@@ -314,13 +314,17 @@ class _Family(NamedTuple):
 
     def moments(self, power: Float[Tensor, " N"] | float) -> _Moments:
         """log Σθe^(sℓ), and the mean and variance of ℓ under p_s, at s = `power`."""
-        power = power[:, None] if isinstance(power, Tensor) else power
-        log_weights = self.log_theta + power * self.log_ratio
-        log_sum = torch.logsumexp(log_weights, dim=-1, keepdim=True)
-        weights = torch.exp(log_weights - log_sum)
-        mean = (weights * self.log_ratio).sum(-1, keepdim=True)
-        variance = (weights * (self.log_ratio - mean).square()).sum(-1)
-        return _Moments(log_sum[:, 0], mean[:, 0], variance)
+        if isinstance(power, Tensor):
+            log_weights = torch.addcmul(self.log_theta, self.log_ratio, power[:, None])
+        else:
+            log_weights = torch.add(self.log_theta, self.log_ratio, alpha=power)
+        top = log_weights.amax(-1, keepdim=True)
+        weights = log_weights.sub_(top).exp_()  # in place from here: the solver's time is that of its passes
+        total = weights.sum(-1)
+        weights.mul_(self.log_ratio)
+        mean = weights.sum(-1) / total
+        variance = (torch.linalg.vecdot(weights, self.log_ratio) / total - mean.square()).clamp(min=0)
+        return _Moments(top[:, 0] + total.log(), mean, variance)
 
 
 class _Residual(NamedTuple):

@@ -39,8 +39,11 @@ class Watch(TrainerCallback):
             self._look(state, kwargs["model"])
 
     def _look(self, state: Any, model: Any) -> None:
+        training = model.training
+        model.eval()  # gradient checkpointing, which TRL switches on, breaks `generate` in training mode
         with torch.random.fork_rng():  # a measurement changes nothing about the training
             self.curve.append((state.global_step * BATCH, measure(model, self.tokenizer, HELD_OUT)))
+        model.train(training)
         taken = getattr(self.trainer, "rollouts", [])
         self.rollouts += taken
         self.steps += [state.global_step] * len(taken)

@@ -48,6 +48,8 @@ GRPO, RLOO, DISTILLATION = (
     (RLOOTrainer, RLOOConfig),
     (DistillationTrainer, DistillationConfig),
 )
+RATIOS = ("token_truncate", "token_mask", "token_luffy", "prefix_truncate", "sequence_truncate", "sequence_mask")
+PREFIX = {"correction": "prefix_truncate", "correction_window": 4}
 SAMPLED, ALONE = {"loss": "sampled_token"}, {"theta_fraction": 1.0}
 ANNEALED = {"mixture": Mixture("trust_region", epsilon=0.05), "schedule": 0.5}
 ARMS = {
@@ -56,6 +58,9 @@ ARMS = {
     "  with negatives": Arm(*GRPO, {"positive_only": False}),
     "  all mixture": Arm(*GRPO, generator={"theta_fraction": 0.0}),
     "  all mixture, token_truncate": Arm(*GRPO, {"correction": "token_truncate"}, {"theta_fraction": 0.0}),
+    "  all mixture, token_truncate, with negatives": Arm(
+        *GRPO, {"correction": "token_truncate", "positive_only": False}, {"theta_fraction": 0.0}
+    ),
     "  annealed": Arm(*GRPO, generator={"schedule": 0.5}),
     **{f"  {name}": Arm(*GRPO, {"correction": name, "positive_only": False}) for name in RATIOS},
     "  + sampled tokens, 0.1": Arm(*GRPO, {"distillation_coefficient": 0.1}),

@@ -280,6 +280,25 @@ def test_an_aborted_request_leaves_the_others_alone(backend: Any, oracle: Oracle
     assert all(len(rollout.completion_ids) == 12 for rollout in rollouts)
 
 
+def test_an_interrupt_leaves_nothing_behind(backend: Any, oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, steps = backend.llm.llm_engine, []
+    whole = engine.step
+
+    def step() -> Any:
+        steps.append(1)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return whole()
+
+    asked = [request(text, seed=i) for i, text in enumerate(TEXTS)]
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "step", step)
+        with pytest.raises(KeyboardInterrupt):
+            backend.generate(asked)
+    assert not engine.has_unfinished_requests()
+    oracle.check(backend.generate(asked[:2]), asked[:2])
+
+
 def test_a_grammar_holds_at_any_alpha(backend: Any) -> None:
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams

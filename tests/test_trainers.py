@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
+import subprocess
+import sys
 import warnings
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -300,11 +305,17 @@ def test_the_users_config_is_left_as_it_was(pair: tuple[str, str], tmp_path: Pat
     assert args.use_vllm is False
 
 
-def test_no_config_at_all(pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_no_config_at_all(pair: tuple[str, str], tmp_path: Path) -> None:
+    """Our configuration, under TRL's name; on a CPU it has to be told so, or TRL's own default bf16 refuses it."""
     for kind, name in (("grpo", "student-GRPO"), ("rloo", "student-RLOO"), ("divergence", "student-Distillation")):
-        trainer = make_trainer(kind, pair, tmp_path, trainer={"args": None})
-        assert type(trainer.args) is KINDS[kind][1]
+        trainer_class, config, _ = KINDS[kind]
+        assert trainer_class.config_class is config
+
+        class OnCPU:
+            config_class = staticmethod(partial(config, use_cpu=True, bf16=False))
+
+        trainer = make_trainer(kind, pair, tmp_path, mixin=OnCPU, trainer={"args": None})
+        assert type(trainer.args) is config
         assert trainer.args.output_dir == name
 
 
@@ -347,13 +358,12 @@ def test_gradients_against_float64(
         **{"gradient_accumulation_steps": 1, "per_device_train_batch_size": 12} | settings,
     )
     batch = one_batch(trainer, [text for text in TEXTS[:3] for _ in range(4)])
-    trainer.model.zero_grad()
+    trainer.current_gradient_accumulation_steps = 1  # which `train()` would set
     loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
 
     args, rows = trainer.args, rows_of(batch)
-    theta, fixed = copy.deepcopy(trainer.model).double().eval(), copy.deepcopy(teacher).double()
-    theta.zero_grad()
+    theta, fixed = load(pair[1]).double(), copy.deepcopy(teacher).double()
     everything = [log_probabilities(theta, prompt, ids, args.temperature) for prompt, ids, _ in rows]
     sampled = [log.gather(1, torch.tensor(ids)[:, None])[:, 0] for log, (_, ids, _) in zip(everything, rows)]
     with torch.no_grad():
@@ -394,7 +404,7 @@ def test_gradients_against_float64(
         wanted = -sum((c * w * log).sum() for c, w, log in zip(pulls, weights, sampled)) / count
     wanted.backward()
 
-    assert float(loss) == pytest.approx(float(wanted), rel=1e-4, abs=1e-6)
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-4, abs=1e-6)
     exact = dict(theta.named_parameters())
     largest = max(float(parameter.grad.abs().max()) for parameter in exact.values())
     assert largest > 1e-3
@@ -446,7 +456,8 @@ def test_schedule_ends_at_the_student(pair: tuple[str, str], tmp_path: Path) -> 
     )
     trainer.train()
     limits = [1.0, 0.75, 0.5, 0.25]
-    assert trainer.asked == [{Mixture(alpha_max=limit)} for limit in limits] + [{Mixture.theta_only()}] * 4
+    assert [mixture.alpha_max for (mixture,) in trainer.asked] == limits + [0.0] * 4
+    assert [mixture.is_theta_only for (mixture,) in trainer.asked] == [False] * 4 + [True] * 4
     means = [log.get("alpha/mean") for log in trainer.state.log_history if "entropy" in log]
     assert means[4:] == [None] * 4  # no token came from the mixture
     assert means[0] > 0.4
@@ -459,10 +470,8 @@ def test_schedule_of_a_trust_region_shrinks_epsilon(pair: tuple[str, str], tmp_p
     generator = {"schedule": 1.0, "mixture": Mixture("trust_region", epsilon=0.2)}
     trainer = make_trainer("grpo", pair, tmp_path, generator=generator, mixin=Mixtures, max_steps=4)
     trainer.train()
-    alone = Mixture.theta_only()
-    assert [{mixture.epsilon for mixture in asked if mixture != alone} for asked in trainer.asked] == [
-        {pytest.approx(0.2 * share)} for share in (1, 0.75, 0.5, 0.25)
-    ]
+    used = [{mixture.epsilon for mixture in asked if not mixture.is_theta_only} for asked in trainer.asked]
+    assert [epsilon for (epsilon,) in used] == pytest.approx([0.2, 0.15, 0.1, 0.05])
     means = [log["alpha/mean"] for log in trainer.state.log_history if "alpha/mean" in log]
     assert means == sorted(means, reverse=True)
     assert means[3] < 0.7 * means[0]
@@ -477,8 +486,8 @@ def test_a_resumed_run_goes_on_where_it_was(pair: tuple[str, str], tmp_path: Pat
     whole.train()
     resumed = make_trainer(kind, pair, tmp_path, **build)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    used = [{mixture for mixture in asked if not mixture.is_theta_only} for asked in whole.asked]
-    assert used == [{Mixture(alpha_max=limit)} for limit in (1.0, 0.75, 0.5, 0.25)]
+    used = [{mixture.alpha_max for mixture in asked if not mixture.is_theta_only} for asked in whole.asked]
+    assert used == [{1.0}, {0.75}, {0.5}, {0.25}]
     assert resumed.asked == whole.asked[2:]
     logs = [
         {log["step"]: log for log in trainer.state.log_history if "alpha/mean" in log} for trainer in (whole, resumed)
@@ -537,9 +546,9 @@ def test_lora(pair: tuple[str, str], teacher: Any, tmp_path: Path, kind: str) ->
     for name, parameter in trainer.model.named_parameters():
         assert torch.equal(parameter, before[name]) != ("lora_" in name), name
     # The last generation was sampled by the adapted student, not by the base.
-    theta = copy.deepcopy(trainer.model)
+    theta = peft.get_peft_model(load(pair[1]), config).eval()
     theta.load_state_dict(trainer.weights[-1], strict=False)
-    check_batch(trainer.generations[-1][1], teacher, theta.eval(), Mixture(), tolerance=2e-5)
+    check_batch(trainer.generations[-1][1], teacher, theta, Mixture(), tolerance=2e-5)
     with pytest.raises(AssertionError, match="off by"):
         check_batch(trainer.generations[-1][1], teacher, load(pair[1]), Mixture(), tolerance=2e-5)
 
@@ -645,6 +654,12 @@ def test_refusals_of_the_generator(settings: dict[str, Any], wanted: str) -> Non
         OptimalSamplingGenerator(**settings)
 
 
+def test_the_teachers_folder_may_be_a_path(pair: tuple[str, str], tmp_path: Path) -> None:
+    for kind in ("grpo", "divergence"):
+        trainer = make_trainer(kind, pair, tmp_path, generator={"teacher": Path(pair[0])})
+        assert trainer.generator.teacher == pair[0]
+
+
 def test_a_record_of_another_completion_is_refused(pair: tuple[str, str], tmp_path: Path) -> None:
     trainer = make_trainer("grpo", pair, tmp_path)
     batch = one_batch(trainer, TEXTS[:1] * 4)
@@ -697,8 +712,8 @@ def trained_pair() -> tuple[str, str]:
 SCORE: dict[str, tuple[dict[str, Any], float]] = {
     "grpo": ({"num_generations": 8, "max_steps": 80}, 0.03),
     "rloo": ({"num_generations": 8, "max_steps": 80}, 0.03),
-    "divergence": ({"max_steps": 60}, 0.03),
-    "sampled_token": ({"max_steps": 60}, 0.03),
+    "divergence": ({"max_steps": 50}, 0.1),
+    "sampled_token": ({"max_steps": 80, "learning_rate": 3e-3}, 0.03),
 }
 """Settings, and by how much exact match has to rise."""
 
@@ -731,3 +746,73 @@ def test_the_score_rises(trained_pair: tuple[str, str], tmp_path: Path, kind: st
     after = embedded.measure(trainer.model.eval(), tokenizer)
     print(f"{kind}: exact match {before:.4f} -> {after:.4f}")
     assert after - before > margin
+
+
+# Two processes.
+
+
+TWO = ("grpo", "rloo", "divergence")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(pair: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """What each of two ranks saw, for each kind; one run, since most of it is starting up."""
+    here, folder = Path(__file__).parent, tmp_path_factory.mktemp("ranks")
+    path = os.pathsep.join([str(here), str(here.parent / "recipes"), str(here.parent)])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = subprocess.run(
+        [*launch, str(here / "two_processes.py"), *pair, str(folder), *TWO],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    wanted = sorted(f"{kind}-{rank}.json" for kind in TWO for rank in (0, 1))
+    assert sorted(file.name for file in folder.glob("*.json")) == wanted, process.stderr[-3000:]
+    return {kind: [json.loads((folder / f"{kind}-{rank}.json").read_text()) for rank in (0, 1)] for kind in TWO}
+
+
+@pytest.mark.parametrize("kind", TWO)
+def test_two_processes(two_ranks: dict[str, list[dict[str, Any]]], kind: str) -> None:
+    """Two ranks with six rows each: groups of four, of which the second spans both. Metrics are those of all twelve
+    rows, equal on both ranks; each rank's records are its own rows' (the ranks checked them against the oracle)."""
+    ranks = two_ranks[kind]
+    assert [rank["processes"] for rank in ranks] == [2, 2]
+    assert ranks[0]["parameters"] == ranks[1]["parameters"]  # DDP did its work
+    assert max(rank["worst"] for rank in ranks) < 2e-5
+    assert len(ranks[0]["generations"]) == 2
+    for step in range(2):
+        rows = [row for rank in ranks for row in rank["generations"][step]["rows"]]
+        assert len(rows) == 12
+        group = 4 if kind in RL else 6
+        assert [row["mixed"] for row in rows] == ([False] * (group // 2) + [True] * (group // 2)) * (12 // group)
+        alpha, log_q, log_theta, log_teacher = (
+            np.concatenate([row[name] for row in rows if row["mixed"]]) for name in RECORDS
+        )
+        weights = np.exp(log_theta - log_q)
+        wanted = {
+            "alpha/mean": alpha.mean(),
+            "alpha/q90": np.quantile(alpha, 0.9),
+            "mixture/kl_theta": (log_q - log_theta).mean(),
+            "mixture/kl_teacher": (log_q - log_teacher).mean(),
+            "mixture/ess": weights.sum() ** 2 / (weights**2).sum() / len(weights),
+        }
+        if kind in RL:
+            scores = np.array([row["reward"] for row in rows]).reshape(3, 4)
+            assert all(len({row["prompt"] for row in rows[i : i + 4]}) == 1 for i in (0, 4, 8))
+            wanted |= {
+                "mixture/reward_theta": scores[:, :2].mean(),
+                "mixture/reward_mixture": scores[:, 2:].mean(),
+                "mixture/groups_with_signal": (scores.max(1) > scores.min(1)).mean(),
+            }
+            advantages = scores - scores.mean(1, keepdims=True)
+            advantages = advantages / (scores.std(1, ddof=1, keepdims=True) + 1e-4) if kind == "grpo" else None
+            if advantages is not None:
+                mixed = np.array([row["mixed"] for row in rows]).reshape(3, 4)
+                advantages = np.where(mixed, np.maximum(advantages, 0), advantages)
+                got = [a for rank in ranks for a in rank["generations"][step]["advantages"]]
+                assert got == pytest.approx(advantages.flatten().tolist(), abs=1e-4)
+        for rank in ranks:
+            log = rank["log"][step]
+            assert {name: log[name] for name in wanted} == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+            assert log["mixture/tokens_per_second"] == ranks[0]["log"][step]["mixture/tokens_per_second"]

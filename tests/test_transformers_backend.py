@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -41,6 +42,9 @@ PAIRS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "granite": ("granite", {}, {"layers": 1}),
 }
 """Family, and what the teacher's and the student's configuration have of their own. The first is every test's pair."""
+TOKENIZER = make_tokenizer()
+TOLERANCE = 2e-5
+"""In nats and in α; measured: 3e-6 and 2e-7, float32's rounding of another order of sums."""
 FALSE_ALARM = 1e-6
 """Of all chi-square tests of this file together."""
 
@@ -59,7 +63,7 @@ class Pair:
         self.models = load(teacher), load(theta)
 
     def check(self, rollouts: list[Rollout], requests: list[Request], ending: Ending | None = None) -> None:
-        check_rollouts(rollouts, requests, *self.models, ending=ending)
+        check_rollouts(rollouts, requests, *self.models, ending=ending, tolerance=TOLERANCE)
 
 
 def load(folder: str) -> PreTrainedModel:
@@ -67,7 +71,7 @@ def load(folder: str) -> PreTrainedModel:
 
 
 def ids(text: str) -> list[int]:
-    return list(make_tokenizer()(text)["input_ids"])
+    return list(TOKENIZER(text)["input_ids"])
 
 
 def ask(text: str = TEXTS[0], mixture: Mixture | None = None, theta: str | None = None, **sampling: Any) -> Request:
@@ -216,20 +220,20 @@ def test_padding_is_never_drawn(pair: Pair) -> None:
 
 
 def test_an_end_of_sequence_token_ends(pair: Pair) -> None:
-    requests = [ask(TEXTS[i % 6], seed=i, max_tokens=60, temperature=1.5) for i in range(40)]
+    settings = {"max_tokens": 40, "temperature": 2.0}
+    requests = [ask(TEXTS[i % 6], seed=i, **settings) for i in range(30)]
     rollouts = pair.backend.generate(requests)
-    pair.check(rollouts, requests)
-    stopped = [rollout for rollout in rollouts if rollout.finish_reason == "stop"]
-    assert 0 < len(stopped) < 40
+    stopped = [index for index, rollout in enumerate(rollouts) if rollout.finish_reason == "stop"]
+    assert 0 < len(stopped) < 30
+    pair.check([rollouts[index] for index in stopped], [requests[index] for index in stopped])
     for rollout in rollouts:
         assert EOS not in rollout.completion_ids[:-1]
         assert (rollout.completion_ids[-1] == EOS) == (rollout.finish_reason == "stop")
-        assert rollout.finish_reason == "stop" or len(rollout.completion_ids) == 60
+        assert rollout.finish_reason == "stop" or len(rollout.completion_ids) == 40
         assert rollout.text == pair.backend.tokenizer.decode(rollout.completion_ids, skip_special_tokens=True)
         assert "<eos>" not in rollout.text
-    going = [ask(TEXTS[i % 6], seed=i, max_tokens=60, temperature=1.5, ignore_eos=True) for i in range(40)]
-    longer = pair.backend.generate(going)
-    assert {(len(rollout.completion_ids), rollout.finish_reason) for rollout in longer} == {(60, "length")}
+    longer = pair.backend.generate([ask(TEXTS[i % 6], seed=i, ignore_eos=True, **settings) for i in range(30)])
+    assert {(len(rollout.completion_ids), rollout.finish_reason) for rollout in longer} == {(40, "length")}
     for short, long in zip(rollouts, longer):
         assert long.completion_ids[: len(short.completion_ids)] == short.completion_ids
 
@@ -555,11 +559,13 @@ def first_tokens(pair: Pair, requests: list[Request]) -> tuple[Tensor, Tensor]:
     return torch.bincount(drawn, minlength=len(q)), q
 
 
+COLD: dict[str, Any] = {"seed": None, "temperature": 0.5}
+"""Where teacher and student differ so much that 0.1 of α is 28 standard deviations of the chi-square of 20 000."""
 DRAWS: dict[str, tuple[str, int, dict[str, Any]]] = {
-    **{name: (name, 30_000, {"seed": None}) for name in MIXTURES},
-    "seeded": ("kl_symmetry", 8_000, {}),
-    "cold": ("kl_symmetry", 30_000, {"seed": None, "temperature": 0.5}),
-    "cut": ("ess_balance", 30_000, {"seed": None, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.3}),
+    **{name: (name, 20_000, COLD) for name in (*METHODS, "theta", "teacher")},
+    "warm": ("kl_symmetry", 20_000, {"seed": None}),
+    "seeded": ("kl_symmetry", 6_000, {}),
+    "cut": ("ess_balance", 20_000, {"seed": None, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.3}),
 }
 
 
@@ -571,10 +577,12 @@ def test_tokens_are_drawn_from_q(pair: Pair, name: str) -> None:
     among the tests (Bonferroni). What q gives no mass must not be drawn at all.
     """
     mixture, count, settings = DRAWS[name]
-    torch.manual_seed(0)
-    seeds = range(count) if "seed" not in settings else [None] * count
-    settings = {"theta": "a prompt of its own", "max_tokens": 1, **settings}
-    counts, q = first_tokens(pair, [ask("chi", MIXTURES[mixture], **settings | {"seed": seed}) for seed in seeds])
+    torch.manual_seed(list(DRAWS).index(name))
+    request = ask("chi", MIXTURES[mixture], "a prompt of its own", max_tokens=1, **settings)
+    requests = [request] * count
+    if name == "seeded":
+        requests = [replace(request, sampling=replace(request.sampling, seed=seed)) for seed in range(count)]
+    counts, q = first_tokens(pair, requests)
     assert int(counts.sum()) == count
     assert int(counts[q == 0].sum()) == 0
     assert p_value(counts, q) > FALSE_ALARM / len(DRAWS)
@@ -582,7 +590,7 @@ def test_tokens_are_drawn_from_q(pair: Pair, name: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_chi_square_sees_a_wrong_alpha(pair: Pair, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same test with α 0.1 beside the solution fails by far more than it may."""
+    """The same test on half the draws, with α 0.1 beside the solution, fails by far more than it may."""
     solve = decoding.solve_alpha
 
     def off(*arguments: Any) -> Tensor:
@@ -591,18 +599,18 @@ def test_the_chi_square_sees_a_wrong_alpha(pair: Pair, method: str, monkeypatch:
 
     monkeypatch.setattr(decoding, "solve_alpha", off)
     torch.manual_seed(0)
-    requests = [ask("chi", MIXTURES[method], "a prompt of its own", max_tokens=1, seed=None)] * 30_000
-    assert p_value(*first_tokens(pair, requests)) < FALSE_ALARM**2 / len(DRAWS)
+    request = ask("chi", MIXTURES[method], "a prompt of its own", max_tokens=1, **COLD)
+    assert p_value(*first_tokens(pair, [request] * 10_000)) < FALSE_ALARM**3
 
 
 def test_the_weights_average_to_one(pair: Pair) -> None:
-    """E_q[θ/q] = E_q[t/q] = 1: means of 30 000 first tokens within 5.5 standard errors. Luck fails one in 10⁷ sets of
+    """E_q[θ/q] = E_q[t/q] = 1: means of 10 000 first tokens within 5.5 standard errors. Luck fails one in 10⁷ sets of
     seeds. With top_k the student's weight averages to the mass that it has on the tokens kept."""
     torch.manual_seed(1)
-    backend = TransformersBackend(*pair.folders, device="cpu", max_num_seqs=30_000)
+    backend = TransformersBackend(*pair.folders, device="cpu", max_num_seqs=10_000)
     for settings in ({}, {"top_k": 30}):
         request = ask("mean", max_tokens=1, seed=None, **settings)
-        rollouts = backend.generate([request] * 30_000)
+        rollouts = backend.generate([request] * 10_000)
         _, log_q = expected_records(rollouts[0], *pair.models, sampling=request.sampling)
         kept = log_q[0] > -torch.inf
         for name, model in (("weight_teacher", pair.models[0]), ("weight_theta", pair.models[1])):

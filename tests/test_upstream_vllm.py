@@ -111,6 +111,7 @@ MENTIONED = {
     "vllm.model_executor.layers.vocab_parallel_embedding": ["dispatch_cpu_unquantized_gemm(layer"],
     "vllm.v1.worker.cpu_worker": ["sleep mode is not supported on CPU, ignore it"],
     "vllm.v1.engine.logprobs": ["num_logprobs"],
+    "vllm.v1.engine.output_processor": ["self.request_states: dict[str"],
 }
 
 

@@ -227,10 +227,17 @@ class FusedLLM:
 
 
 def build_generation(plan: Plan, **trl_arguments: Any) -> MixtureGeneration:
-    """What stands for TRL's `VLLMGeneration`, on the backend that the generator asks for."""
+    """What stands for TRL's `VLLMGeneration`, on the backend that the generator asks for.
+
+    Raises:
+        ValueError: where it asks for vLLM, which is not installed or cannot sample this pair.
+    """
     generator, backend = plan.generator, plan.generator.backend
-    if backend == "auto":
-        reason = why_not_vllm(plan.teacher, trl_arguments["model"].name_or_path, two_prompts=generator.two_prompts)
+    if backend != "transformers":
+        model = trl_arguments["model"]
+        reason = why_not_vllm(plan.teacher, model.name_or_path or model, two_prompts=generator.two_prompts)
+        if backend == "vllm" and reason is not None:
+            raise ValueError(f"`backend` is 'vllm', but {reason}. Use backend='transformers', or 'auto'.")
         backend = "vllm" if reason is None else "transformers"
         logger.info("Rollouts are sampled with %s%s", backend, "." if reason is None else f": {reason}")
     return (EngineGeneration if backend == "vllm" else LiveGeneration)(plan, **trl_arguments)

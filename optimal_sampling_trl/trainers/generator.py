@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +35,7 @@ class OptimalSamplingGenerator:
         ValueError: on an unknown backend or a number out of range.
     """
 
-    teacher: str | PreTrainedModel
+    teacher: str | os.PathLike[str] | PreTrainedModel
     mixture: Mixture = field(default_factory=Mixture)
     theta_fraction: float | None = None
     schedule: float | None = None
@@ -44,6 +45,8 @@ class OptimalSamplingGenerator:
     engine_arguments: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.teacher, os.PathLike):  # TRL and vLLM know texts alone
+            object.__setattr__(self, "teacher", os.fspath(self.teacher))
         if not isinstance(self.mixture, Mixture):
             raise ValueError(f"`mixture` is {self.mixture!r}; wanted a `Mixture`, for example `Mixture()`.")
         if self.theta_fraction is not None:

@@ -52,7 +52,7 @@ TRAPS = {
         symptom="The student's attention is planned with the teacher's head counts.",
         cause="Some builders of attention metadata read them from the engine's `model_config`.",
         safe="The student's layers carry a subclass of their backend whose builder is handed the student's.",
-        upstream="FlashAttention reads them from the layers since 0.31; others do not.",
+        upstream="FlashAttention reads them from the layers since 0.31; others do not. Not seen on the CPU.",
         delete="When all builders read them from the layers.",
     ),
     "packed_head": Trap(

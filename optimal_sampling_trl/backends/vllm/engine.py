@@ -169,11 +169,16 @@ def generate(llm: LLM, requests: Sequence[Request]) -> tuple[list[RequestOutput]
         check_request(request, pair, index)
     if not requests:
         return [], []
-    outputs = llm.generate(
-        [TokensPrompt(prompt_token_ids=request.prompt_ids) for request in requests],
-        [to_sampling_params(request, pair.ending) for request in requests],
-        use_tqdm=False,
-    )
+    try:
+        outputs = llm.generate(
+            [TokensPrompt(prompt_token_ids=request.prompt_ids) for request in requests],
+            [to_sampling_params(request, pair.ending) for request in requests],
+            use_tqdm=False,
+        )
+    except BaseException:  # an interrupt, too: what was left would come back among the next call's outputs
+        left = list(llm.llm_engine.output_processor.request_states)
+        llm.llm_engine.abort_request(left, internal=True)
+        raise
     return outputs, to_rollouts(outputs, requests, pair)
 
 

