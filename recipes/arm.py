@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, P
 
 from pair import COMPLETION_LENGTH, Pair, dataset, measure, reward
 
-GROUP, BATCH = 8, 64
+GROUP = 8
 HELD_OUT = 1024
 """Prompts of each measurement: a standard error of 0.004 at 2 % and of 0.016 at 50 %."""
 
@@ -23,8 +23,8 @@ class Bar(ProgressCallback):
 class Watch(TrainerCallback):
     """Exact match of the student's own samples over training, and the rollouts of a few steps for the page."""
 
-    def __init__(self, tokenizer: Any, every: int) -> None:
-        self.tokenizer, self.every = tokenizer, every
+    def __init__(self, tokenizer: Any, batch: int, every: int) -> None:
+        self.tokenizer, self.batch, self.every = tokenizer, batch, every
         self.trainer: Any = None
         self.seconds = 0.0
         self.curve: list[tuple[float, float]] = []
@@ -42,7 +42,7 @@ class Watch(TrainerCallback):
         training = model.training
         model.eval()  # gradient checkpointing, which TRL switches on, breaks `generate` in training mode
         with torch.random.fork_rng():  # a measurement changes nothing about the training
-            self.curve.append((state.global_step * BATCH, measure(model, self.tokenizer, HELD_OUT)))
+            self.curve.append((state.global_step * self.batch, measure(model, self.tokenizer, HELD_OUT)))
         model.train(training)
         taken = getattr(self.trainer, "rollouts", [])
         self.rollouts += taken
@@ -50,29 +50,28 @@ class Watch(TrainerCallback):
 
 
 def train(
-    trainer_class: Any, config_class: Any, pair: Pair, steps: int, settings: dict[str, Any], **extra: Any
+    trainer_class: Any, config_class: Any, pair: Pair, steps: int, batch: int, settings: dict[str, Any], **extra: Any
 ) -> tuple[Any, Watch]:
     """Train the student of `pair` from its start; returns the trainer and what was watched.
 
     Args:
+        batch: completions in a step.
         settings: further fields of the configuration.
         extra: further arguments of the trainer.
     """
     tokenizer = AutoTokenizer.from_pretrained(pair.student)
-    watch = Watch(tokenizer, every=max(steps // 10, 1))
+    watch = Watch(tokenizer, batch, every=max(steps // 10, 1))
     groups = {} if "Distillation" in trainer_class.__name__ else {"num_generations": GROUP}
     rewards = {"reward_funcs": reward} if groups else {}
     trainer = trainer_class(
         model=AutoModelForCausalLM.from_pretrained(pair.student, dtype=torch.float32),
-        train_dataset=dataset("train", steps * BATCH // groups.get("num_generations", 1), seed=1),
+        train_dataset=dataset("train", steps * batch // groups.get("num_generations", 1), seed=1),
         processing_class=tokenizer,
         callbacks=[watch],
         args=config_class(
             max_steps=steps,
-            per_device_train_batch_size=BATCH,
+            per_device_train_batch_size=batch,
             max_completion_length=COMPLETION_LENGTH,
-            lr_scheduler_type="constant_with_warmup",
-            warmup_steps=10,
             logging_steps=max(steps // 20, 1),
             save_strategy="no",
             report_to="none",

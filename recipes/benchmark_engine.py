@@ -33,7 +33,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from vllm import LLM, SamplingParams, TokensPrompt
 
 from optimal_sampling_trl.backends.transformers import TransformersBackend
-from optimal_sampling_trl.backends.vllm.engine import VLLMBackend, to_sampling_params
+from optimal_sampling_trl.backends.vllm.engine import VLLMBackend
+from optimal_sampling_trl.backends.vllm.requests import to_sampling_params
 from optimal_sampling_trl.backends.vllm.sampler import RECORD
 from optimal_sampling_trl.mixture import Mixture
 from optimal_sampling_trl.request import Request, Sampling
@@ -93,7 +94,8 @@ def fastest(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, fl
 
 def main() -> None:
     args = parse()
-    root = tempfile.mkdtemp(prefix="benchmark-engine-")
+    home = tempfile.TemporaryDirectory(prefix="benchmark-engine-")
+    root = home.name
     teacher = make_model(f"{root}/teacher", *args.teacher, args.vocabulary, 0)
     theta = make_model(f"{root}/theta", *args.theta, args.vocabulary, 1)
     arguments = {
@@ -117,10 +119,10 @@ def main() -> None:
         f"{torch.get_num_threads()} thread(s), {platform.processor() or platform.machine()}\n"
     )
     print(
-        "| batch | mixture tok/s | teacher tok/s | student tok/s | transformers tok/s | time/sum | /teacher | records |"
+        "| batch | mixture tok/s | teacher tok/s | student tok/s | transformers tok/s |time/sum | /teacher | records |"
     )
     print(
-        "|------:|--------------:|--------------:|--------------:|-------------------:|---------:|---------:|--------:|"
+        "|------:|--------------:|--------------:|--------------:|-------------------:|--------:|---------:|--------:|"
     )
     for batch in args.batches:
         print(row(batch, measure(fused, other, alone, batch, args), args.tokens), flush=True)
@@ -155,7 +157,7 @@ def row(batch: int, took: dict[str, float], tokens: int) -> str:
     records = (took["mixture"] - took["without records"]) / (batch * tokens)
     return (
         f"| {batch:5} | {speed['mixture']:13.1f} | {speed['teacher']:13.1f} | {speed['theta']:13.1f} | "
-        f"{speed['transformers']:18.1f} | {took['mixture'] / both:8.2f} | {took['mixture'] / took['teacher']:8.2f} | "
+        f"{speed['transformers']:18.1f} | {took['mixture'] / both:7.2f} | {took['mixture'] / took['teacher']:8.2f} | "
         f"{records * 1e6:.0f} µs/tok {took['mixture'] / took['without records'] - 1:+.1%} |"
     )
 

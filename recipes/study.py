@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import trl
 
-from arm import BATCH, train
+from arm import train
 from optimal_sampling_trl import (
     DistillationConfig,
     DistillationTrainer,
@@ -32,6 +32,8 @@ from optimal_sampling_trl import (
 )
 from optimal_sampling_trl.plots import plot_learning
 from pair import make_pair
+
+BATCH = 64
 
 
 class Arm(NamedTuple):
@@ -75,6 +77,15 @@ ARMS = {
     "Sampled tokens, student's rollouts": Arm(*DISTILLATION, SAMPLED, ALONE),
     "Sampled tokens, mixture": Arm(*DISTILLATION, SAMPLED),
 }
+DRAWN = (
+    "GRPO",
+    "GRPO, half mixture (default)",
+    "RLOO",
+    "RLOO, half mixture (default)",
+    "Distillation, student's rollouts",
+    "Distillation, mixture",
+    "Sampled tokens, mixture",
+)
 
 
 def run(name: str, learning_rate: float, seed: int, steps: int, output: str) -> dict[str, Any]:
@@ -91,7 +102,7 @@ def run(name: str, learning_rate: float, seed: int, steps: int, output: str) -> 
         "disable_tqdm": True,
         **arm.settings,
     }
-    trainer, watch = train(arm.trainer, arm.config, pair, steps, settings | arm.settings, **generator)
+    trainer, watch = train(arm.trainer, arm.config, pair, steps, BATCH, settings | arm.settings, **generator)
     alpha = [
         (entry["step"] * BATCH, entry["alpha/mean"]) for entry in trainer.state.log_history if "alpha/mean" in entry
     ]
@@ -100,12 +111,14 @@ def run(name: str, learning_rate: float, seed: int, steps: int, output: str) -> 
 
 
 def best(runs: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """The seeds of an arm at the learning rate with the best mean at the end."""
+    """The seeds of an arm at the learning rate with the best mean at the end, of those with the most seeds."""
     by_rate: dict[float, list[dict[str, Any]]] = {}
     for one in runs:
         if one["arm"] == name:
             by_rate.setdefault(one["learning_rate"], []).append(one)
-    return max(by_rate.values(), key=lambda seeds: sum(one["curve"][-1][1] for one in seeds) / len(seeds), default=[])
+    seeds = max(map(len, by_rate.values()), default=0)
+    whole = [rate for rate in by_rate.values() if len(rate) == seeds]
+    return max(whole, key=lambda rate: sum(one["curve"][-1][1] for one in rate), default=[])
 
 
 def report(runs: list[dict[str, Any]], output: Path) -> None:
@@ -120,7 +133,8 @@ def report(runs: list[dict[str, Any]], output: Path) -> None:
         middle = [one["curve"][len(one["curve"]) // 2][1] for one in seeds]
         means = f"{sum(middle) / len(middle):.3f} | {sum(ends) / len(ends):.3f}"
         print(f"| {name} | {seeds[0]['learning_rate']:g} | {means} | {' '.join(f'{end:.3f}' for end in ends)} |")
-        curves[name.strip()] = [tuple(point) for point in seeds[0]["curve"]]
+        if name in DRAWN:
+            curves[name.strip()] = [tuple(point) for point in seeds[0]["curve"]]
     if curves:
         labels = {"x_label": "sampled completions", "y_label": "exact match", "title": "Sorting ten digits, seed 0"}
         print(f"Curves: {plot_learning(output / 'study.png', curves, **labels)}")

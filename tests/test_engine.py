@@ -234,7 +234,7 @@ def test_plain_requests_beside_recorded_ones(backend: Any, oracle: Oracle) -> No
     """A user of the same engine who asks for vLLM's own likeliest tokens gets them, and the mixture of the default."""
     from vllm import SamplingParams, TokensPrompt
 
-    from optimal_sampling_trl.backends.vllm.engine import to_rollouts, to_sampling_params
+    from optimal_sampling_trl.backends.vllm.requests import to_rollouts, to_sampling_params
 
     asked = [request(text, seed=i) for i, text in enumerate(TEXTS[:3])]
     recorded = [to_sampling_params(one, backend.pair.ending) for one in asked]
@@ -256,7 +256,7 @@ def test_plain_requests_beside_recorded_ones(backend: Any, oracle: Oracle) -> No
 def test_an_aborted_request_leaves_the_others_alone(backend: Any, oracle: Oracle) -> None:
     from vllm import TokensPrompt
 
-    from optimal_sampling_trl.backends.vllm.engine import to_rollouts, to_sampling_params
+    from optimal_sampling_trl.backends.vllm.requests import to_rollouts, to_sampling_params
 
     engine = backend.llm.llm_engine
     asked = [request(text, mixture, seed=i) for i, (text, mixture) in enumerate(zip(TEXTS, MIXTURES.values()))]

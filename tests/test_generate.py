@@ -15,7 +15,8 @@ from oracle import check_rollout
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, T5Config
 
 from optimal_sampling_trl import Mixture, OptimalSamplingOutput, OptimalSamplingV1, backends
-from optimal_sampling_trl.backends import decoding, transformers
+from optimal_sampling_trl.backends import decoding
+from optimal_sampling_trl.backends.source import Source
 from optimal_sampling_trl.request import Sampling
 
 PROMPTS = ["3 + 4 =", "a", "sort: 5 1 2"]
@@ -325,7 +326,7 @@ def test_refused_before_a_model_is_loaded(root: Path, monkeypatch: pytest.Monkey
     def load(*arguments: Any, **options: Any) -> None:
         raise AssertionError("A model was loaded.")
 
-    monkeypatch.setattr(transformers, "_load", load)
+    monkeypatch.setattr(Source, "load", load)
     arguments, words = CONSTRUCTOR[case]
     with pytest.raises(ValueError) as error:  # noqa: PT011
         build(root, **arguments(root))

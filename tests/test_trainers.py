@@ -305,6 +305,16 @@ def test_the_users_config_is_left_as_it_was(pair: tuple[str, str], tmp_path: Pat
     assert args.use_vllm is False
 
 
+@pytest.mark.parametrize("kind", ["grpo", "rloo", "divergence"])
+def test_arguments_by_position_are_trls(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
+    like = make_trainer(kind, pair, tmp_path)
+    second = reward if kind in RL else None
+    trainer = KINDS[kind][0](pair[1], second, like.args, like.train_dataset, generator=like.generator)
+    assert trainer.args.max_completion_length == 10
+    assert trainer.train_dataset is like.train_dataset
+    one_batch(trainer, TEXTS[:1] * 4)
+
+
 def test_no_config_at_all(pair: tuple[str, str], tmp_path: Path) -> None:
     """Our configuration, under TRL's name; on a CPU it has to be told so, or TRL's own default bf16 refuses it."""
     for kind, name in (("grpo", "student-GRPO"), ("rloo", "student-RLOO"), ("divergence", "student-Distillation")):
@@ -410,6 +420,33 @@ def test_gradients_against_float64(
     assert largest > 1e-3
     for name, parameter in trainer.model.named_parameters():
         assert float((parameter.grad.double() - exact[name].grad).abs().max()) < 1e-4 * largest, name
+
+
+@pytest.mark.parametrize("kind", ["grpo", "divergence", "sampled_token"])
+def test_micro_batches_add_up_to_the_batch(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
+    """Two micro-batches of different length are normalised by the tokens of both, as TRL does."""
+    trainer = make_trainer(kind, pair, tmp_path)
+    trainer.current_gradient_accumulation_steps = 2
+    batch = one_batch(trainer, [text for text in TEXTS[:2] for _ in range(4)])
+    whole = trainer.compute_loss(trainer.model, batch).item()
+    halves = [{name: x[part] if x.ndim else x for name, x in batch.items()} for part in (slice(3), slice(3, None))]
+    assert halves[0]["completion_mask"].sum() != halves[1]["completion_mask"].sum()
+    parts = [trainer.compute_loss(trainer.model, half).item() for half in halves]
+    assert sum(parts) == pytest.approx(whole, rel=1e-5)
+    assert abs(whole) > 1e-3
+
+
+def test_truncated_completions_may_be_masked(pair: tuple[str, str], tmp_path: Path) -> None:
+    """`mask_truncated_completions` takes rows out of the loss, and of the metrics, without a mismatch of records."""
+    trainer = make_trainer("grpo", pair, tmp_path, mask_truncated_completions=True, correction="sequence_truncate")
+    batch = one_batch(trainer, [text for text in TEXTS[:8] for _ in range(4)])
+    valid = batch["completion_mask"].bool()
+    whole = valid.any(1)
+    assert 0 < int(whole.sum()) < len(whole)
+    mixed = valid & batch["mixture_rows"][:, None]
+    assert trainer._metrics["train"]["alpha/mean"] == pytest.approx([batch["alpha"][mixed].mean().item()], rel=1e-5)
+    trainer.current_gradient_accumulation_steps = 1
+    assert bool(trainer.compute_loss(trainer.model, batch).isfinite())
 
 
 def row_weights(correction: Correction, rows: Any, mixed: list[bool], inclusive: bool) -> list[Tensor]:

@@ -238,6 +238,15 @@ def test_an_end_of_sequence_token_ends(pair: Pair) -> None:
         assert long.completion_ids[: len(short.completion_ids)] == short.completion_ids
 
 
+def test_an_end_of_sequence_token_that_comes_last(pair: Pair) -> None:
+    """One that fills max_tokens is a stop all the same."""
+    seeds = range(2_000)
+    rollouts = pair.backend.generate([ask(seed=seed, max_tokens=1, temperature=2.0) for seed in seeds])
+    ended = {rollout.finish_reason for rollout in rollouts if rollout.completion_ids == [EOS]}
+    assert ended == {"stop"}
+    assert {rollout.finish_reason for rollout in rollouts if rollout.completion_ids != [EOS]} == {"length"}
+
+
 def test_the_teachers_own_ending_is_folded(tmp_path: Any) -> None:
     """The teacher ends with `<pad>` and the student with `<eos>`: what the teacher gives to its own counts for θ's."""
     pair = Pair(make_model(tmp_path / "t", "qwen2", 0, eos_token_id=PAD), make_model(tmp_path / "s", "qwen2", 1))

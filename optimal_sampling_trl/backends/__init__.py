@@ -100,6 +100,15 @@ def why_not_vllm(
         return LOADED
     if two_prompts:
         return "teacher and student read different prompts, which the fused vLLM engine cannot do yet"
+    from .vllm.limits import check_pair, check_platform
+    from .vllm.plugin import require
+
+    try:
+        require()
+        check_platform(engine_arguments)
+        check_pair(teacher, theta, engine_arguments)
+    except (ImportError, ValueError) as error:
+        return str(error)
     return None
 
 

@@ -12,18 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import pairing
 from ..options import check_whole, unknown_option
 from ..request import Request
 from ..rollout import Rollout, check_solved
 from .decoding import Rows, Stream
+from .source import MODEL_OPTIONS, Source
 
-SOURCE_OPTIONS = ("revision", "trust_remote_code")
-"""Options that say where a model's files come from: weights, configuration and tokenizer alike."""
-MODEL_OPTIONS = ("attn_implementation", "dtype", *SOURCE_OPTIONS)
-"""Options that go to `from_pretrained`."""
 ENGINE_OPTIONS = ("device", "max_model_len", "max_num_seqs", *MODEL_OPTIONS)
 """All options of this backend, under vLLM's names where vLLM has them."""
 
@@ -61,21 +58,22 @@ class TransformersBackend:
             if name not in MODEL_OPTIONS:
                 raise ValueError(unknown_option("argument of the transformers backend", name, ENGINE_OPTIONS))
         check_whole("The transformers backend", "max_num_seqs", max_num_seqs, 1, "Drop it for 256 rows at once.")
-        source = {name: model_options[name] for name in SOURCE_OPTIONS if name in model_options}
-        configs = _config(teacher, "teacher", **source), _config(theta, "student", **source)
-        self.tokenizer = _tokenizer(teacher, theta, tokenizer, **source)
+        sources = Source(teacher, "teacher", model_options), Source(theta, "student", model_options)
+        configs = sources[0].config(), sources[1].config()
+        self.tokenizer = sources[1].tokenizer() if tokenizer is None else tokenizer
+        pairing.check_same_tokens(sources[0].tokenizer(), self.tokenizer)
         self.vocabulary = pairing.check_vocabulary(configs[0], configs[1], self.tokenizer)
-        self.context = _context(configs, max_model_len)
+        self.context = _context(pairing.context_length(*configs), max_model_len)
         self.max_num_seqs = max_num_seqs
         self.ending = pairing.end_of_sequence(
-            _generation_config(teacher, configs[0], **source),
-            _generation_config(theta, configs[1], **source),
+            sources[0].generation_config(configs[0]),
+            sources[1].generation_config(configs[1]),
             self.tokenizer.eos_token_id,
         )
-        self.device = torch.device(device) if device is not None else _device(theta)
-        self._owns_theta = isinstance(theta, str)
-        self.theta = _load(theta, self.device, **model_options)
-        self.teacher = _load(teacher, self.device, **model_options)
+        self.device = sources[1].device if device is None else torch.device(device)
+        self._owns_theta = not sources[1].is_loaded
+        self.theta = sources[1].load(self.device)
+        self.teacher = sources[0].load(self.device)
 
     def generate(self, requests: Sequence[Request]) -> list[Rollout]:
         """One rollout for each request, in their order.
@@ -204,40 +202,7 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
             module.training = True
 
 
-def _config(model: str | PreTrainedModel, role: str, **kwargs: Any) -> Any:
-    if isinstance(model, str):
-        return pairing.load_config(model, role, **kwargs)
-    pairing.check_decoder(model.config, role)
-    return model.config
-
-
-def _generation_config(model: str | PreTrainedModel, config: Any, **kwargs: Any) -> Any:
-    if isinstance(model, str):
-        return pairing.load_generation_config(model, config, **kwargs)
-    return getattr(model, "generation_config", None) or config
-
-
-def _tokenizer(
-    teacher: str | PreTrainedModel, theta: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, **kw: Any
-) -> PreTrainedTokenizerBase:
-    if tokenizer is None:
-        tokenizer = pairing.load_tokenizer(_source(theta, "student"), "student", **kw)
-    pairing.check_same_tokens(pairing.load_tokenizer(_source(teacher, "teacher"), "teacher", **kw), tokenizer)
-    return tokenizer
-
-
-def _source(model: str | PreTrainedModel, role: str) -> str:
-    name = model if isinstance(model, str) else model.name_or_path
-    if not name:
-        raise ValueError(
-            f"The {role} is a loaded model without a `name_or_path`; wanted the folder of its tokenizer there. "
-            "Save both in one folder and set `model.name_or_path` to it."
-        )
-    return name
-
-
-def _context(configs: Sequence[Any], max_model_len: int | None) -> int:
-    longest = pairing.context_length(*configs)
+def _context(longest: int, max_model_len: int | None) -> int:
     if max_model_len is None:
         return longest
     check_whole("The transformers backend", "max_model_len", max_model_len, 2)
@@ -247,16 +212,3 @@ def _context(configs: Sequence[Any], max_model_len: int | None) -> int:
             "Lower it, or drop it for the whole context."
         )
     return max_model_len
-
-
-def _device(theta: str | PreTrainedModel) -> torch.device:
-    if not isinstance(theta, str):
-        return theta.device
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _load(model: str | PreTrainedModel, device: torch.device, **options: Any) -> PreTrainedModel:
-    if not isinstance(model, str):
-        return model
-    loaded: Any = AutoModelForCausalLM.from_pretrained(model, **options)
-    return loaded.to(device).eval()

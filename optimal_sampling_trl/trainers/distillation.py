@@ -36,7 +36,9 @@ class DistillationTrainer(MixtureTrainerMixin, trl.DistillationTrainer):
     config_class = DistillationConfig
     default_theta_fraction = 0.0
 
-    def __init__(self, model: Any, teacher_model: Any = None, args: Any = None, **keywords: Any) -> None:
+    def __init__(
+        self, model: Any, teacher_model: Any = None, args: Any = None, *positional: Any, **keywords: Any
+    ) -> None:
         self.sampled_token = getattr(args, "loss", "divergence") == "sampled_token"
         if self.sampled_token and teacher_model is not None:
             raise ValueError(
@@ -45,7 +47,7 @@ class DistillationTrainer(MixtureTrainerMixin, trl.DistillationTrainer):
             )
         if not self.sampled_token and teacher_model is None:
             teacher_model = getattr(keywords.get("generator"), "teacher", None)
-        super().__init__(model, teacher_model, args=args, **keywords)
+        super().__init__(model, teacher_model, args, *positional, **keywords)
 
     def _teacher(self) -> Any:
         """The transformers backend shares the teacher that TRL has loaded for the loss."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,9 +33,10 @@ class MixtureTrainerMixin:
     default_theta_fraction: float
     rollouts: Sequence[Rollout] = ()
 
-    def __init__(
-        self, model: Any, *positional: Any, generator: OptimalSamplingGenerator, args: Any = None, **keywords: Any
-    ) -> None:
+    def __init__(self, model: Any, *positional: Any, generator: OptimalSamplingGenerator, **keywords: Any) -> None:
+        names = inspect.signature(super().__init__).parameters  # of TRL's trainer: model, ..., args, ...
+        keywords |= dict(zip(list(names)[1:], positional))
+        args = keywords.pop("args", None)
         if not isinstance(generator, OptimalSamplingGenerator):
             raise ValueError(
                 f"`generator` is {generator!r}; wanted an `OptimalSamplingGenerator(teacher=...)`. "
@@ -54,7 +56,7 @@ class MixtureTrainerMixin:
         args = copy.copy(args)
         args.use_vllm = True  # what TRL calls any engine beside the trainer
         with installed(type(self), self._build_generation):
-            super().__init__(model, *positional, args=args, **keywords)
+            super().__init__(model, args=args, **keywords)
         self._check_settings()
 
     def _build_generation(self, **trl_arguments: Any) -> MixtureGeneration:

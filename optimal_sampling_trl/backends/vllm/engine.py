@@ -8,23 +8,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ...pairing import Ending, check_prompt
 from ...request import Request
 from ...rollout import Rollout
 from .limits import Pair, check_arguments, check_pair, check_platform
 from .plugin import ARCHITECTURE, require
+from .requests import check_request, to_rollouts, to_sampling_params
 from .weights import clean_caches, reload_theta
 
 if TYPE_CHECKING:
-    from vllm import LLM, RequestOutput, SamplingParams
+    from transformers import PreTrainedTokenizerBase
+    from vllm import LLM, RequestOutput
 
 WORKER = "optimal_sampling_trl.backends.vllm.weights.OptimalSamplingWorker"
-COLDEST, HOTTEST = 0.01, 2.0
-"""The temperatures above 0 that vLLM takes as they are."""
 
 
 def build_llm(teacher: str, theta: str, **engine_arguments: Any) -> LLM:
@@ -103,55 +101,6 @@ def shut_down(llm: LLM) -> None:
         torch.cuda.empty_cache()
 
 
-def to_sampling_params(request: Request, ending: Ending) -> SamplingParams:
-    """vLLM's parameters of one request that asks for its records.
-
-    Where no stop texts are asked for vLLM does not turn tokens into text: `to_rollouts` does it once at the end.
-    """
-    from vllm import SamplingParams
-
-    from .sampler import COLUMNS, RECORD
-
-    sampling = request.sampling
-    return SamplingParams(
-        max_tokens=sampling.max_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        repetition_penalty=sampling.repetition_penalty,
-        seed=sampling.seed,
-        stop=list(sampling.stop),
-        detokenize=bool(sampling.stop),
-        stop_token_ids=[] if sampling.ignore_eos else list(ending.stop),
-        ignore_eos=True,  # vLLM would stop at the teacher's end, too
-        logprobs=COLUMNS,
-        flat_logprobs=True,
-        extra_args={RECORD: 1, **request.mixture.to_dict()},
-    )
-
-
-def to_rollouts(outputs: Sequence[RequestOutput], requests: Sequence[Request], pair: Pair) -> list[Rollout]:
-    """One rollout for each request, from vLLM's outputs in the same order.
-
-    Raises:
-        ValueError: naming every request in whose records a model returned NaN, or that was given the cached blocks of
-            one that had.
-    """
-    rollouts = [_to_rollout(output, request, pair) for output, request in zip(outputs, requests, strict=True)]
-    broken = [index for index, rollout in enumerate(rollouts) if bool(rollout.alpha.isnan().any())]
-    if broken:
-        pair.has_nan = True
-        alone = ", ".join(map(str, broken[:10])) + (" and more" if len(broken) > 10 else "")
-        raise ValueError(
-            f"Request{'s' if len(broken) > 1 else ''} {alone}: the teacher or the student returned NaN, or no token "
-            f"has mass under both. The other {len(rollouts) - len(broken)} requests were sampled rightly. Look for "
-            f"NaN in the weights of the student ({pair.theta!r} or those last loaded), then of the teacher "
-            f"({pair.teacher!r})."
-        )
-    return rollouts
-
-
 def generate(llm: LLM, requests: Sequence[Request]) -> tuple[list[RequestOutput], list[Rollout]]:
     """vLLM's outputs and the rollouts in them, one of each for each request, in their order.
 
@@ -182,45 +131,6 @@ def generate(llm: LLM, requests: Sequence[Request]) -> tuple[list[RequestOutput]
     return outputs, to_rollouts(outputs, requests, pair)
 
 
-def _to_rollout(output: RequestOutput, request: Request, pair: Pair) -> Rollout:
-    completion = output.outputs[0]
-    ids = list(completion.token_ids)
-    log_q, alpha, log_theta, log_teacher = read_records(completion.logprobs, ids, pair.engine_vocabulary)
-    return Rollout(
-        prompt_ids=request.prompt_ids,
-        theta_prompt_ids=request.theta_prompt_ids,
-        completion_ids=ids,
-        alpha=alpha,
-        log_q=log_q,
-        log_theta=log_theta,
-        log_teacher=log_teacher,
-        text=completion.text if request.sampling.stop else str(pair.tokenizer.decode(ids, skip_special_tokens=True)),
-        finish_reason=str(completion.finish_reason),
-        mixture=request.mixture,
-        temperature=request.sampling.temperature,
-    )
-
-
-def read_records(logprobs: Any, token_ids: Sequence[int], engine_vocabulary: int) -> tuple[Tensor, ...]:
-    """log q, α, log θ and log t, each (T,) float32, from the flat log-probabilities of T tokens.
-
-    Raises:
-        RuntimeError: where vLLM did not hand back the columns of a record, or those of other tokens.
-    """
-    T = len(token_ids)
-    if T == 0:
-        return tuple(torch.zeros(4, 0))
-    ids = np.array(logprobs.token_ids, dtype=np.int64)
-    wanted = np.empty((T, 4), dtype=np.int64)
-    wanted[:, 0], wanted[:, 1:] = token_ids, engine_vocabulary + np.arange(3)
-    if ids.shape != (4 * T,) or not np.array_equal(ids.reshape(T, 4), wanted):
-        raise RuntimeError(
-            f"vLLM returned log-probabilities of the ids {ids[:8].tolist()}...; wanted {wanted.ravel()[:8].tolist()}"
-            "...: the mixture's sampler is not installed in this engine, or another column is in its way."
-        )
-    return torch.from_numpy(np.array(logprobs.logprobs, dtype=np.float32).reshape(T, 4).T.copy()).unbind(0)
-
-
 class VLLMBackend:
     """The backend `vllm`: see `backends.Backend`.
 
@@ -244,6 +154,11 @@ class VLLMBackend:
             teacher, theta, gpu_memory_utilization=gpu_memory_utilization, **engine_arguments
         )
         self.pair = pair_of(self._llm)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The pair's."""
+        return self.pair.tokenizer
 
     @property
     def llm(self) -> LLM:
@@ -297,24 +212,3 @@ class VLLMBackend:
         if self._llm is not None:
             llm, self._llm = self._llm, None
             shut_down(llm)
-
-
-def check_request(request: Request, pair: Pair, index: int) -> None:
-    """Refuse a request that the fused engine cannot serve.
-
-    Raises:
-        ValueError: on a prompt that is empty, too long or no tokens, on a prompt of the student's own, and on a
-            temperature that vLLM would not sample at.
-    """
-    if list(request.prompt_ids) != list(request.theta_prompt_ids):
-        raise ValueError(
-            f"Request {index} has a prompt for the teacher ({len(request.prompt_ids)} tokens) and another for the "
-            f"student ({len(request.theta_prompt_ids)} tokens). In this engine both models read one stream of tokens "
-            "under Model Runner V1. Use backend='transformers', or give both the same system prompt."
-        )
-    check_prompt(request.prompt_ids, pair.context, pair.vocabulary, index, "teacher")
-    if request.sampling.temperature and not COLDEST <= request.sampling.temperature <= HOTTEST:
-        raise ValueError(
-            f"Request {index} has `temperature` {request.sampling.temperature}; wanted 0, or {COLDEST} to {HOTTEST}, "
-            "beyond which vLLM changes or refuses it. Use backend='transformers'."
-        )
