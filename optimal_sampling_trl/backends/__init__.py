@@ -30,7 +30,10 @@ class Backend(Protocol):
     """What the front door and the trainers ask of an engine."""
 
     name: str
-    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The pair's."""
 
     def generate(self, requests: Sequence[Request]) -> list[Rollout]:
         """One rollout for each request, in their order."""
