@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from optimal_sampling_trl.mixture import Mixture, blend, fold_eos, log_distributions, reference
+from optimal_sampling_trl.mixture import Mixture, blend, fold_eos, log_distributions
+from optimal_sampling_trl.reference import reference
 from optimal_sampling_trl.request import Request, Sampling
 from optimal_sampling_trl.rollout import Rollout
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optimal_sampling_trl.mixture import reference
 from optimal_sampling_trl.pairing import Ending
+from optimal_sampling_trl.reference import reference
 from optimal_sampling_trl.request import Request, Sampling
 from optimal_sampling_trl.rollout import RECORDS, Rollout
 

@@ -11,7 +11,8 @@ import torch
 from engines import TEXTS, Oracle, request, start
 from models import EOS, TOKENS, make_model
 
-from optimal_sampling_trl.mixture import Mixture, reference
+from optimal_sampling_trl.mixture import Mixture
+from optimal_sampling_trl.reference import reference
 from optimal_sampling_trl.request import Request, Sampling
 
 pytestmark = pytest.mark.engine

@@ -23,7 +23,8 @@ from optimal_sampling_trl.losses import (
     log_weights,
     sampled_token_coefficients,
 )
-from optimal_sampling_trl.mixture import Mixture, reference
+from optimal_sampling_trl.mixture import Mixture
+from optimal_sampling_trl.reference import reference
 
 LENGTHS = (7, 1, 4, 6, 0, 3)
 MIXED = torch.tensor([True, True, False, True, True, False])

@@ -20,19 +20,17 @@ from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from optimal_sampling_trl import mixture as module
+from optimal_sampling_trl import solver
 from optimal_sampling_trl.mixture import (
-    METHODS,
-    SAME_DIVERGENCE,
     Mixture,
     MixtureRows,
     blend,
     fold_eos,
     log_distributions,
     mix,
-    reference,
-    solve_alpha,
 )
+from optimal_sampling_trl.reference import reference
+from optimal_sampling_trl.solver import METHODS, SAME_DIVERGENCE, solve_alpha
 
 ROOTS = ("kl_symmetry", "ess_balance", "trust_region")
 ALPHA_TOLERANCE = 1e-5
@@ -363,14 +361,14 @@ def test_a_root_outside_of_the_range_is_its_nearer_end(method: str) -> None:
 def test_the_solver_takes_few_passes(method: str, low: float, high: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the root lies outside of the range, to whose end bisection would creep in 30, and where a row is
     solved long before others, which it must not leave again (a GPU makes a fixed number of passes)."""
-    passes, residual_of = 0, module._RESIDUALS[method]
+    passes, residual_of = 0, solver._RESIDUALS[method]
 
     def counted(*arguments: Any) -> Any:
         nonlocal passes
         passes += 1
         return residual_of(*arguments)
 
-    monkeypatch.setitem(module._RESIDUALS, method, counted)
+    monkeypatch.setitem(solver._RESIDUALS, method, counted)
     for scale in (0.3, 2.0, 8.0):
         for epsilon in (0.05, 2.0):
             passes = 0

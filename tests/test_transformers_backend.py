@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreT
 
 from optimal_sampling_trl.backends import decoding, make_backend
 from optimal_sampling_trl.backends.transformers import TransformersBackend
-from optimal_sampling_trl.mixture import METHODS, Mixture
+from optimal_sampling_trl.mixture import Mixture
 from optimal_sampling_trl.pairing import Ending
 from optimal_sampling_trl.request import Request, Sampling
 from optimal_sampling_trl.rollout import RECORDS, Rollout
+from optimal_sampling_trl.solver import METHODS
 
 TEXTS = ("hello world", "x", "wrap a line, please, and another", "0 1 1 2 3", "Two prompts", "hello world")
 MIXTURES = {

@@ -17,9 +17,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ..mixture import MixtureRows, blend, log_distributions, precision, solve_alpha
+from ..mixture import MixtureRows, blend, log_distributions, precision
 from ..request import Request, Sampling
 from ..rollout import RECORDS, Rollout
+from ..solver import solve_alpha
 
 if TYPE_CHECKING:
     from .transformers import TransformersBackend

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 
-from ..mixture import METHODS, Mixture
+from ..mixture import Mixture
+from ..solver import METHODS
 from .generator import OptimalSamplingGenerator
 
 

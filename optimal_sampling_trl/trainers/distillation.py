@@ -33,6 +33,7 @@ class DistillationTrainer(MixtureTrainerMixin, trl.DistillationTrainer):
         args: our `DistillationConfig`, or TRL's, which gets the divergence without weights.
     """
 
+    args: Any
     config_class = DistillationConfig
     default_theta_fraction = 0.0
 

@@ -150,6 +150,8 @@ class LiveGeneration(MixtureGeneration):
 class EngineGeneration(MixtureGeneration, vllm_generation.VLLMGeneration):
     """TRL's own colocated engine with the fused model inside: process groups, gathering and sleep stay TRL's."""
 
+    llm: Any  # a `FusedLLM`, where TRL holds a `vllm.LLM`
+
     def __init__(self, plan: Plan, **trl_arguments: Any) -> None:
         MixtureGeneration.__init__(self, plan, **trl_arguments)
         vllm_generation.VLLMGeneration.__init__(self, **trl_arguments)
@@ -166,7 +168,7 @@ class EngineGeneration(MixtureGeneration, vllm_generation.VLLMGeneration):
             engine_arguments["dtype"] = "float32"
         arguments = {name: value for name, value in engine_arguments.items() if value is not None}
         arguments.update(self.plan.generator.engine_arguments or {})
-        return FusedLLM(build_llm(self.plan.teacher, model, **arguments), self)
+        return FusedLLM(build_llm(str(self.plan.teacher), model, **arguments), self)
 
     def sync_weights(self) -> None:
         """Load the trainer's weights into the engine's student, all of them, in place."""

@@ -34,6 +34,7 @@ class GRPOTrainer(PolicyGradientMixin, trl.GRPOTrainer):
         ```
     """
 
+    args: Any
     config_class = GRPOConfig
 
     def _check_settings(self) -> None:

@@ -20,7 +20,11 @@ from .generator import OptimalSamplingGenerator
 QUANTILES = (0.1, 0.5, 0.9)
 
 
-class MixtureTrainerMixin:
+TrlTrainer: Any = object
+"""One of TRL's trainers, which comes after the mixin in the order of a class's methods."""
+
+
+class MixtureTrainerMixin(TrlTrainer):
     """Goes before one of TRL's trainers among the bases of a class.
 
     `rollouts` holds those of the last batch, for callbacks.

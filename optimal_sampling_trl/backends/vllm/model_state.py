@@ -15,7 +15,8 @@ from torch import Tensor
 from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from ...mixture import METHODS, MixtureRows, precision
+from ...mixture import MixtureRows, precision
+from ...solver import METHODS
 from .sampler import RECORD, Plan, mix_step, mixture_of, with_records
 
 NUMBERS = ("alpha_min", "alpha_max", "fixed_alpha", "epsilon", "temperature")

@@ -16,8 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from vllm.v1.outputs import LogprobsTensors
 
-from ...mixture import Mixture, MixtureRows, blend, log_distributions, solve_alpha
+from ...mixture import Mixture, MixtureRows, blend, log_distributions
 from ...pairing import Ending
+from ...solver import solve_alpha
 from .compat import own_generators
 
 RECORD = "optimal_sampling_record"
