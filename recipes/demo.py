@@ -76,14 +76,18 @@ def draw(watched: dict[str, Watch], logs: list[dict[str, float]], output: Path) 
         title="Sorting ten digits",
     )
     mixed = watched[MIXTURE]
-    asked = mixed.tokenizer.batch_decode([rollout.prompt_ids for rollout in mixed.rollouts])
+    shown = [
+        (rollout, step) for rollout, step in zip(mixed.rollouts, mixed.steps) if not rollout.mixture.is_theta_only
+    ]
+    rollouts, at_step = zip(*shown)
+    asked = mixed.tokenizer.batch_decode([rollout.prompt_ids for rollout in rollouts])
     page = write_page(
         output / "rollouts.html",
-        mixed.rollouts,
+        rollouts,
         mixed.tokenizer,
-        rewards=reward(asked, [rollout.text for rollout in mixed.rollouts]),
-        steps=mixed.steps,
-        title="Sorting ten digits: rollouts of the mixture and of the student",
+        rewards=reward(asked, [rollout.text for rollout in rollouts]),
+        steps=at_step,
+        title="Sorting ten digits: rollouts of the mixture",
     )
     return picture, page
 

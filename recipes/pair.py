@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python recipes/pair.py [--folder F]
 
 The prompt is `3141592653=`, the completion `1123345569` and EOS: 11 tokens. Both models are tiny Llamas with one
-tokenizer, 40 entries, a token per character. Made once, in about a minute on one CPU core, then read from the cache.
+tokenizer, 40 entries, one per character; `data/` has prompts. Made once, in a minute on one CPU core, then cached.
 """
 
 import argparse
@@ -29,9 +29,9 @@ DEFAULT = Path(os.environ.get("OPTIMAL_SAMPLING_CACHE", Path.home() / ".cache" /
 COMPLETION_LENGTH = 11  # ten digits and EOS
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 VOCABULARY = [PAD, EOS, UNK, *"0123456789=:. \nabcdefghiklmnoprstuvwy"]  # 40, as many as the models' logits
-# A lone user turn is the bare prompt, so both models answer it in chat form too.
-ENDS = "{{ {'system': '\\n', 'assistant': eos_token}.get(m['role'], '') }}"
+ENDS = "{{ {'system': '\\n', 'assistant': eos_token}.get(m['role'], '') }}"  # a lone user turn is the bare prompt
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}" + ENDS + "{% endfor %}"
+DATA = {"train": 8192, "test": 256}  # prompts in data/<split>.jsonl beside the models, as `--dataset_name` reads them
 PRIME = 17  # a prompt whose number is a multiple of this is held out: every digit counts, 1 in 17 is a test prompt
 
 
@@ -61,7 +61,7 @@ RECIPES = {
     "student": Recipe(64, 2, True, 0.04, steps=100, learning_rate=1.5e-3, warmup=20, wanted=(0.01, 0.05)),
 }
 BATCH = 128
-FINGERPRINT = hashlib.sha256(repr((RECIPES, BATCH, VOCABULARY, CHAT_TEMPLATE, PRIME)).encode()).hexdigest()
+FINGERPRINT = hashlib.sha256(repr((RECIPES, BATCH, VOCABULARY, CHAT_TEMPLATE, PRIME, DATA)).encode()).hexdigest()
 
 
 def prompts(split: str, count: int, seed: int) -> list[str]:
@@ -142,13 +142,14 @@ def measure(model: Any, tokenizer: PreTrainedTokenizerFast, count: int = 2048) -
 
 
 def write_models(folder: Path) -> None:
-    """Train, measure and save both models, the note last; raise where one misses what is wanted of it."""
+    """Save prompts; train, measure and save both models, the note last; raise where one misses what is wanted."""
     tokenizer, measured = make_tokenizer(), {}
+    for split, count in DATA.items():
+        dataset(split, count, seed=1).to_json(folder / "data" / f"{split}.jsonl", storage_options={"auto_mkdir": True})
     for name, recipe in RECIPES.items():
-        start, model = time.perf_counter(), build(recipe)
+        start, model, (least, most) = time.perf_counter(), build(recipe), recipe.wanted
         train(model, tokenizer, recipe, name)
         seconds, match = time.perf_counter() - start, measure(model.eval(), tokenizer)
-        least, most = recipe.wanted
         if not least <= match <= most:
             got = f"after {recipe.steps} steps the {name} is right on {match:.2%} of held-out prompts"
             raise RuntimeError(f"{got}; wanted {least:.0%} to {most:.0%}. Change its `steps` in RECIPES and try again")
@@ -189,8 +190,7 @@ def main() -> None:
     """Make the pair, or read it, and print what it is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=DEFAULT, help="where the checkpoints go (%(default)s)")
-    folder = parser.parse_args().folder
-    make_pair(folder)
+    make_pair(folder := parser.parse_args().folder)
     print(f"{folder}\n         parameters exact match trained in")
     for name, row in read_stamp(folder)["models"].items():
         print(f"{name:8} {row['parameters']:10,} {row['exact match']:11.2%} {row['seconds']:8.1f} s")

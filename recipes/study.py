@@ -64,7 +64,7 @@ ARMS = {
         *GRPO, {"correction": "token_truncate", "positive_only": False}, {"theta_fraction": 0.0}
     ),
     "  annealed": Arm(*GRPO, generator={"schedule": 0.5}),
-    **{f"  {name}": Arm(*GRPO, {"correction": name, "positive_only": False}) for name in RATIOS},
+    **{f"  {name}, with negatives": Arm(*GRPO, {"correction": name, "positive_only": False}) for name in RATIOS},
     "  + sampled tokens, 0.1": Arm(*GRPO, {"distillation_coefficient": 0.1}),
     "RLOO": Arm(trl.RLOOTrainer, trl.RLOOConfig, generator=None),
     "RLOO, half mixture (default)": Arm(*RLOO),

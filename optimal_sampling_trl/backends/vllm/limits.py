@@ -38,7 +38,7 @@ OWNED = {
     "return_sampling_mask": "its columns and those of the records would meet",
 }
 """Engine arguments that cannot be set, and why; a value that switches them off is let through."""
-RECURRENT = (
+RECURRENT = {
     "bamba",
     "falcon_h1",
     "falcon_mamba",
@@ -48,8 +48,6 @@ RECURRENT = (
     "lfm2",
     "mamba",
     "mamba2",
-)
-RECURRENT_TOO = (
     "minimax",
     "nemotron_h",
     "plamo2",
@@ -59,7 +57,7 @@ RECURRENT_TOO = (
     "rwkv",
     "zamba",
     "zamba2",
-)
+}
 """Model types with recurrent layers that do not name them in `layer_types`."""
 
 
@@ -124,7 +122,7 @@ def _check_architecture(config: PreTrainedConfig, role: str) -> None:
     reason = None
     if config.get_text_config() is not config:
         reason = "is a multimodal wrapper round a language model"
-    elif config.model_type in RECURRENT + RECURRENT_TOO or kinds - {
+    elif config.model_type in RECURRENT or kinds - {
         "full_attention",
         "attention",
         "sliding_attention",
