@@ -67,5 +67,6 @@ def run(trainer: Any) -> None:
     if trainer.eval_dataset is not None:
         trainer.log_metrics("eval", trainer.evaluate())
     trainer.save_model(trainer.args.output_dir)
-    trainer.accelerator.print(f"The model is in {trainer.args.output_dir}.")
+    processes = trainer.accelerator.num_processes
+    trainer.accelerator.print(f"The model is in {trainer.args.output_dir}, trained by {processes} process(es).")
     trainer.accelerator.end_training()

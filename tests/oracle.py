@@ -29,8 +29,15 @@ def pair_logits(
     rollout: Rollout, teacher: PreTrainedModel, theta: PreTrainedModel, ending: Ending | None = None
 ) -> tuple[Tensor, Tensor]:
     """The raw logits (T, V) of the student and the teacher over the common vocabulary, endings folded."""
-    of_theta = read_logits(theta, rollout.theta_prompt_ids, rollout.completion_ids)
-    of_teacher = read_logits(teacher, rollout.prompt_ids, rollout.completion_ids)
+    return common_logits(
+        read_logits(theta, rollout.theta_prompt_ids, rollout.completion_ids),
+        read_logits(teacher, rollout.prompt_ids, rollout.completion_ids),
+        ending,
+    )
+
+
+def common_logits(of_theta: Tensor, of_teacher: Tensor, ending: Ending | None = None) -> tuple[Tensor, Tensor]:
+    """Logits (T, V of each model) over the common vocabulary, the teacher's endings folded."""
     if ending is not None and ending.stop and ending.folded:
         mass = of_teacher.exp()
         of_teacher[:, ending.stop[0]] = mass[:, [ending.stop[0], *ending.folded]].sum(1).log()
