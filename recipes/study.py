@@ -52,6 +52,7 @@ GRPO, RLOO, DISTILLATION = (
 )
 RATIOS = ("token_truncate", "token_mask", "token_luffy", "prefix_truncate", "sequence_truncate", "sequence_mask")
 PREFIX = {"correction": "prefix_truncate", "correction_window": 4}
+VESPO = {"loss_type": "vespo", "vllm_importance_sampling_mode": "token_truncate"}
 SAMPLED, ALONE = {"loss": "sampled_token"}, {"theta_fraction": 1.0}
 ANNEALED = {"mixture": Mixture("trust_region", epsilon=0.05), "schedule": 0.5}
 ARMS = {
@@ -65,14 +66,14 @@ ARMS = {
     ),
     "  annealed": Arm(*GRPO, generator={"schedule": 0.5}),
     **{f"  {name}, with negatives": Arm(*GRPO, {"correction": name, "positive_only": False}) for name in RATIOS},
+    **{f"  {name}": Arm(*GRPO, {"correction": name}) for name in RATIOS},
+    "  VESPO": Arm(*GRPO, VESPO),
     "  + sampled tokens, 0.1": Arm(*GRPO, {"distillation_coefficient": 0.1}),
     "RLOO": Arm(trl.RLOOTrainer, trl.RLOOConfig, generator=None),
     "RLOO, half mixture (default)": Arm(*RLOO),
     "Distillation, student's rollouts": Arm(*DISTILLATION, generator=ALONE),
     "Distillation, mixture": Arm(*DISTILLATION),
-    "Distillation, mixture, prefix_truncate": Arm(
-        *DISTILLATION, {"correction": "prefix_truncate", "correction_window": 4}
-    ),
+    "Distillation, mixture, prefix_truncate": Arm(*DISTILLATION, PREFIX),
     "Distillation, trust region, annealed": Arm(*DISTILLATION, generator=ANNEALED),
     "Sampled tokens, student's rollouts": Arm(*DISTILLATION, SAMPLED, ALONE),
     "Sampled tokens, mixture": Arm(*DISTILLATION, SAMPLED),
@@ -95,14 +96,9 @@ def run(name: str, learning_rate: float, seed: int, steps: int, output: str) -> 
     generator = {}
     if arm.generator is not None:
         generator["generator"] = OptimalSamplingGenerator(pair.teacher, backend="transformers", **arm.generator)
-    settings = {
-        "learning_rate": learning_rate,
-        "seed": seed,
-        "output_dir": output,
-        "disable_tqdm": True,
-        **arm.settings,
-    }
-    trainer, watch = train(arm.trainer, arm.config, pair, steps, BATCH, settings | arm.settings, **generator)
+    schedule = {"learning_rate": learning_rate, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 10}
+    settings = {"seed": seed, "output_dir": output, "disable_tqdm": True} | schedule | arm.settings
+    trainer, watch = train(arm.trainer, arm.config, pair, steps, BATCH, settings, **generator)
     alpha = [
         (entry["step"] * BATCH, entry["alpha/mean"]) for entry in trainer.state.log_history if "alpha/mean" in entry
     ]

