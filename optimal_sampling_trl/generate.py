@@ -47,7 +47,9 @@ class OptimalSamplingV1:
     Args:
         model_teacher: the teacher: a folder, a model id, or (with the transformers backend) a loaded model.
         model_theta: the student, likewise.
-        alpha_method, fixed_alpha, alpha_min, alpha_max, epsilon: the mixture; see `Mixture`.
+        alpha_method, fixed_alpha, alpha_max, epsilon: the mixture; see `Mixture`.
+        alpha_min: likewise; None is 0.5 for the methods that balance the two models, so that samples lean towards the
+            teacher, and 0 for `trust_region` and `fixed`, whose budget or constant a floor would override.
         teacher_system_prompt: put before each prompt for the teacher.
         theta_system_prompt: put before each prompt for the student; where it differs from the teacher's, the two read
             different prompts.
@@ -74,7 +76,7 @@ class OptimalSamplingV1:
         model_theta: str | PreTrainedModel | None = None,
         alpha_method: str = "kl_symmetry",
         fixed_alpha: float = 0.5,
-        alpha_min: float = 0.5,
+        alpha_min: float | None = None,
         alpha_max: float = 1.0,
         teacher_system_prompt: str | None = None,
         theta_system_prompt: str | None = None,
@@ -93,6 +95,8 @@ class OptimalSamplingV1:
             raise ValueError(
                 f"OptimalSamplingV1: `{missing}` is missing; wanted a folder, a model id or a loaded model."
             )
+        if alpha_min is None:
+            alpha_min = 0.0 if alpha_method in ("trust_region", "fixed") else 0.5
         self.mixture = Mixture(alpha_method, alpha_min, alpha_max, fixed_alpha, epsilon)
         self.teacher_system_prompt = teacher_system_prompt
         self.theta_system_prompt = theta_system_prompt
@@ -196,7 +200,7 @@ class OptimalSamplingV1:
 
     def load_theta(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Replace the student's weights in place, all or none, under the names of transformers."""
-        self.backend.load_theta(named_parameters)
+        self.backend.load_theta(list(named_parameters))
 
     def sleep(self) -> None:
         """Free what memory the engine can; the teacher is kept."""

@@ -137,7 +137,7 @@ def log_weights(
     return pad(log_ratio, (window - 1, 0)).unfold(1, window, 1).sum(dim=-1)  # a difference of sums loses -inf
 
 
-def keep_positive(advantages: Float[Tensor, B * T], mixture_rows: Bool[Tensor, " B"]) -> Float[Tensor, B * T]:
+def keep_positive(advantages: Float[Tensor, " B *T"], mixture_rows: Bool[Tensor, " B"]) -> Float[Tensor, " B *T"]:
     """Advantages with those of the mixture's completions that are below 0 set to 0.
 
     A failure of the mixture says little about the student, which would often not have gone there: its negatives cost

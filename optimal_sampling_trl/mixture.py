@@ -92,7 +92,10 @@ class Mixture:
     @property
     def is_theta_only(self) -> bool:
         """Whether no token can be drawn from anything but the student."""
-        return self.alpha_max == 0.0
+        spent = (self.method == "trust_region" and self.epsilon == 0) or (
+            self.method == "fixed" and not self.fixed_alpha
+        )
+        return self.alpha_max == 0.0 or (spent and self.alpha_min == 0.0)
 
     def anneal(self, share: float) -> Mixture:
         """The mixture a share of the way to the student: linear in ε for `trust_region`, in alpha_max otherwise.
@@ -111,7 +114,7 @@ class Mixture:
             self,
             alpha_max=alpha_max,
             alpha_min=min(self.alpha_min, alpha_max),
-            fixed_alpha=min(self.fixed_alpha, alpha_max),
+            fixed_alpha=self.fixed_alpha * left,
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -107,14 +107,13 @@ def run(name: str, learning_rate: float, seed: int, steps: int, output: str) -> 
 
 
 def best(runs: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """The seeds of an arm at the learning rate with the best mean at the end, of those with the most seeds."""
+    """The seeds of an arm at the learning rate with the best mean at the end, of those with more than one seed."""
     by_rate: dict[float, list[dict[str, Any]]] = {}
     for one in runs:
         if one["arm"] == name:
             by_rate.setdefault(one["learning_rate"], []).append(one)
-    seeds = max(map(len, by_rate.values()), default=0)
-    whole = [rate for rate in by_rate.values() if len(rate) == seeds]
-    return max(whole, key=lambda rate: sum(one["curve"][-1][1] for one in rate), default=[])
+    several = [seeds for seeds in by_rate.values() if len(seeds) > 1] or list(by_rate.values())
+    return max(several, key=lambda seeds: sum(one["curve"][-1][1] for one in seeds) / len(seeds), default=[])
 
 
 def report(runs: list[dict[str, Any]], output: Path) -> None:

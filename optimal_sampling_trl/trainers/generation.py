@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
+from torch import Tensor
 from transformers import PreTrainedModel
 from trl.generation import vllm_generation
 
@@ -38,7 +39,6 @@ class Plan:
 
     Args:
         generator: the user's settings.
-        teacher: the generator's, or the trainer's own copy of it where it holds one.
         group: how many completions make a group.
         theta_count: how many of each group come from the student alone.
         training: whether the trainer trains; an evaluation samples from the student alone.
@@ -46,7 +46,6 @@ class Plan:
     """
 
     generator: OptimalSamplingGenerator
-    teacher: str | PreTrainedModel
     group: Callable[[], int]
     theta_count: Callable[[], int]
     training: Callable[[], bool]
@@ -94,7 +93,7 @@ class MixtureGeneration:
 class LiveGeneration(MixtureGeneration):
     """The transformers backend: the student is the module being trained."""
 
-    def __init__(self, plan: Plan, **trl_arguments: Any) -> None:
+    def __init__(self, plan: Plan, loaded_teacher: PreTrainedModel | None, **trl_arguments: Any) -> None:
         super().__init__(plan, **trl_arguments)
         self.sleeps = trl_arguments["enable_sleep_mode"]
         accelerator = self.accelerator = trl_arguments["accelerator"]
@@ -113,7 +112,7 @@ class LiveGeneration(MixtureGeneration):
             options["max_model_len"] = trl_arguments["max_model_length"]
         self.backend = make_backend(
             "transformers",
-            plan.teacher,
+            plan.generator.named_teacher if loaded_teacher is None else loaded_teacher,
             trl_arguments["model"],
             tokenizer=trl_arguments["processing_class"],
             device=accelerator.device,
@@ -129,8 +128,7 @@ class LiveGeneration(MixtureGeneration):
     ) -> tuple[list[list[int]], list[list[int]], list[list[list[float]]], None]:
         """Sample a completion of each prompt.
 
-        Returns what TRL's own returns. The log-probabilities are log θ, not log q, so that TRL's correction goes on
-        correcting what it is meant for, the difference between the engine and the trainer.
+        Returns what TRL's own returns; for the log-probabilities see `_for_trl`.
         """
         _refuse_images(images)
         requests = self._requests(prompts, self.accelerator.process_index * len(prompts))
@@ -143,8 +141,12 @@ class LiveGeneration(MixtureGeneration):
         if self.sleeps:
             self.backend.sleep()
         completions = [rollout.completion_ids for rollout in self.rollouts]
-        log_theta = [[[value] for value in rollout.log_theta.tolist()] for rollout in self.rollouts]
-        return prompts, completions, log_theta, None
+        log_probabilities = [[[value] for value in _for_trl(rollout).tolist()] for rollout in self.rollouts]
+        return prompts, completions, log_probabilities, None
+
+    def close(self) -> None:
+        """Let go of the teacher."""
+        self.backend.close()
 
 
 class EngineGeneration(MixtureGeneration, vllm_generation.VLLMGeneration):
@@ -164,11 +166,16 @@ class EngineGeneration(MixtureGeneration, vllm_generation.VLLMGeneration):
         """What TRL calls for `vllm.LLM`: `model`, the student's folder, goes beside the teacher."""
         from ..backends.vllm.engine import build_llm
 
+        if engine_arguments.get("quantization") is not None:
+            raise ValueError(
+                f"The student is loaded in {engine_arguments['quantization']} weights, which cannot be pushed into "
+                "the engine beside a teacher. Load it unquantised, or use `backend='transformers'`."
+            )
         if self.accelerator.device.type == "cpu":  # vLLM would turn a float32 student into bfloat16
             engine_arguments["dtype"] = "float32"
         arguments = {name: value for name, value in engine_arguments.items() if value is not None}
         arguments.update(self.plan.generator.engine_arguments or {})
-        return FusedLLM(build_llm(str(self.plan.teacher), model, **arguments), self)
+        return FusedLLM(build_llm(str(self.plan.generator.named_teacher), model, **arguments), self)
 
     def sync_weights(self) -> None:
         """Load the trainer's weights into the engine's student, all of them, in place."""
@@ -183,13 +190,19 @@ class EngineGeneration(MixtureGeneration, vllm_generation.VLLMGeneration):
     def generate(
         self, prompts: list[list[int]], images: list[Any] | None, num_generations: int, profiler: Any = None
     ) -> tuple:
-        """TRL's own, through `FusedLLM.generate`; see `LiveGeneration.generate` for what it returns."""
+        """TRL's own, through `FusedLLM.generate`."""
         _refuse_images(images)
-        result = super().generate(prompts, images, num_generations, profiler)
+        result = vllm_generation.VLLMGeneration.generate(self, prompts, images, num_generations, profiler)
         # With tensor parallelism each rank samples its group's prompts and keeps its own.
         start = self.accelerator.process_index % self.tensor_parallel_size * len(prompts)
         self.rollouts = self.rollouts[start : start + len(prompts)]
         return result
+
+    def close(self) -> None:
+        """Free the engine. Doing so twice is fine."""
+        from ..backends.vllm.engine import shut_down
+
+        shut_down(self.llm.engine)
 
 
 class FusedLLM:
@@ -207,7 +220,7 @@ class FusedLLM:
         return getattr(self.engine, name)
 
     def generate(self, prompts: list[dict[str, Any]], sampling_params: Any, use_tqdm: bool = False) -> list[Any]:
-        """vLLM's outputs with log θ of the sampled tokens; `sampling_params` stand in the requests already."""
+        """vLLM's outputs with what TRL reads of each token; `sampling_params` stand in the requests already."""
         from vllm.logprobs import Logprob
 
         from ..backends.vllm.engine import generate
@@ -219,7 +232,7 @@ class FusedLLM:
         outputs, owner.rollouts = generate(self.engine, requests)
         owner.seconds = time.perf_counter() - start
         for output, rollout in zip(outputs, owner.rollouts, strict=True):
-            pairs = zip(rollout.completion_ids, rollout.log_theta.tolist(), strict=True)
+            pairs = zip(rollout.completion_ids, _for_trl(rollout).tolist(), strict=True)
             output.outputs[0].logprobs = [{token: Logprob(value, rank=1)} for token, value in pairs]
         return outputs
 
@@ -228,8 +241,11 @@ class FusedLLM:
         self.engine.sleep(level=1)
 
 
-def build_generation(plan: Plan, **trl_arguments: Any) -> MixtureGeneration:
+def build_generation(plan: Plan, loaded_teacher: PreTrainedModel | None, **trl_arguments: Any) -> MixtureGeneration:
     """What stands for TRL's `VLLMGeneration`, on the backend that the generator asks for.
+
+    Args:
+        loaded_teacher: the trainer's own, which the transformers backend shares instead of loading another.
 
     Raises:
         ValueError: where it asks for vLLM, which is not installed or cannot sample this pair.
@@ -237,12 +253,23 @@ def build_generation(plan: Plan, **trl_arguments: Any) -> MixtureGeneration:
     generator, backend = plan.generator, plan.generator.backend
     if backend != "transformers":
         model = trl_arguments["model"]
-        reason = why_not_vllm(plan.teacher, model.name_or_path or model, two_prompts=generator.two_prompts)
+        reason = why_not_vllm(generator.named_teacher, model.name_or_path or model, two_prompts=generator.two_prompts)
         if backend == "vllm" and reason is not None:
             raise ValueError(f"`backend` is 'vllm', but {reason}. Use backend='transformers', or 'auto'.")
         backend = "vllm" if reason is None else "transformers"
         logger.info("Rollouts are sampled with %s%s", backend, "." if reason is None else f": {reason}")
-    return (EngineGeneration if backend == "vllm" else LiveGeneration)(plan, **trl_arguments)
+    if backend == "vllm":
+        return EngineGeneration(plan, **trl_arguments)
+    return LiveGeneration(plan, loaded_teacher, **trl_arguments)
+
+
+def _for_trl(rollout: Rollout) -> Tensor:
+    """The log-probabilities (T,) that TRL corrects the difference between the engine and the trainer with.
+
+    A completion of the student alone: log q, as TRL's own engine returns. One of the mixture: log θ, so that TRL's
+    correction does not take the mixture for a defect of the engine; our own correction weighs θ/q.
+    """
+    return rollout.log_q if rollout.mixture.is_theta_only else rollout.log_theta
 
 
 def _refuse_images(images: list[Any] | None) -> None:
@@ -273,6 +300,10 @@ def _sampling(trl_arguments: dict[str, Any]) -> Sampling:
     for name in extra:
         if name not in Sampling.__dataclass_fields__:
             raise ValueError(unknown_option("entry of `generation_kwargs`", name, Sampling.__dataclass_fields__))
+        if name == "temperature":
+            raise ValueError(
+                "`generation_kwargs` has a `temperature`. Set the trainer's, which its loss uses as well."
+            )
         if name == "seed":
             raise ValueError(
                 "`generation_kwargs` has a `seed`, which would make the completions of a group equal. "

@@ -59,6 +59,11 @@ class OptimalSamplingGenerator:
             raise ValueError(unknown_option("backend", self.backend, BACKENDS))
 
     @property
+    def named_teacher(self) -> str | PreTrainedModel:
+        """The teacher, a path as a text."""
+        return os.fspath(self.teacher) if isinstance(self.teacher, os.PathLike) else self.teacher
+
+    @property
     def two_prompts(self) -> bool:
         """Whether the teacher and the student read different prompts."""
         return self.teacher_system_prompt != self.theta_system_prompt

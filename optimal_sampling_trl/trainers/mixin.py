@@ -59,25 +59,29 @@ class MixtureTrainerMixin(TrlTrainer):
         self.correction = correction_of(args)
         args = copy.copy(args)
         args.use_vllm = True  # what TRL calls any engine beside the trainer
+        self.args = args
+        self._check_settings()
         with installed(type(self), self._build_generation):
             super().__init__(model, args=args, **keywords)
-        self._check_settings()
 
     def _build_generation(self, **trl_arguments: Any) -> MixtureGeneration:
         """What TRL calls to build its engine, once, while its `__init__` runs."""
         plan = Plan(
             generator=self.generator,
-            teacher=self._teacher(),
             group=self._group_size,
             theta_count=self._theta_count,
             training=lambda: self.model.training,
             progress=lambda: self.state.global_step / max(self.state.max_steps, 1),
         )
-        return build_generation(plan, **trl_arguments)
+        return build_generation(plan, self._loaded_teacher(), **trl_arguments)
 
-    def _teacher(self) -> Any:
-        """The teacher for the engine."""
-        return self.generator.teacher
+    def _loaded_teacher(self) -> Any:
+        """The teacher that the trainer holds itself, for the transformers backend to share; None where it has none."""
+        return None
+
+    def close(self) -> None:
+        """Free the engine. The trainer can be used for all but sampling after."""
+        self.vllm_generation.close()
 
     def _group_size(self) -> int:
         """How many completions make a group, of which `theta_fraction` is a share."""
@@ -87,12 +91,13 @@ class MixtureTrainerMixin(TrlTrainer):
         return self.generator.theta_count(self._group_size(), self.default_theta_fraction)
 
     def _check_settings(self) -> None:
-        """Refuse settings that would do nothing; a subclass adds its own."""
+        """Refuse settings that would do nothing, before anything is loaded; a subclass adds its own."""
         self._theta_count()
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's batch with the records: `alpha`, `log_q`, `log_theta`, `log_teacher` (B, T), 0 on padding, and
         `mixture_rows` (B,), True where a completion comes from the mixture. TRL's shuffle and split carry them."""
+        self._own_inputs = inputs
         output = super()._generate_and_score_completions(self._with_system_prompts(inputs))
         rollouts = self.rollouts = self.vllm_generation.take()
         output.update(stack_records(rollouts, output["completion_ids"]))
@@ -137,8 +142,8 @@ class MixtureTrainerMixin(TrlTrainer):
         if not len(alpha):  # the schedule has arrived at the student, or theta_fraction is 1
             return
         log["alpha/mean"].append(float(alpha.mean()))
-        for quantile in QUANTILES:
-            log[f"alpha/q{int(100 * quantile)}"].append(float(alpha.quantile(quantile)))
+        for share, value in zip(QUANTILES, quantiles(alpha, QUANTILES), strict=True):
+            log[f"alpha/q{int(100 * share)}"].append(value)
         log["mixture/kl_theta"].append(float((log_q - log_theta).mean()))
         log["mixture/kl_teacher"].append(float((log_q - log_teacher).mean()))
         log["mixture/ess"].append(float(effective_sample_size((log_theta - log_q).exp()) / len(alpha)))
@@ -150,6 +155,13 @@ class MixtureTrainerMixin(TrlTrainer):
         return every[~every.isnan()]
 
 
+def quantiles(values: Tensor, shares: Sequence[float]) -> list[float]:
+    """The quantiles of values (N,), linear between neighbours; `Tensor.quantile` refuses more than 2^24 values."""
+    ordered = values.double().sort().values
+    places = [share * (len(ordered) - 1) for share in shares]
+    return [float(torch.lerp(ordered[int(p)], ordered[min(int(p) + 1, len(ordered) - 1)], p % 1)) for p in places]
+
+
 def stack_records(rollouts: list[Rollout], completion_ids: Tensor) -> dict[str, Tensor]:
     """The records of rollouts as (B, T) tensors beside TRL's padded `completion_ids` (B, T).
 
@@ -159,10 +171,10 @@ def stack_records(rollouts: list[Rollout], completion_ids: Tensor) -> dict[str, 
     B, T = completion_ids.shape
     if len(rollouts) != B:
         raise RuntimeError(f"The batch has {B} completions, but {len(rollouts)} were sampled for it.")
-    records = torch.zeros(len(RECORDS), B, T)
+    records, sampled = torch.zeros(len(RECORDS), B, T), completion_ids.tolist()
     for row, rollout in enumerate(rollouts):
         length = len(rollout.completion_ids)
-        if completion_ids[row, :length].tolist() != rollout.completion_ids:
+        if sampled[row][:length] != rollout.completion_ids:
             raise RuntimeError(
                 f"Completion {row} of the batch is not the one that was sampled for it, so its record does not belong "
                 "to it. Does a subclass or a callback of the trainer change completions?"
