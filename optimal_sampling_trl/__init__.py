@@ -10,9 +10,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .folder import iterate_rollouts, load_rollouts
     from .generate import OptimalSamplingOutput, OptimalSamplingV1
     from .mixture import Mixture, mix
+    from .request import Sampling
     from .rollout import Rollout
+    from .sampling_run import sample_to_folder
     from .trainers import (
         DistillationConfig,
         DistillationTrainer,
@@ -37,7 +40,11 @@ _HOME = {
     "RLOOConfig": "trainers",
     "RLOOTrainer": "trainers",
     "Rollout": "rollout",
+    "Sampling": "request",
+    "iterate_rollouts": "folder",
+    "load_rollouts": "folder",
     "mix": "mixture",
+    "sample_to_folder": "sampling_run",
 }
 __all__ = [
     "DistillationConfig",
@@ -51,7 +58,11 @@ __all__ = [
     "RLOOConfig",
     "RLOOTrainer",
     "Rollout",
+    "Sampling",
+    "iterate_rollouts",
+    "load_rollouts",
     "mix",
+    "sample_to_folder",
 ]
 
 

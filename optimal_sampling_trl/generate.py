@@ -14,6 +14,7 @@ from .backends import GPU_MEMORY_UTILIZATION, Backend, make_backend
 from .mixture import Mixture
 from .options import check_whole
 from .pairing import Prompt, encode
+from .progress import Progress
 from .request import Request, Sampling
 from .rollout import Rollout
 
@@ -102,6 +103,8 @@ class OptimalSamplingV1:
         self.theta_system_prompt = theta_system_prompt
         self.enable_chat_template = enable_chat_template
         self.track_alpha_stats = track_alpha_stats
+        self.model_teacher, self.model_theta = _name(model_teacher), _name(model_theta)
+        self.engine_arguments = engine_arguments
         self.backend: Backend = make_backend(
             backend,
             model_teacher,
@@ -126,6 +129,7 @@ class OptimalSamplingV1:
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
         stop: str | Sequence[str] = (),
+        use_tqdm: bool = False,
     ) -> OptimalSamplingOutput:
         """Sample n completions of each prompt.
 
@@ -137,6 +141,7 @@ class OptimalSamplingV1:
             n: completions of each prompt.
             seed: the r-th sequence of the call uses `seed + r`, so that equal prompts get different completions.
             mixture: one for all prompts or one for each; by default the one that the constructor described.
+            use_tqdm: show a bar with tokens/s, the mean of α and the time left; with vLLM its own bar as well.
 
         Raises:
             ValueError: on an empty or unreadable prompt, a setting out of range, or as many mixtures or temperatures
@@ -160,7 +165,7 @@ class OptimalSamplingV1:
         mixtures = _one_each(default if mixture is None else mixture, Mixture, len(prompts), "mixture")
         temperatures = _one_each(temperature, int | float, len(prompts), "temperature")
         stop = (stop,) if isinstance(stop, str) else stop
-        pairs = [self._encode(prompt, index) for index, prompt in enumerate(prompts)]
+        pairs = [self.encode(prompt, index) for index, prompt in enumerate(prompts)]
         requests = [
             Request(
                 *pairs[index],
@@ -179,10 +184,18 @@ class OptimalSamplingV1:
             for index in range(len(prompts))
             for sample in range(n)
         ]
-        return self._output(self.backend.generate(requests))
+        with Progress(len(requests), use_tqdm) as progress:
+            return self._output(self.backend.generate(requests, progress))
 
-    def _encode(self, prompt: Prompt, index: int) -> tuple[list[int], list[int]]:
-        """The teacher's and the student's token ids of one prompt."""
+    def encode(self, prompt: Prompt, index: int = 0) -> tuple[list[int], list[int]]:
+        """What the teacher and the student read of one prompt: token ids, after system prompts and chat template.
+
+        Args:
+            index: the prompt's number, for errors.
+
+        Raises:
+            ValueError: on what is no prompt, or a system prompt that has no place.
+        """
         tokenizer, chat = self.backend.tokenizer, self.enable_chat_template
         teacher = encode(prompt, tokenizer, self.teacher_system_prompt, chat, index)
         if self.theta_system_prompt == self.teacher_system_prompt:
@@ -219,6 +232,10 @@ class OptimalSamplingV1:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _name(model: Any) -> str:
+    return str(getattr(model, "name_or_path", model))
 
 
 def _one_each(value: Any, kind: Any, count: int, name: str) -> list[Any]:

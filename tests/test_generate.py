@@ -171,7 +171,7 @@ def test_seeds(sampler: OptimalSamplingV1) -> None:
 
 def test_sampling_settings_reach_the_backend(sampler: OptimalSamplingV1, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(sampler.backend, "generate", lambda requests: asked.extend(requests) or [])
+    monkeypatch.setattr(sampler.backend, "generate", lambda requests, progress: asked.extend(requests) or [])
     monkeypatch.setattr(sampler, "track_alpha_stats", False)
     sampler.generate("a", 7, 0.8, 0.9, 40, n=2, seed=3, min_p=0.1, repetition_penalty=1.2, stop="x")
     sampler.generate("a", stop=["x", "yz"])

@@ -170,11 +170,71 @@ def check_benchmark_engine(made: embedded.Pair, tmp_path: Path) -> None:
     check_benchmark("benchmark_engine.py", columns=8)
 
 
+def sample(made: embedded.Pair, folder: Path) -> str:
+    """What sample.py prints: its YAML with the made pair, 4 completions of each of 32 prompts, in 3 shards."""
+    named = {
+        "config": RECIPES / "sample.yaml",
+        "model_name_or_path": made.student,
+        "teacher": made.teacher,
+        "dataset_name": Path(made.teacher).parent / "data",
+        "output_dir": folder,
+        "max_samples": 32,
+        "batch_size": 50,
+    }
+    return run("sample.py", *(part for flag, value in named.items() for part in (f"--{flag}", value)))
+
+
+def check_sample(made: embedded.Pair, tmp_path: Path) -> None:
+    """The second time it goes on: only the shard that is gone is written."""
+    from optimal_sampling_trl import load_rollouts
+
+    folder = tmp_path / "rollouts"
+    assert f"The rollouts are in {folder}; {folder / 'README.md'} says what they are." in sample(made, folder)
+    rollouts = load_rollouts(folder)
+    texts = embedded.prompts("train", 32, 1)
+    tokenizer = embedded.make_tokenizer()
+    assert tokenizer.batch_decode([r.prompt_ids for r in rollouts]) == [text for text in texts for _ in range(4)]
+    shards = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (folder / "data").iterdir()}
+    assert len(shards) == 3
+    gone = folder / "data" / "rollouts-000001.parquet"
+    gone.unlink()
+    sample(made, folder)
+    for path, (time, content) in shards.items():
+        assert path.read_bytes() == content
+        assert (path.stat().st_mtime_ns == time) == (path != gone)
+
+
+def check_sft(made: embedded.Pair, tmp_path: Path) -> None:
+    from optimal_sampling_trl import load_rollouts
+
+    sample(made, tmp_path / "rollouts")
+    named = {
+        "config": RECIPES / "sft.yaml",
+        "model_name_or_path": made.student,
+        "rollouts": tmp_path / "rollouts",
+        "output_dir": tmp_path / "trained",
+        "max_steps": 2,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 8,
+    }
+    output = run("sft.py", *(part for flag, value in named.items() for part in (f"--{flag}", value)))
+    rollouts = load_rollouts(tmp_path / "rollouts")
+    prompts = embedded.make_tokenizer().batch_decode([rollout.prompt_ids for rollout in rollouts])
+    right = int(sum(embedded.reward(prompts, [rollout.text for rollout in rollouts])))
+    assert 0 < right < 128
+    assert f"{right} of 128 rollouts are learned from." in output
+    assert len([entry for entry in logs(output) if "loss" in entry]) == 2
+    saved, start = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "trained", made.student))
+    assert any(not p.equal(q) for p, q in zip(saved.parameters(), start.parameters(), strict=True))
+
+
 RUNS: dict[str, Callable[[embedded.Pair, Path], None]] = {
     **{f"{name}.py": lambda made, path, name=name: check_training(name, made, path) for name in TRAINING},
     "demo.py": check_demo,
     "study.py": check_study,
     "pair.py": check_pair,
+    "sample.py": check_sample,
+    "sft.py": check_sft,
     "benchmark_engine.py": check_benchmark_engine,
     "benchmark_transformers.py": lambda made, path: check_benchmark("benchmark_transformers.py", columns=5),
 }

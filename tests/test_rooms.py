@@ -43,7 +43,21 @@ ROOMS = {
     "options": ("optimal_sampling_trl.options", (*HEAVY, "torch", "jaxtyping")),
     **{
         name: (f"optimal_sampling_trl.{name}", HEAVY)
-        for name in ("mixture", "solver", "reference", "losses", "request", "rollout", "page", "plots", "backends")
+        for name in (
+            "mixture",
+            "solver",
+            "reference",
+            "losses",
+            "request",
+            "rollout",
+            "page",
+            "plots",
+            "backends",
+            "progress",
+            "folder",
+            "card",
+            "sampling_run",
+        )
     },
     **{
         name: (f"optimal_sampling_trl.{name}", ("accelerate", "datasets", "matplotlib", "triton", "trl", "vllm"))

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ..progress import Progress
     from ..request import Request
     from ..rollout import Rollout
 
@@ -35,8 +36,11 @@ class Backend(Protocol):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The pair's."""
 
-    def generate(self, requests: Sequence[Request]) -> list[Rollout]:
-        """One rollout for each request, in their order."""
+    def check(self, request: Request, index: int) -> None:
+        """Refuse a request that cannot be served; `index` is its number, for the error."""
+
+    def generate(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Rollout]:
+        """One rollout for each request, in their order; each is added to `progress`."""
 
     def load_theta(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Replace the student's weights in place; refuses a set that is not whole."""

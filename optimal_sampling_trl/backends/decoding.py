@@ -157,6 +157,13 @@ class Rows:
             self._regroup()
         return torch.tensor(going, dtype=torch.int64, device=tokens.device)
 
+    def so_far(self) -> tuple[int, int, float]:
+        """Rows that ended, tokens drawn, and the sum of α over them. Waits for the device."""
+        lengths = torch.tensor([length or self.step for length in self.lengths])
+        drawn = torch.arange(self.step) < lengths[:, None]
+        alpha = self.records[:, : self.step, RECORDS.index("alpha")].cpu()
+        return sum(length > 0 for length in self.lengths), int(lengths.sum()), float(alpha[drawn].nansum())
+
     def _ended(self, request: int, token: int) -> bool:
         sampling = self.requests[request].sampling
         stopped = token in self.backend.ending.stop and not sampling.ignore_eos

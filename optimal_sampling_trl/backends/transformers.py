@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import pairing
 from ..options import check_whole, unknown_option
+from ..progress import Progress
 from ..request import Request
 from ..rollout import Rollout, check_solved
 from .decoding import Rows, Stream
@@ -76,8 +77,17 @@ class TransformersBackend:
         self.theta = sources[1].load(self.device)
         self.teacher = sources[0].load(self.device)
 
-    def generate(self, requests: Sequence[Request]) -> list[Rollout]:
-        """One rollout for each request, in their order.
+    def check(self, request: Request, index: int) -> None:
+        """Refuse a request with a prompt that a model cannot read.
+
+        Raises:
+            ValueError: naming the prompt, what was got and what was wanted.
+        """
+        for role, ids in (("teacher", request.prompt_ids), ("student", request.theta_prompt_ids)):
+            pairing.check_prompt(ids, self.context, self.vocabulary, index, role)
+
+    def generate(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Rollout]:
+        """One rollout for each request, in their order; `progress` shows them while they are drawn.
 
         Raises:
             ValueError: on a prompt that a model cannot read (before anything is sampled), or naming each request for
@@ -86,19 +96,21 @@ class TransformersBackend:
         """
         self._check_ready()
         for index, request in enumerate(requests):
-            for role, ids in (("teacher", request.prompt_ids), ("student", request.theta_prompt_ids)):
-                pairing.check_prompt(ids, self.context, self.vocabulary, index, role)
+            self.check(request, index)
         order = sorted(range(len(requests)), key=lambda index: len(requests[index].prompt_ids))
         rollouts: dict[int, Rollout] = {}
         with torch.no_grad(), _evaluating(self.theta), _evaluating(self.teacher):
             for start in range(0, len(order), self.max_num_seqs):
                 part = order[start : start + self.max_num_seqs]
-                rollouts.update(zip(part, self._generate_batch([requests[index] for index in part]), strict=True))
+                batch = self._generate_batch([requests[index] for index in part], progress)
+                rollouts.update(zip(part, batch, strict=True))
+                if progress is not None:
+                    progress.add(batch)
         result = [rollouts[index] for index in range(len(requests))]
         check_solved(result)
         return result
 
-    def _generate_batch(self, requests: list[Request]) -> list[Rollout]:
+    def _generate_batch(self, requests: list[Request], progress: Progress | None) -> list[Rollout]:
         prompts = [request.prompt_ids for request in requests], [request.theta_prompt_ids for request in requests]
         teacher = Stream(self.teacher, prompts[0], self.context, self.device)
         theta = Stream(self.theta, prompts[1], self.context, self.device)
@@ -106,6 +118,8 @@ class TransformersBackend:
         while True:
             tokens = rows.draw(theta.logits.float(), self.ending.fold(teacher.logits.float()))
             keep = rows.advance(tokens)
+            if progress is not None and progress.due:
+                progress.peek(*rows.so_far())
             if keep is not None:
                 if not len(keep):
                     return rows.rollouts()

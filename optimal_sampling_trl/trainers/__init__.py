@@ -1,6 +1,6 @@
 """TRL's trainers with rollouts from the mixture. TRL is imported here and nowhere else in the package."""
 
-from .arguments import GeneratorArguments
+from .arguments import GeneratorArguments, SamplerArguments
 from .config import DistillationConfig, GRPOConfig, RLOOConfig
 from .distillation import DistillationTrainer
 from .generator import OptimalSamplingGenerator
@@ -16,4 +16,5 @@ __all__ = [
     "OptimalSamplingGenerator",
     "RLOOConfig",
     "RLOOTrainer",
+    "SamplerArguments",
 ]

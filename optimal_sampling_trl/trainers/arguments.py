@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from typing import Any
 
+from ..generate import OptimalSamplingV1
 from ..mixture import Mixture
 from ..solver import METHODS
 from .generator import OptimalSamplingGenerator
 
 
 @dataclass
-class GeneratorArguments:
-    """Where rollouts come from; see `OptimalSamplingGenerator` and `Mixture`."""
+class SamplerArguments:
+    """The teacher, the mixture and the engine; see `OptimalSamplingV1` and `Mixture`."""
 
     teacher: str = field(default="", metadata={"help": "Folder or model id of the teacher."})
     alpha_method: str = field(
@@ -24,17 +26,70 @@ class GeneratorArguments:
     mixture_epsilon: float = field(
         default=0.05, metadata={"help": "Budget KL(q||theta) of the method 'trust_region', in nats a token."}
     )
-    theta_fraction: float | None = field(
-        default=None, metadata={"help": "Share of each group that the student samples alone; 0.5 in GRPO and RLOO."}
-    )
-    schedule: float | None = field(
-        default=None, metadata={"help": "Share of training over which the mixture is annealed to the student."}
-    )
     teacher_system_prompt: str | None = field(default=None, metadata={"help": "Put before each teacher's prompt."})
     theta_system_prompt: str | None = field(default=None, metadata={"help": "Put before each student's prompt."})
     backend: str = field(default="auto", metadata={"help": "'vllm', 'transformers', or 'auto'."})
     engine_arguments: str | None = field(
         default=None, metadata={"help": "Further arguments of the engine, as a JSON object."}
+    )
+
+    def engine(self) -> dict[str, Any]:
+        """The engine's arguments.
+
+        Raises:
+            ValueError: where they are no JSON object.
+        """
+        try:
+            arguments = json.loads(self.engine_arguments or "{}")
+        except ValueError:
+            arguments = None
+        if not isinstance(arguments, dict):
+            raise ValueError(
+                f"`--engine_arguments` is {self.engine_arguments!r}; wanted a JSON object such as "
+                "'{\"max_num_seqs\": 64}'."
+            )
+        return arguments
+
+    def check_teacher(self) -> str:
+        """The teacher's name.
+
+        Raises:
+            ValueError: where there is none.
+        """
+        if not self.teacher:
+            raise ValueError("`--teacher` is missing; wanted a folder or a model id.")
+        return self.teacher
+
+    def sampler(self, theta: str) -> OptimalSamplingV1:
+        """The sampler that the flags describe, with a student.
+
+        Raises:
+            ValueError: where no teacher is named, or a setting is out of range.
+        """
+        return OptimalSamplingV1(
+            self.check_teacher(),
+            theta,
+            self.alpha_method,
+            self.fixed_alpha,
+            self.alpha_min,
+            self.alpha_max,
+            teacher_system_prompt=self.teacher_system_prompt,
+            theta_system_prompt=self.theta_system_prompt,
+            epsilon=self.mixture_epsilon,
+            backend=self.backend,
+            **self.engine(),
+        )
+
+
+@dataclass
+class GeneratorArguments(SamplerArguments):
+    """Where a trainer's rollouts come from; see `OptimalSamplingGenerator` and `Mixture`."""
+
+    theta_fraction: float | None = field(
+        default=None, metadata={"help": "Share of each group that the student samples alone; 0.5 in GRPO and RLOO."}
+    )
+    schedule: float | None = field(
+        default=None, metadata={"help": "Share of training over which the mixture is annealed to the student."}
     )
 
     def generator(self) -> OptimalSamplingGenerator:
@@ -43,15 +98,13 @@ class GeneratorArguments:
         Raises:
             ValueError: where no teacher is named, or a setting is out of range.
         """
-        if not self.teacher:
-            raise ValueError("`--teacher` is missing; wanted a folder or a model id.")
         return OptimalSamplingGenerator(
-            teacher=self.teacher,
+            teacher=self.check_teacher(),
             mixture=Mixture(self.alpha_method, self.alpha_min, self.alpha_max, self.fixed_alpha, self.mixture_epsilon),
             theta_fraction=self.theta_fraction,
             schedule=self.schedule,
             teacher_system_prompt=self.teacher_system_prompt,
             theta_system_prompt=self.theta_system_prompt,
             backend=self.backend,
-            engine_arguments=None if self.engine_arguments is None else json.loads(self.engine_arguments),
+            engine_arguments=None if self.engine_arguments is None else self.engine(),
         )

@@ -6,11 +6,14 @@ import gc
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
+from ...progress import Progress
 from ...request import Request
 from ...rollout import Rollout
 from .limits import Pair, check_arguments, check_pair, check_platform
@@ -101,8 +104,13 @@ def shut_down(llm: LLM) -> None:
         torch.cuda.empty_cache()
 
 
-def generate(llm: LLM, requests: Sequence[Request]) -> tuple[list[RequestOutput], list[Rollout]]:
+def generate(
+    llm: LLM, requests: Sequence[Request], use_tqdm: bool = False
+) -> tuple[list[RequestOutput], list[Rollout]]:
     """vLLM's outputs and the rollouts in them, one of each for each request, in their order.
+
+    Args:
+        use_tqdm: show vLLM's own bar while it works.
 
     Raises:
         ValueError: on a request that cannot be served, before any is; and where a model returned NaN.
@@ -122,7 +130,7 @@ def generate(llm: LLM, requests: Sequence[Request]) -> tuple[list[RequestOutput]
         outputs = llm.generate(
             [TokensPrompt(prompt_token_ids=request.prompt_ids) for request in requests],
             [to_sampling_params(request, pair.ending) for request in requests],
-            use_tqdm=False,
+            use_tqdm=partial(tqdm, leave=False) if use_tqdm else False,
         )
     except BaseException:  # an interrupt, too: what was left would come back among the next call's outputs
         left = list(llm.llm_engine.output_processor.request_states)
@@ -171,14 +179,21 @@ class VLLMBackend:
             raise RuntimeError("This engine was closed. Build another one.")
         return self._llm
 
-    def generate(self, requests: Sequence[Request]) -> list[Rollout]:
-        """One rollout for each request, in their order.
+    def check(self, request: Request, index: int) -> None:
+        """Refuse a request that cannot be served: see `requests.check_request`."""
+        check_request(request, self.pair, index)
+
+    def generate(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Rollout]:
+        """One rollout for each request, in their order; `progress` has vLLM's bar below it, and counts at the end.
 
         Raises:
             ValueError: on a request that cannot be served, before any is; and where a model returned NaN.
             RuntimeError: after a reload that failed half-way, or after `close`.
         """
-        return generate(self.llm, requests)[1]
+        rollouts = generate(self.llm, requests, use_tqdm=progress is not None and progress.shown)[1]
+        if progress is not None:
+            progress.add(rollouts)
+        return rollouts
 
     def load_theta(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Replace the student's weights in place: see `weights.reload_theta`."""

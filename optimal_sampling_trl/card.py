@@ -1,0 +1,114 @@
+"""The card of a folder of rollouts: README.md, as the Hub shows it."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .folder import RolloutFolder
+
+COLUMNS = {
+    "prompt_ids": "token ids that the teacher read",
+    "theta_prompt_ids": "token ids that the student read",
+    "completion_ids": "the T sampled token ids, an end-of-sequence token included",
+    "alpha": "T numbers in [0, 1]: weight of the teacher at each token",
+    "log_q": "T numbers, nats: log-probability of the token under the distribution that it was drawn from, after "
+    "temperature, penalties and truncation",
+    "log_theta": "T numbers, nats: under the student at the sampling temperature, over the whole common vocabulary",
+    "log_teacher": "T numbers, nats: under the teacher, likewise",
+    "text": "the completion without special tokens",
+    "finish_reason": "`stop` (an end-of-sequence token or a stop text) or `length`",
+    "mixture": "how alpha was chosen: method, alpha_min, alpha_max, fixed_alpha, epsilon (nats a token)",
+    "temperature": "the sampling temperature",
+    "prompt_index": "number of the prompt in the data set that was given, from 0",
+    "sample": "number of the completion of that prompt, from 0",
+}
+HEAD = """---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/rollouts-*.parquet
+tags:
+- optimal-sampling-trl
+---
+# Rollouts of a student and its teacher
+
+Completions sampled token by token from the mixture q(v) ∝ θ(v)^(1-α) · t(v)^α of a student θ and a teacher t, where α
+is solved at each token, with the record of how each token was drawn.
+"""
+LOAD = """## Loading
+
+```python
+from datasets import load_dataset
+from optimal_sampling_trl import iterate_rollouts, load_rollouts
+
+rollouts = load_rollouts("FOLDER")  # a list of Rollout; iterate_rollouts reads one shard at a time
+dataset = load_dataset("FOLDER", split="train")  # or load_dataset("parquet", data_files="FOLDER/data/*.parquet")
+```
+"""
+
+
+def make_card(store: RolloutFolder, run: dict[str, Any]) -> str:
+    """The card of a folder.
+
+    Args:
+        store: the folder, its shards in place.
+        run: what its run.json says.
+    """
+    settings = run["settings"]
+    method = settings["mixture.method"]
+    bounds = f"α in [{settings['mixture.alpha_min']:g}, {settings['mixture.alpha_max']:g}]"
+    facts = {
+        "teacher": _code(settings["model_teacher"]),
+        "student": _code(settings["model_theta"]),
+        "mixture": f"`{method}`, {bounds}",
+        **_counts(store, run["prompts"]),
+    }
+    return "\n".join(
+        [
+            HEAD,
+            _table(("", ""), facts),
+            "## Columns\n",
+            _table(("column", "what it is"), {f"`{name}`": text for name, text in COLUMNS.items()}),
+            LOAD,
+            "## Settings\n",
+            _table(("setting", "value"), {f"`{name}`": _code(value) for name, value in settings.items()}),
+            f"SHA-256 of the prompts' token ids: `{run['sha256']}`.\n",
+            "## Versions\n",
+            *("- " + ", ".join(f"{name} {number}" for name, number in one.items()) for one in run["versions"]),
+            "",
+        ]
+    )
+
+
+def _counts(store: RolloutFolder, prompts: int) -> dict[str, str]:
+    """What the shards hold, one in memory at a time."""
+    import pyarrow.compute as pc
+
+    rollouts = tokens = stopped = 0
+    alpha = 0.0
+    for path in store.shards():
+        table = store.read_shard(path, ("alpha", "finish_reason"))
+        flat = pc.list_flatten(table["alpha"])
+        rollouts, tokens = rollouts + len(table), tokens + len(flat)
+        alpha += (pc.sum(flat).as_py() or 0.0) if len(flat) else 0.0
+        stopped += table["finish_reason"].to_pylist().count("stop")
+    return {
+        "prompts": f"{prompts:,}",
+        "rollouts": f"{rollouts:,}, of which {stopped:,} ended by themselves (`stop`)",
+        "tokens": f"{tokens:,} sampled",
+        "mean α": f"{alpha / max(tokens, 1):.4f}",
+    }
+
+
+def _code(value: Any) -> str:
+    """A value as it stands in a table's cell: JSON, with what would end the cell or the code written otherwise."""
+    text = json.dumps(value, ensure_ascii=False).replace("`", "\\u0060").replace("|", "\\u007c")
+    return f"`{text}`"
+
+
+def _table(head: tuple[str, str], rows: dict[str, str]) -> str:
+    lines = [head, ("---", "---"), *rows.items()]
+    return "\n".join(f"| {name} | {value} |" for name, value in lines) + "\n"

