@@ -29,6 +29,8 @@ from .generator import OptimalSamplingGenerator
 logger = logging.getLogger(__name__)
 
 TRAINER_PACKAGE = "trl.trainer"
+CPU_CACHE = 1 << 30
+"""Bytes of the engine's KV cache on a CPU, unless the user says otherwise."""
 SEAM = "VLLMGeneration"
 """The name in the module of each of TRL's trainers that its `__init__` calls to build its engine."""
 
@@ -173,6 +175,8 @@ class EngineGeneration(MixtureGeneration, vllm_generation.VLLMGeneration):
             )
         if self.accelerator.device.type == "cpu":  # vLLM would turn a float32 student into bfloat16
             engine_arguments["dtype"] = "float32"
+            # Here vLLM reads TRL's share of a GPU's memory as one of the machine's, which the trainer works in, too.
+            engine_arguments["kv_cache_memory_bytes"] = CPU_CACHE
         arguments = {name: value for name, value in engine_arguments.items() if value is not None}
         arguments.update(self.plan.generator.engine_arguments or {})
         return FusedLLM(build_llm(str(self.plan.generator.named_teacher), model, **arguments), self)
