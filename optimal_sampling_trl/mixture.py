@@ -98,7 +98,7 @@ class Mixture:
         return self.alpha_max == 0.0 or (spent and self.alpha_min == 0.0)
 
     def anneal(self, share: float) -> Mixture:
-        """The mixture a share of the way to the student: linear in ε for `trust_region`, in alpha_max otherwise.
+        """The mixture a share of the way to the student: linear in ε for `trust_region`, in the range of α otherwise.
 
         Args:
             share: 0 is this mixture, 1 the student alone.
@@ -109,11 +109,10 @@ class Mixture:
         left = 1.0 - share
         if self.method == "trust_region":
             return replace(self, epsilon=self.epsilon * left)
-        alpha_max = self.alpha_max * left
         return replace(
             self,
-            alpha_max=alpha_max,
-            alpha_min=min(self.alpha_min, alpha_max),
+            alpha_min=self.alpha_min * left,
+            alpha_max=self.alpha_max * left,
             fixed_alpha=self.fixed_alpha * left,
         )
 

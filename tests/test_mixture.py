@@ -616,8 +616,8 @@ def test_anneal_is_linear_and_ends_at_the_student(method: str) -> None:
         else:
             alpha_max = 0.8 * (1 - gone)
             assert annealed.alpha_max == pytest.approx(alpha_max)
-            assert annealed.alpha_min == pytest.approx(min(0.3, alpha_max))
-            assert annealed.fixed_alpha == pytest.approx(min(0.6, alpha_max))
+            assert annealed.alpha_min == pytest.approx(0.3 * (1 - gone))
+            assert annealed.fixed_alpha == pytest.approx(0.6 * (1 - gone))
             assert (annealed.method, annealed.epsilon) == (method, 0.4)
 
 

@@ -23,7 +23,7 @@ class OptimalSamplingGenerator:
         theta_fraction: the share of each prompt's group that is sampled from the student alone, in [0, 1]; None is
             0.5 in GRPO and RLOO, whose groups then hold on-policy samples, and 0 in distillation.
         schedule: the share of training, in (0, 1], over which the mixture is annealed to the student (linear in ε for
-            `trust_region`, in alpha_max otherwise); None keeps it. It follows the trainer's step, so a resumed
+            `trust_region`, in the range of α otherwise); None keeps it. It follows the trainer's step, so a resumed
             run goes on where it was.
         teacher_system_prompt: put before each prompt for the teacher: as a system message, or as text.
         theta_system_prompt: put before each prompt for the student, in sampling and in training.
