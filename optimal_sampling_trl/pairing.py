@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +73,12 @@ def check_decoder(config: PreTrainedConfig, role: str) -> None:
             f"The {role} {config.name_or_path!r} ({', '.join(config.architectures or ['?'])}) is {kind}; "
             "wanted a decoder-only language model. Pass a text checkpoint of its family."
         )
+
+
+def token_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What is equal for tokenizers with the same tokens under the same ids, added ones included."""
+    tokens = sorted((index, token) for token, index in tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16]
 
 
 def load_tokenizer(model: str, role: str, **kwargs: Any) -> PreTrainedTokenizerBase:

@@ -612,7 +612,7 @@ def test_refusals_of_every_trainer(pair: tuple[str, str], tmp_path: Path, kind: 
     refuse(r"`tools` is not supported .*records would not match the tokens\. Drop it", trainer={"tools": [len]})
     refuse(r"`rollout_func` is not supported .*Drop it", trainer={"rollout_func": len})
     refuse(r"`environment_factory` is not supported .*Drop it", trainer={"environment_factory": dict})
-    refuse(r"`vllm_mode` is 'server'; rollouts from the mixture need 'colocate'\. Drop", vllm_mode="server")
+    refuse("`vllm_mode` is 'server' and `backend` 'transformers'; wanted 'vllm' or 'auto'", vllm_mode="server")
     refuse(r"`temperature` is 0; .*no probability to train with\. Raise it", temperature=0.0)
     refuse(r"`vllm_structured_outputs_regex` is not supported .*Drop it", vllm_structured_outputs_regex="[0-9]+")
     refuse(r"`generation_kwargs` has a `seed`, .*equal\. Set the trainer's `seed`", generation_kwargs={"seed": 1})

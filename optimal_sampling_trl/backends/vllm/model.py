@@ -7,6 +7,7 @@ student's logits for the sampler, which mixes (see `sampler.py`): `compute_logit
 from __future__ import annotations
 
 import copy
+import secrets
 from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
@@ -37,6 +38,7 @@ class OptimalSamplingForCausalLM(nn.Module):
     is_text_generation_model = True
     teacher: Any
     theta: Any
+    stale: str | None
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -59,6 +61,8 @@ class OptimalSamplingForCausalLM(nn.Module):
         self.theta_shapes: dict[str, torch.Size] = {}
         self.theta_logits: Tensor | None = None
         self.is_loaded = False
+        # What a trainer asks a server for, so that it never samples from weights that it did not send.
+        self.instance, self.updates, self.stale = secrets.token_hex(8), 0, None
 
     def embed_input_ids(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The teacher's embeddings; vLLM asks every model for them, and uses them for multimodal ones alone."""

@@ -6,11 +6,13 @@ import logging
 
 ARCHITECTURE = "OptimalSamplingForCausalLM"
 """The architecture under which vLLM knows the fused model."""
+TRANSFER = "optimal_sampling"
+"""The name under which vLLM knows the engine that a trainer's weights reach the student by."""
 _HOME = "optimal_sampling_trl.backends.vllm.model:OptimalSamplingForCausalLM"
 
 
 def register() -> None:
-    """Make the fused model known to vLLM; called by vLLM through the entry point `vllm.general_plugins`.
+    """Make the fused model and the way to its weights known; vLLM calls this by the entry point of its plugins.
 
     May be called any number of times. vLLM does not catch what a plugin raises, and the plugin is loaded for every
     model that a user serves: so an unsuited version is logged here, and raised by `require` where it matters.
@@ -25,6 +27,10 @@ def register() -> None:
 
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, _HOME)
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    if TRANSFER not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(TRANSFER, f"{__package__}.transfer", "ThetaNCCL")
 
 
 def require() -> None:

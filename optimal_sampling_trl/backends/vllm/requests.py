@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...mixture import Mixture
+from ...options import unknown_option
 from ...pairing import Ending, check_prompt
 from ...request import Request
 from ...rollout import Rollout, check_solved
@@ -70,6 +72,32 @@ def to_sampling_params(request: Request, ending: Ending) -> SamplingParams:
     )
 
 
+def check_params(params: Any, default: dict[str, Any]) -> None:
+    """Refuse what a stranger's request asks of the mixture and cannot have: in the engine it would stop the step.
+
+    Args:
+        params: vLLM's parameters of the request.
+        default: the mixture of a request that brings none.
+
+    Raises:
+        ValueError: on an extra argument that is unknown or out of range, and on records without their columns.
+    """
+    from .sampler import COLUMNS, RECORD, mixture_of
+
+    extra = params.extra_args or {}
+    known = (RECORD, *Mixture.__dataclass_fields__)
+    for name in extra:
+        if name not in known:
+            raise ValueError(unknown_option("extra argument of a request", name, known))
+    mixture_of(extra, default)
+    if extra.get(RECORD, 0) not in (0, 1):
+        raise ValueError(f"The extra argument `{RECORD}` is {extra[RECORD]!r}; wanted 0 or 1.")
+    if extra.get(RECORD) and params.logprobs != COLUMNS:
+        raise ValueError(
+            f"`logprobs` is {params.logprobs!r} in a request for records; wanted {COLUMNS}, whose places they take."
+        )
+
+
 def to_rollouts(outputs: Sequence[RequestOutput], requests: Sequence[Request], pair: Pair) -> list[Rollout]:
     """One rollout for each request, from vLLM's outputs in the same order.
 
@@ -119,4 +147,13 @@ def read_records(logprobs: Any, token_ids: Sequence[int], engine_vocabulary: int
             f"vLLM returned log-probabilities of the ids {ids[:8].tolist()}...; wanted {wanted.ravel()[:8].tolist()}"
             "...: the mixture's sampler is not installed in this engine, or another column is in its way."
         )
-    return torch.from_numpy(np.array(logprobs.logprobs, dtype=np.float32).reshape(T, 4).T.copy()).unbind(0)
+    return to_columns(np.array(logprobs.logprobs, dtype=np.float32).reshape(T, 4))
+
+
+def to_columns(rows: np.ndarray) -> tuple[Tensor, ...]:
+    """log q, α, log θ and log t, each (T,), from one row a token."""
+    from .sampler import NO_NUMBER
+
+    columns = torch.from_numpy(rows.T.copy())
+    columns[1:][columns[1:] == NO_NUMBER] = torch.nan
+    return columns.unbind(0)

@@ -25,6 +25,8 @@ RECORD = "optimal_sampling_record"
 """The extra argument of a request that asks for the columns of a record."""
 COLUMNS = 3
 """α, log θ, log t, under the token ids V, V+1 and V+2; a request asks for as many log-probabilities."""
+NO_NUMBER = 2.0
+"""Stands for NaN in a record, which has no probability's logarithm and no α above 1: JSON has no NaN."""
 _CACHED = 1 << 16
 """Logits that the CPU solves at a time: half a MiB in float64, of which the solver holds a few; 4 times as fast as 32
 rows of 32 768 at once."""
@@ -141,6 +143,7 @@ def with_records(
     log_theta = mixed.theta.gather(1, index) - mixed.theta_sum[:, None]
     log_teacher = mixed.teacher.gather(1, index) - mixed.teacher_sum[:, None]
     record = torch.cat([mixed.alpha[:, None], log_theta, log_teacher], 1)
+    record = record.masked_fill(record.isnan(), NO_NUMBER)
     ids = torch.arange(V, V + COLUMNS, dtype=columns.logprob_token_ids.dtype, device=index.device).expand(N, -1)
     if wanted is not None:
         theirs = max(columns.logprobs.shape[1] - 1, COLUMNS)

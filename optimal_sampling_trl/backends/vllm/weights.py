@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -102,17 +104,44 @@ class OptimalSamplingWorker:
     @torch.no_grad()
     def reload_theta(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Load a whole set into the student's own storages."""
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-
         model = self.model_runner.model
-        config = model.theta_config.model_config
-        with quiet_reload():
-            initialize_layerwise_reload(model.theta)
-            try:
-                model.theta.load_weights(_checked(model, named_parameters))
-            finally:
-                finalize_layerwise_reload(model.theta, config)
-                repack_tied_head(model.theta, _is_tied(model))
+        with reloading(model):
+            model.theta.load_weights(_checked(model, named_parameters))
+
+    def theta_state(self) -> dict[str, Any]:
+        """Which weights the student has: of which start of this process, after how many reloads, and why they are
+        none to sample from (`stale`), or None."""
+        model = self.model_runner.model
+        return {"instance": model.instance, "updates": model.updates, "stale": model.stale}
+
+    def abandon_weight_update(self) -> None:
+        """End an update that a trainer began and did not finish; the student stays stale until the next one."""
+        if getattr(self, "_weight_update_active", False):
+            self.finish_weight_update()  # type: ignore[attr-defined]  # vLLM's own, which the update begun is for
+
+    def refuse_theta_shapes(self, shapes: str) -> dict[str, str | None]:
+        """Why weights of these shapes, JSON of (name, shape) pairs, are not a whole set of this student, or None."""
+        try:
+            check_shapes(self.model_runner.model, json.loads(shapes))
+        except ValueError as error:
+            return {"reason": str(error)}
+        return {"reason": None}
+
+
+@contextmanager
+def reloading(model: Any) -> Iterator[None]:
+    """While this lasts `model.theta.load_weights` writes into the student's own storages, in any portions."""
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    model.stale = "a reload of the student failed half-way"
+    with quiet_reload():
+        initialize_layerwise_reload(model.theta)
+        try:
+            yield
+        finally:
+            finalize_layerwise_reload(model.theta, model.theta_config.model_config)
+            repack_tied_head(model.theta, _is_tied(model))
+    model.updates, model.stale = model.updates + 1, None
 
 
 def _is_tied(model: Any) -> bool:
@@ -121,20 +150,47 @@ def _is_tied(model: Any) -> bool:
 
 def _checked(model: Any, named_parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """The weights, on their way; raises where one does not fit, and at the end where some are missing."""
-    expected: dict[str, torch.Size] = model.theta_shapes
-    left = set(expected) - ({HEAD} if _is_tied(model) else set())
+    left = _required(model)
     for name, weight in named_parameters:
-        if name == HEAD and _is_tied(model):
-            continue
-        if name not in expected or weight.shape != expected[name]:
-            got = f"has shape {tuple(weight.shape)}" if name in expected else "is none of its checkpoint's"
-            wanted = f"shape {tuple(expected[name])}" if name in expected else f"names such as {min(expected)!r}"
-            raise ValueError(f"The student's weight {name!r} {got}; wanted {wanted}. Was it another model's?")
+        if _check_shape(model, name, weight.shape):
+            left.discard(name)
+            yield name, weight.detach()
+    _check_none_left(model, left)
+
+
+def check_shapes(model: Any, shapes: Iterable[tuple[str, Sequence[int]]]) -> None:
+    """Refuse what is no whole set of the student's weights, by names and shapes.
+
+    Raises:
+        ValueError: where weights are missing, unknown or of another shape, naming them.
+    """
+    left = _required(model)
+    for name, shape in shapes:
+        _check_shape(model, name, shape)
         left.discard(name)
-        yield name, weight.detach()
+    _check_none_left(model, left)
+
+
+def _required(model: Any) -> set[str]:
+    return set(model.theta_shapes) - ({HEAD} if _is_tied(model) else set())
+
+
+def _check_shape(model: Any, name: str, shape: Sequence[int]) -> bool:
+    """Whether a weight that fits is to be loaded: the output layer of a tied model is the embedding."""
+    expected: dict[str, torch.Size] = model.theta_shapes
+    if name == HEAD and _is_tied(model):
+        return False
+    if name not in expected or tuple(shape) != tuple(expected[name]):
+        got = f"has shape {tuple(shape)}" if name in expected else "is none of its checkpoint's"
+        wanted = f"shape {tuple(expected[name])}" if name in expected else f"names such as {min(expected)!r}"
+        raise ValueError(f"The student's weight {name!r} {got}; wanted {wanted}. Was it another model's?")
+    return True
+
+
+def _check_none_left(model: Any, left: set[str]) -> None:
     if left:
         few = ", ".join(sorted(left)[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
         raise ValueError(
-            f"{len(left)} of the student's {len(expected)} weights are missing: {few}. "
+            f"{len(left)} of the student's {len(model.theta_shapes)} weights are missing: {few}. "
             "Wanted the whole set: pass all of `model.named_parameters()`, an adapter merged into it."
         )

@@ -1,0 +1,46 @@
+"""Weights that a trainer sends to a server: they reach the student, whole or not at all, and the teacher stays.
+
+vLLM builds its engine of weight transfer by the name that `plugin.register` gives it, and calls it between two steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+
+from .weights import check_shapes, reloading
+
+
+class ThetaTransfer:
+    """Goes before one of vLLM's engines of weight transfer among the bases of a class; that one brings the tensors.
+
+    All weights come in one update, as TRL's client sends them. They are loaded while the server runs no step, so that
+    no request meets a student of which a part is missing.
+    """
+
+    def __init__(self, config: Any, vllm_config: Any, device: Any, model: Any) -> None:
+        super().__init__(config, vllm_config, device, model.theta)  # type: ignore[call-arg]
+        self.fused = model
+        self.model_config = self._default_model_config = model.theta_config.model_config
+
+    def start_weight_update(self) -> None:
+        """Say that the student is about to change; an update that never comes leaves it said."""
+        self.fused.stale = "a trainer announced new weights of the student, and they did not arrive"
+
+    def receive_weights(self, update_info: Any) -> None:
+        """Take a whole set of weights and load it.
+
+        Raises:
+            ValueError: where weights are missing, unknown or of another shape, before any is taken.
+        """
+        check_shapes(self.fused, zip(update_info.names, update_info.shapes, strict=True))
+        with reloading(self.fused):
+            super().receive_weights(update_info)  # type: ignore[misc]
+
+    def finish_weight_update(self) -> None:
+        """Nothing: `receive_weights` finished what it began."""
+
+
+class ThetaNCCL(ThetaTransfer, NCCLWeightTransferEngine):
+    """Over NCCL, as TRL's client sends them. NOT YET RUN: it needs two GPUs."""

@@ -1,0 +1,71 @@
+"""A real server process for tests, on 127.0.0.1 and a free port."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import requests
+
+HERE = Path(__file__).parent
+FLAGS = ("--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20), "--max-num-seqs", "64")
+
+
+class Server:
+    """Runs until `stop`.
+
+    Args:
+        teacher: the teacher's folder.
+        theta: the student's folder.
+        log: a file for what it prints.
+        flags: further ones of `optimal-sampling-serve`.
+    """
+
+    def __init__(self, teacher: str, theta: str, log: Path, *flags: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = log
+        script = [sys.executable, str(HERE / "serve_from_files.py")]
+        self.command = [*script, "--teacher", teacher, "--theta", theta, "--port", str(self.port), *FLAGS, *flags]
+        self.start()
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        paths = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "VLLM_LOGGING_LEVEL": "ERROR"}
+        with self.log.open("a") as output:
+            self.process = subprocess.Popen(
+                self.command, stdout=output, stderr=output, env=environment, start_new_session=True
+            )
+        for _ in range(300):
+            if self.process.poll() is not None:
+                break
+            if self.is_up():
+                return
+            time.sleep(1)
+        self.stop()
+        raise RuntimeError(f"The server did not start:\n{self.log.read_text()[-3000:]}")
+
+    def is_up(self) -> bool:
+        try:
+            return requests.get(f"{self.url}/health", timeout=5).status_code == 200
+        except requests.RequestException:
+            return False
+
+    def stop(self) -> None:
+        """End it with all that it started: the session is its own."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(30)
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
