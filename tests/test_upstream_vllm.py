@@ -149,9 +149,23 @@ def test_model_runner_v2() -> None:
     root = Path(inspect.getsourcefile(import_module("vllm")) or "").parent / "v1/worker/gpu"
     expected = {
         "model_states/interface.py": ["def custom_sampler(self, sampler: Any) -> tuple[Any, Any] | None:"],
-        "model_states/default.py": ["class DefaultModelState("],
+        "model_states/default.py": [
+            "class DefaultModelState(",
+            "def add_request(self, req_index: int, new_req_data: NewRequestData)",
+            "def apply_staged_writes(self)",
+            "def prepare_inputs(",
+            "def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int)",
+            "seq_lens=input_batch.seq_lens,",
+            "positions=input_batch.positions,",
+        ],
         "model_states/__init__.py": ["get_model_state_cls"],
-        "buffer_utils.py": ["class UvaBackedTensor", "def copy_to_uva"],
+        "buffer_utils.py": [
+            "class UvaBackedTensor",
+            "def copy_to_uva",
+            "class StagedWriteTensor",
+            "def stage_write_elem",
+        ],
+        "attn_utils.py": ["slot_mappings_by_layer[layer_name] = slot_mapping"],
         "sample/sampler.py": [
             "def add_request(self, req_idx: int",
             "def apply_staged_writes(self)",
@@ -163,6 +177,34 @@ def test_model_runner_v2() -> None:
         source = (root / name).read_text()
         gone = [text for text in texts if text not in source]
         assert not gone, f"vllm/v1/worker/gpu/{name} does not say {gone} any more: {ROOM}/model_state.py uses it"
+
+
+def test_blocks_are_hashed_with_their_request() -> None:
+    """With two prompts a block that a completion of the student may reach belongs to one request."""
+    from types import SimpleNamespace
+
+    from vllm.v1.core import kv_cache_utils
+
+    from optimal_sampling_trl.backends.vllm.compat import private_blocks
+    from optimal_sampling_trl.backends.vllm.requests import THETA_PROMPT
+
+    private_blocks()
+    keys = kv_cache_utils.generate_block_hash_extra_keys
+    assert "generate_block_hash_extra_keys(" in inspect.getsource(kv_cache_utils.get_request_block_hasher)
+
+    def request(name: str, own: list[int] | None) -> Any:
+        params = SimpleNamespace(extra_args=own and {THETA_PROMPT: own})
+        return SimpleNamespace(
+            request_id=name, sampling_params=params, num_prompt_tokens=40, lora_request=None, mm_features=None,
+            cache_salt=None, prompt_embeds=None, prompt_is_token_ids=None, _prompt_embeds_per_block_hashes={},
+        )  # fmt: skip
+
+    same = [keys(request(name, [1] * 35), 0, 16, 0) for name in "ab"]
+    assert same[0] == same[1] != keys(request("a", [2] * 35), 0, 16, 0)
+    shared, private = ([keys(request(name, [1] * 35), *block, 0) for name in "ab"] for block in ((16, 32), (32, 48)))
+    assert shared[0] == shared[1]
+    assert private[0] != private[1]
+    assert keys(request("a", None), 32, 48, 0) == (None, 0)
 
 
 def test_the_plugin_is_an_entry_point() -> None:

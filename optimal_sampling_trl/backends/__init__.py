@@ -105,13 +105,13 @@ def why_not_vllm(
         return "vLLM is not installed"
     if not (isinstance(teacher, str) and isinstance(theta, str)):
         return LOADED
-    if two_prompts:
-        return "teacher and student read different prompts, which the fused vLLM engine cannot do yet"
-    from .vllm.limits import check_pair, check_platform
+    from .vllm.limits import can_read_two_prompts, check_pair, check_platform
     from .vllm.plugin import require
 
     try:
         require()
+        if two_prompts and not can_read_two_prompts():
+            return "teacher and student read different prompts, which the fused vLLM engine does on GPUs alone"
         check_platform(engine_arguments)
         check_pair(teacher, theta, engine_arguments)
     except (ImportError, ValueError) as error:

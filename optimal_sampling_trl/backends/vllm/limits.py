@@ -73,6 +73,7 @@ class Pair:
         engine_vocabulary: the number that the teacher scores: the ids of a record's columns start there.
         context: most tokens that both can read in this engine.
         tokenizer: the pair's.
+        two_prompts: whether a student may have a prompt of its own: under Model Runner V2, on GPUs.
         stale: why the engine must not sample until the next reload, or None.
         has_nan: whether a model returned NaN since the caches were last cleaned.
     """
@@ -84,6 +85,7 @@ class Pair:
     engine_vocabulary: int
     context: int
     tokenizer: PreTrainedTokenizerBase
+    two_prompts: bool = False
     stale: str | None = None
     has_nan: bool = False
 
@@ -113,7 +115,15 @@ def check_pair(teacher: str, theta: str, arguments: dict[str, Any]) -> Pair:
         configs["teacher"].vocab_size,
         _check_context(configs, arguments.get("max_model_len")),
         tokenizers["student"],
+        can_read_two_prompts(),
     )
+
+
+def can_read_two_prompts() -> bool:
+    """Whether this machine's engine takes a prompt for each model: Model Runner V2 does."""
+    from vllm.platforms import current_platform
+
+    return not current_platform.is_cpu()
 
 
 def _check_architecture(config: PreTrainedConfig, role: str) -> None:

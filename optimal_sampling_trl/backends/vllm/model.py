@@ -7,6 +7,7 @@ student's logits for the sampler, which mixes (see `sampler.py`): `compute_logit
 from __future__ import annotations
 
 import copy
+import os
 import secrets
 from collections.abc import Iterable
 from itertools import groupby
@@ -17,15 +18,19 @@ from torch import Tensor, nn
 from vllm.compilation.backends import set_model_tag
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.utils import replace
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.model_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models import ModelRegistry
+from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_config
 from vllm.v1.attention.backend import subclass_attention_backend
 
 from ...pairing import Ending
 
+ONE_STREAM = "OPTIMAL_SAMPLING_ONE_STREAM"
+"""The variable that keeps both models on one stream of the GPU, to measure what the second one brings."""
 THETA = "theta."
 """What the names of the student's weights start with while the engine loads both models from disk."""
 
@@ -58,8 +63,13 @@ class OptimalSamplingForCausalLM(nn.Module):
         self.secondary_weights = [DefaultModelLoader.Source(settings["theta"], revision=None, prefix=THETA)]
         self.teacher_size = vllm_config.model_config.get_hidden_size()
         self.theta_size = theta.get_hidden_size()
+        self.dtype: Any = vllm_config.model_config.dtype
         self.theta_shapes: dict[str, torch.Size] = {}
         self.theta_logits: Tensor | None = None
+        layers = vllm_config.compilation_config.static_forward_context
+        self.theta_layers = [name for name in layers if name.startswith(THETA)]
+        self.theta_places: Tensor | None = None  # where the student's cache is written, see model_state.py
+        self.side_stream = torch.cuda.Stream() if _may_overlap(self, vllm_config) else None
         self.is_loaded = False
         # What a trainer asks a server for, so that it never samples from weights that it did not send.
         self.instance, self.updates, self.stale = secrets.token_hex(8), 0, None
@@ -68,17 +78,51 @@ class OptimalSamplingForCausalLM(nn.Module):
         """The teacher's embeddings; vLLM asks every model for them, and uses them for multimodal ones alone."""
         return self.teacher.embed_input_ids(input_ids, *args, **kwargs)
 
-    def forward(self, input_ids: Tensor, positions: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        *args: Any,
+        theta_ids: Tensor | None = None,
+        theta_positions: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         """The hidden states of both, (tokens, teacher's size + student's size).
 
         The teacher's are copied out before the student runs: under piecewise CUDA graphs its buffer returns to the
-        pool that the student's graphs write to.
+        pool that the student's graphs write to. Graphs of one pool must not run at the same time either: the student
+        gets a stream of its own only while a graph of the whole step is captured.
+
+        Args:
+            input_ids: what the teacher reads.
+            positions: the tokens' positions in it.
+            theta_ids: what the student reads; None: the same.
+            theta_positions: their positions in the student's stream.
         """
-        teacher = self.teacher(input_ids, positions)
-        hidden = teacher.new_empty(teacher.shape[0], self.teacher_size + self.theta_size)
-        hidden[:, : self.teacher_size] = teacher
-        hidden[:, self.teacher_size :] = self.theta(input_ids, positions)
+        theirs = (input_ids, positions) if theta_ids is None else (theta_ids, theta_positions)
+        if self.theta_places is not None:
+            self._write_theta_to(self.theta_places[: len(theirs[0])])
+        hidden = torch.empty(
+            len(input_ids), self.teacher_size + self.theta_size, dtype=self.dtype, device=input_ids.device
+        )
+        of_teacher, of_theta = hidden.split([self.teacher_size, self.theta_size], dim=1)
+        if self.side_stream is None or not torch.cuda.is_current_stream_capturing():
+            of_teacher.copy_(self.teacher(input_ids, positions))
+            of_theta.copy_(self.theta(*theirs))
+            return hidden
+        main = torch.cuda.current_stream()
+        self.side_stream.wait_stream(main)
+        with torch.cuda.stream(self.side_stream):
+            of_theta.copy_(self.theta(*theirs))
+        of_teacher.copy_(self.teacher(input_ids, positions))
+        main.wait_stream(self.side_stream)
         return hidden
+
+    def _write_theta_to(self, places: Tensor) -> None:
+        """Where this step's keys and values of the student go; in a trial step without caches nowhere."""
+        planned: Any = get_forward_context().slot_mapping
+        if planned:
+            planned.update(dict.fromkeys(self.theta_layers, places))
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """The teacher's logits (N, V of the teacher); the student's stay on `theta_logits` for the sampler."""
@@ -159,3 +203,19 @@ def _bound_builder(backend: Any, config: VllmConfig) -> type:
             super().__init__(spec, names, config, device, **kwargs)
 
     return ThetaBuilder
+
+
+def _may_overlap(model: OptimalSamplingForCausalLM, config: VllmConfig) -> bool:
+    """Whether both models may run at the same time: on one GPU, where their layers share no workspace.
+
+    Experts, latent attention and FlashInfer have one for the whole process, and tensor parallelism one set of signals.
+    """
+    backends = {m.attn_backend.get_name() for m in model.modules() if isinstance(m, Attention)}
+    has_experts = any("FusedMoE" in type(module).__name__ for module in model.modules())
+    return (
+        current_platform.is_cuda()
+        and config.parallel_config.world_size == 1
+        and backends == {"FLASH_ATTN"}
+        and not has_experts
+        and not os.environ.get(ONE_STREAM)
+    )

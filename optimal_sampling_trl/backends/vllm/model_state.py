@@ -1,87 +1,122 @@
-"""The mixture under Model Runner V2, which vLLM uses on GPUs. NOT YET RUN ON A GPU: written from vLLM's sources.
+"""What Model Runner V2, vLLM's on GPUs, asks of the fused model: its sampler, and the student's own stream of tokens.
 
-All but the installation is `sampler.py`'s. V2 numbers requests by slots that stay while a request lives: what a
-request asks for is written to arrays on the host when it arrives, and mirrored to the device by vLLM's own buffers, so
-that no step waits.
+Under CUDA graphs a model reads from the same buffers in every step, so that the student has its own for tokens,
+positions, lengths and blocks, also where it reads what the teacher reads; they are then copies.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from ...mixture import MixtureRows, precision
-from ...solver import METHODS
-from .sampler import RECORD, Plan, mix_step, mixture_of, with_records
-
-NUMBERS = ("alpha_min", "alpha_max", "fixed_alpha", "epsilon", "temperature")
+from .model import THETA
+from .requests import theta_prompt_of
+from .shift import NOWHERE, Prompts, Stream, shift_stream
+from .slot_sampler import SlotSampler
 
 
 class OptimalSamplingModelState(DefaultModelState):
-    """vLLM's own state of a decoder, with the mixture before its sampler."""
+    """vLLM's own state of a decoder, with the mixture before its sampler and a stream for the student."""
+
+    def __init__(self, vllm_config: Any, model: Any, encoder_cache: Any, device: torch.device) -> None:
+        super().__init__(vllm_config, model, encoder_cache, device)
+        tokens, slots = self.max_num_tokens, self.max_num_reqs
+        self.theta_ids = torch.zeros(tokens, dtype=torch.int32, device=device)
+        self.theta_positions = torch.zeros(tokens, dtype=torch.int64, device=device)
+        self.theta_places = torch.full((tokens,), NOWHERE, dtype=torch.int64, device=device)
+        self.theta_lengths = torch.zeros(slots, dtype=torch.int32, device=device)
+        self.theta_blocks: Tensor | None = None  # as wide as the runner's own
+        self.prompts = StagedWriteTensor((slots, self.max_model_len), torch.int32, device)
+        self.prompt_lengths = StagedWriteTensor(slots, torch.int32, device)
+        self.shifts = StagedWriteTensor(slots, torch.int32, device)
+        self.shifts_np = np.zeros(slots, dtype=np.int32)
+        model.theta_places = self.theta_places
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, None]:
         """The sampler, and no rejection sampler: a draft model is refused."""
-        return SlotSampler(sampler, self.model, self.max_num_reqs), None
+        return SlotSampler(sampler, self.model, self.max_num_reqs, self.device), None
 
-
-class SlotSampler:
-    """Stands before the sampler of Model Runner V2; whatever it does not define is that sampler's."""
-
-    def __init__(self, base: Any, model: Any, slots: int) -> None:
-        self.base, self.model = base, model
-        self.numbers = {name: UvaBackedTensor(slots, dtype=torch.float32) for name in NUMBERS}
-        self.method = UvaBackedTensor(slots, dtype=torch.int32)
-        self.wanted = UvaBackedTensor(slots, dtype=torch.bool)
-        self.masked_np = np.zeros(slots, dtype=bool)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.base, name)
-
-    def add_request(self, slot: int, *args: Any) -> None:
-        """vLLM's hook for a new request; its parameters come last in every version."""
-        self.base.add_request(slot, *args)
-        params = args[-1]
-        mixture = mixture_of(params.extra_args, self.model.default_mixture)
-        for name in NUMBERS[:-1]:
-            self.numbers[name].np[slot] = getattr(mixture, name)
-        self.numbers["temperature"].np[slot] = params.temperature or 1.0
-        self.method.np[slot] = METHODS.index(mixture.method)
-        self.wanted.np[slot] = bool((params.extra_args or {}).get(RECORD))
-        self.masked_np[slot] = params.structured_outputs is not None
-        if self.wanted.np[slot]:  # our columns need none of the likeliest tokens
-            self.base.sampling_states.num_logprobs[slot] = 0
+    def add_request(self, req_index: int, new_req_data: Any) -> None:
+        """vLLM's hook for a new request, or one that was preempted and comes back."""
+        super().add_request(req_index, new_req_data)
+        own = theta_prompt_of(new_req_data.sampling_params)
+        shift = 0 if own is None else len(new_req_data.prompt_token_ids) - len(own)
+        if own is not None:
+            self.prompts.stage_write(req_index, 0, own)
+        self.prompt_lengths.stage_write_elem(req_index, 0 if own is None else len(own))
+        self.shifts.stage_write_elem(req_index, shift)
+        # The student reads the same tokens later, or others: either way its buffers are no copies.
+        self.shifts_np[req_index] = -1 if own is not None and not shift else shift
 
     def apply_staged_writes(self) -> None:
-        """vLLM's hook before a step."""
-        self.base.apply_staged_writes()
-        for buffer in (*self.numbers.values(), self.method, self.wanted):
-            buffer.copy_to_uva()
+        """vLLM's hook before a step with new requests."""
+        super().apply_staged_writes()
+        for staged in (self.prompts, self.prompt_lengths, self.shifts):
+            staged.apply_write()
 
-    def __call__(self, logits: Tensor, batch: Any) -> Any:
-        """What vLLM's sampler returns, drawn from the mixture; `logits` are the teacher's."""
-        slots, slots_np = batch.expanded_idx_mapping, batch.idx_mapping_np
-        mixed = mix_step(self.model.theta_logits, logits, self._plan(slots, slots_np), self.model.ending)
-        output = self.base(mixed.logits, batch)
-        if self.wanted.np[slots_np].any():
-            output.logprobs_tensors = with_records(
-                output.logprobs_tensors, output.sampled_token_ids[:, 0], mixed, self.wanted.gpu[slots][:, None]
-            )
-        return output
+    def prepare_attn(
+        self,
+        input_batch: Any,
+        cudagraph_mode: CUDAGraphMode,
+        block_tables: tuple[Tensor, ...],
+        slot_mappings: Tensor,
+        attn_groups: list[list[Any]],
+        kv_cache_config: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """vLLM's hook before the model runs: plans the attention of both models, each by its own stream."""
+        block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+        theta = self._fill_stream(input_batch, block_tables[0], slot_mappings[0], block_size)
+        is_theta = [group.layer_names[0].startswith(THETA) for group in attn_groups[0]]
+        own, others = (
+            [group for group, mine in zip(attn_groups[0], is_theta) if mine is wanted] for wanted in (True, False)
+        )
+        plan = super().prepare_attn
+        theta_batch = replace(input_batch, seq_lens=theta.lengths, positions=theta.positions)
+        rest = (kv_cache_config, *args)
+        return {
+            **plan(input_batch, cudagraph_mode, block_tables, slot_mappings, [others], *rest, **kwargs),
+            **plan(theta_batch, cudagraph_mode, (theta.blocks,), theta.places[None], [own], *rest, **kwargs),
+        }
 
-    def _plan(self, slots: Tensor, slots_np: np.ndarray) -> Plan:
-        low, high = (self.numbers[name].np[slots_np] for name in ("alpha_min", "alpha_max"))
-        methods = self.method.np[slots_np]
-        unknown = bool(((low < high) & (methods != METHODS.index("fixed"))).any())
-        numbers = [self.numbers[name].gpu[slots].to(precision(slots.device)) for name in NUMBERS]
-        present = frozenset(METHODS[index] for index in np.unique(methods))
-        rows = MixtureRows(present, self.method.gpu[slots].long(), *numbers[:4])
-        known = torch.where(rows.alpha_min == rows.alpha_max, rows.alpha_min, rows.fixed_alpha)
-        nothing = slots.new_zeros(0, dtype=torch.int64)
-        mask = slots.new_ones((1, 1), dtype=torch.bool) if self.masked_np[slots_np].any() else None
-        return Plan(rows, numbers[4], known, None if unknown else nothing, mask)
+    def _fill_stream(self, batch: Any, blocks: Tensor, places: Tensor, block_size: int) -> Stream:
+        """Write the student's stream into its buffers, and return their parts that this step reads."""
+        if self.theta_blocks is None:
+            self.theta_blocks = blocks.new_zeros(self.max_num_reqs, blocks.shape[1])
+        N, R, all_tokens, all_rows = batch.num_tokens, batch.num_reqs, len(places), len(blocks)
+        teacher = Stream(batch.input_ids, batch.positions, places, batch.seq_lens, blocks)
+        theta = Stream(
+            self.theta_ids[:all_tokens],
+            self.theta_positions[:all_tokens],
+            self.theta_places[:all_tokens],
+            self.theta_lengths[:all_rows],
+            self.theta_blocks[:all_rows],
+        )
+        for buffer, value in zip(theta, teacher):  # also what pads a graph's batch, which no request is
+            buffer[: len(value)].copy_(value)
+        if self.shifts_np[batch.idx_mapping_np].any():
+            part = Stream(teacher.ids[:N], teacher.positions[:N], places[:N], teacher.lengths[:R], blocks[:R])
+            prompts = Prompts(self.prompts.gpu, self.prompt_lengths.gpu, self.shifts.gpu)
+            shifted = shift_stream(part, batch.query_start_loc[: R + 1], batch.idx_mapping, prompts, block_size)
+            for buffer, value in zip(theta, shifted):
+                buffer[: len(value)].copy_(value)
+        return theta
+
+    def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
+        """vLLM's hook for what the model is called with, after `prepare_attn`."""
+        return super().prepare_inputs(input_batch, req_states) | self._inputs(input_batch.num_tokens_after_padding)
+
+    def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
+        """The same for trial steps and the capture of CUDA graphs."""
+        return super().prepare_dummy_inputs(num_reqs, num_tokens) | self._inputs(num_tokens)
+
+    def _inputs(self, tokens: int) -> dict[str, Any]:
+        return {"theta_ids": self.theta_ids[:tokens], "theta_positions": self.theta_positions[:tokens]}

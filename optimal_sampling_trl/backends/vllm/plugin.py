@@ -27,6 +27,7 @@ def register() -> None:
 
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, _HOME)
+    compat.private_blocks()
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     if TRANSFER not in WeightTransferEngineFactory._registry:

@@ -19,6 +19,8 @@ from .limits import Pair
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
 
+THETA_PROMPT = "optimal_sampling_theta_prompt"
+"""The extra argument of a request whose student has a prompt of its own: its token ids."""
 COLDEST, HOTTEST = 0.01, 2.0
 """The temperatures above 0 that vLLM takes as they are."""
 
@@ -31,17 +33,36 @@ def check_request(request: Request, pair: Pair, index: int) -> None:
             temperature that vLLM would not sample at.
     """
     if list(request.prompt_ids) != list(request.theta_prompt_ids):
-        raise ValueError(
-            f"Request {index} has a prompt for the teacher ({len(request.prompt_ids)} tokens) and another for the "
-            f"student ({len(request.theta_prompt_ids)} tokens). In this engine both models read one stream of tokens "
-            "under Model Runner V1. Use backend='transformers', or give both the same system prompt."
-        )
+        _check_two_prompts(request, pair, index)
     check_prompt(request.prompt_ids, pair.context, pair.vocabulary, index, "teacher")
     if request.sampling.temperature and not COLDEST <= request.sampling.temperature <= HOTTEST:
         raise ValueError(
             f"Request {index} has `temperature` {request.sampling.temperature}; wanted 0, or {COLDEST} to {HOTTEST}, "
             "beyond which vLLM changes or refuses it. Use backend='transformers'."
         )
+
+
+def _check_two_prompts(request: Request, pair: Pair, index: int) -> None:
+    lengths = (
+        f"Request {index} has a prompt for the teacher ({len(request.prompt_ids)} tokens) and another for the student "
+        f"({len(request.theta_prompt_ids)} tokens)."
+    )
+    if not pair.two_prompts:
+        raise ValueError(
+            f"{lengths} On a CPU both models read one stream of tokens in this engine (Model Runner V1). Use "
+            "backend='transformers', or give both the same system prompt."
+        )
+    if len(request.theta_prompt_ids) > len(request.prompt_ids):
+        raise ValueError(
+            f"{lengths} In this engine the student reads its prompt while the teacher reads its own, so that the "
+            "teacher's must not be the shorter one. Use backend='transformers', or shorten the student's."
+        )
+    check_prompt(request.theta_prompt_ids, pair.context, pair.vocabulary, index, "student")
+
+
+def theta_prompt_of(params: SamplingParams | None) -> list[int] | None:
+    """The student's own prompt in vLLM's parameters of a request, or None where it reads the teacher's."""
+    return ((params and params.extra_args) or {}).get(THETA_PROMPT)
 
 
 def to_sampling_params(request: Request, ending: Ending) -> SamplingParams:
@@ -54,6 +75,9 @@ def to_sampling_params(request: Request, ending: Ending) -> SamplingParams:
     from .sampler import COLUMNS, RECORD
 
     sampling = request.sampling
+    extra = {RECORD: 1, **request.mixture.to_dict()}
+    if list(request.theta_prompt_ids) != list(request.prompt_ids):
+        extra[THETA_PROMPT] = list(request.theta_prompt_ids)
     return SamplingParams(
         max_tokens=sampling.max_tokens,
         temperature=sampling.temperature,
@@ -68,7 +92,7 @@ def to_sampling_params(request: Request, ending: Ending) -> SamplingParams:
         ignore_eos=True,  # vLLM would stop at the teacher's end, too
         logprobs=COLUMNS,
         flat_logprobs=True,
-        extra_args={RECORD: 1, **request.mixture.to_dict()},
+        extra_args=extra,
     )
 
 
