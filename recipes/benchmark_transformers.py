@@ -23,8 +23,8 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from benchmark import describe, fastest, make_random_pair, make_requests, parse
 from optimal_sampling_trl.backends.transformers import TransformersBackend
+from random_pair import describe, fastest, make_random_pair, make_requests, parser
 
 
 def alone(model: PreTrainedModel, ids: torch.Tensor, tokens: int) -> None:
@@ -47,7 +47,7 @@ def measure(backend: TransformersBackend, batch: int, args: argparse.Namespace) 
 
 
 def main() -> None:
-    args = parse(__doc__)
+    args = parser(__doc__).parse_args()
     with tempfile.TemporaryDirectory(prefix="benchmark-transformers-") as root:
         backend = TransformersBackend(*make_random_pair(root, args), dtype=args.dtype)
     print(describe(args, f"transformers {transformers.__version__}"))

@@ -27,7 +27,7 @@ FOUND = sorted(path.name for path in RECIPES.glob("*.py"))
 MODULES = {
     "common.py": "the training scripts import it: their data, model and end",
     "arm.py": "demo.py and study.py import it: one watched run",
-    "benchmark.py": "the benchmarks import it: flags, random models, stopwatch",
+    "random_pair.py": "the benchmarks import it: flags, random models, stopwatch",
 }
 """What is no script, and why."""
 TRAINING = ("grpo", "rloo", "distill")
@@ -165,10 +165,10 @@ def check_benchmark(script: str, columns: int) -> None:
     assert re.search(r"torch [\d.]+\S*, 1 thread\(s\), \w+", output)
 
 
-def check_benchmark_engine(made: embedded.Pair, tmp_path: Path) -> None:
+def check_benchmark_fused(made: embedded.Pair, tmp_path: Path) -> None:
     if find_spec("vllm") is None:
         pytest.skip(NO_VLLM)
-    check_benchmark("benchmark_engine.py", columns=8)
+    check_benchmark("benchmark.py", columns=9)
 
 
 def sample(made: embedded.Pair, folder: Path) -> str:
@@ -236,7 +236,7 @@ RUNS: dict[str, Callable[[embedded.Pair, Path], None]] = {
     "pair.py": check_pair,
     "sample.py": check_sample,
     "sft.py": check_sft,
-    "benchmark_engine.py": check_benchmark_engine,
+    "benchmark.py": check_benchmark_fused,
     "benchmark_transformers.py": lambda made, path: check_benchmark("benchmark_transformers.py", columns=5),
 }
 SCRIPTS = [
@@ -263,7 +263,7 @@ def test_it_runs(script: str, made: embedded.Pair, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help(script: str) -> None:
-    if script == "benchmark_engine.py" and find_spec("vllm") is None:
+    if script == "benchmark.py" and find_spec("vllm") is None:
         pytest.skip(NO_VLLM)
     assert "usage: " in run(script, "--help")
 
