@@ -64,9 +64,8 @@ def main() -> None:
     }
     print(describe(args, f"vLLM {vllm.__version__}"))
     bandwidth = measure_bandwidth()
-    print(
-        f"a large copy moves {bandwidth / 1e9:.0f} GB/s; memory of the three engines {(used() - before) / 2**30:.1f} GiB\n"
-    )
+    held = (used() - before) / 2**30
+    print(f"a large copy moves {bandwidth / 1e9:.0f} GB/s; the engines hold {held:.1f} GiB\n")
     print("| " + " | ".join(HEAD) + " |\n|" + "---:|" * len(HEAD))
     for batch in args.batches:
         print(row(batch, measure(fused, alone, batch, args), bandwidth, args), flush=True)

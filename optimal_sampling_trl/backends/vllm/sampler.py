@@ -67,51 +67,63 @@ class Plan(NamedTuple):
 class Mixed(NamedTuple):
     """One step: the logits to sample from, and what its records are read from. V_engine is the teacher's V.
 
-    `theta` and `teacher` are the raw logits at the sampling temperature, and the two sums the logarithms of what
-    normalises them.
+    `theta` and `teacher` are raw logits, the two sums the logarithms of what normalises them at the sampling
+    temperature (None: 1), the teacher's endings folded.
     """
 
     logits: Float[Tensor, "N V_engine"]
     alpha: Float[Tensor, " N"]
-    theta: Float[Tensor, "N V"]
-    teacher: Float[Tensor, "N V"]
+    theta: Float[Tensor, "N V_theta"]
+    teacher: Float[Tensor, "N V_engine"]
     theta_sum: Float[Tensor, " N"]
     teacher_sum: Float[Tensor, " N"]
+    temperature: Float[Tensor, " N"] | None
+    ending: Ending
+
+    def record(self, sampled: Int[Tensor, " N"]) -> Float[Tensor, "N 3"]:
+        """α, log θ and log t of the sampled tokens; `NO_NUMBER` for NaN."""
+        index = sampled[:, None].long()
+        theta, teacher = self.theta.gather(1, index)[:, 0].float(), self.teacher.gather(1, index)[:, 0].float()
+        if self.ending.stop and self.ending.folded:
+            ends = self.teacher[:, [self.ending.stop[0], *self.ending.folded]].float().logsumexp(-1)
+            teacher = torch.where(index[:, 0] == self.ending.stop[0], ends, teacher)
+        if self.temperature is not None:
+            theta, teacher = theta / self.temperature, teacher / self.temperature
+        columns = [self.alpha, theta - self.theta_sum, teacher - self.teacher_sum]
+        return torch.stack(columns, 1).nan_to_num(nan=NO_NUMBER, posinf=torch.inf, neginf=-torch.inf)
 
 
 def mix_step(
     theta: Float[Tensor, "N V_theta"], teacher: Float[Tensor, "N V_engine"], plan: Plan, ending: Ending
 ) -> Mixed:
-    """Mix raw logits. A row without a solution (see `mixture.mix`) has α = NaN and ends its sequence.
+    """Mix raw logits on a CPU. A row without a solution (see `mixture.mix`) has α = NaN and ends its sequence.
 
-    Reads both logits about ten times where α is solved, three times where it is known; waits for no device but the
-    CPU.
+    Reads both logits about ten times where α is solved, three times where it is known.
     """
     V_engine = teacher.shape[1]
     V = min(theta.shape[1], V_engine)
-    theta, teacher = theta[:, :V].float(), ending.fold(teacher[:, :V].float())
-    alpha = plan.known if plan.solve is not None and len(plan.solve) == 0 else _solve(theta, teacher, plan)
-    mixed = blend(theta, teacher, alpha.float())
+    own, other = theta[:, :V].float(), ending.fold(teacher[:, :V].float())
+    alpha = plan.known if plan.solve is not None and len(plan.solve) == 0 else _solve(own, other, plan)
+    mixed = blend(own, other, alpha.float())
     if plan.bitmask is not None:  # a grammar's mask lands on the teacher's logits and must hold at α = 0 too
-        mixed = mixed.masked_fill(plan.bitmask & teacher.isneginf(), -torch.inf)
+        mixed = mixed.masked_fill(plan.bitmask & other.isneginf(), -torch.inf)
     if plan.temperature is not None:
-        theta, teacher = theta / plan.temperature[:, None], teacher / plan.temperature[:, None]
-    theta_sum, teacher_sum = theta.logsumexp(-1), teacher.logsumexp(-1)
+        own, other = own / plan.temperature[:, None], other / plan.temperature[:, None]
+    theta_sum, teacher_sum = own.logsumexp(-1), other.logsumexp(-1)
     # A NaN among the logits is one in their sum; no finite logit at all is no distribution either.
     alpha = alpha.float().masked_fill(~(theta_sum.isfinite() & teacher_sum.isfinite()), torch.nan)
-    if alpha.device.type != "cpu" or bool(alpha.isnan().any()):
+    if bool(alpha.isnan().any()):
         mixed = torch.where(alpha.isnan()[:, None], _last_words(V, ending, mixed), mixed)
     if V_engine > V:
         mixed = nn.functional.pad(mixed, (0, V_engine - V), value=-torch.inf)
-    return Mixed(mixed, alpha, theta, teacher, theta_sum, teacher_sum)
+    return Mixed(mixed, alpha, theta, teacher, theta_sum, teacher_sum, plan.temperature, ending)
 
 
 def _solve(theta: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"], plan: Plan) -> Float[Tensor, " N"]:
-    """α of each row, of raw logits; on a CPU a few rows at a time, as many as its cache holds."""
-    rows = plan.solve if plan.solve is not None else torch.arange(len(theta), device=theta.device)
-    size = max(1, _CACHED // theta.shape[1]) if theta.device.type == "cpu" else len(rows)
+    """α of each row, of raw logits; a few rows at a time, as many as the processor's cache holds."""
+    rows = plan.solve if plan.solve is not None else torch.arange(len(theta))
     solved = []
-    for part in rows.split(size):
+    for part in rows.split(max(1, _CACHED // theta.shape[1])):
         whole = len(part) == len(theta)
         temperature = 1.0 if plan.temperature is None else plan.temperature[part]
         logits = (theta, teacher) if whole else (theta[part], teacher[part])
@@ -139,12 +151,8 @@ def with_records(
         wanted: (N, 1) the rows that asked for records; None: all, and k is 0.
     """
     N, V = mixed.logits.shape
-    index = sampled[:, None].long()
-    log_theta = mixed.theta.gather(1, index) - mixed.theta_sum[:, None]
-    log_teacher = mixed.teacher.gather(1, index) - mixed.teacher_sum[:, None]
-    record = torch.cat([mixed.alpha[:, None], log_theta, log_teacher], 1)
-    record = record.masked_fill(record.isnan(), NO_NUMBER)
-    ids = torch.arange(V, V + COLUMNS, dtype=columns.logprob_token_ids.dtype, device=index.device).expand(N, -1)
+    record = mixed.record(sampled)
+    ids = torch.arange(V, V + COLUMNS, dtype=columns.logprob_token_ids.dtype, device=record.device).expand(N, -1)
     if wanted is not None:
         theirs = max(columns.logprobs.shape[1] - 1, COLUMNS)
         ids, record = nn.functional.pad(ids, (0, theirs - COLUMNS)), nn.functional.pad(record, (0, theirs - COLUMNS))

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 
-from ...mixture import MixtureRows, precision
+from ...kernels import mix_logits
 from ...solver import METHODS
-from .sampler import RECORD, Plan, mix_step, mixture_of, with_records
+from .sampler import RECORD, Mixed, mixture_of, with_records
 
-COLUMNS = ("alpha_min", "alpha_max", "fixed_alpha", "epsilon", "temperature", "method")
-"""The columns of the table of slots."""
+COLUMNS = ("method", "alpha_min", "alpha_max", "fixed_alpha", "epsilon", "temperature")
+"""The columns of the table of slots, in the order of `mix_logits`' arguments."""
 
 
 class SlotSampler:
@@ -34,7 +34,7 @@ class SlotSampler:
     def __init__(self, base: Any, model: Any, slots: int, device: torch.device) -> None:
         self.base, self.model = base, model
         self.staged = UvaBackedTensor((slots, len(COLUMNS)), dtype=torch.float32)
-        self.staged.np[:] = (0.0, 1.0, 0.5, 0.05, 1.0, 0.0)  # what vLLM's trial steps read
+        self.staged.np[:] = (0.0, 0.0, 1.0, 0.5, 0.05, 1.0)  # what vLLM's trial steps read
         self.table = torch.empty(slots, len(COLUMNS), device=device)
         self.has_changed = True
         self.wanted_np, self.masked_np = np.zeros(slots, dtype=bool), np.zeros(slots, dtype=bool)
@@ -49,8 +49,8 @@ class SlotSampler:
         self.base.add_request(slot, *args)
         params = args[-1]
         mixture = mixture_of(params.extra_args, self.model.default_mixture)
-        numbers = [getattr(mixture, name) for name in COLUMNS[:4]]
-        self.staged.np[slot] = [*numbers, params.temperature or 1.0, METHODS.index(mixture.method)]
+        numbers = [getattr(mixture, name) for name in COLUMNS[1:-1]]
+        self.staged.np[slot] = [METHODS.index(mixture.method), *numbers, params.temperature or 1.0]
         self.wanted.np[slot] = self.wanted_np[slot] = bool((params.extra_args or {}).get(RECORD))
         self.masked_np[slot] = params.structured_outputs is not None
         if self.wanted_np[slot]:  # our columns need none of the likeliest tokens
@@ -72,7 +72,13 @@ class SlotSampler:
     def __call__(self, logits: Tensor, batch: Any) -> Any:
         """What vLLM's sampler returns, drawn from the mixture; `logits` are the teacher's."""
         slots, slots_np = batch.expanded_idx_mapping, batch.idx_mapping_np
-        mixed = mix_step(self.model.theta_logits, logits, self._plan(slots, slots_np), self.model.ending)
+        columns, masked = self.table[slots].unbind(1), self.masked_np[slots_np]
+        masked = torch.from_numpy(masked).pin_memory().to(slots.device, non_blocking=True) if masked.any() else None
+        ending, theta = self.model.ending, self.model.theta_logits
+        solved = mix_logits(theta, logits, *columns, masked, ending.stop, ending.folded)
+        mixed = Mixed(
+            solved.logits, solved.alpha, theta, logits, solved.theta_sum, solved.teacher_sum, columns[-1], ending
+        )
         output = self.base(mixed.logits, batch)
         wanted = self.wanted_np[slots_np]
         if wanted.any():
@@ -81,21 +87,3 @@ class SlotSampler:
                 output.logprobs_tensors, output.sampled_token_ids[:, 0], mixed, rows
             )
         return output
-
-    def _plan(self, slots: Tensor, slots_np: np.ndarray) -> Plan:
-        numbers = self.staged.np[slots_np]
-        low, high, methods = numbers[:, 0], numbers[:, 1], numbers[:, 5].astype(int)
-        unknown = bool(((low < high) & (methods != METHODS.index("fixed"))).any())
-        columns = self.table[slots].to(precision(slots.device)).unbind(1)
-        present = frozenset(METHODS[index] for index in np.unique(methods))
-        rows = MixtureRows(present, columns[5].long(), *columns[:4])
-        known = torch.where(rows.alpha_min == rows.alpha_max, rows.alpha_min, rows.fixed_alpha)
-        nothing = slots.new_zeros(0, dtype=torch.int64)
-        mask = self.masked_np[slots_np]
-        return Plan(
-            rows,
-            columns[4].float(),
-            known,
-            None if unknown else nothing,
-            torch.from_numpy(mask).pin_memory().to(slots.device, non_blocking=True)[:, None] if mask.any() else None,
-        )
