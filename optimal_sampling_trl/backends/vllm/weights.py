@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .compat import quiet_reload, repack_tied_head
 
@@ -131,9 +131,17 @@ class OptimalSamplingWorker:
 @contextmanager
 def reloading(model: Any) -> Iterator[None]:
     """While this lasts `model.theta.load_weights` writes into the student's own storages, in any portions."""
+    model.stale = "a reload of the student failed half-way"
+    with nullcontext() if keeps_what_it_loads(model.theta) else _layerwise(model):
+        yield
+    model.updates, model.stale = model.updates + 1, None
+
+
+@contextmanager
+def _layerwise(model: Any) -> Iterator[None]:
+    """vLLM's way: each layer is loaded anew beside the old one, made ready, and copied over it."""
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-    model.stale = "a reload of the student failed half-way"
     with quiet_reload():
         initialize_layerwise_reload(model.theta)
         try:
@@ -141,7 +149,17 @@ def reloading(model: Any) -> Iterator[None]:
         finally:
             finalize_layerwise_reload(model.theta, model.theta_config.model_config)
             repack_tied_head(model.theta, _is_tied(model))
-    model.updates, model.stale = model.updates + 1, None
+
+
+def keeps_what_it_loads(theta: nn.Module) -> bool:
+    """Whether the layers store their weights as they are loaded, so that loading them again in place is enough: plain
+    layers on a GPU. A CPU packs them, and layers of experts may reorder theirs."""
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+    methods = {type(getattr(module, "quant_method", None)) for module in theta.modules()}
+    plain = {UnquantizedLinearMethod, UnquantizedEmbeddingMethod, type(None)}
+    return all(weight.is_cuda for weight in theta.parameters()) and methods <= plain
 
 
 def _is_tied(model: Any) -> bool:
