@@ -59,7 +59,8 @@ class OptimalSamplingV1:
         gpu_memory_utilization: share of a GPU's memory for vLLM, in (0, 1]; refused with `backend="transformers"`.
         backend: `"vllm"`, `"transformers"`, or `"auto"`: vLLM where it is installed and able.
         engine_arguments: go to the backend: all that vLLM's `LLM` takes, or `device`, `dtype`, `max_num_seqs`,
-            `max_model_len`, `revision`, `attn_implementation`, `trust_remote_code` with transformers.
+            `max_model_len`, `revision`, `attn_implementation`, `trust_remote_code` with transformers. `revision` is
+            the teacher's; a student of another one is passed as a folder.
 
     Raises:
         ValueError: on an unknown argument, a setting out of range, or a pair that cannot be mixed.

@@ -98,7 +98,8 @@ class Mixture:
         return self.alpha_max == 0.0 or (spent and self.alpha_min == 0.0)
 
     def anneal(self, share: float) -> Mixture:
-        """The mixture a share of the way to the student: linear in ε for `trust_region`, in the range of α otherwise.
+        """The mixture a share of the way to the student: linear in ε and alpha_min for `trust_region`, in the range of
+        α otherwise.
 
         Args:
             share: 0 is this mixture, 1 the student alone.
@@ -107,8 +108,8 @@ class Mixture:
         if share == 1.0:
             return Mixture.theta_only()
         left = 1.0 - share
-        if self.method == "trust_region":
-            return replace(self, epsilon=self.epsilon * left)
+        if self.method == "trust_region":  # alpha_min overrules the budget, so it goes along
+            return replace(self, epsilon=self.epsilon * left, alpha_min=self.alpha_min * left)
         return replace(
             self,
             alpha_min=self.alpha_min * left,

@@ -57,6 +57,10 @@ class Sampling:
                 "For a single one write `stop=('...',)`."
             )
 
+    def cut(self, text: str) -> str:
+        """A text before the first of the stop texts in it."""
+        return text[: min([text.find(stop) for stop in self.stop if stop in text], default=len(text))]
+
     @property
     def keeps_all(self) -> bool:
         """Whether no token is cut off or penalised, so that log q is the mixture's own."""

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .mixture import Mixture
+from .request import Request
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -63,6 +64,30 @@ class Rollout:
                     f"Rollout: `{name}` has shape {tuple(record.shape)}; wanted one entry for each of the "
                     f"{len(self.completion_ids)} tokens of `completion_ids`."
                 )
+
+    @classmethod
+    def answer(
+        cls, request: Request, completion_ids: list[int], records: Float[Tensor, "4 T"], text: str, finish_reason: str
+    ) -> Rollout:
+        """What an engine answers to a request.
+
+        Args:
+            request: its prompts, its mixture and its temperature become the rollout's.
+            completion_ids: the T sampled tokens.
+            records: a row for each of `RECORDS`, in their order.
+            text: the completion without special tokens.
+            finish_reason: `"stop"` or `"length"`.
+        """
+        return cls(
+            prompt_ids=list(request.prompt_ids),
+            theta_prompt_ids=list(request.theta_prompt_ids),
+            completion_ids=completion_ids,
+            **dict(zip(RECORDS, records.unbind(0), strict=True)),
+            text=text,
+            finish_reason=finish_reason,
+            mixture=request.mixture,
+            temperature=request.sampling.temperature,
+        )
 
     @property
     def weight_theta(self) -> Float[Tensor, " T"]:

@@ -6,6 +6,7 @@ of n bytes has n tokens. The weights are wide enough (0.08) that teacher and stu
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +97,20 @@ def make_model(
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+def publish(cache: Path, name: str, **revisions: str) -> str:
+    """Put model folders into a cache of the Hub as revisions of one model, and return its name.
+
+    Args:
+        cache: what `huggingface_hub.constants.HF_HUB_CACHE` is to be.
+        name: `owner/model`.
+        **revisions: a folder for each; `main` is what is found where no revision is asked for.
+    """
+    place = cache / f"models--{name.replace('/', '--')}"
+    for number, (revision, folder) in enumerate(revisions.items()):
+        commit = f"{number:040x}"
+        shutil.copytree(folder, place / "snapshots" / commit)
+        (place / "refs").mkdir(exist_ok=True)
+        (place / "refs" / revision).write_text(commit)
+    return name

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from engines import request, start
-from models import make_model
+from models import make_model, publish
 
 from optimal_sampling_trl.mixture import Mixture
 from optimal_sampling_trl.request import Request
@@ -19,7 +22,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed: pip install -e '.[vll
 
 from optimal_sampling_trl.backends.vllm import compat, plugin
 from optimal_sampling_trl.backends.vllm.engine import build_llm
-from optimal_sampling_trl.backends.vllm.limits import OWNED, check_arguments
+from optimal_sampling_trl.backends.vllm.limits import OWNED, check_arguments, check_pair
 from optimal_sampling_trl.backends.vllm.requests import read_records, to_sampling_params
 from optimal_sampling_trl.pairing import Ending
 
@@ -208,8 +211,6 @@ def test_records_that_are_not_ours() -> None:
 @pytest.mark.engine
 def test_settings_of_the_user_pass_through(pair: tuple[str, str]) -> None:
     """The default context is what both read; `hf_overrides` and `additional_config` keep what is the user's."""
-    import os
-
     before = dict(os.environ)
     backend = start(*pair, additional_config={"mine": 1}, hf_overrides={"rope_theta": 20000.0}, max_num_seqs=3)
     try:
@@ -223,3 +224,29 @@ def test_settings_of_the_user_pass_through(pair: tuple[str, str]) -> None:
             backend.generate([two])
     finally:
         backend.close()
+
+
+def test_a_revision_is_the_teachers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    new, old, theta = (
+        make_model(tmp_path / name, "llama", 0, vocab_size=288 + size) for size, name in enumerate("not")
+    )
+    names = publish(tmp_path, "me/teacher", main=new, old=old), publish(tmp_path, "me/theta", main=theta)
+    assert check_pair(*names, {"revision": "old"}).engine_vocabulary == 289
+    assert check_pair(*names, {}).engine_vocabulary == 288
+
+
+@pytest.mark.engine
+def test_a_group_from_before_the_engine_stays(pair: tuple[str, str], tmp_path: Path) -> None:
+    """Two ranks of a training job, as accelerate starts them: closed engines leave them a group to train in."""
+    here = Path(__file__).parent
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = subprocess.run(
+        [*launch, str(here / "two_engines.py"), *pair, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    seen = [json.loads(file.read_text()) for file in sorted(tmp_path.glob("*.json"))]
+    assert seen == [{"tokens": 3, "sum": 3.0}] * 2, process.stderr[-3000:]

@@ -232,11 +232,13 @@ def test_auto_says_why_it_is_not_vllm(
     monkeypatch.setattr(backends, "find_spec", lambda name: name if installed else None)
     theta = AutoModelForCausalLM.from_pretrained(root / "theta") if live else str(root / "theta")
     with caplog.at_level(logging.INFO, logger="optimal_sampling_trl"):
-        sampler = build(root, backend="auto", model_theta=theta, teacher_system_prompt=system_prompt)
+        settings = {"teacher_system_prompt": system_prompt} | ({"gpu_memory_utilization": 0.7} if live else {})
+        sampler = build(root, backend="auto", model_theta=theta, **settings)
     assert sampler.backend.name == "transformers"
     (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("optimal_sampling_trl")]
     assert line.startswith("Sampling with transformers: ")
     assert reason in line
+    assert ("`gpu_memory_utilization` (0.7) is vLLM's alone and does nothing here." in line) == live
 
 
 # What is refused: each case lists what the message must say: what, got, wanted.

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from models import EOS, FAMILIES, PAD, make_model, make_tokenizer
+from models import EOS, FAMILIES, PAD, make_model, make_tokenizer, publish
 from oracle import check_rollout, check_rollouts, expected_records
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from optimal_sampling_trl.backends import decoding, make_backend
+from optimal_sampling_trl.backends.decoding import Rows
 from optimal_sampling_trl.backends.transformers import TransformersBackend
 from optimal_sampling_trl.mixture import Mixture
 from optimal_sampling_trl.pairing import Ending
@@ -659,3 +660,24 @@ def test_a_bad_request_stops_the_call_before_anything_is_read(pair: Pair, batche
             with pytest.raises(ValueError, match=f"The {role}'s prompt 1 .*{words}"):
                 pair.backend.generate([ask(), request])
     assert batches == []
+
+
+def test_a_revision_is_the_teachers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in vLLM. The student has no revision of that name: asking for it there would fail."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    new, old, theta = (make_model(tmp_path / name, "llama", seed) for seed, name in enumerate(("new", "old", "theta")))
+    names = publish(tmp_path, "me/teacher", main=new, old=old), publish(tmp_path, "me/theta", main=theta)
+    for options, folder in (({"revision": "old"}, old), ({}, new)):
+        backend = make_backend("transformers", *names, device="cpu", **options)
+        wanted = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        assert all(torch.equal(value, wanted[name]) for name, value in backend.teacher.state_dict().items())
+
+
+def test_a_stop_text_over_many_tokens(pair: Pair) -> None:
+    """The text that is looked at is a tail, as long as the longest stop text: special tokens may lie in between."""
+    rows = Rows([ask(stop=("zz", "ab\N{EURO SIGN}cd"), max_tokens=64, ignore_eos=True)], pair.backend)
+    drawn = [*ids("x" * 30 + "ab\N{EURO SIGN}"), *[EOS] * 12, *ids("cd")]
+    ended = []
+    for rows.step, token in enumerate(drawn, start=1):
+        ended.append(rows._ended(0, token))
+    assert ended == [False] * (len(drawn) - 1) + [True]

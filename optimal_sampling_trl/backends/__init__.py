@@ -80,7 +80,10 @@ def make_backend(
     if backend == "auto":
         reason = why_not_vllm(teacher, theta, two_prompts=two_prompts, **engine_arguments)
         backend = "vllm" if reason is None else "transformers"
-        logger.info("Sampling with %s%s", backend, "." if reason is None else f": {reason}")
+        ignored = f" `gpu_memory_utilization` ({gpu_memory_utilization}) is vLLM's alone and does nothing here."
+        if gpu_memory_utilization == GPU_MEMORY_UTILIZATION:
+            ignored = ""
+        logger.info("Sampling with %s%s", backend, "." if reason is None else f": {reason}.{ignored}")
     if backend == "vllm":
         if not (isinstance(teacher, str) and isinstance(theta, str)):
             raise ValueError(f"backend='vllm': {LOADED}. Save it and pass its folder, or use backend='transformers'.")

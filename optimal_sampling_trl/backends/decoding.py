@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +88,8 @@ class Rows:
         self.records = torch.zeros(count, max(self.limits), len(RECORDS), device=device)
         self.lengths = [0] * count
         self.reasons = ["length"] * count
+        self.silent = set(backend.tokenizer.all_special_ids)
+        self.tails = [_tail(request.sampling.stop) for request in requests]
         self.step = 0
         seeds = [request.sampling.seed for request in requests]
         self.generators = [None if s is None else torch.Generator(device).manual_seed(s) for s in seeds]
@@ -167,8 +171,9 @@ class Rows:
     def _ended(self, request: int, token: int) -> bool:
         sampling = self.requests[request].sampling
         stopped = token in self.backend.ending.stop and not sampling.ignore_eos
-        if sampling.stop and not stopped:
-            text = self._text(self.tokens[request, : self.step].tolist())
+        if sampling.stop and not stopped and token not in self.silent:
+            self.tails[request].append(token)
+            text = self._text(list(self.tails[request]))
             stopped = any(stop in text for stop in sampling.stop)
         if stopped:
             self.reasons[request] = "stop"
@@ -183,22 +188,17 @@ class Rows:
         rollouts = []
         for row, (request, length) in enumerate(zip(self.requests, self.lengths, strict=True)):
             ids = tokens[row, :length].tolist()
-            text = self._text(ids)
-            for stop in request.sampling.stop:
-                text = text.split(stop)[0]
+            own = records[row, :length].T.contiguous()  # (4, T): the batch's would keep all its rows alive
             rollouts.append(
-                Rollout(
-                    prompt_ids=list(request.prompt_ids),
-                    theta_prompt_ids=list(request.theta_prompt_ids),
-                    completion_ids=ids,
-                    **{name: records[row, :length, i].clone() for i, name in enumerate(RECORDS)},
-                    text=text,
-                    finish_reason=self.reasons[row],
-                    mixture=request.mixture,
-                    temperature=request.sampling.temperature,
-                )
+                Rollout.answer(request, ids, own, request.sampling.cut(self._text(ids)), self.reasons[row])
             )
         return rollouts
+
+
+def _tail(stops: Sequence[str]) -> deque[int]:
+    """Room for the last tokens of a completion, as many as the longest of some stop texts can be spread over."""
+    # A token brings a byte or more, the special ones apart, which are not kept; the first few may be half a character.
+    return deque(maxlen=max((len(stop.encode()) for stop in stops), default=0) + 4)
 
 
 def _processors(sampling: Sampling) -> LogitsProcessorList:

@@ -17,7 +17,7 @@ from transformers import (
 from .. import pairing
 
 MODEL_OPTIONS = ("attn_implementation", "dtype", "revision", "trust_remote_code")
-"""Options that go to `from_pretrained`."""
+"""Options that go to `from_pretrained`; `revision` to the teacher's alone, as vLLM has it."""
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,8 @@ class TransformersBackend:
         device: where loaded folders go; by default the student's device, or a GPU where there is one.
         max_num_seqs: most rows in a batch.
         max_model_len: most tokens of a prompt and its completion; by default what both models can read.
-        model_options: `dtype`, `revision`, `attn_implementation`, `trust_remote_code` for `from_pretrained`.
+        model_options: `dtype`, `attn_implementation`, `trust_remote_code` for `from_pretrained`, and `revision` for
+            the teacher's; a student of another revision is passed as a folder.
 
     Raises:
         ValueError: on an unknown option, a model that cannot be loaded, or a pair that cannot be mixed.
@@ -59,7 +60,8 @@ class TransformersBackend:
             if name not in MODEL_OPTIONS:
                 raise ValueError(unknown_option("argument of the transformers backend", name, ENGINE_OPTIONS))
         check_whole("The transformers backend", "max_num_seqs", max_num_seqs, 1, "Drop it for 256 rows at once.")
-        sources = Source(teacher, "teacher", model_options), Source(theta, "student", model_options)
+        own = {name: value for name, value in model_options.items() if name != "revision"}
+        sources = Source(teacher, "teacher", model_options), Source(theta, "student", own)
         configs = sources[0].config(), sources[1].config()
         self.tokenizer = sources[1].tokenizer() if tokenizer is None else tokenizer
         pairing.check_same_tokens(sources[0].tokenizer(), self.tokenizer)

@@ -8,8 +8,9 @@ from unittest.mock import patch
 
 import torch
 import trl
+from accelerate.utils import is_peft_model
 from torch import Tensor
-from trl.trainer.utils import selective_log_softmax
+from trl.trainer.utils import add_fused_lm_head
 
 from ..losses import sampled_token_coefficients
 from .config import DistillationConfig
@@ -47,8 +48,12 @@ class DistillationTrainer(MixtureTrainerMixin, trl.DistillationTrainer):
                 "given as well. Drop it, or set `loss='divergence'`."
             )
         if not self.sampled_token and teacher_model is None:
-            teacher_model = getattr(keywords.get("generator"), "teacher", None)
+            teacher_model = getattr(keywords.get("generator"), "named_teacher", None)
         super().__init__(model, teacher_model, args, *positional, **keywords)
+        if self.sampled_token:  # as TRL's GRPO: log-probabilities in tiles, no logits (B, T, V)
+            own: Any = self.model
+            own = own.get_base_model() if is_peft_model(own) else own
+            add_fused_lm_head(own, temperature=self.temperature, outputs=("log_probs", "entropy"))
 
     def _loaded_teacher(self) -> Any:
         return getattr(self, "teacher_model", None)
@@ -93,14 +98,14 @@ class DistillationTrainer(MixtureTrainerMixin, trl.DistillationTrainer):
         """Σ −c·log θ(x) over the sampled tokens, with c from `losses.sampled_token_coefficients`; what TRL's returns:
         the loss, the sum of the student's entropies, the number of tokens."""
         ids, mask = inputs["completion_ids"], inputs["completion_mask"]
-        logits = student(
+        T = ids.shape[1]
+        output = student(
             input_ids=torch.cat([inputs["prompt_ids"], ids], dim=1),
             attention_mask=torch.cat([inputs["prompt_mask"], mask], dim=1),
-            logits_to_keep=ids.shape[1] + 1,
-            use_cache=False,
-        ).logits[:, :-1]
-        logits = logits.float() / self.temperature
-        log_theta = selective_log_softmax(logits, ids)  # (B, T)
+            labels=torch.cat([torch.full_like(inputs["prompt_ids"], -100), ids.masked_fill(mask == 0, -100)], dim=1),
+            fused_lm_head=True,
+        )
+        log_theta = output.log_probs[:, -T:].float()  # (B, T), at the temperature; 0 on padding
         coefficients = sampled_token_coefficients(
             inputs["log_teacher"],
             log_theta.detach(),
@@ -110,8 +115,7 @@ class DistillationTrainer(MixtureTrainerMixin, trl.DistillationTrainer):
         )
         weights = inputs.get("weights", torch.ones_like(log_theta))
         total = -(coefficients * weights * log_theta * mask).sum()
-        with torch.no_grad():
-            entropy = (torch.special.entr(logits.softmax(-1)).sum(-1) * mask).sum()
+        entropy = (output.entropy[:, -T:].detach() * mask).sum()
         count = mask.sum()
         divisor = count.clamp(min=1) if num_items_in_batch is None else torch.as_tensor(num_items_in_batch).to(total)
         return total / divisor, entropy, count

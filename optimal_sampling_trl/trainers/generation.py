@@ -226,9 +226,8 @@ class FusedLLM:
 
     def generate(self, prompts: list[dict[str, Any]], sampling_params: Any, use_tqdm: bool = False) -> list[Any]:
         """vLLM's outputs with what TRL reads of each token; `sampling_params` stand in the requests already."""
-        from vllm.logprobs import Logprob
-
         from ..backends.vllm.engine import generate
+        from ..backends.vllm.requests import flat_logprobs
 
         owner, rows = self.owner, len(prompts)
         first = owner.accelerator.process_index // owner.tensor_parallel_size * rows
@@ -237,8 +236,7 @@ class FusedLLM:
         outputs, owner.rollouts = generate(self.engine, requests)
         owner.seconds = time.perf_counter() - start
         for output, rollout in zip(outputs, owner.rollouts, strict=True):
-            pairs = zip(rollout.completion_ids, for_trl(rollout).tolist(), strict=True)
-            output.outputs[0].logprobs = [{token: Logprob(value, rank=1)} for token, value in pairs]
+            output.outputs[0].logprobs = flat_logprobs(rollout.completion_ids, for_trl(rollout))
         return outputs
 
     def sleep(self, level: int = 1) -> None:

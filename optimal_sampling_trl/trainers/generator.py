@@ -22,9 +22,9 @@ class OptimalSamplingGenerator:
         mixture: how α is chosen.
         theta_fraction: the share of each prompt's group that is sampled from the student alone, in [0, 1]; None is
             0.5 in GRPO and RLOO, whose groups then hold on-policy samples, and 0 in distillation.
-        schedule: the share of training, in (0, 1], over which the mixture is annealed to the student (linear in ε for
-            `trust_region`, in the range of α otherwise); None keeps it. It follows the trainer's step, so a resumed
-            run goes on where it was.
+        schedule: the share of training, in (0, 1], over which the mixture is annealed to the student (linear in ε and
+            alpha_min for `trust_region`, in the range of α otherwise); None keeps it. It follows the trainer's step,
+            so a resumed run goes on where it was.
         teacher_system_prompt: put before each prompt for the teacher: as a system message, or as text.
         theta_system_prompt: put before each prompt for the student, in sampling and in training.
         backend: `"vllm"`, `"transformers"` (the student is then the module being trained: no copy, nothing to
@@ -45,8 +45,6 @@ class OptimalSamplingGenerator:
     engine_arguments: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.teacher, os.PathLike):  # TRL and vLLM know texts alone
-            object.__setattr__(self, "teacher", os.fspath(self.teacher))
         if not isinstance(self.mixture, Mixture):
             raise ValueError(f"`mixture` is {self.mixture!r}; wanted a `Mixture`, for example `Mixture()`.")
         if self.theta_fraction is not None:
@@ -60,7 +58,7 @@ class OptimalSamplingGenerator:
 
     @property
     def named_teacher(self) -> str | PreTrainedModel:
-        """The teacher, a path as a text."""
+        """The teacher as TRL and vLLM know it: a path as a text."""
         return os.fspath(self.teacher) if isinstance(self.teacher, os.PathLike) else self.teacher
 
     @property

@@ -8,8 +8,10 @@ from functools import wraps
 from importlib.util import find_spec
 from logging import Filter, LogRecord, getLogger
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 
 OLDEST, NEWEST = (0, 22), (0, 31)
 """First and last minor version that is accepted: the range of TRL 1.16."""
@@ -90,6 +92,13 @@ TRAPS = {
         safe="A block that a completion of the student may reach is hashed with its request: `private_blocks`.",
         upstream="None: vLLM knows of one stream of tokens.",
         delete="When a request can say how much of its prompt may be shared.",
+    ),
+    "process_group": Trap(
+        symptom="After an engine in a training job is closed, the job's next collective fails: no process group.",
+        cause="The core's shutdown destroys torch's default group, whoever made it.",
+        safe="A group from before the engine is kept from it; the groups that vLLM made go as ever.",
+        upstream="None found.",
+        delete="When test_a_group_from_before_the_engine_stays passes without `keeping`.",
     ),
     "discarded_weights": Trap(
         symptom="After `sleep(level=2)` the teacher is gone, and TRL pushes back the student alone.",
@@ -180,6 +189,27 @@ def quiet_reload() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(drop)
+
+
+def process_group() -> Any:
+    """Torch's default process group, or None where there is none yet."""
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+
+@contextmanager
+def keeping(group: Any) -> Iterator[None]:
+    """While this lasts nobody destroys torch's default process group, if it is `group`: the trap `process_group`."""
+    if group is None or process_group() is not group:
+        yield
+        return
+    destroy = dist.destroy_process_group
+
+    def all_but(which: Any = None) -> None:
+        if which is not None and which is not group:
+            destroy(which)
+
+    with patch.object(dist, "destroy_process_group", all_but):
+        yield
 
 
 def repack_tied_head(model: Any, is_tied: bool) -> None:

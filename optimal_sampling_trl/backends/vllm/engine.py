@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from ...progress import Progress
 from ...request import Request
 from ...rollout import Rollout
+from .compat import keeping, process_group
 from .limits import Pair, check_arguments, check_pair, check_platform
 from .plugin import ARCHITECTURE, require
 from .requests import check_request, to_rollouts, to_sampling_params
@@ -49,9 +50,10 @@ def build_llm(teacher: str, theta: str, **engine_arguments: Any) -> LLM:
     pair = check_pair(teacher, theta, engine_arguments)
     from vllm import LLM
 
+    group = process_group()
     with _in_this_process():
         llm = LLM(teacher, **{**engine_arguments, **engine_settings(pair, engine_arguments)})
-    vars(llm)["optimal_sampling_pair"] = pair
+    vars(llm).update(optimal_sampling_pair=pair, optimal_sampling_group=group)
     try:
         llm.collective_rpc("install_mixture_sampler")
     except BaseException:
@@ -111,7 +113,8 @@ def _in_this_process() -> Iterator[None]:
 
 def shut_down(llm: LLM) -> None:
     """Free an engine's models and caches. Doing so twice is fine."""
-    llm.llm_engine.engine_core.shutdown()
+    with keeping(vars(llm).get("optimal_sampling_group")):
+        llm.llm_engine.engine_core.shutdown()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

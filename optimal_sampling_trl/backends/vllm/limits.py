@@ -97,16 +97,22 @@ def check_pair(teacher: str, theta: str, arguments: dict[str, Any]) -> Pair:
         ValueError: naming the model and the reason.
     """
     trust = {"trust_remote_code": bool(arguments.get("trust_remote_code", False))}
-    configs = {role: load_config(path, role, **trust) for role, path in (("teacher", teacher), ("student", theta))}
+    paths = {"teacher": teacher, "student": theta}
+    revisions: dict[str, dict[str, Any]] = {"teacher": {}, "student": {}}  # vLLM's is the teacher's
+    if arguments.get("revision") is not None:
+        revisions["teacher"] = {"revision": arguments["revision"]}
+    configs = {role: load_config(path, role, **trust, **revisions[role]) for role, path in paths.items()}
     for role, config in configs.items():
         _check_architecture(config, role)
         _check_heads(config, role, arguments.get("tensor_parallel_size", 1))
     if (getattr(configs["teacher"], "quantization_config", None) or {}).get("kv_cache_scheme"):
         raise ValueError(f"The teacher {teacher!r} brings an FP8 KV cache, which the student would share unscaled.")
-    tokenizers = {"teacher": load_tokenizer(str(arguments.get("tokenizer") or teacher), "teacher", **trust)}
+    of_tokenizer = arguments.get("tokenizer_revision") or arguments.get("revision")
+    source = {} if of_tokenizer is None else {"revision": of_tokenizer}
+    tokenizers = {"teacher": load_tokenizer(str(arguments.get("tokenizer") or teacher), "teacher", **trust, **source)}
     tokenizers["student"] = load_tokenizer(theta, "student", **trust)
     check_same_tokens(tokenizers["teacher"], tokenizers["student"])
-    settings = {r: load_generation_config(path, configs[r]) for r, path in (("teacher", teacher), ("student", theta))}
+    settings = {role: load_generation_config(path, configs[role], **revisions[role]) for role, path in paths.items()}
     return Pair(
         teacher,
         theta,

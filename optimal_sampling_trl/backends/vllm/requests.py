@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ...mixture import Mixture
@@ -18,6 +19,7 @@ from .limits import Pair
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
+    from vllm.logprobs import FlatLogprobs
 
 THETA_PROMPT = "optimal_sampling_theta_prompt"
 """The extra argument of a request whose student has a prompt of its own: its token ids."""
@@ -138,31 +140,20 @@ def to_rollouts(outputs: Sequence[RequestOutput], requests: Sequence[Request], p
 def _to_rollout(output: RequestOutput, request: Request, pair: Pair) -> Rollout:
     completion = output.outputs[0]
     ids = list(completion.token_ids)
-    log_q, alpha, log_theta, log_teacher = read_records(completion.logprobs, ids, pair.engine_vocabulary)
-    return Rollout(
-        prompt_ids=request.prompt_ids,
-        theta_prompt_ids=request.theta_prompt_ids,
-        completion_ids=ids,
-        alpha=alpha,
-        log_q=log_q,
-        log_theta=log_theta,
-        log_teacher=log_teacher,
-        text=completion.text if request.sampling.stop else str(pair.tokenizer.decode(ids, skip_special_tokens=True)),
-        finish_reason=str(completion.finish_reason),
-        mixture=request.mixture,
-        temperature=request.sampling.temperature,
-    )
+    records = read_records(completion.logprobs, ids, pair.engine_vocabulary)
+    text = completion.text if request.sampling.stop else str(pair.tokenizer.decode(ids, skip_special_tokens=True))
+    return Rollout.answer(request, ids, records, text, str(completion.finish_reason))
 
 
-def read_records(logprobs: Any, token_ids: Sequence[int], engine_vocabulary: int) -> tuple[Tensor, ...]:
-    """log q, α, log θ and log t, each (T,) float32, from the flat log-probabilities of T tokens.
+def read_records(logprobs: Any, token_ids: Sequence[int], engine_vocabulary: int) -> Float[Tensor, "4 T"]:
+    """The records in their order, from the flat log-probabilities of T tokens.
 
     Raises:
         RuntimeError: where vLLM did not hand back the columns of a record, or those of other tokens.
     """
     T = len(token_ids)
     if T == 0:
-        return tuple(torch.zeros(4, 0))
+        return torch.zeros(4, 0)
     ids = np.array(logprobs.token_ids, dtype=np.int64)
     wanted = np.empty((T, 4), dtype=np.int64)
     wanted[:, 0], wanted[:, 1:] = token_ids, engine_vocabulary + np.arange(3)
@@ -174,10 +165,19 @@ def read_records(logprobs: Any, token_ids: Sequence[int], engine_vocabulary: int
     return to_columns(np.array(logprobs.logprobs, dtype=np.float32).reshape(T, 4))
 
 
-def to_columns(rows: np.ndarray) -> tuple[Tensor, ...]:
-    """log q, α, log θ and log t, each (T,), from one row a token."""
+def flat_logprobs(token_ids: list[int], values: Float[Tensor, " T"]) -> FlatLogprobs:
+    """One log-probability for each of T tokens, without vLLM's object for each: read three times as fast."""
+    from vllm.logprobs import FlatLogprobs
+
+    T = len(token_ids)
+    starts, ends = list(range(T)), list(range(1, T + 1))
+    return FlatLogprobs(starts, ends, token_ids, values.tolist(), ranks=[1] * T, decoded_tokens=[None] * T)
+
+
+def to_columns(rows: np.ndarray) -> Float[Tensor, "4 T"]:
+    """The records in their order, from one row a token as the engine has them: log q, α, log θ, log t."""
     from .sampler import NO_NUMBER
 
-    columns = torch.from_numpy(rows.T.copy())
-    columns[1:][columns[1:] == NO_NUMBER] = torch.nan
-    return columns.unbind(0)
+    columns = torch.from_numpy(np.ascontiguousarray(rows.T[[1, 0, 2, 3]]))
+    columns[columns == NO_NUMBER] = torch.nan
+    return columns

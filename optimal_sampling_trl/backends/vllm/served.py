@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -110,26 +109,9 @@ def _to_rollout(
             )
         row[:] = [found[token], *(found[index] for index in extra)]
     rows[rows <= LEAST] = -np.inf
-    log_q, alpha, log_theta, log_teacher = to_columns(rows)
-    text = str(pair.tokenizer.decode(ids, skip_special_tokens=True))
-    return Rollout(
-        prompt_ids=request.prompt_ids,
-        theta_prompt_ids=request.theta_prompt_ids,
-        completion_ids=ids,
-        alpha=alpha,
-        log_q=log_q,
-        log_theta=log_theta,
-        log_teacher=log_teacher,
-        text=_cut(text, request.sampling.stop),
-        finish_reason="length" if _is_cut_short(ids, request, pair) else "stop",
-        mixture=request.mixture,
-        temperature=request.sampling.temperature,
-    )
-
-
-def _cut(text: str, stops: Sequence[str]) -> str:
-    """A text before the first of some stop texts in it."""
-    return text[: min([text.find(stop) for stop in stops if stop in text], default=len(text))]
+    text = request.sampling.cut(str(pair.tokenizer.decode(ids, skip_special_tokens=True)))
+    reason = "length" if _is_cut_short(ids, request, pair) else "stop"
+    return Rollout.answer(request, ids, to_columns(rows), text, reason)
 
 
 def _is_cut_short(ids: list[int], request: Request, pair: Pair) -> bool:
