@@ -11,6 +11,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import requests
 
 HERE = Path(__file__).parent
@@ -59,6 +60,15 @@ class Server:
             return requests.get(f"{self.url}/health", timeout=5).status_code == 200
         except requests.RequestException:
             return False
+
+    def signal(self, number: int) -> None:
+        """Send a signal to each of its processes."""
+        os.killpg(self.process.pid, number)
+
+    def kill_engine(self) -> None:
+        """End the process that holds the models, as the kernel does where memory runs out; that of HTTP stays."""
+        (engine,) = (child for child in psutil.Process(self.process.pid).children() if "EngineCo" in child.name())
+        engine.kill()
 
     def stop(self) -> None:
         """End it with all that it started: the session is its own."""

@@ -5,8 +5,12 @@
 from __future__ import annotations
 
 import copy
+import signal
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +35,12 @@ from test_trainers_vllm import train_and_check
 from trl.generation import vllm_generation
 from trl.generation.vllm_client import VLLMClient
 from urllib3.util.retry import Retry
+from vllm import SamplingParams
 
 from optimal_sampling_trl.backends.vllm import serve
+from optimal_sampling_trl.backends.vllm.requests import THETA_PROMPT, check_params
 from optimal_sampling_trl.backends.vllm.served import pair_of, to_arguments, to_rollouts
-from optimal_sampling_trl.trainers.server import FusedServer
+from optimal_sampling_trl.trainers.server import FusedServer, refuse_silence
 
 MIXED = [
     {},
@@ -69,13 +75,13 @@ def oracle(models: tuple[str, str]) -> Oracle:
     return Oracle(*models)
 
 
-def connect(server: Server, models: tuple[str, str], folder: Path) -> FusedServer:
+def connect(server: Server, models: tuple[str, str], folder: Path, patience: float = 240.0) -> FusedServer:
     """A client that sends weights by file, and does not wait long for a server that is gone."""
     client = FileClient(base_url=server.url)
     client.folder = folder
     once = Retry(1, allowed_methods=None)  # a server closes the connection after an error of its own
     client.session.mount("http://", HTTPAdapter(pool_maxsize=64, max_retries=once))
-    return FusedServer(client, models[0], make_tokenizer())
+    return FusedServer(client, models[0], make_tokenizer(), patience)
 
 
 def push(served: FusedServer, model: Any) -> None:
@@ -133,6 +139,11 @@ def test_200_requests_at_once_with_strangers_among_them(
         ({"vllm_xargs": {"alpha_mx": 0.5}}, "Did you mean 'alpha_max'?"),
         ({"vllm_xargs": {"optimal_sampling_record": 1}}, "`logprobs` is None in a request for records; wanted 3"),
         ({"vllm_xargs": {"optimal_sampling_record": 7}}, "wanted 0 or 1"),
+        (
+            {"vllm_xargs": {"optimal_sampling_theta_prompt": [1]}},
+            "this server runs on a CPU, where both models read one",
+        ),
+        ({"use_beam_search": True, "n": 2}, "vLLM would search without the request's mixture"),
         ({"prompt": [1, 280]}, "The prompt has the token 280; wanted ids below 272, which both models read"),
     ],
 )
@@ -278,6 +289,72 @@ def test_a_server_that_is_gone_or_was_restarted(
     oracle.check(served.sample(asked), asked)
 
 
+def test_a_server_that_hangs(server: Server, models: tuple[str, str], oracle: Oracle, tmp_path: Path) -> None:
+    """All its processes are stopped: it takes connections and says nothing. Going on, it is as good as before."""
+    served, asked = connect(server, models, tmp_path, patience=2.0), [request("hello")] * 3
+    push(served, oracle.models["theta"])
+    silence = r"it did not answer within 2 s\. It hangs, or a completion takes longer: .*`vllm_server_timeout`"
+    server.signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(RuntimeError, match=f"^The server at {server.url} did not sample: {silence}"):
+            served.sample(asked)
+        with pytest.raises(RuntimeError, match=f"^The server at {server.url} hangs: {silence}"):
+            refuse_silence(server.url, 2.0)
+    finally:
+        server.signal(signal.SIGCONT)
+    oracle.check(served.sample(asked), asked)
+
+
+def test_an_engine_that_died(server: Server, models: tuple[str, str], oracle: Oracle, tmp_path: Path) -> None:
+    served = connect(server, models, tmp_path)
+    push(served, oracle.models["theta"])
+    asked = [request(str(i), max_tokens=200) for i in range(200)]
+    first, ask = threading.Event(), served._sample_group
+    served._sample_group = lambda group, seed: [ask(group, seed), first.set()][0]
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(served.sample, asked)
+        assert first.wait(60)
+        server.kill_engine()
+        with pytest.raises(RuntimeError, match=f"^The server at {server.url} did not sample: its engine died, as it"):
+            running.result()
+    server.stop()
+    server.start()
+    served = connect(server, models, tmp_path)
+    push(served, oracle.models["theta"])
+    oracle.check(served.sample(asked[:2]), asked[:2])
+
+
+def test_two_prompts_travel_as_one_request(server: Server) -> None:
+    """A server on a CPU refuses them; what is sent to one on a GPU is checked here, and what it would refuse."""
+    pair = pair_of(VLLMClient(base_url=server.url).get_server_info(), make_tokenizer())
+    assert not pair.two_prompts
+    one = replace(request("Be wise. hello"), theta_prompt_ids=[1, 2, 3])
+    sent = to_arguments(one, pair.ending, 4, 0)
+    assert (sent["prompts"], sent["n"]) == ([one.prompt_ids], 4)
+    assert sent["generation_kwargs"]["vllm_xargs"][THETA_PROMPT] == [1, 2, 3]
+    assert THETA_PROMPT not in to_arguments(request("hello"), pair.ending, 4, 0)["generation_kwargs"]["vllm_xargs"]
+
+
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        ([1, 2], None),
+        ([], "has 0 tokens; wanted 1 to 3, the length of the teacher's prompt"),
+        ([1] * 4, "has 4 tokens; wanted 1 to 3"),
+        ([1, 272], r"is \[1, 272\]; wanted a list of token ids below 272"),
+        ([1, -1], r"is \[1, -1\]; wanted a list of token ids"),
+        ([1, "2"], "wanted a list of token ids"),
+        ([1.0], "wanted a list of token ids"),
+        ("1", "is 1; wanted a list of token ids"),
+    ],
+)
+def test_what_a_server_on_a_gpu_refuses_of_two_prompts(own: Any, words: str | None) -> None:
+    settings = {"vocabulary": 272, "two_prompts": True}
+    params = SamplingParams(extra_args={THETA_PROMPT: own})
+    with pytest.raises(ValueError, match=words) if words else nullcontext():
+        check_params(params, [5, 6, 7], settings)
+
+
 def test_two_ranks(tmp_path: Path) -> None:
     """Tensor parallelism over gloo: both ranks reload, and agree."""
     sizes = {"kv_heads": 2, "heads": 4, "hidden": 128}
@@ -330,6 +407,13 @@ def test_trainers_on_a_server(
     train_and_check(trainer, pair, load(pair[1]))
     if kind != "divergence":
         assert set(sent) == {2, 4}, "half a group is a request, and a whole one where all is the student's"
+
+
+def test_two_prompts_take_a_server_on_a_gpu(trained: Server, pair: tuple[str, str], tmp_path: Path) -> None:
+    prompts = {"backend": "vllm", "teacher_system_prompt": "Sort."}
+    settings = {"vllm_mode": "server", "vllm_server_base_url": trained.url}
+    with pytest.raises(RuntimeError, match="to read different prompts, which takes a server on a GPU"):
+        make_trainer("grpo", pair, tmp_path, generator=prompts, **settings)
 
 
 def test_on_a_cpu_trl_sends_no_weights(trained: Server, pair: tuple[str, str], tmp_path: Path) -> None:

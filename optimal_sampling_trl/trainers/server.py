@@ -10,14 +10,17 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import groupby
 from typing import Any
 from unittest.mock import patch
 
+import requests
 import torch
+from requests.adapters import HTTPAdapter
 from trl.generation import vllm_generation
+from urllib3.util.retry import Retry
 
 from ..request import Request
 from ..rollout import Rollout, check_solved
@@ -44,11 +47,6 @@ class ServerGeneration(MixtureGeneration, vllm_generation.VLLMGeneration):
             raise ValueError("`vllm_mode` is 'server' and `backend` 'transformers'; wanted 'vllm' or 'auto'.")
         if generator.engine_arguments:
             raise ValueError("`engine_arguments` is for an engine that the trainer starts. Pass them to the server.")
-        if generator.two_prompts:
-            raise ValueError(
-                "Teacher and student read different prompts, which the fused vLLM engine cannot do yet. "
-                "Use `vllm_mode='colocate'` with backend='transformers'."
-            )
         if not isinstance(generator.named_teacher, str):
             raise ValueError("The teacher is a loaded model; with `vllm_mode='server'` wanted the server's: its name.")
         vllm_generation.VLLMGeneration.__init__(self, **trl_arguments)
@@ -60,9 +58,12 @@ class ServerGeneration(MixtureGeneration, vllm_generation.VLLMGeneration):
 
     def _connect(self, client_class: type, **arguments: Any) -> Any:
         """What TRL calls for its client: a server that cannot be used is refused before weights are sent."""
+        refuse_silence(arguments["base_url"], self.server_timeout)
         client = client_class(**arguments)
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
-        self.server = FusedServer(client, str(self.plan.generator.named_teacher), tokenizer)
+        self.server = FusedServer(client, str(self.plan.generator.named_teacher), tokenizer, self.server_timeout)
+        if self.plan.generator.two_prompts:
+            self.server.check_two_prompts()
         return client
 
     def sync_weights(self) -> None:
@@ -109,20 +110,33 @@ class FusedServer:
         client: TRL's `VLLMClient`, connected.
         teacher: the teacher that the server must have.
         tokenizer: the trainer's.
+        patience: seconds that an answer is waited for.
 
     Raises:
         RuntimeError: where the server is another than the trainer needs, saying what to start.
     """
 
-    def __init__(self, client: Any, teacher: str, tokenizer: Any) -> None:
+    def __init__(self, client: Any, teacher: str, tokenizer: Any, patience: float = 240.0) -> None:
         from ..backends.vllm.served import pair_of
 
-        self.client, self.teacher = client, teacher
+        self.client, self.teacher, self.patience = client, teacher, patience
+        for scheme in ("http://", "https://"):
+            client.session.mount(scheme, _Patient(patience, client.session.adapters[scheme].max_retries))
         with self._named("does not fit the trainer"):
             self.pair = pair_of(client.get_server_info(), tokenizer)
             if _last(self.pair.teacher) != _last(teacher):
                 raise ValueError(f"its teacher is {self.pair.teacher!r}, and the generator's {teacher!r}.")
         self.pushed: list[dict[str, Any]] | None = None
+
+    def check_two_prompts(self) -> None:
+        """Refuse a server whose models read one prompt.
+
+        Raises:
+            RuntimeError: where it runs on a CPU.
+        """
+        with self._named("does not fit the trainer"):
+            if not self.pair.two_prompts:
+                raise ValueError("teacher and student are to read different prompts, which takes a server on a GPU.")
 
     def check_shapes(self, shapes: Sequence[tuple[str, Sequence[int]]]) -> None:
         """Refuse weights that are no whole set of the server's student: in the middle of sending it would be too late.
@@ -154,7 +168,7 @@ class FusedServer:
             self.pushed = [state | {"updates": state["updates"] + 1, "stale": None} for state in before]
             self._compare(self._ask("theta_state"), self.pushed)
 
-    def sample(self, requests: Sequence[Request]) -> list[Rollout]:
+    def sample(self, asked: Sequence[Request]) -> list[Rollout]:
         """One rollout for each request, in their order; equal ones that follow each other share an HTTP request.
 
         Raises:
@@ -163,9 +177,9 @@ class FusedServer:
         """
         from ..backends.vllm.requests import check_request
 
-        for index, request in enumerate(requests):
+        for index, request in enumerate(asked):
             check_request(request, self.pair, index)
-        groups = [list(group) for _, group in groupby(requests)]
+        groups = [list(group) for _, group in groupby(asked)]
         seeds = torch.randint(2**31, (len(groups),)).tolist()
         with self._named("did not sample"):
             self._compare(self._ask("theta_state"), self.pushed)
@@ -217,9 +231,64 @@ class FusedServer:
             yield
         except Exception as error:
             raise RuntimeError(
-                f"The server at {self.client.base_url} {what}: {error}\nStart one with `optimal-sampling-serve "
-                f"--teacher {self.teacher} --theta <the student>`, and the trainer anew, from its last checkpoint."
+                f"The server at {self.client.base_url} {what}: {self._cause(error)}\nStart one with "
+                f"`optimal-sampling-serve --teacher {self.teacher} --theta <the student>`, and the trainer anew, from "
+                "its last checkpoint."
             ) from error
+
+    def _cause(self, error: Exception) -> str:
+        """What happened, in words; an engine that died is told from a server that is gone or refuses."""
+        if isinstance(error, requests.Timeout):
+            return _silence(self.patience)
+        if isinstance(error, ValueError):
+            return str(error)
+        try:
+            is_dead = (
+                requests.get(f"{self.client.base_url}/health", timeout=min(self.patience, 10.0)).status_code == 503
+            )
+        except requests.Timeout:
+            return f"{error} It does not answer any more."
+        except requests.RequestException:
+            is_dead = False
+        if is_dead or "EngineCore" in str(error) or "EngineDead" in str(error):
+            return f"its engine died, as it does when memory runs out: see what the server printed last. ({error})"
+        return str(error)
+
+
+class _Patient(HTTPAdapter):
+    """Waits a given time for an answer, where TRL's session waits for ever.
+
+    An answer that does not come is not asked for again: the server may still be at work on it. One with status 500 is
+    handed on, for the words in it.
+    """
+
+    def __init__(self, patience: float, retries: Retry) -> None:
+        patient = retries.new(read=False, status_forcelist=[502, 503], raise_on_status=False)
+        super().__init__(pool_maxsize=CONCURRENT, max_retries=patient)
+        self.patience = patience
+
+    def send(self, request: Any, stream: bool = False, timeout: Any = None, *further: Any, **keywords: Any) -> Any:
+        return super().send(request, stream, self.patience if timeout is None else timeout, *further, **keywords)
+
+
+def refuse_silence(url: str, patience: float) -> None:
+    """Refuse a server that takes a connection and then says nothing, on which TRL's client would wait for ever.
+
+    Raises:
+        RuntimeError: naming the server. One that takes no connection is waited for by TRL.
+    """
+    with suppress(requests.ConnectionError):
+        try:
+            requests.get(f"{url}/health", timeout=patience)
+        except requests.ReadTimeout as error:
+            raise RuntimeError(f"The server at {url} hangs: {_silence(patience)}") from error
+
+
+def _silence(patience: float) -> str:
+    return (
+        f"it did not answer within {patience:g} s. It hangs, or a completion takes longer: then raise "
+        "`vllm_server_timeout`."
+    )
 
 
 def _last(name: str) -> str:

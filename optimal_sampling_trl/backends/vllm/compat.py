@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import wraps
+from importlib import import_module
 from importlib.util import find_spec
 from logging import Filter, LogRecord, getLogger
 from typing import Any, NamedTuple
@@ -151,6 +152,14 @@ def unsupported() -> str | None:
         f"vLLM is {__version__}; wanted {low} to {high}. Install one of these, or sample with the backend "
         "'transformers'."
     )
+
+
+def serve_flags() -> Any:
+    """vLLM's module of the flags of its server; it moved between 0.26 and 0.31."""
+    try:
+        return import_module("vllm.entrypoints.launchers.cli_args")
+    except ModuleNotFoundError:
+        return import_module("vllm.entrypoints.openai.cli_args")
 
 
 class _Held(torch.Generator):

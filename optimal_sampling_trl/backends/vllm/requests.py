@@ -74,12 +74,9 @@ def to_sampling_params(request: Request, ending: Ending) -> SamplingParams:
     """
     from vllm import SamplingParams
 
-    from .sampler import COLUMNS, RECORD
+    from .sampler import COLUMNS
 
     sampling = request.sampling
-    extra = {RECORD: 1, **request.mixture.to_dict()}
-    if list(request.theta_prompt_ids) != list(request.prompt_ids):
-        extra[THETA_PROMPT] = list(request.theta_prompt_ids)
     return SamplingParams(
         max_tokens=sampling.max_tokens,
         temperature=sampling.temperature,
@@ -94,33 +91,68 @@ def to_sampling_params(request: Request, ending: Ending) -> SamplingParams:
         ignore_eos=True,  # vLLM would stop at the teacher's end, too
         logprobs=COLUMNS,
         flat_logprobs=True,
-        extra_args=extra,
+        extra_args=extra_arguments(request),
     )
 
 
-def check_params(params: Any, default: dict[str, Any]) -> None:
+def extra_arguments(request: Request) -> dict[str, Any]:
+    """What vLLM hands on of a request for records: its mixture, and the student's prompt where that is another."""
+    from .sampler import RECORD
+
+    extra: dict[str, Any] = {RECORD: 1, **request.mixture.to_dict()}
+    if list(request.theta_prompt_ids) != list(request.prompt_ids):
+        extra[THETA_PROMPT] = list(request.theta_prompt_ids)
+    return extra
+
+
+def check_params(params: Any, prompt_ids: Sequence[int], settings: dict[str, Any]) -> None:
     """Refuse what a stranger's request asks of the mixture and cannot have: in the engine it would stop the step.
 
     Args:
         params: vLLM's parameters of the request.
-        default: the mixture of a request that brings none.
+        prompt_ids: its prompt.
+        settings: what the server tells about itself: see `served.describe`.
 
     Raises:
-        ValueError: on an extra argument that is unknown or out of range, and on records without their columns.
+        ValueError: on an extra argument that is unknown or out of range, on records without their columns, and on a
+            token that one of the models does not know.
     """
     from .sampler import COLUMNS, RECORD, mixture_of
 
     extra = params.extra_args or {}
-    known = (RECORD, *Mixture.__dataclass_fields__)
+    known = (RECORD, THETA_PROMPT, *Mixture.__dataclass_fields__)
     for name in extra:
         if name not in known:
             raise ValueError(unknown_option("extra argument of a request", name, known))
-    mixture_of(extra, default)
+    mixture_of(extra, settings.get("mixture", {}))
     if extra.get(RECORD, 0) not in (0, 1):
         raise ValueError(f"The extra argument `{RECORD}` is {extra[RECORD]!r}; wanted 0 or 1.")
     if extra.get(RECORD) and params.logprobs != COLUMNS:
         raise ValueError(
             f"`logprobs` is {params.logprobs!r} in a request for records; wanted {COLUMNS}, whose places they take."
+        )
+    if prompt_ids and max(prompt_ids) >= settings["vocabulary"]:  # vLLM knows the teacher's vocabulary alone
+        wanted = f"wanted ids below {settings['vocabulary']}, which both models read."
+        raise ValueError(f"The prompt has the token {max(prompt_ids)}; {wanted}")
+    if THETA_PROMPT in extra:
+        _check_theta_prompt(extra[THETA_PROMPT], len(prompt_ids), settings)
+
+
+def _check_theta_prompt(own: Any, longest: int, settings: dict[str, Any]) -> None:
+    if not settings["two_prompts"]:
+        raise ValueError(
+            f"The request has the extra argument `{THETA_PROMPT}`; this server runs on a CPU, where both models read "
+            "one stream of tokens (Model Runner V1). Drop it, or serve the pair on a GPU."
+        )
+    vocabulary = settings["vocabulary"]
+    if not isinstance(own, list) or not all(type(token) is int and 0 <= token < vocabulary for token in own):
+        raise ValueError(
+            f"`{THETA_PROMPT}` is {str(own)[:60]}; wanted a list of token ids below {vocabulary}, which both models "
+            "read."
+        )
+    if not 0 < len(own) <= longest:
+        raise ValueError(
+            f"`{THETA_PROMPT}` has {len(own)} tokens; wanted 1 to {longest}, the length of the teacher's prompt."
         )
 
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
+from .compat import serve_flags
 from .engine import engine_settings, platform_settings
 from .limits import check_arguments, check_pair, check_platform
 from .plugin import TRANSFER, require
@@ -41,11 +42,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     from vllm.config import WeightTransferConfig
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    try:
-        from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-    except ModuleNotFoundError as error:
-        raise ImportError(f"vLLM has no {error.name}; this command needs 0.31 or its like. Install it.") from error
-    parser = make_arg_parser(FlexibleArgumentParser(PROGRAM))
+    flags = serve_flags()
+    parser = flags.make_arg_parser(FlexibleArgumentParser(PROGRAM))
     args = parser.parse_args(rest)
     given = _given(parser, args)
     check_arguments(given)
@@ -55,7 +53,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         setattr(args, name, value)
     args.model, args.weight_transfer_config = pair.teacher, WeightTransferConfig(backend=TRANSFER)
     args.host = args.host or "127.0.0.1"
-    validate_parsed_serve_args(args)
+    flags.validate_parsed_serve_args(args)
     return args
 
 
@@ -99,18 +97,27 @@ def refuse_early(engine: Any) -> None:
 
     There it would stop the step, and with it the server; here vLLM answers it with status 400.
     """
+    from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
+
+    from .sampler import RECORD
+
     settings = engine.vllm_config.additional_config["optimal_sampling"]
     generate = engine.generate
 
     def checked(prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
-        check_params(sampling_params, settings.get("mixture", {}))
         ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
-        if ids and max(ids) >= settings["vocabulary"]:  # vLLM knows the teacher's vocabulary alone
-            wanted = f"wanted ids below {settings['vocabulary']}, which both models read."
-            raise ValueError(f"The prompt has the token {max(ids)}; {wanted}")
+        check_params(sampling_params, ids or (), settings)
+        if (sampling_params.extra_args or {}).get(RECORD):  # a trainer's, which reads ids: a third of the time a token
+            sampling_params.flat_logprobs = True
+            sampling_params.detokenize = bool(sampling_params.stop)
         return generate(prompt, sampling_params, *args, **kwargs)
 
+    def no_beams(*args: Any, **kwargs: Any) -> Any:
+        raise ValueError("`use_beam_search` is set; vLLM would search without the request's mixture. Drop it.")
+
     engine.generate = checked
+    mixin: Any = BeamSearchOnlineMixin
+    mixin.beam_search = no_beams
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -11,7 +11,7 @@ from ...pairing import Ending, token_digest
 from ...request import Request
 from ...rollout import Rollout
 from .limits import Pair
-from .requests import to_columns
+from .requests import extra_arguments, to_columns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,6 +27,7 @@ def describe(pair: Pair) -> dict[str, Any]:
         "tokens": token_digest(pair.tokenizer),
         "vocabulary": pair.vocabulary,
         "engine_vocabulary": pair.engine_vocabulary,
+        "two_prompts": pair.two_prompts,
     }
 
 
@@ -58,6 +59,7 @@ def pair_of(info: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Pair:
         settings["engine_vocabulary"],
         model["max_model_len"],
         tokenizer,
+        settings["two_prompts"],
     )
 
 
@@ -67,7 +69,7 @@ def to_arguments(request: Request, ending: Ending, n: int, seed: int) -> dict[st
     Args:
         seed: of the first of them; each gets its own, so that processes that share a request's model agree.
     """
-    from .sampler import COLUMNS, RECORD
+    from .sampler import COLUMNS
 
     sampling = request.sampling
     further = {
@@ -75,7 +77,7 @@ def to_arguments(request: Request, ending: Ending, n: int, seed: int) -> dict[st
         "stop": list(sampling.stop),
         "stop_token_ids": [] if sampling.ignore_eos else list(ending.stop),
         "ignore_eos": True,  # vLLM would stop at the teacher's end, too
-        "vllm_xargs": {RECORD: 1, **request.mixture.to_dict()},
+        "vllm_xargs": extra_arguments(request),
     }
     return {
         "prompts": [list(request.prompt_ids)],
