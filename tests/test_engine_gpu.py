@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -85,7 +87,15 @@ class Judge:
             assert float(error.max()) < worst, f"{name}: {what}"
 
 
-def engine(pair: tuple[str, str], dtype: torch.dtype, **arguments: Any) -> Any:
+def runner_of(backend: Any) -> Any:
+    return backend.llm.llm_engine.model_executor.driver_worker.model_runner
+
+
+def counter(backend: Any, name: str) -> int:
+    return sum(getattr(metric, "value", 0) for metric in backend.llm.get_metrics() if metric.name == f"vllm:{name}")
+
+
+def engine(pair: tuple[str, str], dtype: torch.dtype = torch.bfloat16, **arguments: Any) -> Any:
     given = dict(arguments)
     if "compilation_config" in given:
         given["compilation_config"] = {**given["compilation_config"], "cudagraph_capture_sizes": SIZES}
@@ -129,7 +139,7 @@ def live(request: pytest.FixtureRequest, pair: tuple[str, str]) -> Iterator[tupl
 def test_every_token(live: tuple[Any, Judge], prompts: str) -> None:
     """Prefill in chunks beside decoding, hits of the prefix cache, batches of all sizes."""
     backend, judge = live
-    runner = backend.llm.llm_engine.model_executor.driver_worker.model_runner
+    runner = runner_of(backend)
     groups = sorted({group.backend.get_name() for group in runner.attn_groups[0]})
     print(type(runner).__module__, groups, "second stream:", runner.model.side_stream is not None)
     for seed in (3, 50):
@@ -158,7 +168,7 @@ def test_settings_in_one_batch(live: tuple[Any, Judge]) -> None:
 def test_reload(live: tuple[Any, Judge]) -> None:
     """Right after each of three reloads, also for prompts that were cached; the storages stay."""
     backend, judge = live
-    model = backend.llm.llm_engine.model_executor.driver_worker.model_runner.model
+    model = runner_of(backend).model
     before = {name: weight.data_ptr() for name, weight in model.theta.named_parameters()}
     for _ in range(3):
         with torch.no_grad():
@@ -170,137 +180,125 @@ def test_reload(live: tuple[Any, Judge]) -> None:
     assert {name: weight.data_ptr() for name, weight in model.theta.named_parameters()} == before
 
 
+@pytest.fixture(scope="module")
+def short_of_memory(pair: tuple[str, str]) -> Iterator[Any]:
+    backend = engine(pair, num_gpu_blocks_override=60, disable_log_stats=False, **GRAPHS["full_and_piecewise"])
+    yield backend
+    backend.close()
+
+
 @pytest.mark.parametrize("prompts", ["one_prompt", "two_prompts"])
-def test_preemption(pair: tuple[str, str], prompts: str) -> None:
-    backend = engine(
-        pair,
-        torch.bfloat16,
-        num_gpu_blocks_override=60,
-        disable_log_stats=False,
-        **GRAPHS["full_and_piecewise"],
-    )
-    try:
-        rollouts = backend.generate(requests(prompts == "two_prompts", 24, max_tokens=150))
-        count = sum(getattr(m, "value", 0) for m in backend.llm.get_metrics() if m.name == "vllm:num_preemptions")
-        print(f"{count} preemptions")
-        assert count > 0
-        Judge(pair, torch.bfloat16).check(rollouts, f"{prompts}, preempted")
-    finally:
+def test_preemption(short_of_memory: Any, judge: Judge, prompts: str) -> None:
+    before = counter(short_of_memory, "num_preemptions")
+    rollouts = short_of_memory.generate(requests(prompts == "two_prompts", 24, max_tokens=150))
+    count = counter(short_of_memory, "num_preemptions") - before
+    print(f"{count} preemptions")
+    assert count > 0
+    judge.check(rollouts, f"{prompts}, preempted")
+
+
+@pytest.fixture(scope="module")
+def default(pair: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """An engine with vLLM's own choice of graphs, which sleeps and counts, and compiles into an empty cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CACHE_ROOT", str(tmp_path_factory.mktemp("cache")))
+        backend = engine(pair, enable_sleep_mode=True, disable_log_stats=False, enforce_eager=False)
+        yield backend
         backend.close()
 
 
-def test_a_group_shares_its_prompts(pair: tuple[str, str]) -> None:
+@pytest.fixture(scope="module")
+def judge(pair: tuple[str, str]) -> Judge:
+    return Judge(pair, torch.bfloat16)
+
+
+def test_compiled_code_has_a_key_for_each_model(default: Any) -> None:
+    """The trap `own_configuration`: with one key for both, the student would run the teacher's code."""
+    kept = sorted(Path(os.environ["VLLM_CACHE_ROOT"]).glob("torch_compile_cache/torch_aot_compile/*"))
+    print("compiled:", [path.name[:12] for path in kept])
+    assert len(kept) == 2
+
+
+def test_a_group_shares_its_prompts(default: Any, judge: Judge) -> None:
     """n samples of one pair of prompts: blocks are shared, and each completion's records stay its own."""
-    backend = engine(pair, torch.bfloat16, disable_log_stats=False, **GRAPHS["full_and_piecewise"])
-    judge = Judge(pair, torch.bfloat16)
-    try:
-        for length in range(20, 60, 7):  # every remainder of the shift
-            first = requests(True, 2, seed=length)[0]
-            own = first.theta_prompt_ids[: max(length % 16, 3)]
-            asked = [
-                Request(first.prompt_ids, own, Mixture(), Sampling(max_tokens=40, ignore_eos=True, seed=i))
-                for i in range(8)
-            ]
-            judge.check(backend.generate(asked), f"group, {len(first.prompt_ids)} and {len(own)} tokens")
-        hits = sum(getattr(m, "value", 0) for m in backend.llm.get_metrics() if m.name == "vllm:prefix_cache_hits")
-        print(f"{hits} tokens from the cache")
-        assert hits > 0
-    finally:
-        backend.close()
+    before = counter(default, "prefix_cache_hits")
+    for length in range(20, 60, 7):  # other remainders of the shift
+        first = requests(True, 2, seed=length)[0]
+        own = first.theta_prompt_ids[: max(length % 16, 3)]
+        samplings = [Sampling(max_tokens=40, ignore_eos=True, seed=i) for i in range(8)]
+        asked = [Request(first.prompt_ids, own, Mixture(), sampling) for sampling in samplings]
+        judge.check(default.generate(asked), f"group, {len(first.prompt_ids)} and {len(own)} tokens")
+    hits = counter(default, "prefix_cache_hits") - before
+    print(f"{hits} tokens from the cache")
+    assert hits > 0
 
 
-def test_sleep_keeps_the_teacher(pair: tuple[str, str]) -> None:
-    backend = engine(pair, torch.bfloat16, enable_sleep_mode=True, **GRAPHS["full_and_piecewise"])
-    judge = Judge(pair, torch.bfloat16)
-    try:
-        before = backend.generate(requests(False))
-        free = torch.cuda.mem_get_info()[0]
-        backend.sleep()
-        freed = torch.cuda.mem_get_info()[0] - free
-        backend.wake_up()
-        after = backend.generate(requests(False))
-        print(f"sleep freed {freed / 2**20:.0f} MiB")
-        assert freed > 0
-        judge.check(after, "after sleep")
-        assert [one.completion_ids for one in before] == [one.completion_ids for one in after]
-    finally:
-        backend.close()
+def test_sleep_keeps_the_teacher(default: Any, judge: Judge) -> None:
+    before = default.generate(requests(False))
+    free = torch.cuda.mem_get_info()[0]
+    default.sleep()
+    freed = torch.cuda.mem_get_info()[0] - free
+    default.wake_up()
+    after = default.generate(requests(False))
+    print(f"sleep freed {freed / 2**20:.0f} MiB")
+    assert freed > 0
+    judge.check(after, "after sleep")
+    assert [one.completion_ids for one in before] == [one.completion_ids for one in after]
 
 
-def test_many_reloads_leak_nothing(pair: tuple[str, str]) -> None:
-    backend = engine(pair, torch.bfloat16, **GRAPHS["full_and_piecewise"])
-    judge = Judge(pair, torch.bfloat16)
-    try:
-        weights = [(name, weight.to(torch.bfloat16)) for name, weight in judge.theta.named_parameters()]
-        for count in (20, 200):
-            for _ in range(count):
-                backend.load_theta(weights)
-            torch.cuda.synchronize()
-            used = torch.cuda.memory_allocated()
-            print(f"{count} reloads: {used / 2**20:.1f} MiB")
-            if count == 20:
-                first = used
-        assert used <= first
-        judge.check(backend.generate(requests(False)), "after 220 reloads")
-    finally:
-        backend.close()
+def test_many_reloads_leak_nothing(default: Any, judge: Judge) -> None:
+    weights = [(name, weight.to(torch.bfloat16)) for name, weight in judge.theta.named_parameters()]
+    used = []
+    for count in (20, 200):
+        for _ in range(count):
+            default.load_theta(weights)
+        torch.cuda.synchronize()
+        used.append(torch.cuda.memory_allocated())
+        print(f"{count} reloads: {used[-1] / 2**20:.1f} MiB")
+    assert used[1] <= used[0]
+    judge.check(default.generate(requests(False)), "after 220 reloads")
 
 
-def test_nan_is_named(pair: tuple[str, str]) -> None:
-    backend = engine(pair, torch.bfloat16, **GRAPHS["full_and_piecewise"])
-    judge = Judge(pair, torch.bfloat16)
-    try:
-        good = [(name, weight.to(torch.bfloat16)) for name, weight in judge.theta.named_parameters()]
-        bad = [(name, weight * float("nan") if "layers.1.mlp.down" in name else weight) for name, weight in good]
-        backend.load_theta(bad)
-        with pytest.raises(ValueError, match="NaN"):
-            backend.generate(requests(False, 4))
-        backend.load_theta(good)
-        judge.check(backend.generate(requests(False)), "after NaN")
-    finally:
-        backend.close()
+def test_nan_is_named(default: Any, judge: Judge) -> None:
+    good = [(name, weight.to(torch.bfloat16)) for name, weight in judge.theta.named_parameters()]
+    bad = [(name, weight * float("nan") if "layers.1.mlp.down" in name else weight) for name, weight in good]
+    default.load_theta(bad)
+    with pytest.raises(ValueError, match="NaN"):
+        default.generate(requests(False, 4))
+    default.load_theta(good)
+    judge.check(default.generate(requests(False)), "after NaN")
 
 
-def test_no_step_waits_for_the_host(pair: tuple[str, str], capfd: pytest.CaptureFixture[str]) -> None:
+def test_no_step_waits_for_the_host(default: Any) -> None:
     """torch warns of each synchronisation; none may come from this package while steps run."""
-    import warnings
-
-    backend = engine(pair, torch.bfloat16, **GRAPHS["full_and_piecewise"])
-    try:
-        backend.generate(requests(True))
-        backend.generate(requests(False))
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-            backend.generate(requests(True))
-            backend.generate(requests(False))
+    for two_prompts in (True, False):
+        default.generate(requests(two_prompts))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            for two_prompts in (True, False):
+                default.generate(requests(two_prompts))
+        finally:
             torch.cuda.set_sync_debug_mode("default")
-        places = sorted(
-            {f"{Path(one.filename).name}:{one.lineno}" for one in caught if "synchroniz" in str(one.message)}
-        )
-        print("synchronisations at", places)
-        ours = [one for one in caught if "optimal_sampling_trl" in one.filename and "synchroniz" in str(one.message)]
-        assert not ours, ours
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-        backend.close()
+    places = {f"{one.filename}:{one.lineno}" for one in caught if "synchroniz" in str(one.message)}
+    print("synchronisations at", sorted(place.split("/vllm/")[-1] for place in places))
+    assert not [place for place in places if "optimal_sampling_trl" in place]
 
 
-def test_a_quantised_teacher(pair: tuple[str, str]) -> None:
+def test_a_quantised_teacher(pair: tuple[str, str], judge: Judge) -> None:
     """FP8 for the teacher's weights alone: the student's and both caches stay bfloat16."""
-    backend = engine(pair, torch.bfloat16, quantization="fp8", **GRAPHS["full_and_piecewise"])
+    backend = engine(pair, quantization="fp8", **GRAPHS["full_and_piecewise"])
     try:
-        model = backend.llm.llm_engine.model_executor.driver_worker.model_runner.model
+        runner = runner_of(backend)
+        model = runner.model
         types = {role: {str(p.dtype) for p in getattr(model, role).parameters()} for role in ("teacher", "theta")}
-        caches = {
-            str(cache.dtype) for cache in backend.llm.llm_engine.model_executor.driver_worker.model_runner.kv_caches
-        }
+        caches = {str(cache.dtype) for cache in runner.kv_caches}
         print(types, caches)
         assert "torch.float8_e4m3fn" in types["teacher"]
         assert types["theta"] == {"torch.bfloat16"}
         assert caches == {"torch.bfloat16"}
         rollouts = backend.generate(requests(False))
-        judge = Judge(pair, torch.bfloat16)
         for rollout in rollouts:
             expected, _ = expected_records(rollout, judge.teacher, judge.theta, Ending((256,), ()))
             error = (rollout.log_theta - expected["log_theta"].cpu()).abs()
