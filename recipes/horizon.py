@@ -1,0 +1,99 @@
+# /// script
+# dependencies = ["optimal-sampling-trl[plots]"]
+# ///
+"""Does it teach over longer completions? Arms, rates and seeds side by side on one GPU, along the axes of `SETTINGS`.
+
+    python recipes/horizon.py --ladder output/ladder --output output/horizon --minutes 8
+    python recipes/horizon.py --output output/horizon --report
+
+A line of runs.jsonl for each run as its stack ends; what stands there is not run again, and the most important come
+first. `--report` prints the tables of recipes/README.md from it and draws horizon.png and horizon_axes.png.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from horizon_arms import ARMS, Setting, settings
+from horizon_report import report
+from horizon_train import Run, key_of, train
+from ladder import Task, make_ladder
+
+
+def stacks(options: argparse.Namespace, done: list[dict[str, Any]]) -> Iterator[tuple[Setting, list[Run]]]:
+    """What is missing, in order, in stacks of about `--stack` runs."""
+    finished = {json.dumps({name: line[name] for name in KEY}) for line in done if not line["stopped"]}
+    for setting in settings(options.task, options.others, options.seeds):
+        runs = [
+            Run(arm, rate, seed) for seed in range(setting.seeds) for arm in setting.arms for rate in ARMS[arm].rates
+        ]
+        runs = [run for run in runs if json.dumps(key_of(setting, options.steps, run)) not in finished]
+        size = max(options.stack * 41 // Task.of(setting.task).completion_length, 1)  # by the memory that it takes
+        for first in range(0, len(runs), size):
+            yield setting, runs[first : first + size]
+
+
+KEY = ("task", "teacher", "student", "steps", "arm", "learning_rate", "seed")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def run_all(options: argparse.Namespace, path: Path) -> None:
+    """Run what is missing until the deadline, `--jobs` stacks at a time."""
+    deadline = time.time() + 60 * options.minutes
+    todo = list(stacks(options, read_lines(path)))[: options.first]
+    print(f"{sum(len(runs) for _, runs in todo)} runs in {len(todo)} stacks")
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool, path.open("a") as file:
+        arguments = (options.steps, str(options.ladder), options.device, deadline)
+        futures = {pool.submit(one, setting, runs, *arguments): setting for setting, runs in todo}
+        for number, future in enumerate(as_completed(futures), 1):
+            lines = future.result()
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+            file.flush()
+            if lines:
+                took = f"{len(lines)} runs, {lines[0]['seconds']:.0f} s{', stopped' if lines[0]['stopped'] else ''}"
+                print(f"{number}/{len(todo)} {'/'.join(futures[future][:3])}: {took}", flush=True)
+
+
+def one(setting: Setting, runs: list[Run], steps: int, ladder: str, device: str, deadline: float) -> list[Any]:
+    """A stack in a process of its own; nothing where the time is over."""
+    torch.set_num_threads(1)
+    return train(setting, runs, steps, ladder, device, deadline) if time.time() < deadline else []
+
+
+def main() -> None:
+    """Make the ladders that are missing, run what is missing, report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default="sums-40", help="the place from which the axes go (%(default)s)")
+    parser.add_argument("--others", nargs="*", default=["sums-20", "sums-80", "sort-40"], help="other tasks")
+    parser.add_argument("--ladder", type=Path, default=Path("output/ladder"), help="folder of ladder.py's folders")
+    parser.add_argument("--output", type=Path, default=Path("output/horizon"), help="folder (%(default)s)")
+    parser.add_argument("--steps", type=int, default=300, help="updates of a run (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--stack", type=int, default=240, help="runs of 41 tokens side by side (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that share the GPU (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=60.0, help="stop after (%(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="%(default)s")
+    parser.add_argument("--first", type=int, help="stacks to run; all that are missing")
+    parser.add_argument("--report", action="store_true", help="report what is there, run nothing")
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / "runs.jsonl"
+    if not options.report:
+        for task in (options.task, *options.others):
+            make_ladder(Task.of(task), options.ladder / task, options.device, 2000, 3000)
+        run_all(options, path)
+    report(read_lines(path), options.output, ARMS, settings(options.task, options.others, options.seeds))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""What horizon.py compares: the arms, and the places along the axes where they are run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from optimal_sampling_trl import Mixture
+
+GROUP = 8
+
+
+class Arm(NamedTuple):
+    """A way to train.
+
+    Args:
+        terms: coefficients of the loss, by the names of `stack.Losses`.
+        mixture: what the rollouts are sampled from.
+        own: the share of a group that is the student's own; None grows from 0.5 to 1 with the student's success.
+        schedule: the share of training over which the mixture is annealed to the student; "success" anneals by the
+            success rate of the student's own completions instead.
+        prefix: the share of a completion that the mixture draws before the student goes on; "random": a share drawn
+            anew for each completion, uniform in [0, 1].
+    """
+
+    terms: dict[str, float]
+    mixture: Mixture = Mixture()
+    own: float | None = 0.5
+    schedule: float | str | None = None
+    prefix: float | str = 1.0
+
+    @property
+    def group(self) -> int:
+        """Completions of one prompt: distillation has no groups."""
+        return GROUP if self.terms.get("reward") else 1
+
+    @property
+    def rates(self) -> tuple[float, float, float]:
+        """The learning rates that it is tried at: a reward bears smaller steps than a teacher's distribution."""
+        return (1e-4, 3e-4, 1e-3) if self.terms.get("reward") else (3e-4, 1e-3, 3e-3)
+
+
+RL, KL, TOKENS = {"reward": 1.0}, {"divergence": 1.0}, {"sampled": 1.0}
+TRUST = Mixture("trust_region", epsilon=0.05)
+ALONE = Mixture.theta_only()
+MAIN = {
+    "GRPO": Arm(RL, ALONE),
+    "GRPO, half mixture": Arm(RL),
+    "GRPO + sampled tokens, 0.1": Arm({**RL, "sampled": 0.1}, ALONE),
+    "GRPO, half mixture + sampled tokens, 0.1": Arm({**RL, "sampled": 0.1}),
+    "Distillation": Arm(KL, ALONE),
+    "Distillation, mixture": Arm(KL, own=0.0),
+    "Distillation, trust region, annealed": Arm(KL, TRUST, own=0.0, schedule=0.5),
+    "Sampled tokens": Arm(TOKENS, ALONE),
+    "Sampled tokens, mixture": Arm(TOKENS, own=0.0),
+    "SFT on the teacher's samples": Arm({"imitation": 1.0}, Mixture.teacher_only(), own=0.0),
+    "SFT on the mixture's samples": Arm({"imitation": 1.0}, own=0.0),
+}
+IDEAS = {
+    "GRPO, positive only": Arm({**RL, "positives": 1.0}, ALONE),
+    "GRPO, half mixture, positive only": Arm({**RL, "positives": 1.0}),
+    "GRPO, half mixture + sampled tokens, 0.3": Arm({**RL, "sampled": 0.3}),
+    "GRPO, half mixture + sampled tokens, 1": Arm({**RL, "sampled": 1.0}),
+    "GRPO, half mixture + divergence, 0.1": Arm({**RL, "divergence": 0.1}),
+    "GRPO, half mixture + divergence, 1": Arm({**RL, "divergence": 1.0}),
+    "GRPO + divergence, 1": Arm({**RL, "divergence": 1.0}, ALONE),
+    "GRPO, own share by success": Arm(RL, own=None),
+    "GRPO, half mixture, α annealed by success": Arm(RL, schedule="success"),
+    "GRPO, half trust region, ε annealed by success": Arm(RL, TRUST, schedule="success"),
+    "GRPO, half mixture, first half": Arm(RL, prefix=0.5),
+    "GRPO, half mixture, random prefix": Arm(RL, prefix="random"),
+    "GRPO, all random prefix": Arm(RL, own=0.0, prefix="random"),
+    "GRPO, half mixture, random prefix + sampled tokens, 0.1": Arm({**RL, "sampled": 0.1}, prefix="random"),
+    "Distillation, random prefix": Arm(KL, own=0.0, prefix="random"),
+}
+VARIANTS = {
+    "GRPO, half mixture, with negatives": Arm({**RL, "negatives": 1.0}),
+    "GRPO, half mixture, annealed": Arm(RL, schedule=0.5),
+    **{f"GRPO, {share:g} own": Arm(RL, own=share) for share in (0.0, 0.25, 0.75)},
+    "GRPO, half ess_balance": Arm(RL, Mixture("ess_balance")),
+    "GRPO, half entropy": Arm(RL, Mixture("entropy")),
+    "GRPO, half trust region 0.05": Arm(RL, TRUST),
+    "GRPO, half trust region 0.5": Arm(RL, replace(TRUST, epsilon=0.5)),
+    "GRPO, half fixed 0.5": Arm(RL, Mixture("fixed")),
+    "GRPO, half α ≥ 0.5": Arm(RL, Mixture(alpha_min=0.5)),
+    "GRPO, half α ≤ 0.5": Arm(RL, Mixture(alpha_max=0.5)),
+    "GRPO, half teacher": Arm(RL, Mixture.teacher_only()),
+    "Distillation, teacher": Arm(KL, Mixture.teacher_only(), own=0.0),
+    "Distillation, α ≤ 0.5": Arm(KL, Mixture(alpha_max=0.5), own=0.0),
+    "Distillation, half mixture": Arm(KL, own=0.5),
+    "Distillation, mixture, annealed": Arm(KL, own=0.0, schedule=0.5),
+    "Sampled tokens, trust region, annealed": Arm(TOKENS, TRUST, own=0.0, schedule=0.5),
+}
+ARMS = MAIN | IDEAS | VARIANTS
+FEW = tuple(name for name in MAIN if name not in ("GRPO + sampled tokens, 0.1", "SFT on the mixture's samples"))
+FEW += ("GRPO, half mixture + divergence, 1", "GRPO, half mixture, random prefix", "GRPO + divergence, 1")
+
+
+class Setting(NamedTuple):
+    """One stack: a task, its two models, and which arms with which seeds."""
+
+    task: str
+    teacher: str
+    student: str
+    arms: tuple[str, ...]
+    seeds: int
+
+
+def settings(task: str, others: list[str], seeds: int) -> list[Setting]:
+    """The most important first: all arms at one place, then fewer along each axis from there."""
+    place = Setting(task, "teacher", "student-2", tuple(MAIN), seeds)
+    few = place._replace(arms=FEW)
+    return [
+        place,
+        place._replace(arms=tuple(IDEAS)),
+        *(few._replace(student=name) for name in ("student-0", "student-10", "student-40")),
+        *(few._replace(teacher=name) for name in ("teacher-50", "teacher-80")),
+        *(few._replace(task=name) for name in others),
+        place._replace(arms=tuple(VARIANTS)),
+    ]

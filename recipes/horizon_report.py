@@ -1,0 +1,106 @@
+"""The tables and plots of horizon.py's runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from optimal_sampling_trl.plots import plot_learning
+
+Line = dict[str, Any]
+DRAWN = (
+    "GRPO",
+    "GRPO, half mixture",
+    "GRPO, half mixture + sampled tokens, 0.1",
+    "GRPO, half mixture, random prefix",
+    "Distillation",
+    "Distillation, mixture",
+    "Distillation, trust region, annealed",
+    "Sampled tokens, mixture",
+    "SFT on the teacher's samples",
+)
+
+
+def end(run: Line) -> float:
+    """Exact match at the end of a run."""
+    return float(run["curve"][-1][1])
+
+
+def best(lines: Iterable[Line], arm: str) -> list[Line]:
+    """The seeds of an arm at the rate whose mean at the end is highest, of the rates that most seeds ran at."""
+    rates: dict[float, list[Line]] = {}
+    for line in lines:
+        if line["arm"] == arm and not line["stopped"]:
+            rates.setdefault(line["learning_rate"], []).append(line)
+    most = max(map(len, rates.values()), default=0)
+    full = [runs for runs in rates.values() if len(runs) == most]
+    return max(full, key=lambda runs: mean(map(end, runs)), default=[])
+
+
+def spread(values: Sequence[float]) -> str:
+    """A mean with its standard error over seeds."""
+    return f"{mean(values):.3f}" + (f" ± {stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else "")
+
+
+def area(run: Line) -> float:
+    """The mean of a curve over the tokens that were generated: high where it rises early."""
+    points = run["curve"]
+    parts = [(x1 - x0) * (y0 + y1) / 2 for (x0, y0), (x1, y1) in pairwise(points)]
+    return float(sum(parts) / max(points[-1][0] - points[0][0], 1))
+
+
+def arms_table(lines: list[Line], arms: Iterable[str]) -> Iterable[str]:
+    """A row for each arm at one place."""
+    yield "| arm | rate | at its best rate: end | mean of the curve | at all rates: end | tokens (millions) | seeds |"
+    yield "|---|---|---|---|---|---|---|"
+    for arm in arms:
+        seeds = best(lines, arm)
+        if not seeds:
+            continue
+        rates = sorted({line["learning_rate"] for line in lines if line["arm"] == arm})
+        ends = [
+            mean([end(line) for line in lines if (line["arm"], line["learning_rate"]) == (arm, rate)])
+            for rate in rates
+        ]
+        every = " ".join(f"{value:.3f}" for value in ends)
+        tokens = mean([run["curve"][-1][0] for run in seeds]) / 1e6
+        numbers = f"{spread([end(run) for run in seeds])} | {mean(map(area, seeds)):.3f} | {every}"
+        yield f"| {arm} | {seeds[0]['learning_rate']:g} | {numbers} | {tokens:.2f} | {len(seeds)} |"
+
+
+def axes_table(lines: list[Line], settings: Sequence[Any]) -> Iterable[str]:
+    """A row for each arm that was run along the axes, a column for each place; the start in the head."""
+    places = list(dict.fromkeys((setting.task, setting.teacher, setting.student) for setting in settings))
+    found = {place: [line for line in lines if place_of(line) == place] for place in places}
+    places = [place for place in places if found[place]]
+    starts = [f"{found[place][0]['curve'][0][1]:.4f}" for place in places]
+    yield "| arm | " + " | ".join("<br>".join((*place, f"from {x}")) for place, x in zip(places, starts)) + " |"
+    yield "|---" * (len(places) + 1) + "|"
+    for arm in dict.fromkeys(arm for setting in settings[2:-1] for arm in setting.arms):
+        cells = [[end(run) for run in best(found[place], arm)] for place in places]
+        yield f"| {arm} | " + " | ".join(spread(cell) if cell else "–" for cell in cells) + " |"
+
+
+def place_of(line: Line) -> tuple[str, str, str]:
+    """Where on the axes a run stands."""
+    return line["task"], line["teacher"], line["student"]
+
+
+def curve(runs: list[Line]) -> list[tuple[float, float]]:
+    """The mean of the seeds' curves, point by point."""
+    columns = zip(*(run["curve"] for run in runs))
+    return [(mean([x for x, _ in points]) / 1e6, mean([y for _, y in points])) for points in columns]
+
+
+def report(lines: list[Line], output: Path, arms: Iterable[str], settings: Sequence[Any]) -> None:
+    """Print both tables and draw both plots of what has been run."""
+    here = [line for line in lines if place_of(line) == tuple(settings[0][:3])]
+    print("\n".join(arms_table(here, arms)), "\n", sep="\n")
+    print("\n".join(axes_table(lines, settings)))
+    curves = {arm: curve(seeds) for arm in DRAWN if (seeds := best(here, arm))}
+    labels = {"x_label": "generated tokens (millions)", "y_label": "exact match"}
+    if curves:
+        print(plot_learning(output / "horizon.png", curves, **labels, title=f"{settings[0].task}, mean over seeds"))

