@@ -31,6 +31,10 @@ def stacks(options: argparse.Namespace, done: list[dict[str, Any]]) -> Iterator[
     """What is missing, in order, in stacks of about `--stack` runs."""
     finished = {json.dumps({name: line[name] for name in KEY}) for line in done if not line["stopped"]}
     for setting in settings(options.task, options.others, options.seeds):
+        gone = [name for name in setting[1:3] if not (options.ladder / setting.task / name).is_dir()]
+        if gone:
+            print(f"{setting.task} has no {' and no '.join(gone)}: left out")
+            continue
         runs = [
             Run(arm, rate, seed) for seed in range(setting.seeds) for arm in setting.arms for rate in ARMS[arm].rates
         ]
@@ -56,6 +60,9 @@ def run_all(options: argparse.Namespace, path: Path) -> None:
         arguments = (options.steps, str(options.ladder), options.device, deadline)
         futures = {pool.submit(one, setting, runs, *arguments): setting for setting, runs in todo}
         for number, future in enumerate(as_completed(futures), 1):
+            if (error := future.exception()) is not None:  # for one too large the others need not wait
+                print(f"{number}/{len(todo)} {'/'.join(futures[future][:3])} failed: {error}", flush=True)
+                continue
             lines = future.result()
             file.writelines(json.dumps(line) + "\n" for line in lines)
             file.flush()
