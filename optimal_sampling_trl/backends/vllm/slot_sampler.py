@@ -72,18 +72,21 @@ class SlotSampler:
     def __call__(self, logits: Tensor, batch: Any) -> Any:
         """What vLLM's sampler returns, drawn from the mixture; `logits` are the teacher's."""
         slots, slots_np = batch.expanded_idx_mapping, batch.idx_mapping_np
-        columns, masked = self.table[slots].unbind(1), self.masked_np[slots_np]
-        masked = torch.from_numpy(masked).pin_memory().to(slots.device, non_blocking=True) if masked.any() else None
-        ending, theta = self.model.ending, self.model.theta_logits
-        solved = mix_logits(theta, logits, *columns, masked, ending.stop, ending.folded)
-        mixed = Mixed(
-            solved.logits, solved.alpha, theta, logits, solved.theta_sum, solved.teacher_sum, columns[-1], ending
+        method, low, high, fixed, epsilon, temperature = self.table[slots].unbind(1)
+        masked = self._masked(slots_np, slots.device)
+        theta, ending = self.model.theta_logits, self.model.ending
+        mixed = mix_logits(
+            theta, logits, method, low, high, fixed, epsilon, temperature, masked, ending.stop, ending.folded
         )
-        output = self.base(mixed.logits, batch)
+        step = Mixed(mixed.logits, mixed.alpha, theta, logits, mixed.theta_sum, mixed.teacher_sum, temperature, ending)
+        output = self.base(step.logits, batch)
         wanted = self.wanted_np[slots_np]
         if wanted.any():
             rows = None if wanted.all() else self.wanted.gpu[slots][:, None]
-            output.logprobs_tensors = with_records(
-                output.logprobs_tensors, output.sampled_token_ids[:, 0], mixed, rows
-            )
+            output.logprobs_tensors = with_records(output.logprobs_tensors, output.sampled_token_ids[:, 0], step, rows)
         return output
+
+    def _masked(self, slots_np: np.ndarray, device: torch.device) -> Tensor | None:
+        """The rows whose logits a grammar masks; None where there are none."""
+        masked = self.masked_np[slots_np]
+        return torch.from_numpy(masked).pin_memory().to(device, non_blocking=True) if masked.any() else None
