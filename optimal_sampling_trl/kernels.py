@@ -34,8 +34,11 @@ from torch import Tensor
 
 from .solver import METHODS, SAME_DIVERGENCE, SOLVER_STEPS, SOLVER_TOLERANCE
 
-CHUNK = 8192
-"""Logits of a row that one program reads: 32 KiB of both models in bfloat16, 32 of each a thread."""
+CHUNK = 4096
+"""Logits of a row that one program reads, 16 of each model a thread."""
+REGISTERS = 80
+"""Of a thread, so that three programs fit on a multiprocessor. What the last program of a row does alone would take
+all 255, and its rare spills cost less than a chip that waits for its memory."""
 PIECE = 1024
 """Logits that a program holds at a time in float64; more would take the registers from the float32 path."""
 _CERTAIN = tl.constexpr(1e4)
@@ -126,9 +129,10 @@ def mix_logits(
     N, V_teacher = teacher.shape
     V = min(theta.shape[1], V_teacher)
     device = theta.device
+    padded = -(-N // 4) * 4  # columns that begin at multiples of 16 bytes for any N: Triton compiles for alignment
     mixed = MixedLogits(
         torch.empty(N, V_teacher, dtype=torch.float32, device=device),
-        *torch.empty(3, N, dtype=torch.float32, device=device).unbind(),
+        *torch.empty(3, padded, dtype=torch.float32, device=device)[:, :N].unbind(),
     )
     if not N:
         return mixed
@@ -137,7 +141,7 @@ def mix_logits(
     first = torch.empty(N, _FIRST.value, chunks, dtype=torch.float32, device=device)
     second = torch.empty(N, _SECOND.value, chunks, dtype=torch.float64, device=device)
     state = torch.empty(N, _STATE.value, dtype=torch.float64, device=device)
-    arrived = torch.zeros(2, N, dtype=torch.int32, device=device)
+    arrived = torch.zeros(2, padded, dtype=torch.int32, device=device)
     endings = _endings(int(stop[0]), tuple(folded), device) if stop else None
     logits = (theta, teacher, theta.stride(0), teacher.stride(0), endings, V, chunks)
     shapes = {"FOLDED": len(folded) if stop else 0, "CHUNK": chunk, "PIECE": min(chunk, PIECE)}
@@ -147,9 +151,11 @@ def mix_logits(
     lanes = triton.next_power_of_2(chunks)
     _begin[(N * chunks,)](
         *logits, *columns, *strides, first, state, arrived[0], mixed.theta_sum, mixed.teacher_sum, **shapes,
-        LANES=lanes, num_warps=warps,
+        LANES=lanes, num_warps=warps, maxnreg=REGISTERS,
     )  # fmt: skip
-    _newton[(N * chunks,)](*logits, second, state, arrived[1], **shapes, LANES=lanes, num_warps=warps)
+    _newton[(N * chunks,)](
+        *logits, second, state, arrived[1], **shapes, LANES=lanes, num_warps=warps, maxnreg=REGISTERS
+    )
     whole = triton.cdiv(V_teacher, chunk)
     _write[(N * whole,)](
         *logits, state, mixed.alpha, mixed.logits, V_teacher, whole, STOP=bool(stop), FOLDED=shapes["FOLDED"],
@@ -575,7 +581,7 @@ def _equation(part, chunks, method, alpha, epsilon, LANES: tl.constexpr):
     whole = tl.sum(_take(part, _W, chunks, LANES, 0.0))
     c = _log1p(tl.sum(_take(part, _W_DIFFERENCE, chunks, LANES, 0.0)) / whole)
     difference = tl.sum(_take(part, _S_DIFFERENCE, chunks, LANES, 0.0))
-    s0, mean, variance, third = _moments(part, _POWER_1, chunks, LANES)
+    _, mean, variance, third = _moments(part, _POWER_1, chunks, LANES)
     fourth = _fourth(variance, third)
     value, slope, bend, next_order = mean - c, variance, third, fourth
     if method == _TRUST_REGION:
@@ -658,7 +664,7 @@ def _wholes(theta, teacher, endings, V, top_theta, top_teacher, inverse, FOLDED:
     whole, difference = 0.0 * inverse, 0.0 * inverse
     for start in range(0, V, PIECE):
         index = start + tl.arange(0, PIECE)
-        u, v, both = _exponents(theta, teacher, endings, index, V, top_theta, top_teacher, inverse, FOLDED)
+        u, v, _both = _exponents(theta, teacher, endings, index, V, top_theta, top_teacher, inverse, FOLDED)
         whole += tl.sum(tl.exp(u))
         difference += tl.sum(tl.exp(v) - tl.exp(u))
     return tl.log(whole), _log1p(difference / whole)

@@ -5,11 +5,11 @@
 
     python recipes/benchmark_kernels.py
 
-Logits in bfloat16 of two padded vocabularies. `copy` reads both once and writes float32 once, measured in the same run:
-no kernel that returns the mixed logits is faster. Each call takes the next of several sets of logits, together larger
-than the cache. `spread` has the teacher at 3·N(0, 1) and the student at 0.7 of that plus 1.5·N(0, 1); in `peaked`
-nine rows of ten are sure of one token; in `near` the student is the teacher but for 0.02·N(0, 1). `error` is the
-largest |Δα| to the float64 reference on a few rows of each.
+Logits in bfloat16 of two padded vocabularies. `copy` reads both once and writes float32 once, measured in the same
+run: no kernel that returns the mixed logits is faster. Each call takes the next of several sets of logits, together
+larger than the cache. `spread` has the teacher at 3·N(0, 1) and the student at 0.7 of that plus 1.5·N(0, 1); in
+`peaked` nine rows of ten are sure of one token; in `near` the student is the teacher but for 0.02·N(0, 1). `error` is
+the largest |Δα| to the float64 reference on a few rows of each.
 """
 
 from __future__ import annotations

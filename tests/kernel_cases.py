@@ -39,7 +39,7 @@ def run(
     columns = MixtureRows.of(rows, DEVICE)[1:]
     if temperature is not None:
         more["temperature"] = torch.tensor(temperature, device=DEVICE)
-    chunk = chunk if pair.theta.shape[1] < 10_000 else 8192
+    chunk = chunk if pair.theta.shape[1] < 10_000 else 4096
     out = mix_logits(*(side.to(DEVICE) for side in pair), *columns, chunk=chunk, **more)
     return MixedLogits(*(value.cpu() for value in out))
 
@@ -52,7 +52,7 @@ def assert_rows(pair: Pair, rows: list[Mixture], temperature: list[float], got: 
     for n, mixture in enumerate(rows):
         one = slice(n, n + 1)
         exact = float(torch.tensor(temperature[n]))
-        want, want_log_q = reference(pair.theta[one], pair.teacher[one], mixture, exact)
+        want, _ = reference(pair.theta[one], pair.teacher[one], mixture, exact)
         alpha = got.alpha[one].double()
         if want.isnan():
             assert alpha.isnan(), f"alpha {alpha} of a row without a solution, {mixture}"
@@ -132,10 +132,10 @@ def test_hard_rows(method: str, kind: str, V: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(5)
     spreads = (1e-4, 1e-3, 1e-2, 0.1, 1.0)
     pair = Pair(*(torch.stack(side).to(dtype) for side in zip(*(wide_row(kind, V, s, generator) for s in spreads))))
-    for temperature in (1.0, 0.3, 2.0):
-        for mixture in (Mixture(method), Mixture(method, epsilon=1e-5), Mixture(method, alpha_min=0.2, alpha_max=0.7)):
-            rows = [mixture] * len(spreads)
-            assert_rows(pair, rows, [temperature] * len(rows), run(pair, rows, [temperature] * len(rows)))
+    ranges = (Mixture(method), Mixture(method, epsilon=1e-5), Mixture(method, alpha_min=0.2, alpha_max=0.7))
+    for temperature, mixture in zip((1.0, 0.3, 2.0), ranges):
+        rows = [mixture] * len(spreads)
+        assert_rows(pair, rows, [temperature] * len(rows), run(pair, rows, [temperature] * len(rows)))
 
 
 @pytest.mark.parametrize("method", ["kl_symmetry", "ess_balance"])

@@ -1,5 +1,5 @@
-"""Runs `kernel_cases.py` in a process of its own: whether Triton interprets its kernels is settled when it is imported,
-and vLLM on a CPU puts a placeholder in its place."""
+"""Runs `kernel_cases.py` in a process of its own: whether Triton interprets its kernels is settled when it is
+imported, and vLLM on a CPU puts a placeholder in its place."""
 
 from __future__ import annotations
 
