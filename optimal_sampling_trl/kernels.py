@@ -608,10 +608,12 @@ def _finish(
     delta = -2 * value / (slope + tl.sqrt(tl.maximum(slope * slope - 2 * value * bend, 0.0)))
     delta = tl.where(value == 0, 0.0, delta)
     solved = tl.minimum(tl.maximum(alpha + delta, low), high)
-    stands = tl.abs(delta * delta * delta) * next_order < 6e-5 * slope  # an error of 1e-5
-    outside = ((alpha == low) & (value >= 0)) | ((alpha == high) & (value <= 0))
+    # Between rows hundreds of nats apart value and slope may be rounding: they are differences of the size of c.
+    rounding = tl.where(status == _FAST, 1e-7, 1e-15) * (tl.abs(c) + tl.abs(value))
+    stands = (tl.abs(delta * delta * delta) * next_order < 6e-5 * slope) & (rounding < 1e-5 * slope)
+    outside = ((alpha == low) & (value > rounding)) | ((alpha == high) & (value < -rounding))
     solved = tl.where(outside, alpha, solved)
-    stands = (stands | outside | (value == 0)) & (value == value)
+    stands = stands | outside
     if (status == _PRECISE) & (method != _TRUST_REGION):
         theta_0, theta_1 = _total(part, 0, chunks, LANES), _total(part, 1, chunks, LANES)
         teacher_0, teacher_1 = _total(part, 2, chunks, LANES), _total(part, 3, chunks, LANES)

@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pair as embedded
+from optimal_sampling_trl.solver import METHODS
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
@@ -204,6 +206,15 @@ def check_benchmark(script: str, columns: int) -> None:
     assert re.search(r"torch [\d.]+\S*, 1 thread\(s\), \w+", output)
 
 
+def check_benchmark_kernels() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    output = run("benchmark_kernels.py", "--batches", "4", "--rounds", "3", "--checked", "1")
+    rows = re.findall(r"^\| +4 \|.*$", output, re.MULTILINE)
+    assert len(rows) == 3 * len(METHODS)
+    assert all(float(row.split("|")[8]) < 1e-4 for row in rows), output
+
+
 def check_benchmark_fused(made: embedded.Pair, tmp_path: Path) -> None:
     if find_spec("vllm") is None:
         pytest.skip(NO_VLLM)
@@ -280,6 +291,7 @@ RUNS: dict[str, Callable[[embedded.Pair, Path], None]] = {
     "sample.py": check_sample,
     "sft.py": check_sft,
     "benchmark.py": check_benchmark_fused,
+    "benchmark_kernels.py": lambda made, path: check_benchmark_kernels(),
     "benchmark_transformers.py": lambda made, path: check_benchmark("benchmark_transformers.py", columns=5),
 }
 SCRIPTS = [
@@ -308,6 +320,8 @@ def test_it_runs(script: str, made: embedded.Pair, tmp_path: Path) -> None:
 def test_help(script: str) -> None:
     if script == "benchmark.py" and find_spec("vllm") is None:
         pytest.skip(NO_VLLM)
+    if script == "benchmark_kernels.py" and find_spec("triton") is None:
+        pytest.skip("no build of Triton for this system")
     assert "usage: " in run(script, "--help")
 
 
