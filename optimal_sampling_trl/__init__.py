@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .generate import OptimalSamplingOutput, OptimalSamplingV1
     from .mixture import Mixture, mix
     from .request import Sampling
-    from .rollout import Rollout
+    from .rollout import Rollout, UnsolvedError
     from .sampling_run import sample_to_folder
     from .trainers import (
         DistillationConfig,
@@ -41,6 +41,7 @@ _HOME = {
     "RLOOTrainer": "trainers",
     "Rollout": "rollout",
     "Sampling": "request",
+    "UnsolvedError": "rollout",
     "iterate_rollouts": "folder",
     "load_rollouts": "folder",
     "mix": "mixture",
@@ -59,6 +60,7 @@ __all__ = [
     "RLOOTrainer",
     "Rollout",
     "Sampling",
+    "UnsolvedError",
     "iterate_rollouts",
     "load_rollouts",
     "mix",

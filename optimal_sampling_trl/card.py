@@ -87,7 +87,7 @@ def _counts(store: RolloutFolder, prompts: int) -> dict[str, str]:
     """What the shards hold, one in memory at a time."""
     import pyarrow.compute as pc
 
-    rollouts = tokens = stopped = 0
+    rollouts = tokens = stopped = failed = 0
     alpha = 0.0
     for path in store.shards():
         table = store.read_shard(path, ("alpha", "finish_reason"))
@@ -95,9 +95,11 @@ def _counts(store: RolloutFolder, prompts: int) -> dict[str, str]:
         rollouts, tokens = rollouts + len(table), tokens + len(flat)
         alpha += (pc.sum(flat).as_py() or 0.0) if len(flat) else 0.0
         stopped += table["finish_reason"].to_pylist().count("stop")
+        failed += len(store.failed(path))
     return {
         "prompts": f"{prompts:,}",
         "rollouts": f"{rollouts:,}, of which {stopped:,} ended by themselves (`stop`)",
+        **({"missing": f"{failed:,}, for which a model returned NaN"} if failed else {}),
         "tokens": f"{tokens:,} sampled",
         "mean α": f"{alpha / max(tokens, 1):.4f}",
     }

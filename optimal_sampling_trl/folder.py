@@ -16,12 +16,11 @@ import json
 import logging
 import os
 import re
-import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .lock import Lock
 from .rollout import Rollout, from_dataset, to_dataset
 
 if TYPE_CHECKING:
@@ -30,6 +29,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RUN, CARD, DATA, LOCK = "run.json", "README.md", "data", ".lock"
+FAILED = b"optimal_sampling.failed"
+"""In a shard's metadata: JSON of (prompt_index, sample, reason) of each of its rollouts that could not be sampled."""
 SHARD = re.compile(r"rollouts-(\d{6,})\.parquet")
 LEFTOVER = re.compile(r"\.(rollouts-\d{6,}\.parquet|run\.json|README\.md)\.tmp")
 
@@ -73,7 +74,7 @@ class RolloutFolder:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._lock: int | None = None
+        self._lock = Lock(self.path / LOCK, f"the folder {str(self.path)!r}")
 
     def __enter__(self) -> RolloutFolder:
         """Lock the folder for this process and remove what a killed writer left.
@@ -86,7 +87,7 @@ class RolloutFolder:
         try:
             self._check_own()
             (self.path / DATA).mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            self._lock.__enter__()
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -94,36 +95,16 @@ class RolloutFolder:
                 "Name a folder that you may write, or one that does not exist yet.",
             ) from error
         try:
-            self._take_lock()
             for path in (*self.path.iterdir(), *(self.path / DATA).iterdir()):
                 if LEFTOVER.fullmatch(path.name):
                     path.unlink()
         except BaseException:
-            self.__exit__(None, None, None)
+            self._lock.__exit__()
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._lock is not None:
-            os.close(self._lock)  # and with it the lock, as at the end of a process however it ends
-            self._lock = None
-
-    def _take_lock(self) -> None:
-        import fcntl  # not on Windows, where a folder can be read
-
-        assert self._lock is not None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.read(self._lock, 200).decode(errors="replace") or "unknown"
-            raise RuntimeError(
-                f"Another writer ({holder}) has the folder {str(self.path)!r} open; wanted one at a time. Wait until "
-                "it ends, or name another folder."
-            ) from error
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    def __exit__(self, *exception: object) -> None:
+        self._lock.__exit__()
 
     def _check_own(self) -> None:
         """Refuse a folder of somebody else's files, in which a card would replace their README.md."""
@@ -185,18 +166,27 @@ class RolloutFolder:
         found = {match: path for path in (self.path / DATA).glob("*") if (match := SHARD.fullmatch(path.name))}
         return [found[match] for match in sorted(found, key=lambda match: int(match[1]))]
 
-    def write_shard(self, number: int, keys: Sequence[Key], rollouts: Sequence[Rollout]) -> None:
+    def write_shard(self, number: int, rollouts: dict[Key, Rollout], failed: dict[Key, str] | None = None) -> None:
         """Write shard `number` with these rollouts.
+
+        Args:
+            failed: those of the shard that have no rollout, and why; kept in the file's metadata, so that both appear
+                at once.
 
         Raises:
             OSError: saying what could not be written and what is kept.
         """
         import pyarrow.parquet as pq
+        from datasets import Value
 
-        dataset = to_dataset(rollouts)
+        dataset = to_dataset(rollouts.values())
         for name in Key._fields:
-            dataset = dataset.add_column(name, [getattr(key, name) for key in keys])  # type: ignore[call-arg]
+            column = [getattr(key, name) for key in rollouts]
+            dataset = dataset.add_column(name, column, feature=Value("int64"))  # type: ignore[call-arg]
         table = dataset.data.table.combine_chunks().cast(dataset.features.arrow_schema)
+        if failed:
+            listed = json.dumps([[*key, reason] for key, reason in failed.items()])
+            table = table.replace_schema_metadata({**(table.schema.metadata or {}), FAILED: listed.encode()})
         buffer = io.BytesIO()
         pq.write_table(table, buffer)
         self.write_file(f"{DATA}/rollouts-{number:06}.parquet", buffer.getvalue())
@@ -222,3 +212,20 @@ class RolloutFolder:
         """Which rollouts a shard holds."""
         columns = self.read_shard(path, Key._fields)
         return [Key(*pair) for pair in zip(*(columns[name].to_pylist() for name in Key._fields), strict=True)]
+
+    def failed(self, path: Path) -> dict[Key, str]:
+        """Which rollouts of a shard could not be sampled, and why.
+
+        Raises:
+            ValueError: where it cannot be read.
+        """
+        import pyarrow.parquet as pq
+
+        try:
+            listed = (pq.read_schema(path).metadata or {}).get(FAILED, b"[]")
+            return {Key(*key): reason for *key, reason in json.loads(listed)}
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"The shard {str(path)!r} cannot be read ({error}). Delete it and run the same again: its rollouts, "
+                "and no others, are sampled anew."
+            ) from error

@@ -146,7 +146,8 @@ class OptimalSamplingV1:
 
         Raises:
             ValueError: on an empty or unreadable prompt, a setting out of range, or as many mixtures or temperatures
-                as there are not prompts; or naming each sequence for which a model returned NaN.
+                as there are not prompts.
+            UnsolvedError: naming each sequence for which a model returned NaN; its `rollouts` holds the others.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         if not isinstance(prompts, Iterable) or not (prompts := list(prompts)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -178,27 +178,46 @@ def _from_row(row: dict[str, Any]) -> Rollout:
     return Rollout(**{**{name: row[name] for name in names}, **records, "mixture": mixture})
 
 
-def check_solved(rollouts: Iterable[Rollout]) -> None:
+class UnsolvedError(ValueError):
+    """A model returned NaN, or the two share no token, in some requests of a call; the others were sampled.
+
+    Args:
+        rollouts: those of the call in their order, None in the place of each request that failed.
+        failed: the number of each request that failed, and why.
+    """
+
+    def __init__(self, rollouts: Sequence[Rollout | None], failed: dict[int, str]) -> None:
+        self.rollouts, self.failed = list(rollouts), dict(failed)
+        shown = [f"request {index}, {reason}" for index, reason in list(self.failed.items())[:5]]
+        more = f"; and {len(self.failed) - len(shown)} more" if len(self.failed) > len(shown) else ""
+        super().__init__(
+            f"The mixture has no solution in {len(self.failed)} request(s): {'; '.join(shown)}{more}. NaN comes from "
+            "weights or activations that overflowed: look at the model's checkpoint and dtype. The other "
+            f"{len(self.rollouts) - len(self.failed)} rollouts were sampled and are in this error's `rollouts`."
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.rollouts, self.failed)  # so that it travels between processes
+
+
+def check_solved(rollouts: Sequence[Rollout]) -> None:
     """Refuse rollouts with a token whose α had no solution.
 
     Raises:
-        ValueError: naming each such request, the token and the model to blame.
+        UnsolvedError: naming each such request, the token and the model to blame; it carries the other rollouts.
     """
-    found = []
-    for index, rollout in enumerate(rollouts):
-        broken = rollout.alpha.isnan()
-        if not broken.any():
-            continue
-        token = int(broken.int().argmax())
-        bad = [
-            role
-            for role, record in (("student", rollout.log_theta), ("teacher", rollout.log_teacher))
-            if bool(record[token].isnan())
-        ]
-        cause = f"the {' and the '.join(bad)} returned NaN" if bad else "no token has mass under both models"
-        found.append(f"request {index}, token {token}: {cause}")
-    if found:
-        raise ValueError(
-            f"The mixture has no solution in {len(found)} request(s): {'; '.join(found[:5])}. NaN comes from weights "
-            "or activations that overflowed: look at the model's checkpoint and dtype."
-        )
+    failed = {index: reason for index, rollout in enumerate(rollouts) if (reason := _unsolved(rollout)) is not None}
+    if failed:
+        raise UnsolvedError([None if index in failed else r for index, r in enumerate(rollouts)], failed)
+
+
+def _unsolved(rollout: Rollout) -> str | None:
+    """The first token of a rollout whose α had no solution and what is to blame, or None where all have one."""
+    broken = rollout.alpha.isnan()
+    if not broken.any():
+        return None
+    token = int(broken.int().argmax())
+    records = {"student": rollout.log_theta, "teacher": rollout.log_teacher}
+    bad = [role for role, record in records.items() if bool(record[token].isnan())]
+    cause = f"the {' and the '.join(bad)} returned NaN" if bad else "no token has mass under both models"
+    return f"token {token}: {cause}"

@@ -25,8 +25,10 @@ from .mixture import Mixture
 from .options import check_whole
 from .progress import Progress
 from .request import Request, Sampling
+from .rollout import Rollout, UnsolvedError
 
 if TYPE_CHECKING:
+    from .backends import Backend
     from .generate import OptimalSamplingV1
     from .pairing import Prompt
 
@@ -52,7 +54,8 @@ def sample_to_folder(
     """Sample n completions of each prompt into Parquet shards, or go on with a run that was interrupted.
 
     Called again with the same arguments it samples what is missing, and nothing where all is there. It may be killed
-    at any time: what is lost is the batch in progress, and nothing is there twice.
+    at any time: what is lost is the batch in progress, and nothing is there twice. A rollout for which a model
+    returned NaN is left out, and named in a warning, in the card and in its shard's metadata.
 
     Args:
         sampler: the pair, its system prompts and its engine.
@@ -71,6 +74,7 @@ def sample_to_folder(
     Raises:
         ValueError: on a prompt or setting that is refused, before anything is sampled; where the folder was begun with
             other settings or prompts, naming them; or where a shard is damaged.
+        UnsolvedError: where a model returned NaN in all rollouts of the first batch.
         RuntimeError: where another process writes to the folder.
         OSError: where the folder cannot be written, or the disk is full: saying what is kept.
 
@@ -100,9 +104,10 @@ def sample_to_folder(
         with Progress(total, use_tqdm, done=total - sum(map(len, batches.values()))) as progress:
             for number, keys in batches.items():
                 requests = [_seeded(encode(texts[key.prompt_index], key.prompt_index), seed, key) for key in keys]
-                store.write_shard(number, keys, sampler.backend.generate(requests, progress))
+                store.write_shard(number, *_sample(sampler.backend, dict(zip(keys, requests)), progress, store))
         if batches or not (store.path / CARD).exists():
             store.write_file(CARD, make_card(store, run).encode())
+            _name_failed(store)
     return store.path
 
 
@@ -132,6 +137,37 @@ def read_prompts(prompts: Iterable[Any]) -> Sequence[Any]:
     if not len(found):
         raise ValueError("`prompts` is empty; wanted at least one.")
     return found
+
+
+def _sample(
+    backend: Backend, requests: dict[Key, Request], progress: Progress, store: RolloutFolder
+) -> tuple[dict[Key, Rollout], dict[Key, str]]:
+    """The rollouts of a batch, and why some are missing: a request that failed costs none of the others.
+
+    Raises:
+        UnsolvedError: where all failed, and none was sampled before: it is the models that are broken.
+    """
+    keys = list(requests)
+    try:
+        rollouts: Sequence[Rollout | None] = backend.generate(list(requests.values()), progress)
+        failed = {}
+    except UnsolvedError as error:
+        if len(error.failed) == len(keys) and not store.shards():
+            raise
+        rollouts, failed = error.rollouts, {keys[index]: reason for index, reason in error.failed.items()}
+    return {key: rollout for key, rollout in zip(keys, rollouts, strict=True) if rollout is not None}, failed
+
+
+def _name_failed(store: RolloutFolder) -> None:
+    failed = {key: (path, reason) for path in store.shards() for key, reason in store.failed(path).items()}
+    if failed:
+        shown = [f"sample {key.sample} of prompt {key.prompt_index}, {why}" for key, (_, why) in failed.items()]
+        logger.warning(
+            "%d rollouts could not be sampled and are not in %s: %s. Whatever is mended, they are sampled again with "
+            "all of their shard where it is deleted: %s.",
+            len(failed), store.path, "; ".join(shown[:5] + [f"and {len(shown) - 5} more"] * (len(shown) > 5)),
+            ", ".join(sorted({path.name for path, _ in failed.values()})[:5]),
+        )  # fmt: skip
 
 
 def rollout_seed(seed: int, key: Key) -> int:
@@ -266,7 +302,7 @@ def _missing(store: RolloutFolder, total: int, n: int, batch_size: int) -> dict[
         path = there.pop(f"rollouts-{number:06}.parquet", None)
         if path is None:
             missing[number] = keys
-        elif store.keys(path) != keys:
+        elif store.keys(path) != [key for key in keys if key not in store.failed(path)]:
             raise ValueError(
                 f"The shard {str(path)!r} does not hold the rollouts {tuple(keys[0])} to {tuple(keys[-1])} that are "
                 "its own. Delete it and run the same again: they, and no others, are sampled anew."

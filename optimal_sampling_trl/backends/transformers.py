@@ -92,8 +92,9 @@ class TransformersBackend:
         """One rollout for each request, in their order; `progress` shows them while they are drawn.
 
         Raises:
-            ValueError: on a prompt that a model cannot read (before anything is sampled), or naming each request for
-                which a model returned NaN or the two share no token (after all the others were sampled).
+            ValueError: on a prompt that a model cannot read, before anything is sampled.
+            UnsolvedError: naming each request for which a model returned NaN or the two share no token; it carries the
+                others' rollouts.
             RuntimeError: after `close`, or where a model is on another device than the backend's.
         """
         self._check_ready()

@@ -13,9 +13,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 from unittest.mock import patch
 
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedModel
 from trl.generation import vllm_generation
@@ -28,6 +30,7 @@ from ..rollout import Rollout
 from .generator import OptimalSamplingGenerator
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 TRAINER_PACKAGE = "trl.trainer"
 CPU_CACHE = 1 << 30
@@ -93,6 +96,27 @@ class MixtureGeneration:
         ]
 
 
+def together(work: Callable[[], T], accelerator: Any) -> T:
+    """What `work` returns in this process; where it raised in one it raises in all, or they would wait for that one.
+
+    Raises:
+        RuntimeError: where it raised in another process, saying which and what.
+    """
+    result, error = None, None
+    try:
+        result = work()
+    except Exception as caught:
+        error = caught
+    message = None if error is None else f"{type(error).__name__}: {error}"
+    messages = gather_object([message]) if accelerator.num_processes > 1 else [message]
+    if error is not None:
+        raise error
+    for process, said in enumerate(messages):
+        if said is not None:
+            raise RuntimeError(f"Process {process} could not do its part, and all stop: {said}")
+    return result  # type: ignore[return-value]
+
+
 class LiveGeneration(MixtureGeneration):
     """The transformers backend: the student is the module being trained."""
 
@@ -139,7 +163,7 @@ class LiveGeneration(MixtureGeneration):
             self.backend.wake_up()
         start = time.perf_counter()
         with profiler or nullcontext():
-            self.rollouts = self.backend.generate(requests)
+            self.rollouts = together(partial(self.backend.generate, requests), self.accelerator)
         self.seconds = time.perf_counter() - start
         if self.sleeps:
             self.backend.sleep()
@@ -233,7 +257,7 @@ class FusedLLM:
         first = owner.accelerator.process_index // owner.tensor_parallel_size * rows
         requests = owner._requests([prompt["prompt_token_ids"] for prompt in prompts], first)
         start = time.perf_counter()
-        outputs, owner.rollouts = generate(self.engine, requests)
+        outputs, owner.rollouts = together(partial(generate, self.engine, requests), owner.accelerator)
         owner.seconds = time.perf_counter() - start
         for output, rollout in zip(outputs, owner.rollouts, strict=True):
             output.outputs[0].logprobs = flat_logprobs(rollout.completion_ids, for_trl(rollout))

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..lock import Lock
 from ..losses import effective_sample_size
 from ..pairing import with_system_prompt
 from ..rollout import RECORDS, Rollout
 from .config import correction_of
-from .generation import MixtureGeneration, Plan, build_generation, installed
+from .generation import MixtureGeneration, Plan, build_generation, installed, together
 from .generator import OptimalSamplingGenerator
 
+logger = logging.getLogger(__name__)
+
 QUANTILES = (0.1, 0.5, 0.9)
+LOCK = "_training.lock"
+"""Held in `output_dir` while a trainer trains; the Hub is not sent what begins with an underscore."""
 
 
 TrlTrainer: Any = object
@@ -78,6 +86,26 @@ class MixtureTrainerMixin(TrlTrainer):
     def _loaded_teacher(self) -> Any:
         """The teacher that the trainer holds itself, for the transformers backend to share; None where it has none."""
         return None
+
+    def train(self, *positional: Any, **keywords: Any) -> Any:
+        """TRL's own, while no other trainer writes to `output_dir`: two would mix their checkpoints.
+
+        Raises:
+            RuntimeError: where another trainer trains into the folder, in all processes.
+        """
+        with ExitStack() as stack:
+            together(lambda: self._lock_folder(stack), self.accelerator)
+            return super().train(*positional, **keywords)
+
+    def _lock_folder(self, stack: ExitStack) -> None:
+        if not self.args.should_save or self.args.output_dir is None:
+            return
+        folder = Path(self.args.output_dir)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(Lock(folder / LOCK, f"the trainer's `output_dir` {str(folder)!r}"))
+        except (ImportError, OSError) as error:
+            logger.warning("The folder %s is not locked against a second trainer: %s", folder, error)
 
     def close(self) -> None:
         """Free the engine. The trainer can be used for all but sampling after."""

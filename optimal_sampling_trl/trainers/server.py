@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -24,7 +24,7 @@ from urllib3.util.retry import Retry
 
 from ..request import Request
 from ..rollout import Rollout, check_solved
-from .generation import MixtureGeneration, Plan, for_trl, refuse_images
+from .generation import MixtureGeneration, Plan, for_trl, refuse_images, together
 
 CONCURRENT = 64
 """Requests that are sent at a time: as many connections as TRL's client keeps."""
@@ -68,15 +68,28 @@ class ServerGeneration(MixtureGeneration, vllm_generation.VLLMGeneration):
 
     def sync_weights(self) -> None:
         """Send the trainer's weights, all of them, to the server's student."""
-        if self._weight_metadata is None:
+        is_new = self._weight_metadata is None
+        if is_new:
             self._weight_metadata = [
                 (name, str(parameter.dtype).removeprefix("torch."), list(parameter.shape))
                 for name, parameter in self._iter_named_params()
             ]
-            if self.accelerator.is_main_process:
-                self.server.check_shapes([(name, shape) for name, _, shape in self._weight_metadata])
-        with self.server.push() if self.accelerator.is_main_process else nullcontext():
-            super().sync_weights()
+        with ExitStack() as stack:
+
+            def begin() -> ExitStack:
+                if self.accelerator.is_main_process:
+                    if is_new:
+                        self.server.check_shapes([(name, shape) for name, _, shape in self._weight_metadata])
+                    stack.enter_context(self.server.push())
+                return stack.pop_all()
+
+            pushing = together(begin, self.accelerator)
+
+        def send() -> None:
+            with pushing:
+                vllm_generation.VLLMGeneration.sync_weights(self)
+
+        together(send, self.accelerator)
 
     def generate(
         self, prompts: list[list[int]], images: list[Any] | None, num_generations: int, profiler: Any = None
@@ -85,17 +98,20 @@ class ServerGeneration(MixtureGeneration, vllm_generation.VLLMGeneration):
         refuse_images(images)
         everyone = vllm_generation.gather_object(prompts)
         box: list[Any] = [None]
-        if self.accelerator.is_main_process:
-            start = time.perf_counter()
-            with profiler or nullcontext():
-                box[0] = self.server.sample(self._requests(everyone, 0))
-            self.seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        with profiler or nullcontext():
+            box[0] = together(partial(self._sample, everyone), self.accelerator)
+        self.seconds = time.perf_counter() - start
         vllm_generation.broadcast_object_list(box, from_process=0)
         first = self.accelerator.process_index * len(prompts)
         self.rollouts = box[0][first : first + len(prompts)]
         completions = [rollout.completion_ids for rollout in self.rollouts]
         log_probabilities = [[[value] for value in for_trl(rollout).tolist()] for rollout in self.rollouts]
         return prompts, completions, log_probabilities, None
+
+    def _sample(self, prompts: Sequence[list[int]]) -> list[Rollout] | None:
+        """The rollouts of all processes' prompts, in the main process."""
+        return self.server.sample(self._requests(prompts, 0)) if self.accelerator.is_main_process else None
 
     def close(self) -> None:
         """Let go of the server, which runs on."""

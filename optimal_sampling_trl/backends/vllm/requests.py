@@ -160,8 +160,8 @@ def to_rollouts(outputs: Sequence[RequestOutput], requests: Sequence[Request], p
     """One rollout for each request, from vLLM's outputs in the same order.
 
     Raises:
-        ValueError: naming every request in whose records a model returned NaN, or that was given the cached blocks of
-            one that had.
+        UnsolvedError: naming every request in whose records a model returned NaN, or that was given the cached blocks
+            of one that had; it carries the others' rollouts.
     """
     rollouts = [_to_rollout(output, request, pair) for output, request in zip(outputs, requests, strict=True)]
     pair.has_nan |= any(bool(rollout.alpha.isnan().any()) for rollout in rollouts)
