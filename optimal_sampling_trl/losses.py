@@ -30,7 +30,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .options import check_number, unknown_option
+from .options import check_flag, check_number, check_whole, unknown_option
 
 LEVELS = ("token", "prefix", "sequence")
 SHAPES = ("truncate", "mask", "luffy")
@@ -68,7 +68,8 @@ class Correction:
         if self.clip_min is not None:
             check_number("Correction", "clip_min", self.clip_min, 0.0, self.clip_max)
         if self.window is not None:
-            check_number("Correction", "window", self.window, 1)
+            check_whole("Correction", "window", self.window, 1)
+        check_flag("Correction", "self_normalise", self.self_normalise)
 
     def weights(
         self,

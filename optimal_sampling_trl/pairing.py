@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from .mixture import fold_eos
@@ -53,6 +54,38 @@ def load_config(model: str, role: str, **kwargs: Any) -> PreTrainedConfig:
         ) from error
     check_decoder(config, role)
     return config
+
+
+def check_weights(model: str, role: str) -> None:
+    """Refuse a folder whose weights are cut short or not all there, by the files' headers, before an engine starts.
+
+    A model id is left to the Hub's client, which checks what it downloads.
+
+    Raises:
+        ValueError: naming the model and the file.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        return
+    wanted: set[str] = set()
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            wanted |= set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError) as error:
+            raise _broken(model, role, index, error) from error
+    for path in sorted({*folder.glob("*.safetensors"), *(folder / name for name in wanted)}):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise _broken(model, role, path, error) from error
+
+
+def _broken(model: str, role: str, path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"The {role} {model!r} cannot be loaded: {path.name} is missing or was cut short ({error}). Wanted a whole "
+        "checkpoint: copy or save it again, or pass an earlier one."
+    )
 
 
 def check_decoder(config: PreTrainedConfig, role: str) -> None:

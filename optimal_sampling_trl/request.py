@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .mixture import Mixture
-from .options import check_number, check_whole
+from .options import check_flag, check_number, check_whole
+
+LAST_SEED = 2**63 - 1
+"""The engines' generators take no larger one, and vLLM reads -1 as none."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class Sampling:
         min_p: keep tokens with at least this share of the likeliest token's probability under q.
         repetition_penalty: divides (or, where negative, multiplies) the mixture's logit of each token seen before.
         stop: texts that end a completion; the text is cut before them, the tokens are kept.
-        seed: makes the completion the same in any batch; None draws from torch's global generator.
+        seed: from 0 to 2^63 - 1; makes the completion the same in any batch; None draws from torch's global generator.
         ignore_eos: go on after an end-of-sequence token.
 
     Raises:
@@ -50,7 +53,8 @@ class Sampling:
                 "wanted both above 0. For the likeliest token alone set `temperature=0`."
             )
         if self.seed is not None:
-            check_whole("Sampling", "seed", self.seed)
+            check_whole("Sampling", "seed", self.seed, 0, high=LAST_SEED)
+        check_flag("Sampling", "ignore_eos", self.ignore_eos)
         if not isinstance(self.stop, tuple | list) or not all(isinstance(stop, str) and stop for stop in self.stop):
             raise ValueError(
                 f"Sampling: `stop` is {self.stop!r}; wanted a tuple of texts, none of them empty. "

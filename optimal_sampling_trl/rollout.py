@@ -59,9 +59,11 @@ class Rollout:
     def __post_init__(self) -> None:
         for name in RECORDS:
             record = getattr(self, name)
-            if tuple(record.shape) != (len(self.completion_ids),):
+            shape = tuple(record.shape) if isinstance(record, Tensor) else None
+            if shape != (len(self.completion_ids),):
                 raise ValueError(
-                    f"Rollout: `{name}` has shape {tuple(record.shape)}; wanted one entry for each of the "
+                    f"Rollout: `{name}` {f'is a {type(record).__name__}' if shape is None else f'has shape {shape}'}; "
+                    f"wanted one entry for each of the "
                     f"{len(self.completion_ids)} tokens of `completion_ids`."
                 )
 

@@ -8,9 +8,9 @@
 
 A cycle loads the whole student anew and samples a batch from the mixture, as a step of training does. Resident memory,
 open files and threads of the process and of its children are printed at intervals, and the throughput of the first
-tenth of the cycles beside that of the last: by the clock, and by the processor's time, which other work on the machine
-changes less. The first tenth starts after `--warmup` cycles, in which allocators fill. `--backend transformers` soaks
-the other backend.
+tenth beside that of the last: by the clock, by the processor's time, and in yardsticks, which are forward
+passes of the student outside of the engine after each cycle: what else runs on the machine slows both alike. The first
+tenth starts after `--warmup` cycles, in which allocators fill. `--backend transformers` soaks the other backend.
 """
 
 from __future__ import annotations
@@ -65,8 +65,17 @@ def look() -> tuple[float, int, int, int]:
     return memory, sum(p.num_fds() for p in family), sum(p.num_threads() for p in family), len(family)
 
 
-def cycles(backend: Any, student: Any, args: argparse.Namespace) -> Iterator[tuple[float, float]]:
-    """Seconds of each cycle, by the clock and of the processor. The student's weights change at each, so that a reload that did nothing would be seen."""
+@torch.no_grad()
+def yardstick(student: Any) -> float:
+    """Seconds of the processor for a fixed piece of work."""
+    worked, ids = time.process_time(), torch.zeros(8, 16, dtype=torch.int64)
+    for _ in range(5):
+        student(ids, use_cache=False)
+    return time.process_time() - worked
+
+
+def cycles(backend: Any, student: Any, args: argparse.Namespace) -> Iterator[tuple[float, float, float]]:
+    """Seconds of each cycle by the clock and of the processor, and in yardsticks. The weights change at each."""
     asked, before = make_requests(args.batch, args), None
     while True:
         with torch.no_grad():
@@ -75,14 +84,15 @@ def cycles(backend: Any, student: Any, args: argparse.Namespace) -> Iterator[tup
         began, worked = time.perf_counter(), time.process_time()
         backend.load_theta(list(student.named_parameters()))
         rollouts = backend.generate(asked)
-        yield time.perf_counter() - began, time.process_time() - worked
+        clock, processor_time = time.perf_counter() - began, time.process_time() - worked
+        yield clock, processor_time, processor_time / yardstick(student)
         seen = rollouts[0].log_theta[:1]
         assert before is None or not torch.equal(seen, before), "the reload changed nothing"
         before = seen
 
 
-def rates(seconds: list[tuple[float, float]], tokens: int) -> list[float]:
-    """Tokens/s of the median cycle, by the clock and of the processor."""
+def rates(seconds: list[tuple[float, float, float]], tokens: int) -> list[float]:
+    """Tokens of the median cycle: a second by the clock, a second of the processor, a yardstick."""
     return [tokens / statistics.median(column) for column in zip(*seconds, strict=True)]
 
 
@@ -96,8 +106,8 @@ def main() -> None:
     print(
         f"{args.cycles} cycles of a reload and {args.batch} x {args.tokens} tokens, {engine}, torch "
         f"{torch.__version__}, {torch.get_num_threads()} thread(s), {processor()}\n\n"
-        "| cycles | resident MiB | open files | threads | processes | tokens/s | tokens/s of processor |\n"
-        "|--:|--:|--:|--:|--:|--:|--:|"
+        "| cycles | resident MiB | open files | threads | processes | tokens/s | of the processor | a yardstick |\n"
+        "|--:|--:|--:|--:|--:|--:|--:|--:|"
     )
     work, seconds, every = cycles(backend, student, args), [], max(1, args.cycles // args.looks)
     for _ in range(args.warmup):
@@ -106,15 +116,20 @@ def main() -> None:
     for cycle in range(args.cycles + 1):
         if cycle % every == 0:
             memory, files, threads, processes = look()
-            speed = " | ".join(f"{rate:,.0f}" for rate in rates(seconds[-every:], tokens)) if seconds else " | "
+            speed = " | ".join(f"{rate:,.0f}" for rate in rates(seconds[-every:], tokens)) if seconds else " | | "
             print(f"| {cycle} | {memory:.1f} | {files} | {threads} | {processes} | {speed} |", flush=True)
         if cycle < args.cycles:
             seconds.append(next(work))
     tenth = max(1, args.cycles // 10)
-    ends = zip(("clock", "processor"), rates(seconds[:tenth], tokens), rates(seconds[-tenth:], tokens), strict=True)
+    ends = zip(
+        ("clock", "processor", "yardstick"),
+        rates(seconds[:tenth], tokens),
+        rates(seconds[-tenth:], tokens),
+        strict=True,
+    )
     for name, first, last in ends:
         change = 100 * (last / first - 1)
-        print(f"\n{name}: first tenth {first:,.0f} tokens/s, last tenth {last:,.0f} ({change:+.1f} %), medians")
+        print(f"\n{name}: first tenth {first:,.0f} tokens, last tenth {last:,.0f} ({change:+.1f} %), medians")
     backend.close()
 
 

@@ -49,7 +49,9 @@ class Source:
     def config(self) -> PreTrainedConfig:
         """The configuration of a decoder."""
         if isinstance(self.model, str):
-            return pairing.load_config(self.model, self.role, **self._code, **self._revision)
+            config = pairing.load_config(self.model, self.role, **self._code, **self._revision)
+            pairing.check_weights(self.model, self.role)
+            return config
         pairing.check_decoder(self.model.config, self.role)
         return self.model.config
 

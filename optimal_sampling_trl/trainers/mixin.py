@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import logging
+import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,6 +26,7 @@ from .generator import OptimalSamplingGenerator
 logger = logging.getLogger(__name__)
 
 QUANTILES = (0.1, 0.5, 0.9)
+PARTS = re.compile(r"checkpoint-(\d+)")
 LOCK = "_training.lock"
 """Held in `output_dir` while a trainer trains; the Hub is not sent what begins with an underscore."""
 
@@ -87,15 +90,22 @@ class MixtureTrainerMixin(TrlTrainer):
         """The teacher that the trainer holds itself, for the transformers backend to share; None where it has none."""
         return None
 
-    def train(self, *positional: Any, **keywords: Any) -> Any:
+    def train(self, resume_from_checkpoint: Any = None, *positional: Any, **keywords: Any) -> Any:
         """TRL's own, while no other trainer writes to `output_dir`: two would mix their checkpoints.
+
+        Args:
+            resume_from_checkpoint: as TRL's; True takes the last checkpoint that is whole, where TRL's takes the last,
+                also one that a kill left without its end.
 
         Raises:
             RuntimeError: where another trainer trains into the folder, in all processes.
+            ValueError: where no checkpoint is whole.
         """
         with ExitStack() as stack:
             together(lambda: self._lock_folder(stack), self.accelerator)
-            return super().train(*positional, **keywords)
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+            return super().train(resume_from_checkpoint, *positional, **keywords)
 
     def _lock_folder(self, stack: ExitStack) -> None:
         if not self.args.should_save or self.args.output_dir is None:
@@ -211,3 +221,21 @@ def stack_records(rollouts: list[Rollout], completion_ids: Tensor) -> dict[str, 
     mixed = torch.tensor([not rollout.mixture.is_theta_only for rollout in rollouts])
     stacked = dict(zip(RECORDS, records.unbind(0), strict=True)) | {"mixture_rows": mixed}
     return {name: tensor.to(completion_ids.device) for name, tensor in stacked.items()}
+
+
+def last_whole_checkpoint(output_dir: str | None) -> str:
+    """The folder of the last checkpoint whose state, which is written last, is there.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    found = {path: PARTS.fullmatch(path.name) for path in Path(output_dir or ".").glob("checkpoint-*")}
+    for path in sorted((path for path, name in found.items() if name), key=lambda p: int(found[p][1]), reverse=True):  # type: ignore[index]
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+            return str(path)
+        except (OSError, ValueError):
+            logger.warning("The checkpoint %s is not whole: a kill came while it was written. It is left out.", path)
+    raise ValueError(
+        f"`resume_from_checkpoint` is True, but {str(output_dir)!r} has no whole checkpoint. Name one, or train anew."
+    )

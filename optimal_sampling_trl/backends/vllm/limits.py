@@ -14,6 +14,7 @@ from ...pairing import (
     Ending,
     check_same_tokens,
     check_vocabulary,
+    check_weights,
     context_length,
     end_of_sequence,
     load_config,
@@ -102,6 +103,8 @@ def check_pair(teacher: str, theta: str, arguments: dict[str, Any]) -> Pair:
     if arguments.get("revision") is not None:
         revisions["teacher"] = {"revision": arguments["revision"]}
     configs = {role: load_config(path, role, **trust, **revisions[role]) for role, path in paths.items()}
+    for role, path in paths.items():
+        check_weights(path, role)
     for role, config in configs.items():
         _check_architecture(config, role)
         _check_heads(config, role, arguments.get("tensor_parallel_size", 1))
