@@ -188,7 +188,9 @@ class RolloutFolder:
             listed = json.dumps([[*key, reason] for key, reason in failed.items()])
             table = table.replace_schema_metadata({**(table.schema.metadata or {}), FAILED: listed.encode()})
         buffer = io.BytesIO()
-        pq.write_table(table, buffer)
+        with pq.ParquetWriter(buffer, table.schema) as writer:
+            if len(table):  # `datasets` cannot read a group of no rows, which stands where all failed
+                writer.write_table(table)
         self.write_file(f"{DATA}/rollouts-{number:06}.parquet", buffer.getvalue())
 
     def read_shard(self, path: Path, columns: Sequence[str] | None = None) -> pa.Table:

@@ -225,11 +225,14 @@ def _check_rows(
     N = len(theta_logits)
     if len(teacher_logits) != N:
         raise ValueError(
-            f"mix: {N} rows of the student's logits and {len(teacher_logits)} of the teacher's; wanted equal."
+            f"mix: {N} rows of the student's logits and {len(teacher_logits)} of the teacher's; wanted equal. "
+            "Pass both models' logits of the same tokens."
         )
     M = N if isinstance(mixture, Mixture) else len(mixture.method if isinstance(mixture, MixtureRows) else mixture)
     if M != N:
-        raise ValueError(f"mix: {M} mixtures for {N} rows of logits; wanted one for all rows or one for each.")
+        raise ValueError(
+            f"mix: {M} mixtures for {N} rows of logits; wanted one for all rows or one for each. Pass either."
+        )
     if not isinstance(temperature, Tensor) and not temperature > 0:
         raise ValueError(
             f"mix: `temperature` is {temperature!r}; wanted a number above 0. "

@@ -240,7 +240,7 @@ def encode(
     except (TypeError, AttributeError) as error:
         raise ValueError(
             f"Prompt {index} is {str(prompt)[:80]!r} ({type(prompt).__name__}); "
-            "wanted a text, a list of token ids or a list of chat messages."
+            "wanted a text, a list of token ids or a list of chat messages. Wrap a single prompt in a list."
         ) from error
     if not ids:
         raise ValueError(f"Prompt {index} holds no token; wanted at least one. Drop it.")

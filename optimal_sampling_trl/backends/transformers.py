@@ -73,7 +73,7 @@ class TransformersBackend:
             sources[1].generation_config(configs[1]),
             self.tokenizer.eos_token_id,
         )
-        self.device = sources[1].device if device is None else torch.device(device)
+        self.device = sources[1].device if device is None else _device(device)
         self._owns_teacher = not sources[0].is_loaded
         self._owns_theta = not sources[1].is_loaded
         self.theta = sources[1].load(self.device)
@@ -189,6 +189,18 @@ class TransformersBackend:
                     f"The {role} is on {device}; wanted {self.device}, where this backend samples. Call `wake_up()` "
                     "after `sleep()`, or move the model there before it is passed."
                 )
+
+
+def _device(device: torch.device | str) -> torch.device:
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(
+            f"The transformers backend: `device` is {str(device)!r}; wanted one that torch has on this machine "
+            f"({str(error).splitlines()[0]}). Pass another, or none for a GPU where there is one."
+        ) from error
+    return found
 
 
 def _misfits(own: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> list[str]:
