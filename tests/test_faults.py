@@ -167,7 +167,7 @@ def test_a_failure_of_one_process_stops_both(pair: tuple[str, str], tmp_path: Pa
     files = [tmp_path / f"{rank}.json" for rank in (0, 1)]
     assert all(file.exists() for file in files), process.stderr[-3000:]
     other, failed = (json.loads(file.read_text()) for file in files)
-    assert failed["nan"].startswith("UnsolvedError: The mixture has no solution in 3 request(s): request 0, token 0")
+    assert failed["nan"].startswith("UnsolvedError: The mixture has no solution in 6 request(s): request 0, token 0")
     assert other["nan"].startswith("RuntimeError: Process 1 could not do its part, and all stop: UnsolvedError: The")
     assert "RuntimeError: Another writer (process" in other["folder"]
     assert failed["folder"].startswith(

@@ -5,12 +5,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ import pytest
 import torch
 from datasets import Dataset
 from engines import TEXTS, Oracle, request
+from hypothesis import HealthCheck, given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
 from models import make_model, make_tokenizer
 from training import TEXTS as PROMPTS
 from training import Watch, load, make_trainer, make_untrained_pair
@@ -79,9 +84,13 @@ def push(served: FusedServer, model: Any) -> None:
         served.client.update_named_params(shapes, model.named_parameters())
 
 
+@cache
+def server_model(server: Server) -> str:
+    return http.get(f"{server.url}/v1/models", timeout=60).json()["data"][0]["id"]
+
+
 def post(server: Server, path: str = "/v1/completions", **body: Any) -> http.Response:
-    model = http.get(f"{server.url}/v1/models", timeout=60).json()["data"][0]["id"]
-    return http.post(server.url + path, json={"model": model, "max_tokens": 3} | body, timeout=60)
+    return http.post(server.url + path, json={"model": server_model(server), "max_tokens": 3} | body, timeout=60)
 
 
 def test_records_through_trls_own_client(server: Server, oracle: Oracle) -> None:
@@ -139,6 +148,62 @@ def test_a_bad_request_is_refused_and_the_server_lives(server: Server, body: dic
     answer = post(server, **{"prompt": "x"} | body)
     assert (answer.status_code, words in answer.json()["error"]["message"]) == (400, True), answer.text
     assert post(server, prompt="x").status_code == 200
+
+
+ANY = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.floats(),
+    st.text(max_size=6),
+    st.lists(st.integers(-5, 300), max_size=3),
+    st.dictionaries(st.text(max_size=3), st.integers(0, 3), max_size=2),
+)
+FIELDS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "logprobs",
+    "n",
+    "stop",
+    "prompt",
+    "max_tokens",
+    "vllm_xargs",
+)
+XARGS = ("method", "alpha_min", "alpha_max", "fixed_alpha", "epsilon", "optimal_sampling_record", "alpha", "teacher")
+
+
+@examples(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.dictionaries(st.sampled_from(FIELDS), ANY, max_size=3),
+    st.dictionaries(st.sampled_from(XARGS), ANY, max_size=3),
+)
+def test_any_fields_give_an_answer_or_a_refusal(server: Server, fields: dict[str, Any], xargs: dict[str, Any]) -> None:
+    """Never an error of the server's own: 200 or 4xx, and the next request is answered."""
+    body = {"prompt": "x", "vllm_xargs": xargs} | fields
+    if isinstance(body.get("n"), int) and not isinstance(body["n"], bool):
+        body["n"] = min(body["n"], 3)
+    text = json.dumps(
+        {"model": server_model(server), "max_tokens": 3} | body
+    )  # NaN and Infinity as Python writes them
+    answer = http.post(f"{server.url}/v1/completions", data=text.encode(), timeout=60)
+    assert answer.status_code == 200 or 400 <= answer.status_code < 500, (body, answer.status_code, answer.text[:500])
+    assert http.get(f"{server.url}/health", timeout=60).status_code == 200
+
+
+def test_after_all_bad_requests_the_records_are_right(server: Server, models: tuple[str, str], oracle: Oracle) -> None:
+    client = VLLMClient(base_url=server.url)
+    pair = pair_of(client.get_server_info(), make_tokenizer())
+    one = request("after", **MIXED[0])
+    oracle.check(to_rollouts(client.generate(**to_arguments(one, pair.ending, 2, 0)), one, pair), [one] * 2)
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"\xff\xfe", b'{"prompt": "x"', b"null"])
+def test_what_is_no_json_is_refused(server: Server, raw: bytes) -> None:
+    answer = http.post(f"{server.url}/v1/completions", data=raw, timeout=60)
+    assert 400 <= answer.status_code < 500, (answer.status_code, answer.text[:300])
 
 
 def test_a_bad_chat_is_refused(server: Server) -> None:
