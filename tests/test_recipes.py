@@ -221,6 +221,18 @@ def check_benchmark_fused(made: embedded.Pair, tmp_path: Path) -> None:
     check_benchmark("benchmark.py", columns=9)
 
 
+def check_soak(made: embedded.Pair, tmp_path: Path) -> None:
+    flags = "--backend transformers --cycles 20 --warmup 2 --looks 2 --batch 2 --tokens 2".split()  # noqa: SIM905
+    output = run("soak.py", *flags)
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines() if re.match(r"\| \d", line)
+    ]
+    assert [row[0] for row in rows] == ["0", "10", "20"], output
+    assert all(len(row) == 8 for row in rows)
+    assert len({row[2] for row in rows}) == 1, "open files"
+    assert len(re.findall(r"first tenth .* tokens, last tenth .*%", output)) == 3
+
+
 def sample(made: embedded.Pair, folder: Path) -> str:
     """What sample.py prints: its YAML with the made pair, 4 completions of each of 32 prompts, in 3 shards."""
     named = {
@@ -292,6 +304,7 @@ RUNS: dict[str, Callable[[embedded.Pair, Path], None]] = {
     "sft.py": check_sft,
     "benchmark.py": check_benchmark_fused,
     "benchmark_kernels.py": lambda made, path: check_benchmark_kernels(),
+    "soak.py": check_soak,
     "benchmark_transformers.py": lambda made, path: check_benchmark("benchmark_transformers.py", columns=5),
 }
 SCRIPTS = [

@@ -100,7 +100,7 @@ def test_a_checkpoints_own_code_runs_only_when_asked(
         pytest.importorskip("vllm")
     theta, mark = with_code
     teacher = make_model(tmp_path / "teacher", "qwen2", 0)
-    with pytest.raises(ValueError, match=r"The student could not be loaded .*trust_remote_code"):
+    with pytest.raises(ValueError, match=r"(?s)The student could not be loaded .*trust_remote_code"):
         OptimalSamplingV1(teacher, theta, backend=backend)
     assert not mark.exists()
     if backend == "transformers":
