@@ -32,8 +32,8 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmark import make_random_pair, make_requests, processor
 from optimal_sampling_trl.backends import make_backend
+from random_pair import make_random_pair, make_requests, processor
 
 ENGINE: dict[str, dict[str, Any]] = {
     "vllm": {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64},
@@ -53,6 +53,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, default=512)
     parser.add_argument("--prompt", type=int, default=16, help="tokens of each prompt")
     parser.add_argument("--tokens", type=int, default=16, help="tokens to generate")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--method", default="kl_symmetry", help="of the mixture")
     return parser.parse_args()
 

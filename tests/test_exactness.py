@@ -5,7 +5,6 @@ A million tokens of each method and backend are drawn by the script itself, whos
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
