@@ -63,3 +63,10 @@ def test_the_commands_name_files_and_targets_that_exist() -> None:
 def test_the_imports_of_the_examples_work(name: str) -> None:
     for item in name.split(","):
         assert hasattr(optimal_sampling_trl, item.strip())
+
+
+def test_the_tests_that_the_documents_name_exist() -> None:
+    named = re.findall(r"`(tests/\w+\.py)(?:::(\w+))?`", (ROOT / "docs" / "robustness.md").read_text())
+    assert len(named) > 40
+    for path, function in named:
+        assert f"def {function}" in (ROOT / path).read_text(), f"{path} has no {function}"
