@@ -63,8 +63,8 @@ class Rollout:
             if shape != (len(self.completion_ids),):
                 raise ValueError(
                     f"Rollout: `{name}` {f'is a {type(record).__name__}' if shape is None else f'has shape {shape}'}; "
-                    f"wanted one entry for each of the "
-                    f"{len(self.completion_ids)} tokens of `completion_ids`."
+                    f"wanted one entry for each of the {len(self.completion_ids)} tokens of "
+                    "`completion_ids`."
                 )
 
     @classmethod

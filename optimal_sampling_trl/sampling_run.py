@@ -302,7 +302,9 @@ def _missing(store: RolloutFolder, total: int, n: int, batch_size: int) -> dict[
         path = there.pop(f"rollouts-{number:06}.parquet", None)
         if path is None:
             missing[number] = keys
-        elif store.keys(path) != [key for key in keys if key not in store.failed(path)]:
+            continue
+        found, failed = store.keys(path), store.failed(path)
+        if found != [key for key in keys if key not in failed]:
             raise ValueError(
                 f"The shard {str(path)!r} does not hold the rollouts {tuple(keys[0])} to {tuple(keys[-1])} that are "
                 "its own. Delete it and run the same again: they, and no others, are sampled anew."
