@@ -518,7 +518,7 @@ def _second_sums(s, t, top_theta, top_teacher, inverse, alpha, method, below, ab
     else:
         sums, at_alpha = _powers(sums, _POWER_1, u, v, x, both, p, p * 0)
         sums = _put(sums, _S_DIFFERENCE, tl.sum(at_alpha - weights_theta))
-    if REAL == tl.float64:
+    if tl.float64 == REAL:
         common_theta, common_teacher = tl.where(both, weights_theta, 0.0), tl.where(both, weights_teacher, 0.0)
         sums = _put(sums, _SAME_SUMS, tl.sum(common_theta))
         sums = _put(sums, _SAME_SUMS + 1, tl.sum(common_theta * x))

@@ -16,13 +16,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_mixture import BROKEN, ROOTS, Pair, inside, make_row, mixtures, pairs, random_pair, temperatures
 from torch import Tensor
 
 from optimal_sampling_trl.kernels import MixedLogits, mix_logits
 from optimal_sampling_trl.mixture import Mixture, MixtureRows, blend, fold_eos, log_distributions
 from optimal_sampling_trl.reference import reference
 from optimal_sampling_trl.solver import METHODS, SAME_DIVERGENCE
-from test_mixture import BROKEN, KINDS, ROOTS, Pair, inside, make_row, mixtures, pairs, random_pair, temperatures
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
