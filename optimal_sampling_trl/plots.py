@@ -55,6 +55,11 @@ def plot_learning(
     Raises:
         ImportError: matplotlib is not installed.
         ValueError: No curves, a curve without points, a point of another length, or a band without `alpha`.
+
+    Example:
+        ```python
+        plot_learning("output/curves.png", {"GRPO": [(0, 0.02), (100, 0.1)], "mixture": [(0, 0.02), (100, 0.4)]})
+        ```
     """
     if not curves:
         raise ValueError("plot_learning got no curves; pass at least one run as {name: [(x, success), ...]}.")
@@ -74,8 +79,8 @@ def plot_training(path: str | os.PathLike[str], log_history: Sequence[Mapping[st
 
     Example:
         ```python
-        trainer.train()
-        plot_training("training.png", trainer.state.log_history)  # or that of a checkpoint's trainer_state.json
+        log = [{"step": 1, "alpha/mean": 0.5}, {"step": 2, "alpha/mean": 0.4}]  # a trainer's `state.log_history`
+        plot_training("output/training.png", log)
         ```
     """
     return _write(path, draw_training(log_history))
@@ -132,7 +137,8 @@ def plot_tokens(path: str | os.PathLike[str], rollouts: Sequence[Rollout]) -> Pa
 
     Example:
         ```python
-        plot_tokens("tokens.png", sampler.generate(prompts, n=8).rollouts)
+        with OptimalSamplingV1(model_teacher="large", model_theta="small") as sampler:
+            plot_tokens("output/tokens.png", sampler.generate(["3 + 4 ="], n=8, max_tokens=8).rollouts)
         ```
     """
     return _write(path, draw_tokens(rollouts))
