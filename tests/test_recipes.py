@@ -395,7 +395,7 @@ RUNS: dict[str, Callable[[embedded.Pair, Path], None]] = {
     "ladder.py": check_ladder,
     "horizon.py": check_horizon,
     "recover.py": check_recover,
-    "smollm2.py": lambda made, path: None,  # needs a file of 98 MB; recover.py is tested for saying so
+    "smollm2.py": check_smollm2,
     "pair.py": check_pair,
     "sample.py": check_sample,
     "sft.py": check_sft,
@@ -479,7 +479,9 @@ NEEDED_FOR = {
     "load_options": "peft",
     "accuracy_reward": "math-verify",
     "gguf_file=": "gguf",
-    "import vllm": "optimal-sampling-trl[vllm-cpu]",
+    "from vllm": "optimal-sampling-trl[vllm]",
+    "import vllm": "optimal-sampling-trl[vllm]",
+    "import triton": "optimal-sampling-trl[vllm]",
 }
 """What a script's own text shows that it needs beyond."""
 
@@ -497,7 +499,7 @@ def test_the_dependencies_at_its_head_are_complete(script: str) -> None:
         read[file] = code = (RECIPES / file).read_text()
         imports = set(re.findall(r"^ *(?:from|import) (\w+)", code.split('"""', 2)[2], re.MULTILINE))
         todo += [f"{name}.py" for name in imports if f"{name}.py" in FOUND and f"{name}.py" not in read]
-        others = imports - {Path(name).stem for name in FOUND} - set(sys.stdlib_module_names) - OWN - {"vllm"}
+        others = imports - {Path(name).stem for name in FOUND} - set(sys.stdlib_module_names) - OWN - {"vllm", "triton"}
         assert not others, f"{file} imports {others}"
     every = "\n".join(read.values())
     names = {re.split(r"[<>=]", each)[0] for each in stated}
