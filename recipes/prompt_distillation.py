@@ -5,7 +5,7 @@ r"""Prompt distillation on real text: a chat model learns to act on a system pro
 
 The teacher is the model WITH the system prompt, the student the same model WITHOUT. Rollouts come from the mixture of
 the two, each reading its own prompt, and the student learns from the recorded log t - log θ of the sampled tokens
-(`loss: sampled_token`, which needs no teacher in the trainer; the transformers backend, which takes two prompts).
+(`loss: sampled_token`, which takes two prompts and needs no teacher in the trainer). Both run on plain transformers.
 
 With SmolLM2-135M-Instruct from PyPI (93 MB, no other download), DEQUANTISED from 4 bits, see smollm2.py:
 
