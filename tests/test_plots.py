@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from optimal_sampling_trl import Mixture, Rollout
+from optimal_sampling_trl import Mixture, Rollout, plots
 from optimal_sampling_trl.plots import draw_tokens, draw_training, plot_tokens, plot_training
 
 LOG = [
@@ -57,7 +57,10 @@ def test_training_leaves_out_what_was_not_logged() -> None:
         draw_training(others)
 
 
-def test_tokens_are_averaged_over_the_completions_that_are_so_long() -> None:
+@pytest.mark.parametrize("most", [2**24, 1, 6])
+def test_tokens_are_averaged_over_the_completions_that_are_so_long(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there are more than torch takes at once: a position at a time, or two."""
+    monkeypatch.setattr(plots, "MOST_VALUES", most)
     alpha, count = draw_tokens([make_rollout([0.2, 0.4, 0.6]), make_rollout([0.4]), make_rollout([0.6, 0.8])]).axes
     assert lines(alpha)["mean α"] == [pytest.approx(point, abs=1e-6) for point in [(1, 0.4), (2, 0.6), (3, 0.6)]]
     assert lines(count)["completions"] == [(1, 3), (2, 2), (3, 1)]
