@@ -401,7 +401,6 @@ RUNS: dict[str, Callable[[embedded.Pair, Path], None]] = {
     "sft.py": check_sft,
     "benchmark.py": check_benchmark_fused,
     "benchmark_kernels.py": lambda made, path: check_benchmark_kernels(),
-    "smollm2.py": check_smollm2,
     "prompt_distillation.py": check_prompt_distillation,
     "benchmark_transformers.py": lambda made, path: check_benchmark("benchmark_transformers.py", columns=5),
 }
