@@ -11,10 +11,10 @@ export VLLM_CPU_OMP_THREADS_BIND ?= nobind
 
 .PHONY: setup demo test lint wheel
 
-setup: .venv/.ready
+setup: .venv/.ready-$(EXTRAS)
 
 # Some builds of torchvision, torchaudio and torchcodec do not load beside a CPU torch and then break transformers.
-.venv/.ready: pyproject.toml constraints.txt
+.venv/.ready-$(EXTRAS): pyproject.toml constraints.txt
 	$(PY) -m venv .venv
 	$(BIN)/pip install -q -e '.[$(EXTRAS)]' -c constraints.txt
 	$(BIN)/python -c 'import torchvision' 2>/dev/null || $(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
