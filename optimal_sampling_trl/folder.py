@@ -47,6 +47,13 @@ def iterate_rollouts(folder: str | os.PathLike[str]) -> Iterator[Rollout]:
 
     Raises:
         ValueError: where the folder holds no run, or a shard cannot be read.
+
+    Example:
+        ```python
+        with OptimalSamplingV1(model_teacher="large", model_theta="small") as sampler:
+            sample_to_folder(sampler, ["3 + 4 ="], "output/many", n=4, sampling=Sampling(max_tokens=8))
+        print(max(float(rollout.alpha.mean()) for rollout in iterate_rollouts("output/many")))
+        ```
     """
     store = RolloutFolder(folder)
     store.read_run()
@@ -61,6 +68,13 @@ def load_rollouts(folder: str | os.PathLike[str]) -> list[Rollout]:
 
     Raises:
         ValueError: where the folder holds no run, or a shard cannot be read.
+
+    Example:
+        ```python
+        with OptimalSamplingV1(model_teacher="large", model_theta="small") as sampler:
+            sample_to_folder(sampler, ["3 + 4 ="], "output/few", sampling=Sampling(max_tokens=8))
+        print(load_rollouts("output/few")[0].log_q)
+        ```
     """
     return list(iterate_rollouts(folder))
 

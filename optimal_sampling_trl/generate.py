@@ -33,6 +33,13 @@ class OptimalSamplingOutput:
         alpha_stats: mean, std, min, max, count and history (a list of `count` numbers) of α over all tokens in order
             of the sequences; None where α is not tracked.
         rollouts: the sequences with all their records.
+
+    Example:
+        ```python
+        with OptimalSamplingV1(model_teacher="large", model_theta="small") as sampler:
+            output = sampler.generate(["3 + 4 =", "1 + 1 ="], n=2, max_tokens=8)
+        assert len(output.generated_texts) == 4 and output.alpha_stats["count"] == sum(output.num_tokens)
+        ```
     """
 
     generated_texts: list[str]

@@ -55,6 +55,13 @@ class Mixture:
 
     Raises:
         ValueError: on a method that does not exist or a number outside of its range.
+
+    Example:
+        ```python
+        Mixture()  # the default: as far from the student as from the teacher
+        Mixture("trust_region", epsilon=0.05)  # near the student
+        Mixture(alpha_min=0.5)  # leaning towards the teacher
+        ```
     """
 
     method: str = "kl_symmetry"
@@ -192,6 +199,13 @@ def mix(
 
     Raises:
         ValueError: on a temperature that is not above 0, or numbers of rows and mixtures that differ.
+
+    Example:
+        ```python
+        theta_logits, teacher_logits = torch.randn(2, 100), torch.randn(2, 100)
+        alpha, log_q = mix(theta_logits, teacher_logits, Mixture())
+        assert alpha.shape == (2,) and log_q.shape == (2, 100)
+        ```
     """
     _check_rows(theta_logits, teacher_logits, mixture, temperature)
     if isinstance(mixture, Mixture):

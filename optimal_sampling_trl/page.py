@@ -67,6 +67,13 @@ def write_page(
 
     Raises:
         ValueError: No rollouts; rewards, steps or a record of another length; more data than a browser can load.
+
+    Example:
+        ```python
+        with OptimalSamplingV1(model_teacher="large", model_theta="small") as sampler:
+            output = sampler.generate(["3 + 4 ="], n=4, max_tokens=8)
+            write_page("output/rollouts.html", output.rollouts, sampler.backend.tokenizer, rewards=[0, 1, 0, 0])
+        ```
     """
     if len(rollouts) == 0:
         raise ValueError("write_page got no rollouts; a page needs at least one: generate some before you write it.")

@@ -28,6 +28,11 @@ class Sampling:
 
     Raises:
         ValueError: on a number outside of its range, or a stop that is no text.
+
+    Example:
+        ```python
+        Sampling(max_tokens=64, temperature=0.7, stop=("\\n",))
+        ```
     """
 
     max_tokens: int = 100

@@ -42,6 +42,13 @@ class Rollout:
 
     Raises:
         ValueError: where a record has not one entry for each token.
+
+    Example:
+        ```python
+        with OptimalSamplingV1(model_teacher="large", model_theta="small") as sampler:
+            rollout = sampler.generate(["3 + 4 ="], max_tokens=8).rollouts[0]
+        print(rollout.text, rollout.alpha, rollout.weight_theta.mean())
+        ```
     """
 
     prompt_ids: list[int]

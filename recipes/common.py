@@ -40,6 +40,13 @@ def load_data(script: ScriptArguments, evaluate: bool) -> dict[str, Any]:
         data = load_dataset(builder, data_files={script.dataset_train_split: script.dataset_name})
     else:
         data = load_dataset(script.dataset_name, script.dataset_config, streaming=script.dataset_streaming)
+    for flag in ("dataset_train_split", "dataset_test_split")[: 2 if evaluate else 1]:
+        if (split := getattr(script, flag)) not in data:
+            raise SystemExit(
+                f"`--{flag}` is {split!r}, and {script.dataset_name} has {', '.join(map(repr, data))}. Name one of "
+                "those, or a folder with a file for each split, such as train.jsonl and test.jsonl; "
+                "`--eval_strategy no` needs no test split."
+            )
     return {
         "train_dataset": data[script.dataset_train_split],
         "eval_dataset": data[script.dataset_test_split] if evaluate else None,

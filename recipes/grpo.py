@@ -1,5 +1,5 @@
 # /// script
-# dependencies = ["optimal-sampling-trl", "peft"]
+# dependencies = ["optimal-sampling-trl", "peft", "math-verify"]
 # ///
 r"""GRPO with half of each group sampled from the mixture of the student and a teacher.
 

@@ -1,3 +1,6 @@
+# /// script
+# dependencies = ["torch", "transformers", "datasets"]
+# ///
 """Make the embedded pair: a teacher that sorts ten digits, and a small student that is right once in fifty tries.
 
     OMP_NUM_THREADS=1 python recipes/pair.py [--folder F]

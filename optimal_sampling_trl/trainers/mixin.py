@@ -22,6 +22,7 @@ from ..rollout import RECORDS, Rollout
 from .config import correction_of
 from .generation import MixtureGeneration, Plan, build_generation, installed, together
 from .generator import OptimalSamplingGenerator
+from .report import FigureCallback, send_histograms
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,8 @@ TrlTrainer: Any = object
 class MixtureTrainerMixin(TrlTrainer):
     """Goes before one of TRL's trainers among the bases of a class.
 
-    `rollouts` holds those of the last batch, for callbacks.
+    `rollouts` holds those of the last batch, for callbacks; `histograms` the values (N,) over the tokens of the
+    mixture in it, of all processes, until they are logged.
 
     A subclass says what a configuration is (`config_class`), which share of a group is the student's own unless the
     user says so (`default_theta_fraction`), and how its loss uses the records (`_correct`).
@@ -74,6 +76,8 @@ class MixtureTrainerMixin(TrlTrainer):
         self._check_settings()
         with installed(type(self), self._build_generation):
             super().__init__(model, args=args, **keywords)
+        self.histograms: dict[str, Tensor] = {}
+        self.callback_handler.callbacks.insert(0, FigureCallback(self))  # before those that close the loggers
 
     def _build_generation(self, **trl_arguments: Any) -> MixtureGeneration:
         """What TRL calls to build its engine, once, while its `__init__` runs."""
@@ -185,6 +189,13 @@ class MixtureTrainerMixin(TrlTrainer):
         log["mixture/kl_theta"].append(float((log_q - log_theta).mean()))
         log["mixture/kl_teacher"].append(float((log_q - log_teacher).mean()))
         log["mixture/ess"].append(float(effective_sample_size((log_theta - log_q).exp()) / len(alpha)))
+        self.histograms = {"alpha/tokens": alpha, "mixture/log_weight": log_theta - log_q}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's, and after it the histograms of the last batch to the loggers that have them."""
+        super().log(logs, start_time)
+        send_histograms(self, self.histograms)
+        self.histograms = {}
 
     def _gathered(self, values: Tensor, mask: Tensor) -> Tensor:
         """The values (B, T) where `mask` holds, of all processes, in one dimension."""

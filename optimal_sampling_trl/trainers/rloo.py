@@ -20,6 +20,18 @@ class RLOOTrainer(PolicyGradientMixin, trl.RLOOTrainer):
     Args:
         generator: where rollouts come from; see `OptimalSamplingGenerator`.
         args: our `RLOOConfig`, or TRL's, which gets the default correction.
+
+    Example:
+        ```python
+        trainer = RLOOTrainer(
+            model="small",
+            generator=OptimalSamplingGenerator(teacher="large"),
+            reward_funcs=reward,
+            train_dataset=dataset,
+            args=RLOOConfig("output/rloo", num_generations=4, per_device_train_batch_size=4),
+        )
+        trainer.train()
+        ```
     """
 
     config_class = RLOOConfig
