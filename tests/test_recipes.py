@@ -515,6 +515,7 @@ def test_the_dependencies_at_its_head_are_complete(script: str) -> None:
     head = re.match(r"# /// script\n# dependencies = (\[.*\])\n# ///\n", text)
     assert head, f"{script} does not open with its dependencies"
     stated = json.loads(head.group(1))
+    names = {re.split(r"[<>=]", each)[0] for each in stated}
     read, todo = {}, [script]
     while todo:
         file = todo.pop()
@@ -522,9 +523,8 @@ def test_the_dependencies_at_its_head_are_complete(script: str) -> None:
         imports = set(re.findall(r"^ *(?:from|import) (\w+)", code.split('"""', 2)[2], re.MULTILINE))
         todo += [f"{name}.py" for name in imports if f"{name}.py" in FOUND and f"{name}.py" not in read]
         others = imports - {Path(name).stem for name in FOUND} - set(sys.stdlib_module_names) - OWN
-        assert others <= {"triton", "vllm"}, f"{file} imports {others}"
+        assert others <= {"triton", "vllm", *names}, f"{file} imports {others}"
     every = "\n".join(read.values())
-    names = {re.split(r"[<>=]", each)[0] for each in stated}
     for sign, package in NEEDED_FOR.items():
         if sign in text:
             assert package in names, f"{script} shows {sign!r} and does not name {package}"
