@@ -124,7 +124,8 @@ def serving(*command: str) -> Iterator[tuple[str, psutil.Process]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    process = subprocess.Popen([sys.executable, *command, "--port", str(port), "--host", "127.0.0.1"])
+    command = (sys.executable, *command, "--port", str(port), "--host", "127.0.0.1")
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     try:
         while not is_up(url):

@@ -7,7 +7,7 @@
     python recipes/horizon.py --output output/horizon --report
 
 A line of runs.jsonl for each run as its stack ends; what stands there is not run again, and the most important come
-first. `--report` prints the tables of recipes/README.md from it and draws horizon.png and horizon_axes.png.
+first. `--report` prints the tables of recipes/README.md from it and draws horizon.png.
 """
 
 import argparse

@@ -59,6 +59,8 @@ MAIN = {
 IDEAS = {
     "GRPO, positive only": Arm({**RL, "positives": 1.0}, ALONE),
     "GRPO, half mixture, positive only": Arm({**RL, "positives": 1.0}),
+    "GRPO + sampled tokens, 0.3": Arm({**RL, "sampled": 0.3}, ALONE),
+    "GRPO + sampled tokens, 1": Arm({**RL, "sampled": 1.0}, ALONE),
     "GRPO, half mixture + sampled tokens, 0.3": Arm({**RL, "sampled": 0.3}),
     "GRPO, half mixture + sampled tokens, 1": Arm({**RL, "sampled": 1.0}),
     "GRPO, half mixture + divergence, 0.1": Arm({**RL, "divergence": 0.1}),
