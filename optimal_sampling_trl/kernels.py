@@ -2,22 +2,21 @@
 
 With s and t the raw logits of student and teacher at the sampling temperature, each less its row's largest, every sum
 that the equations at the head of `mixture` need is one of S_k(p) = Σ x^k e^((1-p)s + pt) over the tokens that both
-models have, where x = t - s. K = log S_0 has the slope S_1/S_0 = E_p[x] and the curvature Var_p[x]; the ratio of the
-two rows' own sums gives c, with ℓ = x - c. For 0 ≤ p ≤ 1 no exponent is above 0: nothing overflows.
+models have, where x = t - s. K = log S_0 has the slope S_1/S_0 = E_p[x] and the curvature Var_p[x]; c is the logarithm
+of the ratio of the two rows' own sums, so that ℓ = x - c. Launches, each with a program for each chunk of each row, so
+that one row alone still fills a chip:
 
-Three launches, each with a program for each chunk of each row, so that one row alone still fills a chip:
-
-1. `_begin` sums at nodes p = 0, ¼, ½, ¾, 1 (for `ess_balance` from -1 to 2), which are products of two exponentials.
-   The last program of a row joins the chunks' sums, and solves the equation on the cubic through the nodes next to
-   the root. A row whose α is known, or follows from these sums, is done.
-2. `_newton` takes the moments at that start and makes one step of third order. Where float32 would spoil the
-   difference that is solved for, as between nearly equal rows, the chunk is summed in float64. The last program of a
-   row judges the step by its next order; where that is too large it solves the row by itself, in float64, with
-   Newton's method in a bracket as `solver` does.
+1. `_begin` sums at p = 0, ½ and 1, whose terms are products of e^(s/2) and e^(t/2). The last program of a row joins
+   the chunks' sums and finds the root on the cubics through the nodes. A row whose α is known, or follows from these
+   sums, is done.
+2. `_step`, `STEPS` times, takes the moments at α and makes a step of third order in a bracket, as `solver` does with
+   Newton's. A row is done when the step's next order is small: most are after the first, and programs of rows that
+   are done return at once. What is left after the last (rows hundreds of nats apart) one program goes on with alone.
 3. `_write` blends the logits.
 
-Programs run from the last chunk to the first in the second launch, and back in the third: what was read last is still
-in the cache.
+The sums are float32, and joined in float64. What float32 would spoil is not subtracted: x is the difference of the
+logits themselves, less that of the two largest, and S_0(p) - S_0(p') sums its terms as e^a·(e^(b-a) - 1), with a series
+where b - a is small. So the errors are 1e-7 of E|x|, however near the rows are.
 """
 
 from __future__ import annotations
@@ -32,15 +31,14 @@ import triton.language as tl
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .solver import METHODS, SAME_DIVERGENCE, SOLVER_STEPS, SOLVER_TOLERANCE
+from .solver import METHODS, SAME_DIVERGENCE, SOLVER_STEPS
 
-CHUNK = 4096
-"""Logits of a row that one program reads, 16 of each model a thread."""
-REGISTERS = 80
-"""Of a thread, so that three programs fit on a multiprocessor. What the last program of a row does alone would take
-all 255, and its rare spills cost less than a chip that waits for its memory."""
-PIECE = 1024
-"""Logits that a program holds at a time in float64; more would take the registers from the float32 path."""
+CHUNK = 8192
+"""Logits of a row that one program reads, tile by tile; more where a row would have more than `_LANES` chunks."""
+WARPS = 4
+STEPS = 3
+"""Launches that refine α."""
+_LANES = tl.constexpr(32)
 _CERTAIN = tl.constexpr(1e4)
 """The logit by which a row without a solution ends its sequence: a number that stays finite at any temperature."""
 
@@ -50,26 +48,28 @@ _TRUST_REGION = tl.constexpr(METHODS.index("trust_region"))
 _ENTROPY = tl.constexpr(METHODS.index("entropy"))
 _FIXED = tl.constexpr(METHODS.index("fixed"))
 _SAME = tl.constexpr(SAME_DIVERGENCE)
-_STEPS = tl.constexpr(SOLVER_STEPS)
-_TOLERANCE = tl.constexpr(SOLVER_TOLERANCE)
+_PASSES = tl.constexpr(SOLVER_STEPS)
 _NOWHERE = tl.constexpr(float("-inf"))
 _NAN = tl.constexpr(float("nan"))
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LN_2 = tl.constexpr(0.6931471805599453)
+_ALPHA_ERROR = tl.constexpr(2e-5)
+_VARIATION_ERROR = tl.constexpr(2e-6)
 
 # What is known of a row between launches, float64.
-_ALPHA, _STATUS, _TOP_THETA, _TOP_TEACHER, _METHOD, _LOW, _HIGH, _EPSILON, _INVERSE, _MASKED, _BOUND = (
-    tl.constexpr(slot) for slot in range(11)
-)
-_STATE = tl.constexpr(16)
-_SOLVED, _FAST, _PRECISE = (tl.constexpr(status) for status in range(3))
+(
+    _ALPHA, _DONE, _METHOD, _LOW, _HIGH, _EPSILON, _INVERSE, _MASKED,  # the request
+    _TOP_THETA, _APART, _C, _WHOLE, _REST, _FAR,  # of the sums at the nodes
+    _LEAST, _MOST, _LAST, _UNTRIED,  # of the search
+) = (tl.constexpr(slot) for slot in range(18))  # fmt: skip
+_STATE = tl.constexpr(32)
 
-# What a chunk hands on in the first launch, float32. The sums S_0 and S_1 of node j, p = j/4 - 1, are at +j.
-_MAX_THETA, _MAX_TEACHER, _COMMON, _SPREAD, _WHOLE_THETA, _WHOLE_TEACHER = (tl.constexpr(slot) for slot in range(6))
-_ENTROPY_THETA, _ENTROPY_TEACHER, _MAX_BELOW, _MAX_ABOVE = (tl.constexpr(slot) for slot in (6, 9, 12, 13))
-_NODES_0, _NODES_1, _FIRST = (tl.constexpr(slot) for slot in (16, 32, 48))
-
-# And in the second, float64: sums over the whole rows, then S_0 to S_3 at one power and, for ess_balance, at another.
-_W, _W_DIFFERENCE, _S_DIFFERENCE, _POWER_1, _POWER_2, _SAME_SUMS = (tl.constexpr(slot) for slot in (0, 1, 2, 3, 7, 11))
-_SECOND = tl.constexpr(16)
+# What a chunk hands on, float32. In the first launch S_0 to S_2 at three nodes, or for `entropy` three sums a model;
+_SUMS = tl.constexpr(16)
+_NODE_0, _NODE_1, _NODE_2, _DIFFERENCE, _REST_THETA, _REST_TEACHER = (tl.constexpr(slot) for slot in (0, 3, 6, 9, 10, 11))
+_MAX_THETA, _MAX_TEACHER, _MAX_BOTH = (tl.constexpr(slot) for slot in (13, 14, 15))
+# in a step S_0 to S_3 at two powers, their difference, and what the exponents are relative to.
+_POWER_1, _POWER_2, _STEP_DIFFERENCE, _TOP = (tl.constexpr(slot) for slot in (0, 4, 8, 15))
 
 
 class MixedLogits(NamedTuple):
@@ -95,6 +95,7 @@ def mix_logits(
     folded: Sequence[int] = (),
     *,
     chunk: int = CHUNK,
+    warps: int = WARPS,
 ) -> MixedLogits:
     """Solve α in each row and mix the raw logits. Waits for no device; may be captured in a CUDA graph.
 
@@ -112,7 +113,8 @@ def mix_logits(
         masked: rows in which what the teacher rules out is ruled out at any α, as under a grammar. None: no row.
         stop: the student's end-of-sequence ids; the first takes the mass of `folded`.
         folded: the teacher's end-of-sequence ids that are none of the student's.
-        chunk: logits that one program reads, a power of 2; for tests.
+        chunk: logits that one program reads, a power of 2; for tests and timing, as is the next.
+        warps: of a program, a power of 2.
 
     Returns:
         logits: (1-α)·θ + α·t of the raw logits, -inf beyond V; at α = 0 and 1 one model's row exactly. In a row
@@ -136,31 +138,25 @@ def mix_logits(
     )
     if not N:
         return mixed
-    chunk = min(chunk, max(16, triton.next_power_of_2(V)))
-    chunks = triton.cdiv(V, chunk)
-    first = torch.empty(N, _FIRST.value, chunks, dtype=torch.float32, device=device)
-    second = torch.empty(N, _SECOND.value, chunks, dtype=torch.float64, device=device)
+    inner = 16 // max(theta.element_size(), teacher.element_size())  # next to each other in a thread: 16 bytes
+    outer = min(32 * warps, max(1, chunk // inner))
+    chunk = max(chunk, triton.cdiv(V, _LANES.value * outer * inner) * outer * inner)
+    chunks, whole = triton.cdiv(V, chunk), triton.cdiv(V_teacher, chunk)
+    part = torch.empty(N, chunks, _SUMS.value, dtype=torch.float32, device=device)
     state = torch.empty(N, _STATE.value, dtype=torch.float64, device=device)
-    arrived = torch.zeros(2, padded, dtype=torch.int32, device=device)
+    arrived = torch.zeros(1 + STEPS, padded, dtype=torch.int32, device=device)
     endings = _endings(int(stop[0]), tuple(folded), device) if stop else None
-    logits = (theta, teacher, theta.stride(0), teacher.stride(0), endings, V, chunks)
-    shapes = {"FOLDED": len(folded) if stop else 0, "CHUNK": chunk, "PIECE": min(chunk, PIECE)}
-    warps = max(1, min(8, chunk // 512))
+    logits = (theta, teacher, theta.stride(0), teacher.stride(0), endings, V, chunk, chunks)
+    shapes = {"FOLDED": len(folded) if stop else 0, "OUTER": outer, "INNER": inner, "num_warps": warps}
     columns = (method, alpha_min, alpha_max, fixed_alpha, epsilon, temperature, masked)
     strides = [0 if column is None else column.stride(0) for column in columns]
-    lanes = triton.next_power_of_2(chunks)
     _begin[(N * chunks,)](
-        *logits, *columns, *strides, first, state, arrived[0], mixed.theta_sum, mixed.teacher_sum, **shapes,
-        LANES=lanes, num_warps=warps, maxnreg=REGISTERS,
-    )  # fmt: skip
-    _newton[(N * chunks,)](
-        *logits, second, state, arrived[1], **shapes, LANES=lanes, num_warps=warps, maxnreg=REGISTERS
+        *logits, *columns, *strides, part, state, arrived[0], mixed.theta_sum, mixed.teacher_sum, **shapes
     )
-    whole = triton.cdiv(V_teacher, chunk)
-    _write[(N * whole,)](
-        *logits, state, mixed.alpha, mixed.logits, V_teacher, whole, STOP=bool(stop), FOLDED=shapes["FOLDED"],
-        CHUNK=chunk, num_warps=warps,
-    )  # fmt: skip
+    for step in range(1, 1 + STEPS):
+        _step[(N * chunks,)](*logits, part, state, arrived[step], step == STEPS, **shapes)
+    shapes |= {"OUTER": outer * inner // min(inner, 4), "INNER": min(inner, 4)}  # what it writes is float32
+    _write[(N * whole,)](*logits, state, mixed.alpha, mixed.logits, V_teacher, whole, STOP=bool(stop), **shapes)
     return mixed
 
 
@@ -182,7 +178,67 @@ def _endings(stop: int, folded: tuple[int, ...], device: torch.device) -> Tensor
     return torch.tensor([stop, *folded], dtype=torch.int64, device=device)
 
 
-# What each launch does, from here: raw logits in, one function for one thing.
+# Reading and summing.
+
+
+@triton.jit
+def _folded(teacher, endings, V, FOLDED: tl.constexpr):
+    """The teacher's logit of the student's ending, with the mass of `FOLDED` endings of its own."""
+    value = 0.0
+    if FOLDED > 0:
+        index = tl.arange(0, 128)
+        ids = tl.load(endings + index, mask=index <= FOLDED, other=V)
+        values = tl.load(teacher + ids, mask=ids < V, other=_NOWHERE).to(tl.float32)
+        top = tl.max(values)
+        safe = tl.where(top == _NOWHERE, 0.0, top)
+        value = safe + tl.log(tl.sum(tl.exp(values - safe)))
+    return value
+
+
+@triton.jit
+def _tile(theta, teacher, endings, folded, start, V, FOLDED: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr):
+    """Raw logits of one row from `start` on, float32; -inf beyond V. Sums over the inner axis stay in a thread."""
+    index = start + tl.arange(0, OUTER)[:, None] * INNER + tl.arange(0, INNER)[None, :]
+    s = tl.load(theta + index, mask=index < V, other=_NOWHERE).to(tl.float32)
+    t = tl.load(teacher + index, mask=index < V, other=_NOWHERE).to(tl.float32)
+    if FOLDED > 0:
+        for i in tl.static_range(FOLDED):
+            t = tl.where(index == tl.load(endings + 1 + i), _NOWHERE, t)
+        t = tl.where(index == tl.load(endings), folded, t)
+    return s, t, index
+
+
+@triton.jit
+def _growth(weights, grown, z):
+    """grown - weights, where grown = weights·2^z: by the series of 2^z - 1 where z is small."""
+    series = z * (
+        0.6931471806 + z * (0.2402265070 + z * (0.0555041087 + z * (0.0096181291 + z * 0.0013333558)))
+    )
+    return tl.where(tl.abs(z) < 0.18, weights * series, grown - weights)
+
+
+@triton.jit
+def _store_sums(part, a, b, c, d, e, f, g, h, i, j, k, l, m, SLOTS: tl.constexpr):
+    """Sums over the threads, all in one exchange."""
+    zero = a * 0.0
+    even = tl.join(tl.join(tl.join(a, i), tl.join(e, m)), tl.join(tl.join(c, k), tl.join(g, zero)))
+    odd = tl.join(tl.join(tl.join(b, j), tl.join(f, zero)), tl.join(tl.join(d, l), tl.join(h, zero)))
+    slot = tl.arange(0, _SUMS)
+    tl.store(part + slot, tl.reshape(tl.sum(tl.join(even, odd), 0), (_SUMS,)), mask=slot < SLOTS)
+
+
+@triton.jit
+def _is_last(counter, programs):
+    """Whether all other programs of the row have come here before; it then sees what they have stored."""
+    tl.debug_barrier()
+    return tl.atomic_add(counter, 1, sem="acq_rel") >= programs - 1
+
+
+@triton.jit
+def _take(part, slot, chunks, other: tl.constexpr):
+    """One number of each chunk, as float64. Past the first-level cache, which other programs' stores do not reach."""
+    lane = tl.arange(0, _LANES)
+    return tl.load(part + lane * _SUMS + slot, mask=lane < chunks, other=other, cache_modifier=".cg").to(tl.float64)
 
 
 @triton.jit
@@ -193,548 +249,400 @@ def _log1p(x):
 
 
 @triton.jit
-def _is_last(counter, programs):
-    """Whether all other programs of the row have come here before; it then sees what they have stored."""
-    tl.debug_barrier()
-    return tl.atomic_add(counter, 1, sem="acq_rel") == programs - 1
+def _log_ratio(difference, of, to):
+    """log(of/to), by their difference where they are near."""
+    return tl.where(tl.abs(difference) < to / 2, _log1p(difference / to), tl.log(of / to))
 
 
-@triton.jit
-def _fold(t, index, teacher, endings, V, FOLDED: tl.constexpr):
-    """The teacher's endings count for the student's: the mass of `FOLDED` ids moves to the first of `endings`."""
-    stop = tl.load(endings)
-    top = tl.load(teacher + stop, mask=stop < V, other=_NOWHERE).to(tl.float32)
-    for i in tl.static_range(FOLDED):
-        ending = tl.load(endings + 1 + i)
-        top = tl.maximum(top, tl.load(teacher + ending, mask=ending < V, other=_NOWHERE).to(tl.float32))
-    safe = tl.where(top == _NOWHERE, 0.0, top)
-    total = tl.exp(tl.load(teacher + stop, mask=stop < V, other=_NOWHERE).to(tl.float32) - safe)
-    for i in tl.static_range(FOLDED):
-        ending = tl.load(endings + 1 + i)
-        total += tl.exp(tl.load(teacher + ending, mask=ending < V, other=_NOWHERE).to(tl.float32) - safe)
-        t = tl.where(index == ending, _NOWHERE, t)
-    return tl.where(index == stop, safe + tl.log(total), t)
-
-
-@triton.jit
-def _tile(theta, teacher, endings, index, V, FOLDED: tl.constexpr):
-    """Raw logits of one row at `index`, float32; -inf beyond V."""
-    s = tl.load(theta + index, mask=index < V, other=_NOWHERE).to(tl.float32)
-    t = tl.load(teacher + index, mask=index < V, other=_NOWHERE).to(tl.float32)
-    if FOLDED > 0:
-        t = _fold(t, index, teacher, endings, V, FOLDED)
-    return s, t
-
-
-@triton.jit
-def _node(part, chunks, j: tl.constexpr, weights, x):
-    tl.store(part + (_NODES_0 + j) * chunks, tl.sum(weights))
-    tl.store(part + (_NODES_1 + j) * chunks, tl.sum(weights * x))
-
-
-@triton.jit
-def _outer_nodes(part, chunks, u, v, x, both, BELOW: tl.constexpr):
-    """The nodes of ess_balance below 0 (or, with the models exchanged, above 1), relative to the largest exponent at
-    p = -1: products of e^(u/4) and e^(y/4) with y = 2u - v, again none above 1."""
-    y = tl.where(both, 2 * u - v, _NOWHERE)
-    top = tl.max(y)
-    tl.store(part + (_MAX_BELOW if BELOW else _MAX_ABOVE) * chunks, top)
-    base = tl.where(both, tl.exp2(u * 0.36067376022224085), 0.0)
-    step = tl.exp2((y - tl.where(top == _NOWHERE, 0.0, top)) * 0.36067376022224085)
-    base2, step2 = base * base, step * step
-    _node(part, chunks, 3 if BELOW else 9, base2 * base * step, x)
-    _node(part, chunks, 2 if BELOW else 10, base2 * step2, x)
-    _node(part, chunks, 1 if BELOW else 11, base * step2 * step, x)
-    _node(part, chunks, 0 if BELOW else 12, step2 * step2, x)
-
-
-@triton.jit
-def _entropy_sums(part, chunks, u, weights):
-    """Σ e^u u, and Σ e^u with the largest terms counted apart: of a sure row log Σ is the logarithm of 1 + little."""
-    tl.store(part, tl.sum(tl.where(u > _NOWHERE, weights * u, 0.0)))
-    tl.store(part + chunks, tl.sum(tl.where(u == 0.0, 1.0, 0.0)))
-    tl.store(part + 2 * chunks, tl.sum(tl.where(u == 0.0, 0.0, weights)))
-
-
-@triton.jit
-def _first_sums(part, chunks, s, t, inverse, method, known):
-    """The sums of one chunk, relative to its own largest logits."""
-    top_theta, top_teacher = tl.max(s), tl.max(t)
-    u = (s - tl.where(top_theta == _NOWHERE, 0.0, top_theta)) * inverse
-    v = (t - tl.where(top_teacher == _NOWHERE, 0.0, top_teacher)) * inverse
-    both = (s > _NOWHERE) & (t > _NOWHERE)
-    root_theta, root_teacher = tl.exp2(u * 0.36067376022224085), tl.exp2(v * 0.36067376022224085)  # e^(u/4), e^(v/4)
-    theta_2, teacher_2 = root_theta * root_theta, root_teacher * root_teacher
-    theta_4, teacher_4 = theta_2 * theta_2, teacher_2 * teacher_2
-    tl.store(part + _MAX_THETA * chunks, top_theta)
-    tl.store(part + _MAX_TEACHER * chunks, top_teacher)
-    tl.store(part + _COMMON * chunks, tl.max(tl.where(both, 1.0, 0.0)))
-    tl.store(part + _WHOLE_THETA * chunks, tl.sum(theta_4))
-    tl.store(part + _WHOLE_TEACHER * chunks, tl.sum(teacher_4))
-    if (known == 0) & (method == _ENTROPY):
-        _entropy_sums(part + _ENTROPY_THETA * chunks, chunks, u, theta_4)
-        _entropy_sums(part + _ENTROPY_TEACHER * chunks, chunks, v, teacher_4)
-    if (known == 0) & (method < _ENTROPY):
-        x = tl.where(both, v - u, 0.0)
-        _node(part, chunks, 4, tl.where(both, theta_4, 0.0), x)
-        _node(part, chunks, 5, theta_2 * root_theta * root_teacher, x)
-        _node(part, chunks, 6, theta_2 * teacher_2, x)
-        _node(part, chunks, 7, root_theta * teacher_2 * root_teacher, x)
-        _node(part, chunks, 8, tl.where(both, teacher_4, 0.0), x)
-        tl.store(part + _SPREAD * chunks, tl.sum(theta_2 * teacher_2 * tl.abs(x)))
-        if method == _ESS_BALANCE:
-            _outer_nodes(part, chunks, u, v, x, both, True)
-            _outer_nodes(part, chunks, v, u, x, both, False)
-
-
-@triton.jit
-def _take(part, slot, chunks, LANES: tl.constexpr, other: tl.constexpr):
-    """One number of each chunk, as float64. Past the first-level cache, which other programs' stores do not reach."""
-    lane = tl.arange(0, LANES)
-    return tl.load(part + slot * chunks + lane, mask=lane < chunks, other=other, cache_modifier=".cg").to(tl.float64)
-
-
-@triton.jit
-def _join(part, j, scale, shift, chunks, LANES: tl.constexpr):
-    """K and E_p[x] at a node. `scale`: the logarithm of what each chunk is relative to; `shift`: likewise of its x."""
-    zero, one = _take(part, _NODES_0 + j, chunks, LANES, 0.0), _take(part, _NODES_1 + j, chunks, LANES, 0.0)
-    top = tl.max(tl.where(zero > 0, scale, _NOWHERE))
-    factor = tl.where(zero > 0, tl.exp(scale - top), 0.0)
-    total = tl.sum(zero * factor)
-    return top + tl.log(total), tl.sum((one + shift * zero) * factor) / total
-
-
-@triton.jit
-def _entropy_of(part, slot, down, chunks, LANES: tl.constexpr):
-    """H of one model's row in nats. `down`: each chunk's largest exponent less the row's."""
-    count, rest = _take(part, slot + 1, chunks, LANES, 0.0), _take(part, slot + 2, chunks, LANES, 0.0)
-    scale = tl.exp(down)
-    number = tl.sum(tl.where(down == 0, count, 0.0))
-    others = tl.sum(tl.where(down == 0, rest, (count + rest) * scale))
-    mean = tl.sum((_take(part, slot, chunks, LANES, 0.0) + down * (count + rest)) * scale) / (number + others)
-    return tl.log(number) + _log1p(others / number) - mean
-
-
-@triton.jit
-def _pick(i, v0, v1, v2, v3):
-    return tl.where(i == 0, v0, tl.where(i == 1, v1, tl.where(i == 2, v2, v3)))
-
-
-@triton.jit
-def _root_on_cubic(i, f0, f1, f2, f3, f4, d0, d1, d2, d3, d4, c, whole, epsilon, method):
-    """The root between the nodes i/4 and (i+1)/4 on the cubic with the values f and slopes d of the nodes.
-
-    The cubic stands for K, of which kl_symmetry and trust_region have their equation, or for ess_balance's own.
-    """
-    left, right = _pick(i, f0, f1, f2, f3), _pick(i, f1, f2, f3, f4)
-    slope_left, slope_right = _pick(i, d0, d1, d2, d3), _pick(i, d1, d2, d3, d4)
-    secant = (right - left) * 4.0
-    k1, k2, k3 = (
-        slope_left,
-        (3 * secant - 2 * slope_left - slope_right) * 4.0,
-        (slope_left + slope_right - 2 * secant) * 16.0,
-    )
-    start = i * 0.25
-    # The equation as a cubic of the way τ from the left node.
-    r0, r1, r2, r3 = left, k1, k2, k3
-    if method == _KL_SYMMETRY:  # K' - c
-        r0, r1, r2, r3 = k1 - c, 2 * k2, 3 * k3, 0.0 * k3
-    if method == _TRUST_REGION:  # pK' - K + log Σθ - ε
-        r0, r1, r2, r3 = start * k1 - left + whole - epsilon, 2 * k2 * start, k2 + 3 * k3 * start, 2 * k3
-    low, high = 0.0 * k1, 0.25 + 0.0 * k1
-    for _ in range(16):
-        tau = (low + high) / 2
-        rising = r0 + tau * (r1 + tau * (r2 + tau * r3)) < 0
-        low, high = tl.where(rising, tau, low), tl.where(rising, high, tau)
-    return start + (low + high) / 2
-
-
-@triton.jit
-def _first_guess(part, down, up, chunks, c, whole, epsilon, method, LANES: tl.constexpr):
-    """α where the cubic through the nodes next to the root has its own; NaN where the sums say nothing.
-
-    Returns with it Jeffreys' divergence, and E|x| and Var[x] near the root, which say what float32 is good for.
-    `down`, `up`: each chunk's largest exponent of student and teacher less the row's; `up` is the teacher's.
-    """
-    shift = up - down
-    k0, m0 = _join(part, 4, down, shift, chunks, LANES)
-    k1, m1 = _join(part, 5, 0.75 * down + 0.25 * up, shift, chunks, LANES)
-    k2, m2 = _join(part, 6, 0.5 * down + 0.5 * up, shift, chunks, LANES)
-    k3, m3 = _join(part, 7, 0.25 * down + 0.75 * up, shift, chunks, LANES)
-    k4, m4 = _join(part, 8, up, shift, chunks, LANES)
-    middle = _take(part, _NODES_0 + 6, chunks, LANES, 0.0)
-    factor = tl.exp(0.5 * down + 0.5 * up)
-    spread = tl.sum((_take(part, _SPREAD, chunks, LANES, 0.0) + tl.abs(shift) * middle) * factor) / tl.sum(
-        middle * factor
-    )
-    bound_below, bound_above = 0.0 * k0, 0.0 * k0
-    r1, r2, r3 = m1 - c, m2 - c, m3 - c  # the equation at the inner nodes
-    f0, f1, f2, f3, f4, d0, d1, d2, d3, d4 = k0, k1, k2, k3, k4, m0, m1, m2, m3, m4
-    if method == _TRUST_REGION:
-        r1 = 0.25 * m1 - k1 + whole - epsilon
-        r2 = 0.5 * m2 - k2 + whole - epsilon
-        r3 = 0.75 * m3 - k3 + whole - epsilon
-    if method == _ESS_BALANCE:
-        below = _take(part, _MAX_BELOW, chunks, LANES, _NOWHERE)
-        above = _take(part, _MAX_ABOVE, chunks, LANES, _NOWHERE)
-        bound_below, bound_above = tl.max(below + 2 * down - up), tl.max(above + 2 * up - down)
-        a1, b1 = _join(part, 3, 1.25 * down - 0.25 * up + 0.25 * below, shift, chunks, LANES)
-        a2, b2 = _join(part, 2, 1.5 * down - 0.5 * up + 0.5 * below, shift, chunks, LANES)
-        a3, b3 = _join(part, 1, 1.75 * down - 0.75 * up + 0.75 * below, shift, chunks, LANES)
-        a4, b4 = _join(part, 0, 2 * down - up + below, shift, chunks, LANES)
-        e1, g1 = _join(part, 11, 1.75 * up - 0.75 * down + 0.75 * above, shift, chunks, LANES)
-        e2, g2 = _join(part, 10, 1.5 * up - 0.5 * down + 0.5 * above, shift, chunks, LANES)
-        e3, g3 = _join(part, 9, 1.25 * up - 0.25 * down + 0.25 * above, shift, chunks, LANES)
-        e0, g0 = _join(part, 12, 2 * up - down + above, shift, chunks, LANES)
-        f0, f1, f2, f3, f4 = k0 - e0 + 2 * c, a1 - e1 + 2 * c, a2 - e2 + 2 * c, a3 - e3 + 2 * c, a4 - k4 + 2 * c
-        d0, d1, d2, d3, d4 = g0 - m0, g1 - b1, g2 - b2, g3 - b3, m4 - b4
-        r1, r2, r3 = f1, f2, f3
-    i = tl.where(r1 < 0, 1, 0) + tl.where((r1 < 0) & (r2 < 0), 1, 0) + tl.where((r1 < 0) & (r2 < 0) & (r3 < 0), 1, 0)
-    guess = _root_on_cubic(i, f0, f1, f2, f3, f4, d0, d1, d2, d3, d4, c, whole, epsilon, method)
-    sound = (r1 == r1) & (r2 == r2) & (r3 == r3) & (guess == guess)
-    variance = 4 * _pick(i, m1 - m0, m2 - m1, m3 - m2, m4 - m3)
-    return tl.where(sound, guess, _NAN), m4 - m0, spread, variance, bound_below, bound_above
+# The first launch.
 
 
 @triton.jit
 def _begin(
-    theta, teacher, theta_stride, teacher_stride, endings, V, chunks, method, alpha_min, alpha_max, fixed_alpha,
+    theta, teacher, theta_stride, teacher_stride, endings, V, chunk, chunks, method, alpha_min, alpha_max, fixed_alpha,
     epsilon, temperature, masked, method_stride, min_stride, max_stride, fixed_stride, epsilon_stride,
     temperature_stride, masked_stride, part, state, arrived, theta_sum, teacher_sum,
-    FOLDED: tl.constexpr, CHUNK: tl.constexpr, PIECE: tl.constexpr, LANES: tl.constexpr,
+    FOLDED: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    row, chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
+    row, piece = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
     chosen = tl.load(method + row * method_stride).to(tl.int32)
     low = tl.load(alpha_min + row * min_stride).to(tl.float64)
     high = tl.load(alpha_max + row * max_stride).to(tl.float64)
-    fixed = tl.load(fixed_alpha + row * fixed_stride).to(tl.float64)
-    budget = tl.load(epsilon + row * epsilon_stride).to(tl.float64)
     inverse = tl.full((), 1.0, tl.float64)
     if temperature is not None:
         inverse = 1.0 / tl.load(temperature + row * temperature_stride).to(tl.float64)
-    known = tl.where((low == high) | (chosen == _FIXED), 1, 0)
-    part += row * _FIRST * chunks
-    index = chunk * CHUNK + tl.arange(0, CHUNK)
-    s, t = _tile(theta + row * theta_stride, teacher + row * teacher_stride, endings, index, V, FOLDED)
-    _first_sums(part + chunk, chunks, s, t, inverse.to(tl.float32), chosen, known)
+    root = (low < high) & (chosen < _ENTROPY)
+    part += row * chunks * _SUMS
+    _node_sums(
+        theta + row * theta_stride, teacher + row * teacher_stride, endings, piece * chunk, V, chunk,
+        inverse.to(tl.float32), root, part + piece * _SUMS, FOLDED, OUTER, INNER,
+    )  # fmt: skip
     if _is_last(arrived + row, chunks):
         state += row * _STATE
         mask = 0.0
         if masked is not None:
             mask = tl.where(tl.load(masked + row * masked_stride) != 0, 1.0, 0.0)
+        budget = tl.load(epsilon + row * epsilon_stride).to(tl.float64)
+        fixed = tl.load(fixed_alpha + row * fixed_stride).to(tl.float64)
         tl.store(state + _METHOD, chosen.to(tl.float64))
         tl.store(state + _LOW, low)
         tl.store(state + _HIGH, high)
         tl.store(state + _EPSILON, budget)
         tl.store(state + _INVERSE, inverse)
         tl.store(state + _MASKED, mask)
-        _start(part, state, theta_sum + row, teacher_sum + row, chunks, chosen, low, high, fixed, budget, inverse,
-               known, LANES)  # fmt: skip
+        _start(part, state, theta_sum + row, teacher_sum + row, chunks, chosen, low, high, fixed, budget, inverse, root)
 
 
 @triton.jit
-def _start(
-    part, state, theta_sum, teacher_sum, chunks, method, low, high, fixed, epsilon, inverse, known, LANES: tl.constexpr
-):
-    """Join the chunks of a row: its normalisers, and α, or a first guess of it and how to go on."""
-    max_theta = _take(part, _MAX_THETA, chunks, LANES, _NOWHERE)
-    max_teacher = _take(part, _MAX_TEACHER, chunks, LANES, _NOWHERE)
+def _node_sums(
+    theta, teacher, endings, first, V, chunk, inverse, root, part,
+    FOLDED: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """The sums of one chunk, relative to its own largest logits; those of an equation, or of an entropy."""
+    folded = _folded(teacher, endings, V, FOLDED)
+    last = tl.minimum(first + chunk, V)
+    nothing = tl.full((OUTER,), _NOWHERE, tl.float32)
+    max_theta, max_teacher, max_both = nothing, nothing, nothing
+    for start in range(first, last, OUTER * INNER):
+        s, t, _ = _tile(theta, teacher, endings, folded, start, V, FOLDED, OUTER, INNER)
+        max_theta = tl.maximum(max_theta, tl.max(s, 1))
+        max_teacher = tl.maximum(max_teacher, tl.max(t, 1))
+        max_both = tl.maximum(max_both, tl.max(tl.minimum(s, t), 1))
+    top_theta, top_teacher = tl.max(max_theta), tl.max(max_teacher)
+    tl.store(part + _MAX_THETA, top_theta)
+    tl.store(part + _MAX_TEACHER, top_teacher)
+    tl.store(part + _MAX_BOTH, tl.max(max_both))
+    top_theta = tl.where(top_theta == _NOWHERE, 0.0, top_theta)
+    top_teacher = tl.where(top_teacher == _NOWHERE, 0.0, top_teacher)
+    apart = top_teacher - top_theta
+    bits = inverse * _LOG2_E
+    a0 = tl.zeros((OUTER,), tl.float32)
+    a1, a2, b0, b1, b2, c0, c1, c2, difference, rest_theta, rest_teacher = a0, a0, a0, a0, a0, a0, a0, a0, a0, a0, a0
+    if root:
+        for start in range(first, last, OUTER * INNER):
+            s, t, _ = _tile(theta, teacher, endings, folded, start, V, FOLDED, OUTER, INNER)
+            both = tl.minimum(s, t) != _NOWHERE
+            x = tl.where(both, (t - s - apart) * bits, 0.0)
+            a = tl.exp2((s - top_theta) * (bits * 0.5))
+            b = tl.exp2((t - top_teacher) * (bits * 0.5))
+            rest_theta += tl.sum(tl.where(both, 0.0, a * a), 1)
+            rest_teacher += tl.sum(tl.where(both, 0.0, b * b), 1)
+            a, b = tl.where(both, a, 0.0), tl.where(both, b, 0.0)
+            ax, bx = a * x, b * x
+            a0 += tl.sum(a * a, 1)
+            a1 += tl.sum(a * ax, 1)
+            a2 += tl.sum(ax * ax, 1)
+            b0 += tl.sum(a * b, 1)
+            b1 += tl.sum(a * bx, 1)
+            b2 += tl.sum(ax * bx, 1)
+            c0 += tl.sum(b * b, 1)
+            c1 += tl.sum(b * bx, 1)
+            c2 += tl.sum(bx * bx, 1)
+            difference += tl.sum(_growth(a * a, b * b, x), 1)
+    else:
+        for start in range(first, last, OUTER * INNER):
+            s, t, _ = _tile(theta, teacher, endings, folded, start, V, FOLDED, OUTER, INNER)
+            u, v = (s - top_theta) * bits, (t - top_teacher) * bits
+            a, b = tl.exp2(u), tl.exp2(v)
+            a0 += tl.sum(tl.where(u == 0.0, 1.0, 0.0), 1)
+            a1 += tl.sum(tl.where(u == 0.0, 0.0, a), 1)
+            a2 += tl.sum(tl.where(u == _NOWHERE, 0.0, a * u), 1)
+            b0 += tl.sum(tl.where(v == 0.0, 1.0, 0.0), 1)
+            b1 += tl.sum(tl.where(v == 0.0, 0.0, b), 1)
+            b2 += tl.sum(tl.where(v == _NOWHERE, 0.0, b * v), 1)
+    _store_sums(part, a0, a1, a2, b0, b1, b2, c0, c1, c2, difference, rest_theta, rest_teacher, a0, _MAX_THETA - 1)
+
+
+@triton.jit
+def _start(part, state, theta_sum, teacher_sum, chunks, method, low, high, fixed, epsilon, inverse, root):
+    """Join the chunks of a row: its normalisers, and α, or a first guess of it."""
+    max_theta, max_teacher = _take(part, _MAX_THETA, chunks, _NOWHERE), _take(part, _MAX_TEACHER, chunks, _NOWHERE)
+    common = tl.max(_take(part, _MAX_BOTH, chunks, _NOWHERE)) > _NOWHERE
     top_theta, top_teacher = tl.max(max_theta), tl.max(max_teacher)
     # A chunk without a finite logit has no sums: any finite number will do.
-    down = tl.where(max_theta == _NOWHERE, -1e30, (max_theta - top_theta) * inverse)
-    up = tl.where(max_teacher == _NOWHERE, -1e30, (max_teacher - top_teacher) * inverse)
-    whole_theta = tl.log(tl.sum(_take(part, _WHOLE_THETA, chunks, LANES, 0.0) * tl.exp(down)))
-    whole_teacher = tl.log(tl.sum(_take(part, _WHOLE_TEACHER, chunks, LANES, 0.0) * tl.exp(up)))
-    sum_theta, sum_teacher = whole_theta + top_theta * inverse, whole_teacher + top_teacher * inverse
-    common = tl.max(_take(part, _COMMON, chunks, LANES, 0.0)) > 0
-    alpha = tl.where(low == high, low, tl.minimum(tl.maximum(fixed, low), high))
+    down = tl.where(max_theta == _NOWHERE, 0.0, (max_theta - top_theta) * inverse)
+    up = tl.where(max_teacher == _NOWHERE, 0.0, (max_teacher - top_teacher) * inverse)
+    # The difference of the largest as x has it, rounded to float32.
+    apart = (top_teacher.to(tl.float32) - top_theta.to(tl.float32)).to(tl.float64)
+    shift = ((max_teacher.to(tl.float32) - max_theta.to(tl.float32)).to(tl.float64) - apart) * inverse
+    up = tl.where(tl.abs(shift) < float("inf"), down + shift, up)
     middle = (low + high) / 2
-    status = 0.0 * low + _SOLVED
-    if (known == 0) & (method == _ENTROPY):
-        entropy_theta = _entropy_of(part, _ENTROPY_THETA, down, chunks, LANES)
-        entropy_teacher = _entropy_of(part, _ENTROPY_TEACHER, up, chunks, LANES)
+    alpha = tl.where(low == high, low, tl.minimum(tl.maximum(fixed, low), high))
+    done = alpha == alpha
+    if root:
+        whole_theta, whole_teacher, alpha, done = _guess(
+            part, state, down, up, chunks, method, low, high, epsilon, apart, inverse
+        )
+    else:
+        whole_theta, entropy_theta = _entropy_of(part, 0, down, chunks)
+        whole_teacher, entropy_teacher = _entropy_of(part, 3, up, chunks)
         both = entropy_theta + entropy_teacher
         share = tl.where(both > 0, entropy_theta / tl.where(both > 0, both, 1.0), middle)
-        alpha = tl.minimum(tl.maximum(share, low), high)
-    if (known == 0) & (method < _ENTROPY):
-        guess, divergence, spread, variance, below, above = _first_guess(
-            part, down, up, chunks, whole_teacher - whole_theta, whole_theta, epsilon, method, LANES
-        )
-        # These sums know the divergence to a millionth of E|x|; rows that it leaves open are summed in float64.
-        same = (tl.abs(divergence) + 1e-6 * spread < _SAME / 2) & (method != _TRUST_REGION)
-        alpha = tl.where(same | (guess != guess), middle, tl.minimum(tl.maximum(guess, low), high))
-        # float32 moves the difference that is solved for by about a millionth of E|x|, and α by that over Var[x].
-        status = (
-            tl.where(same, _SOLVED, tl.where((spread < 6 * variance) & (divergence > 1e-6), _FAST, _PRECISE))
-            + 0.0 * low
-        )
-        tl.store(state + _BOUND, below)
-        tl.store(state + _BOUND + 1, above)
+        if (method == _ENTROPY) & (low < high):
+            alpha = tl.minimum(tl.maximum(share, low), high)
+    sum_theta, sum_teacher = tl.log(whole_theta) + top_theta * inverse, tl.log(whole_teacher) + top_teacher * inverse
     finite = (tl.abs(sum_theta) < float("inf")) & (tl.abs(sum_teacher) < float("inf"))
-    solvable = finite & (common | ((status == _SOLVED) & ((alpha == 0) | (alpha == 1))))
-    if (known == 0) & (method < _ENTROPY):
-        solvable = finite & common
+    solvable = finite & (common | ((root == 0) & ((alpha == 0) | (alpha == 1))))
     tl.store(state + _ALPHA, tl.where(solvable, alpha, _NAN))
-    tl.store(state + _STATUS, tl.where(solvable, status, _SOLVED))
+    tl.store(state + _DONE, tl.where(done | (solvable == 0), 1.0, 0.0).to(tl.float64))
     tl.store(state + _TOP_THETA, top_theta)
-    tl.store(state + _TOP_TEACHER, top_teacher)
+    tl.store(state + _LEAST, low)
+    tl.store(state + _MOST, high)
+    tl.store(state + _LAST, high - low)
+    tl.store(state + _UNTRIED, (low * 0 + 1))
     tl.store(theta_sum, sum_theta.to(tl.float32))
     tl.store(teacher_sum, sum_teacher.to(tl.float32))
 
 
 @triton.jit
-def _put(sums, slot, value):
-    """`sums` with `value` added at `slot`."""
-    return sums + tl.where(tl.arange(0, _SECOND) == slot, value.to(tl.float64), 0.0)
+def _entropy_of(part, slot, down, chunks):
+    """Σ e^u of one model's row, and its entropy in nats. `down`: each chunk's largest exponent less the row's. The
+    largest terms are counted apart: of a sure row log Σ is the logarithm of 1 + little."""
+    count, rest = _take(part, slot, chunks, 0.0), _take(part, slot + 1, chunks, 0.0)
+    scale = tl.exp(down)
+    number = tl.sum(tl.where(down == 0, count, 0.0))
+    others = tl.sum(tl.where(down == 0, rest, (count + rest) * scale))
+    mean = tl.sum((_take(part, slot + 2, chunks, 0.0) * _LN_2 + down * (count + rest)) * scale) / (number + others)
+    return number + others, tl.log(number) + _log1p(others / number) - mean
 
 
 @triton.jit
-def _powers(sums, slot: tl.constexpr, u, v, x, both, p, bound):
-    """S_0 to S_3 at the power p, over e^bound, put from `slot` on; and the terms of S_0."""
-    weights = tl.where(both, tl.exp((1 - p) * u + p * v - bound), 0.0)
-    first = weights * x
-    second = first * x
-    sums = _put(_put(sums, slot, tl.sum(weights)), slot + 1, tl.sum(first))
-    return _put(_put(sums, slot + 2, tl.sum(second)), slot + 3, tl.sum(second * x)), weights
+def _join(part, slot, scale, shift, chunks):
+    """S_0, E_p[x] and Var_p[x] at a node. `scale`: the logarithm of what each chunk is relative to; `shift`: of its x."""
+    factor = tl.exp(scale)
+    zero, one = _take(part, slot, chunks, 0.0), _take(part, slot + 1, chunks, 0.0) * _LN_2
+    two = _take(part, slot + 2, chunks, 0.0) * (_LN_2 * _LN_2)
+    s0 = tl.sum(zero * factor)
+    mean = tl.sum((one + shift * zero) * factor) / s0
+    shift -= mean
+    return s0, mean, tl.sum((two + 2 * shift * one + shift * shift * zero) * factor) / s0
 
 
 @triton.jit
-def _second_sums(s, t, top_theta, top_teacher, inverse, alpha, method, below, above, REAL: tl.constexpr):
-    """What some logits of a row add to the sums of a step from `alpha`, computed in `REAL`."""
-    both = (s > _NOWHERE) & (t > _NOWHERE)
-    u = (s.to(REAL) - top_theta.to(REAL)) * inverse.to(REAL)
-    v = (t.to(REAL) - top_teacher.to(REAL)) * inverse.to(REAL)
-    x = tl.where(both, v - u, 0.0)
-    weights_theta, weights_teacher = tl.exp(u), tl.exp(v)
-    sums = tl.zeros((_SECOND,), tl.float64)
-    sums = _put(sums, _W, tl.sum(weights_theta))
-    sums = _put(sums, _W_DIFFERENCE, tl.sum(weights_teacher - weights_theta))
-    p = alpha.to(REAL)
-    if method == _ESS_BALANCE:
-        bound = tl.maximum(alpha * below, (1 - alpha) * above).to(REAL)
-        sums, at_theta = _powers(sums, _POWER_1, u, v, x, both, -p, bound)
-        sums, at_teacher = _powers(sums, _POWER_2, u, v, x, both, 2 - p, bound)
-        sums = _put(sums, _S_DIFFERENCE, tl.sum(at_theta - at_teacher))
-    else:
-        sums, at_alpha = _powers(sums, _POWER_1, u, v, x, both, p, p * 0)
-        sums = _put(sums, _S_DIFFERENCE, tl.sum(at_alpha - weights_theta))
-    if tl.float64 == REAL:
-        common_theta, common_teacher = tl.where(both, weights_theta, 0.0), tl.where(both, weights_teacher, 0.0)
-        sums = _put(sums, _SAME_SUMS, tl.sum(common_theta))
-        sums = _put(sums, _SAME_SUMS + 1, tl.sum(common_theta * x))
-        sums = _put(sums, _SAME_SUMS + 2, tl.sum(common_teacher))
-        sums = _put(sums, _SAME_SUMS + 3, tl.sum(common_teacher * x))
-    return sums
-
-
-@triton.jit
-def _newton(
-    theta, teacher, theta_stride, teacher_stride, endings, V, chunks, part, state, arrived,
-    FOLDED: tl.constexpr, CHUNK: tl.constexpr, PIECE: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    program = tl.num_programs(0) - 1 - tl.program_id(0)
-    row, chunk = (program // chunks).to(tl.int64), program % chunks
-    state += row * _STATE
-    status = tl.load(state + _STATUS)
-    if status != _SOLVED:
-        theta += row * theta_stride
-        teacher += row * teacher_stride
-        alpha, method = tl.load(state + _ALPHA), tl.load(state + _METHOD).to(tl.int32)
-        top_theta, top_teacher = tl.load(state + _TOP_THETA), tl.load(state + _TOP_TEACHER)
-        inverse = tl.load(state + _INVERSE)
-        below, above = tl.load(state + _BOUND), tl.load(state + _BOUND + 1)
-        part += row * _SECOND * chunks
-        sums = tl.zeros((_SECOND,), tl.float64)
-        if status == _FAST:
-            index = chunk * CHUNK + tl.arange(0, CHUNK)
-            s, t = _tile(theta, teacher, endings, index, V, FOLDED)
-            sums += _second_sums(s, t, top_theta, top_teacher, inverse, alpha, method, below, above, tl.float32)
-        else:
-            for piece in range(CHUNK // PIECE):
-                index = chunk * CHUNK + piece * PIECE + tl.arange(0, PIECE)
-                s, t = _tile(theta, teacher, endings, index, V, FOLDED)
-                sums += _second_sums(s, t, top_theta, top_teacher, inverse, alpha, method, below, above, tl.float64)
-        tl.store(part + tl.arange(0, _SECOND) * chunks + chunk, sums)
-        if _is_last(arrived + row, chunks):
-            _finish(theta, teacher, endings, V, part, state, chunks, method, alpha, status, top_theta, top_teacher,
-                    inverse, FOLDED, PIECE, LANES)  # fmt: skip
-
-
-@triton.jit
-def _moments(part, slot, chunks, LANES: tl.constexpr):
-    """S_0, and mean, variance and third central moment of x."""
-    s0, s1 = tl.sum(_take(part, slot, chunks, LANES, 0.0)), tl.sum(_take(part, slot + 1, chunks, LANES, 0.0))
-    s2, s3 = tl.sum(_take(part, slot + 2, chunks, LANES, 0.0)), tl.sum(_take(part, slot + 3, chunks, LANES, 0.0))
-    mean, square, cube = s1 / s0, s2 / s0, s3 / s0
-    return s0, mean, square - mean * mean, cube - 3 * mean * square + 2 * mean * mean * mean
-
-
-@triton.jit
-def _fourth(variance, third):
-    """A bound of the fourth cumulant's size, from those below it: of two masses it is third²/variance."""
-    return third * third / variance + 3 * variance * variance
-
-
-@triton.jit
-def _equation(part, chunks, method, alpha, epsilon, LANES: tl.constexpr):
-    """The equation's value at `alpha`, its two derivatives, and the size of the third."""
-    whole = tl.sum(_take(part, _W, chunks, LANES, 0.0))
-    c = _log1p(tl.sum(_take(part, _W_DIFFERENCE, chunks, LANES, 0.0)) / whole)
-    difference = tl.sum(_take(part, _S_DIFFERENCE, chunks, LANES, 0.0))
-    _, mean, variance, third = _moments(part, _POWER_1, chunks, LANES)
-    fourth = _fourth(variance, third)
-    value, slope, bend, next_order = mean - c, variance, third, fourth
+def _guess(part, state, down, up, chunks, method, low, high, epsilon, apart, inverse):
+    """The two rows' sums, α on the cubics through the nodes, and whether it stands."""
+    shift = up - down
+    s0, m0, v0 = _join(part, _NODE_0, down, shift, chunks)
+    s1, m1, v1 = _join(part, _NODE_1, (down + up) / 2, shift, chunks)
+    s2, m2, v2 = _join(part, _NODE_2, up, shift, chunks)
+    at_theta, at_teacher = tl.exp(down), tl.exp(up)
+    rest_theta = tl.sum(_take(part, _REST_THETA, chunks, 0.0) * at_theta)
+    rest_teacher = tl.sum(_take(part, _REST_TEACHER, chunks, 0.0) * at_teacher)
+    grown = at_teacher * _take(part, _DIFFERENCE, chunks, 0.0)
+    difference = tl.sum(grown + (at_teacher - at_theta) * _take(part, _NODE_0, chunks, 0.0))
+    whole_theta, whole_teacher = s0 + rest_theta, s2 + rest_teacher
+    c = _log_ratio(difference + rest_teacher - rest_theta, whole_teacher, whole_theta)
+    # kl_symmetry; K is relative to log Σθ from here.
+    k0, k1, k2 = tl.log(s0 / whole_theta), tl.log(s1 / whole_theta), _log_ratio(difference - rest_theta, s2, whole_theta)
+    f0, f1, f2, d0, d1, d2 = m0 - c, m1 - c, m2 - c, v0, v1, v2
+    smooth = tl.abs((m0 + m2) / 2 + (v0 - v2) / 8 - m1) < 1e-4 * tl.minimum(v0, tl.minimum(v1, v2))
+    stands = (method == _KL_SYMMETRY) & smooth  # a quarter of the width divides the cubic's error by 16
     if method == _TRUST_REGION:
-        value = alpha * mean - _log1p(difference / whole) - epsilon
-        slope, bend = alpha * variance, variance + alpha * third
-        next_order = 2 * tl.abs(third) + alpha * fourth
-    if method == _ESS_BALANCE:
-        other_s0, other_mean, other_variance, other_third = _moments(part, _POWER_2, chunks, LANES)
-        value = _log1p(difference / other_s0) + 2 * c
-        slope, bend = other_mean - mean, variance - other_variance
-        next_order = fourth + _fourth(other_variance, other_third)
-    return value, slope, bend, next_order, c
-
-
-@triton.jit
-def _finish(
-    theta, teacher, endings, V, part, state, chunks, method, alpha, status, top_theta, top_teacher, inverse,
-    FOLDED: tl.constexpr, PIECE: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """The step of a row from its sums, and whether it may stand."""
-    low, high, epsilon = tl.load(state + _LOW), tl.load(state + _HIGH), tl.load(state + _EPSILON)
-    value, slope, bend, next_order, c = _equation(part, chunks, method, alpha, epsilon, LANES)
-    # The root of value + slope·δ + bend·δ²/2 that is nearer to 0, in the form that does not cancel.
-    delta = -2 * value / (slope + tl.sqrt(tl.maximum(slope * slope - 2 * value * bend, 0.0)))
-    delta = tl.where(value == 0, 0.0, delta)
-    solved = tl.minimum(tl.maximum(alpha + delta, low), high)
-    # Between rows hundreds of nats apart value and slope may be rounding: they are differences of the size of c.
-    rounding = tl.where(status == _FAST, 1e-7, 1e-15) * (tl.abs(c) + tl.abs(value))
-    stands = (tl.abs(delta * delta * delta) * next_order < 6e-5 * slope) & (rounding < 1e-5 * slope)
-    outside = ((alpha == low) & (value > rounding)) | ((alpha == high) & (value < -rounding))
-    solved = tl.where(outside, alpha, solved)
-    stands = stands | outside
-    if (status == _PRECISE) & (method != _TRUST_REGION):
-        theta_0, theta_1 = _total(part, 0, chunks, LANES), _total(part, 1, chunks, LANES)
-        teacher_0, teacher_1 = _total(part, 2, chunks, LANES), _total(part, 3, chunks, LANES)
-        same = teacher_1 / teacher_0 - theta_1 / theta_0 < _SAME
-        solved = tl.where(same, (low + high) / 2, solved)
-        stands = stands | same
-    if stands == 0:
-        solved = _solve(theta, teacher, endings, V, method, solved, low, high, epsilon, top_theta, top_teacher,
-                        inverse, c, FOLDED, PIECE)  # fmt: skip
-    tl.store(state + _ALPHA, solved)
-
-
-@triton.jit
-def _total(part, k: tl.constexpr, chunks, LANES: tl.constexpr):
-    return tl.sum(_take(part, _SAME_SUMS + k, chunks, LANES, 0.0))
-
-
-@triton.jit
-def _exponents(theta, teacher, endings, index, V, top_theta, top_teacher, inverse, FOLDED: tl.constexpr):
-    """u, v in float64, and where both are finite."""
-    s, t = _tile(theta, teacher, endings, index, V, FOLDED)
-    u = (s.to(tl.float64) - top_theta) * inverse
-    v = (t.to(tl.float64) - top_teacher) * inverse
-    return u, v, (s > _NOWHERE) & (t > _NOWHERE)
-
-
-@triton.jit
-def _family(theta, teacher, endings, V, p, top_theta, top_teacher, inverse, FOLDED: tl.constexpr, PIECE: tl.constexpr):
-    """K, E_p[x] and Var_p[x] of a whole row, at any power, in float64."""
-    top = tl.full((), _NOWHERE, tl.float64)
-    for start in range(0, V, PIECE):
-        index = start + tl.arange(0, PIECE)
-        u, v, both = _exponents(theta, teacher, endings, index, V, top_theta, top_teacher, inverse, FOLDED)
-        top = tl.maximum(top, tl.max(tl.where(both, (1 - p) * u + p * v, _NOWHERE)))
-    s0, s1, s2 = 0.0 * p, 0.0 * p, 0.0 * p
-    for start in range(0, V, PIECE):
-        index = start + tl.arange(0, PIECE)
-        u, v, both = _exponents(theta, teacher, endings, index, V, top_theta, top_teacher, inverse, FOLDED)
-        weights = tl.where(both, tl.exp((1 - p) * u + p * v - top), 0.0)
-        x = tl.where(both, v - u, 0.0)
-        s0 += tl.sum(weights)
-        s1 += tl.sum(weights * x)
-        s2 += tl.sum(weights * x * x)
-    return top + tl.log(s0), s1 / s0, tl.maximum(s2 / s0 - (s1 / s0) * (s1 / s0), 0.0)
-
-
-@triton.jit
-def _wholes(theta, teacher, endings, V, top_theta, top_teacher, inverse, FOLDED: tl.constexpr, PIECE: tl.constexpr):
-    """log Σ e^u, and c, in float64."""
-    whole, difference = 0.0 * inverse, 0.0 * inverse
-    for start in range(0, V, PIECE):
-        index = start + tl.arange(0, PIECE)
-        u, v, _both = _exponents(theta, teacher, endings, index, V, top_theta, top_teacher, inverse, FOLDED)
-        whole += tl.sum(tl.exp(u))
-        difference += tl.sum(tl.exp(v) - tl.exp(u))
-    return tl.log(whole), _log1p(difference / whole)
-
-
-@triton.jit
-def _solve(
-    theta, teacher, endings, V, method, alpha, low, high, epsilon, top_theta, top_teacher, inverse, c,
-    FOLDED: tl.constexpr, PIECE: tl.constexpr,
-):  # fmt: skip
-    """α of a row that one step does not settle: `solver._find_root`, by one program, in float64."""
+        f0, f1, f2 = -k0 - epsilon, m1 / 2 - k1 - epsilon, m2 - k2 - epsilon
+        d0, d1, d2 = 0.0 * v0, v1 / 2, v2
+        stands = (f2 <= 0) & (high == 1)
+    if method == _ESS_BALANCE:  # on the parabolas of K at 0 and 1, extended
+        f0, f1 = k0 - k2 - m2 - v2 / 2 + 2 * c, k0 - k2 - (m0 + m2) / 2 + (v0 - v2) / 8 + 2 * c
+        f2 = k0 - k2 - m0 + v0 / 2 + 2 * c
+        d0, d1, d2 = m2 - m0 + v2, m2 - m0 + (v0 + v2) / 2, m2 - m0 + v0
     middle = (low + high) / 2
-    whole, c = _wholes(theta, teacher, endings, V, top_theta, top_teacher, inverse, FOLDED, PIECE)
-    same = 0
-    if method != _TRUST_REGION:
-        _, mean_theta, _ = _family(theta, teacher, endings, V, 0.0 * c, top_theta, top_teacher, inverse, FOLDED, PIECE)
-        _, mean_teacher, _ = _family(
-            theta, teacher, endings, V, 1.0 + 0.0 * c, top_theta, top_teacher, inverse, FOLDED, PIECE
-        )
-        same = tl.where(mean_teacher - mean_theta < _SAME, 1, 0)
-    alpha = tl.where(alpha == alpha, alpha, middle)
-    least, most, last = low, high, high - low
-    untried, step = 1, 0
-    while (step < _STEPS) & (last > _TOLERANCE) & (same == 0):
-        power = tl.where(method == _ESS_BALANCE, -alpha, alpha)
-        log_sum, mean, variance = _family(
-            theta, teacher, endings, V, power, top_theta, top_teacher, inverse, FOLDED, PIECE
-        )
-        value, slope = mean - c, variance
+    alpha = tl.minimum(tl.maximum(_root_on_cubics(f0, f1, f2, d0, d1, d2), low), high)
+    same = (m2 - m0 < _SAME) & (method != _TRUST_REGION)
+    far = tl.minimum(s0, tl.minimum(s1, s2)) < 1e-15
+    alpha = tl.where(same | (alpha != alpha), middle, tl.where(stands & (method == _TRUST_REGION), high, alpha))
+    # The steps have x less what it is likely to be: their moments about 0 are then near the central ones.
+    centre = tl.where(method == _TRUST_REGION, m0, c)
+    moved = (apart + tl.where(tl.abs(centre) < float("inf"), centre, 0.0) / inverse).to(tl.float32).to(tl.float64)
+    tl.store(state + _APART, moved)
+    tl.store(state + _C, c - (moved - apart) * inverse)
+    tl.store(state + _WHOLE, whole_theta)
+    tl.store(state + _REST, rest_theta)
+    tl.store(state + _FAR, tl.where(far | (method == _ESS_BALANCE), 1.0, 0.0).to(tl.float64))
+    return whole_theta, whole_teacher, alpha, same | (stands & (far == 0))
+
+
+@triton.jit
+def _root_on_cubics(f0, f1, f2, d0, d1, d2):
+    """The root of a rising function on the cubic with its values f and slopes d at 0 and ½, or at ½ and 1."""
+    upper = f1 < 0
+    start = tl.where(upper, 0.5, 0.0)
+    left, right = tl.where(upper, f1, f0), tl.where(upper, f2, f1)
+    slope_left, slope_right = tl.where(upper, d1, d0), tl.where(upper, d2, d1)
+    secant = (right - left) * 2.0
+    r2, r3 = (3 * secant - 2 * slope_left - slope_right) * 2.0, (slope_left + slope_right - 2 * secant) * 4.0
+    low, high = 0.0 * left, 0.5 + 0.0 * left
+    for _ in range(22):
+        tau = (low + high) / 2
+        rising = left + tau * (slope_left + tau * (r2 + tau * r3)) < 0
+        low, high = tl.where(rising, tau, low), tl.where(rising, high, tau)
+    return start + (low + high) / 2
+
+
+# The steps.
+
+
+@triton.jit
+def _step(
+    theta, teacher, theta_stride, teacher_stride, endings, V, chunk, chunks, part, state, arrived, alone,
+    FOLDED: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    program = tl.num_programs(0) - 1 - tl.program_id(0)  # what was read last is still in the cache
+    row, piece = (program // chunks).to(tl.int64), program % chunks
+    state += row * _STATE
+    passes = tl.where(tl.load(state + _DONE) == 0, 1, 0)
+    theta += row * theta_stride
+    teacher += row * teacher_stride
+    part += row * chunks * _SUMS
+    first, last, parts = piece * chunk, tl.minimum(piece * chunk + chunk, V), chunks
+    while passes > 0:
+        _power_sums(theta, teacher, endings, first, last, V, state, part + piece * _SUMS, FOLDED, OUTER, INNER)
+        if _is_last(arrived + row, chunks):
+            done = _advance(part, parts, state)
+            # Alone, a program reads its whole row in every pass.
+            passes = tl.where(done | (alone == 0) | (passes == _PASSES), 0, passes + 1)
+            first, last, parts, piece = 0, V, chunks * 0 + 1, piece * 0
+            tl.debug_barrier()
+        else:
+            passes = 0
+
+
+@triton.jit
+def _power_sums(
+    theta, teacher, endings, first, last, V, state, part,
+    FOLDED: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """S_0 to S_3 of some logits of a row at α; or at two powers p and q, with the difference of their S_0."""
+    folded = _folded(teacher, endings, V, FOLDED)
+    method, alpha = tl.load(state + _METHOD), tl.load(state + _ALPHA).to(tl.float32)
+    p = tl.where(method == _ESS_BALANCE, -alpha, 0.0)
+    q = tl.where(method == _ESS_BALANCE, 2 - alpha, alpha)
+    top_theta = tl.load(state + _TOP_THETA).to(tl.float32)
+    apart = tl.load(state + _APART).to(tl.float32)
+    bits = (tl.load(state + _INVERSE) * _LOG2_E).to(tl.float32)
+    top = 0.0
+    if tl.load(state + _FAR) != 0:  # the exponents may be above 0, or all far below
+        tops = tl.full((OUTER,), _NOWHERE, tl.float32)
+        for start in range(first, last, OUTER * INNER):
+            s, t, _ = _tile(theta, teacher, endings, folded, start, V, FOLDED, OUTER, INNER)
+            both = tl.minimum(s, t) != _NOWHERE
+            u, x = (s - top_theta) * bits, (t - s - apart) * bits
+            tops = tl.maximum(tops, tl.max(tl.where(both, tl.maximum(u + p * x, u + q * x), _NOWHERE), 1))
+        top = tl.max(tops)
+        top = tl.where(top == _NOWHERE, 0.0, top)
+    a0 = tl.zeros((OUTER,), tl.float32)
+    a1, a2, a3, b0, b1, b2, b3, difference = a0, a0, a0, a0, a0, a0, a0, a0
+    for start in range(first, last, OUTER * INNER):
+        s, t, _ = _tile(theta, teacher, endings, folded, start, V, FOLDED, OUTER, INNER)
+        both = tl.minimum(s, t) != _NOWHERE
+        u = tl.where(both, (s - top_theta) * bits - top, _NOWHERE)
+        x = tl.where(both, (t - s - apart) * bits, 0.0)
+        b = tl.exp2(u + q * x)
+        b0 += tl.sum(b, 1)
+        bx = b * x
+        b1 += tl.sum(bx, 1)
+        bxx = bx * x
+        b2 += tl.sum(bxx, 1)
+        b3 += tl.sum(bxx * x, 1)
+        if method != _KL_SYMMETRY:
+            a = tl.exp2(u + p * x)
+            difference += tl.sum(_growth(a, b, (q - p) * x), 1)
+            a0 += tl.sum(a, 1)
+            ax = a * x
+            a1 += tl.sum(ax, 1)
+            axx = ax * x
+            a2 += tl.sum(axx, 1)
+            a3 += tl.sum(axx * x, 1)
+    tl.store(part + _TOP, top)
+    _store_sums(part, a0, a1, a2, a3, b0, b1, b2, b3, difference, a0, a0, a0, a0, _TOP)
+
+
+@triton.jit
+def _moments(part, slot, factor, chunks):
+    """S_0, mean, variance and third central moment of x, and a bound of the fourth cumulant's size from those below
+    it: of two masses it is third²/variance."""
+    s0 = tl.sum(_take(part, slot, chunks, 0.0) * factor)
+    mean = tl.sum(_take(part, slot + 1, chunks, 0.0) * factor) / s0 * _LN_2
+    square = tl.sum(_take(part, slot + 2, chunks, 0.0) * factor) / s0 * (_LN_2 * _LN_2)
+    cube = tl.sum(_take(part, slot + 3, chunks, 0.0) * factor) / s0 * (_LN_2 * _LN_2 * _LN_2)
+    variance, third = square - mean * mean, cube - 3 * mean * square + 2 * mean * mean * mean
+    variance = tl.where(variance > 1e-5 * mean * mean, variance, _NAN)  # the rounding of float32
+    return s0, mean, variance, third, third * third / variance + 3 * variance * variance
+
+
+@triton.jit
+def _advance(part, parts, state):
+    """A step of a row from its sums, and whether it may stand."""
+    alpha, method = tl.load(state + _ALPHA), tl.load(state + _METHOD)
+    low, high, c = tl.load(state + _LOW), tl.load(state + _HIGH), tl.load(state + _C)
+    tops = _take(part, _TOP, parts, _NOWHERE)
+    top = tl.max(tops)
+    factor = tl.exp((tops - top) * _LN_2)
+    s0, mean, variance, third, fourth = _moments(part, _POWER_2, factor, parts)
+    value, slope, bend, next_order = mean - c, variance, third, fourth
+    if method != _KL_SYMMETRY:
+        difference = tl.sum(_take(part, _STEP_DIFFERENCE, parts, 0.0) * factor)
         if method == _TRUST_REGION:
-            value, slope = alpha * mean - log_sum + whole - epsilon, alpha * variance
-        if method == _ESS_BALANCE:
-            other_sum, other_mean, _ = _family(
-                theta, teacher, endings, V, 2 - alpha, top_theta, top_teacher, inverse, FOLDED, PIECE
-            )
-            value, slope = log_sum - other_sum + 2 * c, other_mean - mean
-        least, most = tl.where(value < 0, alpha, least), tl.where(value > 0, alpha, most)
-        newton = tl.minimum(tl.maximum(alpha - value / slope, least), most)
-        newton = tl.where(newton == newton, newton, (least + most) / 2)
-        end = (untried == 1) & ((newton == low) | (newton == high))
-        accept = end | (tl.abs(newton - alpha) <= tl.maximum(last / 2, _TOLERANCE))
-        target = tl.where(value == 0, alpha, tl.where(accept, newton, (least + most) / 2))
-        untried = tl.where(end, 0, untried)
-        last = tl.abs(target - alpha)
-        alpha = target
-        step += 1
-    return tl.where(same == 1, middle, alpha)
+            scale = tl.exp(-top * _LN_2)
+            whole, rest = tl.load(state + _WHOLE) * scale, tl.load(state + _REST) * scale
+            value = alpha * mean - _log_ratio(difference - rest, s0, whole) - tl.load(state + _EPSILON)
+            slope, bend = alpha * variance, variance + alpha * third
+            next_order = 2 * tl.abs(third) + alpha * fourth
+        else:
+            other, other_mean, other_variance, other_third, other_fourth = _moments(part, _POWER_1, factor, parts)
+            value = 2 * c - _log_ratio(difference, s0, other)
+            slope, bend, next_order = mean - other_mean, other_variance - variance, fourth + other_fourth
+            variance = tl.maximum(variance, other_variance)
+    least = tl.where(value < 0, alpha, tl.load(state + _LEAST))
+    most = tl.where(value > 0, alpha, tl.load(state + _MOST))
+    # The root of value + slope·δ + bend·δ²/2 that is nearer to 0, in the form that does not cancel.
+    steepness = slope * slope - 2 * value * bend
+    there = tl.sqrt(tl.maximum(steepness, 0.0))  # the slope at that root; Newton's step where there is none
+    delta = -2 * value / (slope + tl.where(steepness > 0, there, slope))
+    target, untried = alpha + delta, tl.load(state + _UNTRIED)
+    end = (untried != 0) & (((least == low) & (target <= low)) | ((most == high) & (target >= high)))
+    accept = end | ((target > least) & (target < most) & (tl.abs(delta) <= tl.load(state + _LAST) / 2))
+    target = tl.minimum(tl.maximum(target, low), high)
+    error = tl.abs(delta * delta * delta) * next_order / (6 * tl.minimum(slope, there))
+    certain = (error < tl.maximum(_ALPHA_ERROR, tl.abs(alpha + delta - target) / 4)) | (
+        tl.abs(delta) * tl.sqrt(tl.maximum(variance, 0.0)) < _VARIATION_ERROR
+    )
+    outside = (value == 0) | ((alpha == low) & (value > 0)) | ((alpha == high) & (value < 0))
+    done = (accept & certain) | outside | (most - least < _ALPHA_ERROR)
+    target = tl.where(outside, alpha, tl.where(accept, target, (least + most) / 2))
+    tl.store(state + _ALPHA, target)
+    tl.store(state + _DONE, tl.where(done, 1.0, 0.0).to(tl.float64))
+    tl.store(state + _LEAST, least)
+    tl.store(state + _MOST, most)
+    tl.store(state + _LAST, tl.abs(target - alpha))
+    tl.store(state + _UNTRIED, tl.where(end, 0.0, untried))
+    return done
+
+
+# The last launch.
 
 
 @triton.jit
 def _write(
-    theta, teacher, theta_stride, teacher_stride, endings, V, chunks, state, alphas, out, V_teacher, whole,
-    STOP: tl.constexpr, FOLDED: tl.constexpr, CHUNK: tl.constexpr,
+    theta, teacher, theta_stride, teacher_stride, endings, V, chunk, chunks, state, alphas, out, V_teacher, whole,
+    STOP: tl.constexpr, FOLDED: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    row, chunk = (tl.program_id(0) // whole).to(tl.int64), tl.program_id(0) % whole
-    state += row * _STATE
-    alpha = tl.load(state + _ALPHA).to(tl.float32)
-    index = chunk * CHUNK + tl.arange(0, CHUNK)
-    s, t = _tile(theta + row * theta_stride, teacher + row * teacher_stride, endings, index, V, FOLDED)
-    if alpha != alpha:
-        mixed = tl.where(index < V, 0.0, _NOWHERE)
-        if STOP:
-            mixed = tl.where(index == tl.load(endings), _CERTAIN, mixed)
-    else:
+    row, piece = (tl.program_id(0) // whole).to(tl.int64), tl.program_id(0) % whole
+    theta += row * theta_stride
+    teacher += row * teacher_stride
+    out += row * V_teacher
+    alpha = tl.load(state + row * _STATE + _ALPHA).to(tl.float32)
+    masked = tl.load(state + row * _STATE + _MASKED)
+    folded = _folded(teacher, endings, V, FOLDED)
+    for start in range(piece * chunk, tl.minimum(piece * chunk + chunk, V_teacher), OUTER * INNER):
+        s, t, index = _tile(theta, teacher, endings, folded, start, V, FOLDED, OUTER, INNER)
         mixed = (1 - alpha) * s + alpha * t
         mixed = tl.where(alpha == 0, s, tl.where(alpha == 1, t, mixed))  # 0·(-inf) is NaN
-        if tl.load(state + _MASKED) != 0:
+        if masked != 0:
             mixed = tl.where(t == _NOWHERE, _NOWHERE, mixed)
-    tl.store(out + row * V_teacher + index, mixed, mask=index < V_teacher)
-    if chunk == 0:
+        if alpha != alpha:
+            mixed = tl.where(index < V, 0.0, _NOWHERE)
+            if STOP:
+                mixed = tl.where(index == tl.load(endings), _CERTAIN, mixed)
+        tl.store(out + index, mixed, mask=index < V_teacher)
+    if piece == 0:
         tl.store(alphas + row, alpha)
