@@ -15,8 +15,8 @@ that one row alone still fills a chip:
 3. `_write` blends the logits.
 
 The sums are float32, and joined in float64. What float32 would spoil is not subtracted: x is the difference of the
-logits themselves, less that of the two largest, and S_0(p) - S_0(p') sums its terms as e^a·(e^(b-a) - 1), with a series
-where b - a is small. So the errors are 1e-7 of E|x|, however near the rows are.
+logits themselves, less that of the two largest, and S_0(p) - S_0(p') sums its terms as e^a·(e^(b-a) - 1), with a
+series where b - a is small. So the errors are 1e-7 of E|x|, however near the rows are.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ _STATE = tl.constexpr(32)
 
 # What a chunk hands on, float32. In the first launch S_0 to S_2 at three nodes, or for `entropy` three sums a model;
 _SUMS = tl.constexpr(16)
-_NODE_0, _NODE_1, _NODE_2, _DIFFERENCE, _REST_THETA, _REST_TEACHER = (tl.constexpr(slot) for slot in (0, 3, 6, 9, 10, 11))
+_NODE_0, _NODE_1, _NODE_2, _DIFFERENCE, _REST_THETA, _REST_TEACHER = (
+    tl.constexpr(slot) for slot in (0, 3, 6, 9, 10, 11)
+)
 _MAX_THETA, _MAX_TEACHER, _MAX_BOTH = (tl.constexpr(slot) for slot in (13, 14, 15))
 # in a step S_0 to S_3 at two powers, their difference, and what the exponents are relative to.
 _POWER_1, _POWER_2, _STEP_DIFFERENCE, _TOP = (tl.constexpr(slot) for slot in (0, 4, 8, 15))
@@ -211,18 +213,16 @@ def _tile(theta, teacher, endings, folded, start, V, FOLDED: tl.constexpr, OUTER
 @triton.jit
 def _growth(weights, grown, z):
     """grown - weights, where grown = weights·2^z: by the series of 2^z - 1 where z is small."""
-    series = z * (
-        0.6931471806 + z * (0.2402265070 + z * (0.0555041087 + z * (0.0096181291 + z * 0.0013333558)))
-    )
+    series = z * (0.6931471806 + z * (0.2402265070 + z * (0.0555041087 + z * (0.0096181291 + z * 0.0013333558))))
     return tl.where(tl.abs(z) < 0.18, weights * series, grown - weights)
 
 
 @triton.jit
-def _store_sums(part, a, b, c, d, e, f, g, h, i, j, k, l, m, SLOTS: tl.constexpr):
+def _store_sums(part, a, b, c, d, e, f, g, h, i, j, k, n, m, SLOTS: tl.constexpr):
     """Sums over the threads, all in one exchange."""
     zero = a * 0.0
     even = tl.join(tl.join(tl.join(a, i), tl.join(e, m)), tl.join(tl.join(c, k), tl.join(g, zero)))
-    odd = tl.join(tl.join(tl.join(b, j), tl.join(f, zero)), tl.join(tl.join(d, l), tl.join(h, zero)))
+    odd = tl.join(tl.join(tl.join(b, j), tl.join(f, zero)), tl.join(tl.join(d, n), tl.join(h, zero)))
     slot = tl.arange(0, _SUMS)
     tl.store(part + slot, tl.reshape(tl.sum(tl.join(even, odd), 0), (_SUMS,)), mask=slot < SLOTS)
 
@@ -290,7 +290,9 @@ def _begin(
         tl.store(state + _EPSILON, budget)
         tl.store(state + _INVERSE, inverse)
         tl.store(state + _MASKED, mask)
-        _start(part, state, theta_sum + row, teacher_sum + row, chunks, chosen, low, high, fixed, budget, inverse, root)
+        _start(
+            part, state, theta_sum + row, teacher_sum + row, chunks, chosen, low, high, fixed, budget, inverse, root
+        )
 
 
 @triton.jit
@@ -408,7 +410,7 @@ def _entropy_of(part, slot, down, chunks):
 
 @triton.jit
 def _join(part, slot, scale, shift, chunks):
-    """S_0, E_p[x] and Var_p[x] at a node. `scale`: the logarithm of what each chunk is relative to; `shift`: of its x."""
+    """S_0, E_p[x] and Var_p[x] at a node. `scale`: the logarithm of what each chunk is relative to; `shift`: its x."""
     factor = tl.exp(scale)
     zero, one = _take(part, slot, chunks, 0.0), _take(part, slot + 1, chunks, 0.0) * _LN_2
     two = _take(part, slot + 2, chunks, 0.0) * (_LN_2 * _LN_2)
@@ -433,7 +435,11 @@ def _guess(part, state, down, up, chunks, method, low, high, epsilon, apart, inv
     whole_theta, whole_teacher = s0 + rest_theta, s2 + rest_teacher
     c = _log_ratio(difference + rest_teacher - rest_theta, whole_teacher, whole_theta)
     # kl_symmetry; K is relative to log Σθ from here.
-    k0, k1, k2 = tl.log(s0 / whole_theta), tl.log(s1 / whole_theta), _log_ratio(difference - rest_theta, s2, whole_theta)
+    k0, k1, k2 = (
+        tl.log(s0 / whole_theta),
+        tl.log(s1 / whole_theta),
+        _log_ratio(difference - rest_theta, s2, whole_theta),
+    )
     f0, f1, f2, d0, d1, d2 = m0 - c, m1 - c, m2 - c, v0, v1, v2
     smooth = tl.abs((m0 + m2) / 2 + (v0 - v2) / 8 - m1) < 1e-4 * tl.minimum(v0, tl.minimum(v1, v2))
     stands = (method == _KL_SYMMETRY) & smooth  # a quarter of the width divides the cubic's error by 16
@@ -588,7 +594,7 @@ def _advance(part, parts, state):
             slope, bend = alpha * variance, variance + alpha * third
             next_order = 2 * tl.abs(third) + alpha * fourth
         else:
-            other, other_mean, other_variance, other_third, other_fourth = _moments(part, _POWER_1, factor, parts)
+            other, other_mean, other_variance, _, other_fourth = _moments(part, _POWER_1, factor, parts)
             value = 2 * c - _log_ratio(difference, s0, other)
             slope, bend, next_order = mean - other_mean, other_variance - variance, fourth + other_fourth
             variance = tl.maximum(variance, other_variance)

@@ -1,57 +1,74 @@
 # /// script
 # dependencies = ["optimal-sampling-trl[vllm]"]
 # ///
-"""What mixing costs on a GPU: the Triton kernels against the bound of the memory and against the solver in torch.
+"""What mixing costs on a GPU: the Triton kernels, in ms, against the bound of the memory.
 
-    python recipes/benchmark_kernels.py
+    python recipes/benchmark_kernels.py            # each method, on each kind of logits
+    python recipes/benchmark_kernels.py --torch    # and the solver in torch, of the same rows
+    python recipes/benchmark_kernels.py --sweep    # logits a program reads, and warps: which is fastest here
 
 Logits in bfloat16 of two padded vocabularies. `copy` reads both once and writes float32 once, measured in the same
 run: no kernel that returns the mixed logits is faster. Each call takes the next of several sets of logits, together
 larger than the cache. `spread` has the teacher at 3·N(0, 1) and the student at 0.7 of that plus 1.5·N(0, 1); in
 `peaked` nine rows of ten are sure of one token; in `near` the student is the teacher but for 0.02·N(0, 1). `error` is
-the largest |Δα| to the float64 reference on a few rows of each.
+the largest |Δα| of any method to the float64 reference on a few rows of each.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
 from torch import Tensor
 
-from optimal_sampling_trl.kernels import mix_logits
-from optimal_sampling_trl.mixture import Mixture, MixtureRows, mix
+from optimal_sampling_trl.kernels import CHUNK, WARPS, mix_logits
+from optimal_sampling_trl.mixture import Mixture, MixtureRows, blend, log_distributions
 from optimal_sampling_trl.reference import reference
-from optimal_sampling_trl.solver import METHODS
+from optimal_sampling_trl.solver import METHODS, solve_alpha
 
 V_THETA, V_TEACHER = 151_936, 152_064
+KINDS = ("spread", "peaked", "near")
+CHUNKS = (4096, 8192, 16384, 32768)
 CACHE = 128 << 20
 """Bytes of logits between two uses of a set, at least: more than twice the cache of an H100 or H200."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, nargs="+", default=(8, 32, 128, 256))
+    parser.add_argument("--batches", type=int, nargs="+", default=(8, 32, 256))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument(
-        "--logits", nargs="+", choices=("spread", "peaked", "near"), default=("spread", "peaked", "near")
-    )
+    parser.add_argument("--logits", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--checked", type=int, default=4, help="rows compared with the reference")
     parser.add_argument("--torch", action="store_true", help="time the solver in torch as well")
+    parser.add_argument("--sweep", action="store_true", help="time each chunk and number of warps, compare nothing")
     args = parser.parse_args()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}\n")
-    print("| rows | logits | method        | kernels ms | copy ms | kernels/copy | torch ms | error   |")
-    print("|-----:|--------|---------------|-----------:|--------:|-------------:|---------:|---------|")
+    print(
+        f"| rows | logits | program   | copy   | {' | '.join(f'{method:12}' for method in args.methods)} | error   |"
+    )
+    print(f"|-----:|--------|-----------|-------:|{'-------------:|' * len(args.methods)}--------:|")
+    programs = [(chunk, warps) for chunk in CHUNKS for warps in (2, 4, 8)] if args.sweep else [(CHUNK, WARPS)]
     for rows in args.batches:
         for kind in args.logits:
             sets = make_sets(kind, rows)
             copied = median_ms(copy, sets, args.rounds)
-            for method in args.methods:
-                print(line(method, kind, rows, sets, copied, args), flush=True)
+            for chunk, warps in programs:
+                took = [time_kernels(method, sets, args.rounds, chunk, warps) for method in args.methods]
+                error = (
+                    "-" if args.sweep or not args.checked else f"{find_error(args.methods, sets, args.checked):.1e}"
+                )
+                show(rows, kind, f"{chunk:5} × {warps}", copied, took, error)
+            if args.torch:
+                show(rows, kind, "torch", copied, [time_torch(method, sets) for method in args.methods], "-")
+
+
+def show(rows: int, kind: str, program: str, copied: float, took: list[float], error: str) -> None:
+    cells = " | ".join(f"{ms:12.4f}" for ms in took)
+    print(f"| {rows:4} | {kind:6} | {program:9} | {copied:6.4f} | {cells} | {error:7} |", flush=True)
 
 
 def make_sets(kind: str, rows: int) -> list[tuple[Tensor, Tensor]]:
@@ -104,19 +121,30 @@ def median_ms(work: Callable[..., object], sets: list, rounds: int) -> float:
     return statistics.median(took)
 
 
-def line(method: str, kind: str, rows: int, sets: list, copied: float, args: argparse.Namespace) -> str:
-    columns = MixtureRows.of([Mixture(method)] * rows, "cuda")
-    took = median_ms(lambda theta, teacher: mix_logits(theta, teacher, *columns[1:]), sets, args.rounds)
-    slow = "-"
-    if args.torch:
-        slow = f"{median_ms(lambda theta, teacher: mix(theta, teacher, columns), sets, 2):.2f}"
-    alpha = mix_logits(*sets[0], *columns[1:]).alpha[: args.checked].cpu()
-    want, _ = reference(*(side[: args.checked].cpu() for side in sets[0]), Mixture(method))
-    error = float((alpha - want).abs().max()) if args.checked else 0.0
-    return (
-        f"| {rows:4} | {kind:6} | {method:13} | {took:10.4f} | {copied:7.4f} | {took / copied:12.2f} | {slow:>8} | "
-        f"{error:.1e} |"
-    )
+def time_kernels(method: str, sets: list, rounds: int, chunk: int, warps: int) -> float:
+    columns = MixtureRows.of([Mixture(method)] * len(sets[0][0]), "cuda")[1:]
+    return median_ms(lambda *pair: mix_logits(*pair, *columns, chunk=chunk, warps=warps), sets, rounds)
+
+
+def time_torch(method: str, sets: list) -> float:
+    columns = MixtureRows.of([Mixture(method)] * len(sets[0][0]), "cuda")
+
+    def mix_in_torch(theta: Tensor, teacher: Tensor) -> Tensor:
+        log_theta, log_teacher = log_distributions(theta, teacher)
+        return blend(log_theta, log_teacher, solve_alpha(log_theta, log_teacher, columns))
+
+    return median_ms(mix_in_torch, sets, 2)
+
+
+def find_error(methods: Sequence[str], sets: list, checked: int) -> float:
+    """The largest |Δα| to the reference in the first rows of the first set."""
+    theta, teacher = (side[:checked] for side in sets[0])
+    errors = []
+    for method in methods:
+        alpha = mix_logits(theta, teacher, *MixtureRows.of([Mixture(method)] * len(theta), "cuda")[1:]).alpha.cpu()
+        want, _ = reference(theta.cpu(), teacher.cpu(), Mixture(method))
+        errors.append(float((alpha - want).abs().max()))
+    return max(errors)
 
 
 if __name__ == "__main__":

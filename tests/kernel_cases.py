@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 from test_mixture import BROKEN, ROOTS, Pair, inside, make_row, mixtures, pairs, random_pair, temperatures
 from torch import Tensor
 
-from optimal_sampling_trl.kernels import MixedLogits, mix_logits
-from optimal_sampling_trl.mixture import Mixture, MixtureRows, blend, fold_eos, log_distributions
+from optimal_sampling_trl.kernels import CHUNK, MixedLogits, mix_logits
+from optimal_sampling_trl.mixture import Mixture, MixtureRows, blend, fold_eos, log_distributions, mix
 from optimal_sampling_trl.reference import reference
 from optimal_sampling_trl.solver import METHODS, SAME_DIVERGENCE
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-CHUNK = 64
+SMALL = 64
 """Logits a program in these tests: small rows are in several chunks then."""
 WIDTHS = [(300, 317), (317, 300), (64, 64), (65, 65)] + ([(151_936, 152_064), (152_064, 151_936)] if GPU else [])
 ALPHA_TOLERANCE = 1e-4
@@ -34,12 +34,12 @@ VARIATION_TOLERANCE = 1e-5
 
 
 def run(
-    pair: Pair, rows: list[Mixture], temperature: list[float] | None = None, chunk: int = CHUNK, **more: Any
+    pair: Pair, rows: list[Mixture], temperature: list[float] | None = None, chunk: int = SMALL, **more: Any
 ) -> MixedLogits:
     columns = MixtureRows.of(rows, DEVICE)[1:]
     if temperature is not None:
         more["temperature"] = torch.tensor(temperature, device=DEVICE)
-    chunk = chunk if pair.theta.shape[1] < 10_000 else 4096
+    chunk = chunk if pair.theta.shape[1] < 10_000 else CHUNK
     out = mix_logits(*(side.to(DEVICE) for side in pair), *columns, chunk=chunk, **more)
     return MixedLogits(*(value.cpu() for value in out))
 
@@ -228,7 +228,7 @@ def test_rows_may_lie_apart_and_padding_is_ignored() -> None:
         assert torch.equal(one, other)
     columns = torch.stack([column.double() for column in MixtureRows.of(rows)[1:]], 1).to(DEVICE).unbind(1)
     out = mix_logits(
-        theta.to(DEVICE), teacher.to(DEVICE), columns[0].long().repeat_interleave(2)[::2], *columns[1:], chunk=CHUNK
+        theta.to(DEVICE), teacher.to(DEVICE), columns[0].long().repeat_interleave(2)[::2], *columns[1:], chunk=SMALL
     )
     assert torch.equal(out.alpha.cpu(), want.alpha)
 
@@ -242,8 +242,23 @@ def test_what_would_be_read_wrongly_is_refused() -> None:
     theta, teacher = random_pair(4, 30)
     with pytest.raises(ValueError, match=r"mix_logits: 4 rows of the student's logits, 3 of the teacher's"):
         run(Pair(theta, teacher[:3]), [Mixture()] * 4)
-    with pytest.raises(ValueError, match=r"logits of a row of `teacher` lie 30 numbers apart; wanted 1.*contiguous"):
+    with pytest.raises(ValueError, match=r"logits of a row of `teacher` lie \d+ numbers apart; wanted 1.*contiguous"):
         run(Pair(theta, torch.randn(30, 30).T[:4]), [Mixture()] * 4)
+
+
+@pytest.mark.skipif(not GPU, reason="mix() takes the kernels on a GPU alone")
+@pytest.mark.parametrize("method", METHODS)
+def test_mix_on_a_gpu_is_the_reference(method: str) -> None:
+    base, noise = random_pair(6, 5000, scale=3.0)
+    theta, teacher = 0.7 * base + noise / 2, base
+    theta[2, 17] = math.nan
+    temperature = torch.tensor([1.0, 0.3, 1.0, 2.0, 0.7, 1.5])
+    alpha, log_q = mix(theta.to(DEVICE), teacher.to(DEVICE), Mixture(method), temperature.to(DEVICE))
+    for n in range(6):
+        want, want_q = reference(theta[n : n + 1], teacher[n : n + 1], Mixture(method), float(temperature[n]))
+        assert want.isnan().item() == (n == 2)
+        assert torch.allclose(alpha[n : n + 1].cpu().double(), want, rtol=0, atol=ALPHA_TOLERANCE, equal_nan=True)
+        assert torch.allclose(log_q[n].cpu().double().exp(), want_q[0].exp(), rtol=0, atol=1e-4, equal_nan=True)
 
 
 @pytest.mark.skipif(not GPU, reason="a CUDA graph needs a GPU")
