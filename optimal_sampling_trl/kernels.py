@@ -50,7 +50,6 @@ _FIXED = tl.constexpr(METHODS.index("fixed"))
 _SAME = tl.constexpr(SAME_DIVERGENCE)
 _PASSES = tl.constexpr(SOLVER_STEPS)
 _NOWHERE = tl.constexpr(float("-inf"))
-_NAN = tl.constexpr(float("nan"))
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 _ALPHA_ERROR = tl.constexpr(2e-5)
@@ -385,7 +384,7 @@ def _start(part, state, theta_sum, teacher_sum, chunks, method, low, high, fixed
     sum_theta, sum_teacher = tl.log(whole_theta) + top_theta * inverse, tl.log(whole_teacher) + top_teacher * inverse
     finite = (tl.abs(sum_theta) < float("inf")) & (tl.abs(sum_teacher) < float("inf"))
     solvable = finite & (common | ((root == 0) & ((alpha == 0) | (alpha == 1))))
-    tl.store(state + _ALPHA, tl.where(solvable, alpha, _NAN))
+    tl.store(state + _ALPHA, tl.where(solvable, alpha, float("nan")))
     tl.store(state + _DONE, tl.where(done | (solvable == 0), 1.0, 0.0).to(tl.float64))
     tl.store(state + _TOP_THETA, top_theta)
     tl.store(state + _LEAST, low)
@@ -571,7 +570,7 @@ def _moments(part, slot, factor, chunks):
     square = tl.sum(_take(part, slot + 2, chunks, 0.0) * factor) / s0 * (_LN_2 * _LN_2)
     cube = tl.sum(_take(part, slot + 3, chunks, 0.0) * factor) / s0 * (_LN_2 * _LN_2 * _LN_2)
     variance, third = square - mean * mean, cube - 3 * mean * square + 2 * mean * mean * mean
-    variance = tl.where(variance > 1e-5 * mean * mean, variance, _NAN)  # the rounding of float32
+    variance = tl.where(variance > 1e-5 * mean * mean, variance, float("nan"))  # the rounding of float32
     return s0, mean, variance, third, third * third / variance + 3 * variance * variance
 
 
