@@ -130,7 +130,7 @@ WIDE = ("near", "near, a multiple apart", "peaked", "peaked apart", "grammar", "
 @pytest.mark.parametrize("method", ROOTS)
 def test_hard_rows(method: str, kind: str, V: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(5)
-    spreads = (1e-4, 1e-3, 1e-2, 0.1, 1.0)
+    spreads = (1e-4, 1e-3, 1e-2, 0.1, 1.0) if GPU else (1e-3, 0.1, 1.0)  # interpreted, each takes its time
     pair = Pair(*(torch.stack(side).to(dtype) for side in zip(*(wide_row(kind, V, s, generator) for s in spreads))))
     ranges = (Mixture(method), Mixture(method, epsilon=1e-5), Mixture(method, alpha_min=0.2, alpha_max=0.7))
     for temperature, mixture in zip((1.0, 0.3, 2.0), ranges):
