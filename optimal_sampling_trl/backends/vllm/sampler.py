@@ -85,7 +85,9 @@ class Mixed(NamedTuple):
         index = sampled[:, None].long()
         theta, teacher = self.theta.gather(1, index)[:, 0].float(), self.teacher.gather(1, index)[:, 0].float()
         if self.ending.stop and self.ending.folded:
-            ends = self.teacher[:, [self.ending.stop[0], *self.ending.folded]].float().logsumexp(-1)
+            # Columns one by one: a list of them would be copied to the device, and the step would wait.
+            ends = torch.stack([self.teacher[:, id] for id in (self.ending.stop[0], *self.ending.folded)], 1)
+            ends = ends.float().logsumexp(-1)
             teacher = torch.where(index[:, 0] == self.ending.stop[0], ends, teacher)
         if self.temperature is not None:
             theta, teacher = theta / self.temperature, teacher / self.temperature

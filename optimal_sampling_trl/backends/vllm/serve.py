@@ -107,9 +107,8 @@ def refuse_early(engine: Any) -> None:
     def checked(prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
         ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
         check_params(sampling_params, ids or (), settings)
-        if (sampling_params.extra_args or {}).get(
-            RECORD
-        ):  # a trainer's, which reads ids: no object and no text a token
+        if (sampling_params.extra_args or {}).get(RECORD):
+            # A trainer's, which reads ids: no object and no text a token.
             sampling_params.flat_logprobs = True
             sampling_params.detokenize = bool(sampling_params.stop)
         return generate(prompt, sampling_params, *args, **kwargs)
