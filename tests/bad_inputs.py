@@ -8,7 +8,6 @@ prints how long each takes to be refused, as a table, and the memory that is lef
 from __future__ import annotations
 
 import gc
-import json
 import os
 import time
 from collections.abc import Callable
@@ -22,8 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import psutil
 import torch
 from datasets import Dataset, DatasetDict
-from models import make_model, make_tokenizer
-from transformers import LlamaConfig, T5Config
+from models import make_model, make_unfit_models
 
 from optimal_sampling_trl import (
     DistillationConfig,
@@ -55,22 +53,10 @@ class Room:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        make_model(root / "teacher", "qwen2", 0, vocab_size=320)
-        make_model(root / "theta", "qwen2", 1, tied=True)
+        make_unfit_models(root)
         make_model(root / "cut", "qwen2", 1)
         file = root / "cut" / "model.safetensors"
         file.write_bytes(file.read_bytes()[:-1000])
-        make_model(root / "swapped", "qwen2", 1)
-        path = root / "swapped" / "tokenizer.json"
-        tokenizer = json.loads(path.read_text())
-        words = tokenizer["model"]["vocab"]
-        words["a"], words["b"] = words["b"], words["a"]
-        path.write_text(json.dumps(tokenizer))
-        (root / "empty").mkdir()
-        LlamaConfig(vocab_size=200).save_pretrained(root / "small")
-        make_tokenizer().save_pretrained(root / "small")
-        LlamaConfig(vocab_size=288).save_pretrained(root / "mute")
-        T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(root / "t5")
         (root / "garbled").mkdir()
         (root / "garbled" / "config.json").write_text("{ not json")
         (root / "strange").mkdir()

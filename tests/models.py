@@ -6,6 +6,7 @@ of n bytes has n tokens. The weights are wide enough (0.08) that teacher and stu
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, T5Config
 
 EOS, PAD, TOKENS = 256, 257, 258
 CHAT_TEMPLATE = (
@@ -114,3 +115,21 @@ def publish(cache: Path, name: str, **revisions: str) -> str:
         (place / "refs").mkdir(exist_ok=True)
         (place / "refs" / revision).write_text(commit)
     return name
+
+
+def make_unfit_models(root: Path) -> None:
+    """Write `teacher` and `theta`, a pair, and what cannot be mixed with them: `swapped` tokens, an `empty` folder,
+    a `small` vocabulary, a `mute` model without a tokenizer, an encoder-decoder `t5`."""
+    make_model(root / "teacher", "qwen2", 0, vocab_size=320)
+    make_model(root / "theta", "qwen2", 1, tied=True)
+    make_model(root / "swapped", "qwen2", 1)
+    path = root / "swapped" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    words = tokenizer["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    path.write_text(json.dumps(tokenizer))
+    (root / "empty").mkdir()
+    LlamaConfig(vocab_size=200).save_pretrained(root / "small")
+    make_tokenizer().save_pretrained(root / "small")
+    LlamaConfig(vocab_size=288).save_pretrained(root / "mute")
+    T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(root / "t5")

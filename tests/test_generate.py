@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from models import EOS, make_model, make_tokenizer
+from models import EOS, make_model, make_tokenizer, make_unfit_models
 from oracle import check_rollout
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, T5Config
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from optimal_sampling_trl import Mixture, OptimalSamplingOutput, OptimalSamplingV1, backends
 from optimal_sampling_trl.backends import decoding
@@ -32,19 +31,7 @@ def ids(text: str) -> list[int]:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `teacher` and `theta`, and with models that cannot be mixed with them."""
     root = tmp_path_factory.mktemp("models")
-    make_model(root / "teacher", "qwen2", 0, vocab_size=320)
-    make_model(root / "theta", "qwen2", 1, tied=True)
-    make_model(root / "swapped", "qwen2", 1)
-    path = root / "swapped" / "tokenizer.json"
-    tokenizer = json.loads(path.read_text())
-    vocabulary = tokenizer["model"]["vocab"]
-    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-    path.write_text(json.dumps(tokenizer))
-    (root / "empty").mkdir()
-    LlamaConfig(vocab_size=200).save_pretrained(root / "small")
-    TOKENIZER.save_pretrained(root / "small")
-    LlamaConfig(vocab_size=288).save_pretrained(root / "mute")
-    T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(root / "t5")
+    make_unfit_models(root)
     return root
 
 
