@@ -59,6 +59,13 @@ TRAPS = {
         upstream="FlashAttention reads them from the layers since 0.31; others do not. Not seen on the CPU.",
         delete="When all builders read them from the layers.",
     ),
+    "seeds_of_ranks": Trap(
+        symptom="Under tensor parallelism each rank goes on with a token of its own, and the caches no longer match.",
+        cause="A request without a seed is drawn from a generator of the process, which a training process shares.",
+        safe="The first rank draws a seed for each such request and sends it to the others.",
+        upstream="None found. TRL starts the ranks from one seed, which holds until one of them draws on its own.",
+        delete="When vLLM's ranks agree on the token.",
+    ),
     "packed_head": Trap(
         symptom="After a reload on the CPU a tied student's log-probabilities are off by about 0.02.",
         cause="The output layer holds a packed copy of the embedding, and no weight of its own that a reload sees.",

@@ -24,7 +24,7 @@ from .weights import clean_caches, reload_theta
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-    from vllm import LLM, RequestOutput
+    from vllm import LLM, RequestOutput, SamplingParams
 
 WORKER = "optimal_sampling_trl.backends.vllm.weights.OptimalSamplingWorker"
 
@@ -142,10 +142,12 @@ def generate(
         check_request(request, pair, index)
     if not requests:
         return [], []
+    parameters = [to_sampling_params(request, pair.ending) for request in requests]
+    share_seeds(llm, parameters)
     try:
         outputs = llm.generate(
             [TokensPrompt(prompt_token_ids=request.prompt_ids) for request in requests],
-            [to_sampling_params(request, pair.ending) for request in requests],
+            parameters,
             use_tqdm=partial(tqdm, leave=False) if use_tqdm else False,
         )
     except BaseException:  # an interrupt, too: what was left would come back among the next call's outputs
@@ -153,6 +155,17 @@ def generate(
         llm.llm_engine.abort_request(left, internal=True)
         raise
     return outputs, to_rollouts(outputs, requests, pair)
+
+
+def share_seeds(llm: LLM, parameters: Sequence[SamplingParams]) -> None:
+    """Under tensor parallelism, give requests without a seed one that all ranks have: the trap `seeds_of_ranks`."""
+    if llm.llm_engine.vllm_config.parallel_config.tensor_parallel_size == 1:
+        return
+    from vllm.distributed.parallel_state import get_tp_group
+
+    seeds = get_tp_group().broadcast_object(torch.randint(2**31, (len(parameters),)).tolist())
+    for one, seed in zip(parameters, seeds, strict=True):
+        one.seed = seed if one.seed is None else one.seed
 
 
 class VLLMBackend:
