@@ -116,6 +116,12 @@ def make_trainer(
     return trainer_class(**keywords | (trainer or {}))
 
 
+def whole(parameter: Tensor) -> Tensor:
+    """A parameter's values; of one that FSDP splits all, which every rank has to ask for."""
+    values: Any = parameter.detach()
+    return values.full_tensor() if hasattr(values, "full_tensor") else values
+
+
 class Watch:
     """Goes before a trainer's class: keeps each generation's batch and rollouts, and each micro-batch of the loss.
 
@@ -130,7 +136,7 @@ class Watch:
         super().__init__(*positional, **keywords)
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
-        self.weights.append({name: p.detach().clone() for name, p in self.model.named_parameters()})
+        self.weights.append({name: whole(p).clone() for name, p in self.model.named_parameters()})
         output = super()._generate_and_score_completions(inputs)
         self.generations.append((self.model.training, dict(output), self.rollouts))
         return output
