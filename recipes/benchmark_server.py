@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -119,13 +119,13 @@ def ask_for_records(client: VLLMClient, request: Request, pair: Pair) -> object:
 
 
 @contextmanager
-def serving(*command: str) -> Iterator[tuple[str, psutil.Process]]:
+def serving(*command: str, environment: Mapping[str, str] | None = None) -> Iterator[tuple[str, psutil.Process]]:
     """A server's address and process, once it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = (sys.executable, *command, "--port", str(port), "--host", "127.0.0.1")
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
     url = f"http://127.0.0.1:{port}"
     try:
         while not is_up(url):

@@ -77,6 +77,9 @@ class Oracle:
         read = [read_logits(self.models[name], prompt, completion) for name in ("theta", "teacher")]
         return common_logits(*read, self.ending)
 
-    def check(self, rollouts: Sequence[Rollout], requests: Sequence[Request]) -> None:
-        """Fail where a record is further than `TOLERANCE` from the oracle's."""
-        check_rollouts(rollouts, requests, self.models["teacher"], self.models["theta"], self.ending, TOLERANCE)
+    def check(
+        self, rollouts: Sequence[Rollout], requests: Sequence[Request], tolerance: float = TOLERANCE
+    ) -> dict[str, float]:
+        """The largest errors; fails where a record is further than `tolerance` from the oracle's."""
+        models = self.models["teacher"], self.models["theta"]
+        return check_rollouts(rollouts, requests, *models, self.ending, tolerance)

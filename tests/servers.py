@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -42,6 +42,7 @@ class Server:
         flags: further ones of `optimal-sampling-serve`.
         program: what serves; by default one whose weights come from a file.
         patience: seconds that it may take to start.
+        environment: further variables of its process.
     """
 
     def __init__(
@@ -52,12 +53,13 @@ class Server:
         *flags: str,
         program: Sequence[str] = (str(HERE / "serve_from_files.py"),),
         patience: int = 300,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.log, self.patience = log, patience
+        self.log, self.patience, self.environment = log, patience, dict(environment or {})
         self.command = [
             sys.executable,
             *program,
@@ -76,6 +78,7 @@ class Server:
         """Start it, and wait until it answers."""
         paths = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "VLLM_LOGGING_LEVEL": "ERROR"}
+        environment |= self.environment
         with self.log.open("a") as output:
             self.process = subprocess.Popen(
                 self.command, stdout=output, stderr=output, env=environment, start_new_session=True

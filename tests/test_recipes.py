@@ -233,6 +233,16 @@ def check_benchmark_server(made: embedded.Pair, tmp_path: Path) -> None:
     assert all(float(cell) > 0 for row in rows for cell in row[1:])
 
 
+def check_benchmark_gpus(made: embedded.Pair, tmp_path: Path) -> None:
+    """On a CPU its processes share it, and no weights are sent."""
+    if find_spec("vllm") is None:
+        pytest.skip(NO_VLLM)
+    output = run("benchmark_gpus.py", *TINY, "--processes", "2", "--only", "sample")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in re.findall(r"^\| \d.*", output, re.MULTILINE)]
+    assert [row[0] for row in rows] == ["1", "2"], output
+    assert all(float(row[1]) > 0 for row in rows)
+
+
 def check_soak(made: embedded.Pair, tmp_path: Path) -> None:
     flags = "--backend transformers --cycles 20 --warmup 2 --looks 2 --batch 2 --tokens 2".split()  # noqa: SIM905
     output = run("soak.py", *flags)
@@ -420,6 +430,7 @@ RUNS: dict[str, Callable[[embedded.Pair, Path], None]] = {
     "sample.py": check_sample,
     "sft.py": check_sft,
     "benchmark.py": check_benchmark_fused,
+    "benchmark_gpus.py": check_benchmark_gpus,
     "benchmark_kernels.py": lambda made, path: check_benchmark_kernels(),
     "benchmark_server.py": check_benchmark_server,
     "soak.py": check_soak,

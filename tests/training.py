@@ -54,12 +54,15 @@ TEXTS = ["31=", "2718=", "161803398874=", "5=", "1414213562=", "60221=", "299792
 PROMPTS = [f"{number}{text}" for number in range(4) for text in TEXTS]
 
 
-def make_untrained_pair(folder: Path) -> tuple[str, str]:
-    """Folders of a teacher and a student with random weights: they disagree, and end at many lengths."""
+def make_untrained_pair(folder: Path, same_size: bool = False) -> tuple[str, str]:
+    """Folders of a teacher and a student with random weights: they disagree, and end at many lengths.
+
+    The teacher has 3 heads of attention, or the student's 2 where both have the `same_size`.
+    """
     tokenizer, folders = embedded.make_tokenizer(), []
     for seed, role in enumerate(("teacher", "student")):
         with torch.random.fork_rng(devices=[]):
-            config = embedded.build(embedded.RECIPES[role]).config
+            config = embedded.build(embedded.RECIPES["student" if same_size else role]).config
             config.initializer_range = 0.12
             torch.manual_seed(10 + seed)
             AutoModelForCausalLM.from_config(config).save_pretrained(folder / role)
