@@ -3,15 +3,17 @@
 # ///
 """What further GPUs bring: rollouts by as many processes as there are GPUs, and sending the student's weights.
 
-    python recipes/benchmark_gpus.py --shapes 3b 1.5b              # the folder `TMPDIR` must hold the models (10 GB)
+    python recipes/benchmark_gpus.py --shapes 3b 1.5b              # `TMPDIR` must hold the models (10 GB)
     python recipes/benchmark_gpus.py --shapes 7b 1.5b --only sync
-    OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind python recipes/benchmark_gpus.py --processes 2   # on a CPU
+    export OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind
+    python recipes/benchmark_gpus.py --processes 2                  # on a CPU
 
-Data parallel: each GPU has a process with an engine of its own, all started once; then 1, 2, 4, ... of them work at the
-same time on a batch each, taking turns, and of each number the fastest round counts. Between two processes nothing is
-sent while they sample, so that what is lacking to n times the tokens/s of one is what they share: the host.
+Data parallel: each GPU has a process with an engine of its own, all started once; then 1, 2, 4, ... of them work
+at the same time on a batch each, taking turns, and of each number the fastest round counts. Between the processes
+nothing is sent while they sample, so that what is lacking to n times the tokens/s of one is what they share: the host.
 
-Weights: a server on GPU 0, and TRL's client in a process on GPU 1 sends the whole student over NCCL, as a trainer does.
+Weights: a server on GPU 0, and TRL's client in a process on GPU 1 sends the whole student over NCCL, as a trainer
+does.
 
 | column | what it says |
 |---|---|
@@ -38,7 +40,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
 
 import torch
-from transformers import Qwen2ForCausalLM
+from transformers import AutoTokenizer, Qwen2ForCausalLM
 from trl.generation.vllm_client import VLLMClient
 
 from benchmark import arguments
@@ -101,9 +103,10 @@ def command(args: argparse.Namespace, worker: str, *further: str) -> list[str]:
     return [sys.executable, __file__, "--worker", worker, "--pair", *args.pair, *named, *flags, *batches, *further]
 
 
-def on_gpu(index: int) -> dict[str, str]:
-    """The variables of a process that sees one GPU."""
-    return os.environ | ({"CUDA_VISIBLE_DEVICES": str(index)} if GPUS else {})
+def on_gpu(index: int, args: argparse.Namespace) -> dict[str, str]:
+    """The variables of a process that sees one GPU, and compiles into a folder of its own."""
+    own = {"VLLM_CACHE_ROOT": f"{args.pair[0]}-cache-{index}", "CUDA_VISIBLE_DEVICES": str(index)}
+    return os.environ | (own if GPUS else {})
 
 
 class Workers:
@@ -112,7 +115,11 @@ class Workers:
     def __init__(self, args: argparse.Namespace) -> None:
         self.processes = [
             subprocess.Popen(
-                command(args, "sample"), env=on_gpu(index), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                command(args, "sample"),
+                env=on_gpu(index, args),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
             )
             for index in range(args.processes)
         ]
@@ -195,8 +202,8 @@ def sync(args: argparse.Namespace) -> None:
     teacher, theta = args.pair
     flags = ("--dtype", args.dtype, "--max-model-len", "512", "--max-num-seqs", "16", "--enforce-eager")
     flags += ("--kv-cache-memory-bytes", str(1 << 30), "--gpu-memory-utilization", "0.1")
-    with serving(*OURS, teacher, "--theta", theta, *flags, environment=on_gpu(0)) as (url, _):
-        subprocess.run(command(args, "send", "--url", url), env=on_gpu(1), check=True, timeout=120)
+    with serving(*OURS, teacher, "--theta", theta, *flags, environment=on_gpu(0, args)) as (url, _):
+        subprocess.run(command(args, "send", "--url", url), env=on_gpu(1, args), check=True, timeout=120)
 
 
 def send(args: argparse.Namespace) -> None:
@@ -205,8 +212,6 @@ def send(args: argparse.Namespace) -> None:
     model = Qwen2ForCausalLM.from_pretrained(args.pair[1], dtype=getattr(torch, args.dtype)).cuda()
     weights = [(name, weight.detach()) for name, weight in model.named_parameters()]
     metadata = [(name, args.dtype, list(weight.shape)) for name, weight in weights]
-    from transformers import AutoTokenizer
-
     served = FusedServer(client, args.pair[0], AutoTokenizer.from_pretrained(args.pair[1]))
     began = time.perf_counter()
     client.init_communicator(device="cuda:0")

@@ -35,6 +35,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")  # what TRL's client and vLLM tell each other to meet at
+sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))  # where the tests' pairs are made
 
 import torch
 from check_server import Report, Steps
