@@ -192,7 +192,9 @@ def _folded(teacher, endings, V, FOLDED: tl.constexpr):
         values = tl.load(teacher + ids, mask=ids < V, other=_NOWHERE).to(tl.float32)
         top = tl.max(values)
         safe = tl.where(top == _NOWHERE, 0.0, top)
-        value = safe + tl.log(tl.sum(tl.exp(values - safe)))
+        # By way of float64, so that each loop that reads it has the same: as float32 its sum may or may not be fused
+        # with what follows, and a largest logit that differs from itself is none.
+        value = (safe.to(tl.float64) + tl.log(tl.sum(tl.exp(values - safe))).to(tl.float64)).to(tl.float32)
     return value
 
 
@@ -614,6 +616,7 @@ def _advance(part, parts, state):
     outside = (value == 0) | ((alpha == low) & (value > 0)) | ((alpha == high) & (value < 0))
     done = (accept & certain) | outside | (most - least < _ALPHA_ERROR)
     target = tl.where(outside, alpha, tl.where(accept, target, (least + most) / 2))
+    tl.debug_barrier()  # slower warps still read what is replaced here
     tl.store(state + _ALPHA, target)
     tl.store(state + _DONE, tl.where(done, 1.0, 0.0).to(tl.float64))
     tl.store(state + _LEAST, least)

@@ -108,6 +108,20 @@ TRAPS = {
         upstream="None found.",
         delete="When test_a_group_from_before_the_engine_stays passes without `keeping`.",
     ),
+    "shared_groups": Trap(
+        symptom="On a GPU, closing one of two engines in a process breaks the other: no pipeline group.",
+        cause="The groups of the parallel ranks are the process's, and each core's shutdown destroys them.",
+        safe="They stay until the last of this package's engines in the process is closed: `sharing_groups`.",
+        upstream="None found.",
+        delete="When test_one_of_two_engines_is_closed passes on a GPU without it.",
+    ),
+    "graph_pool": Trap(
+        symptom="An engine that is started after another was closed fails: `use_count > 0 INTERNAL ASSERT FAILED`.",
+        cause="All engines of a process capture graphs into one pool, which torch frees with the last graph in it.",
+        safe="Each engine begins a pool of its own: `own_graph_pool`.",
+        upstream="None found.",
+        delete="When tests/test_engine_gpu.py passes in one process without it.",
+    ),
     "discarded_weights": Trap(
         symptom="After `sleep(level=2)` the teacher is gone, and TRL pushes back the student alone.",
         cause="Level 2 frees all weights, as they would be replaced.",
@@ -226,6 +240,25 @@ def keeping(group: Any) -> Iterator[None]:
 
     with patch.object(dist, "destroy_process_group", all_but):
         yield
+
+
+@contextmanager
+def sharing_groups(others: bool) -> Iterator[None]:
+    """While this lasts a core that shuts down leaves the groups of `others` alone: the trap `shared_groups`."""
+    if not others:
+        yield
+        return
+    from vllm.v1.engine import core
+
+    with patch.object(core, "cleanup_dist_env_and_memory", lambda *_, **__: None):
+        yield
+
+
+def own_graph_pool() -> None:
+    """Let the next engine capture its graphs into a new pool: the trap `graph_pool`."""
+    from vllm.platforms import current_platform
+
+    type(current_platform)._global_graph_pool = None
 
 
 def repack_tied_head(model: Any, is_tied: bool) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from tqdm.auto import tqdm
 from ...progress import Progress
 from ...request import Request
 from ...rollout import Rollout
-from .compat import keeping, process_group
+from .compat import keeping, own_graph_pool, process_group, sharing_groups
 from .limits import Pair, check_arguments, check_pair, check_platform
 from .plugin import ARCHITECTURE, require
 from .requests import check_request, to_rollouts, to_sampling_params
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from vllm import LLM, RequestOutput, SamplingParams
 
+_OPEN: WeakSet[LLM] = WeakSet()
+"""The engines in this process that are not shut down."""
 WORKER = "optimal_sampling_trl.backends.vllm.weights.OptimalSamplingWorker"
 
 
@@ -50,10 +53,12 @@ def build_llm(teacher: str, theta: str, **engine_arguments: Any) -> LLM:
     pair = check_pair(teacher, theta, engine_arguments)
     from vllm import LLM
 
-    group = process_group()
+    own_graph_pool()
+    group = vars(next(iter(_OPEN)))["optimal_sampling_group"] if _OPEN else process_group()
     with _in_this_process():
         llm = LLM(teacher, **{**engine_arguments, **engine_settings(pair, engine_arguments)})
     vars(llm).update(optimal_sampling_pair=pair, optimal_sampling_group=group)
+    _OPEN.add(llm)
     try:
         llm.collective_rpc("install_mixture_sampler")
     except BaseException:
@@ -113,7 +118,8 @@ def _in_this_process() -> Iterator[None]:
 
 def shut_down(llm: LLM) -> None:
     """Free an engine's models and caches. Doing so twice is fine."""
-    with keeping(vars(llm).get("optimal_sampling_group")):
+    _OPEN.discard(llm)
+    with keeping(vars(llm).get("optimal_sampling_group")), sharing_groups(bool(_OPEN)):
         llm.llm_engine.engine_core.shutdown()
     gc.collect()
     if torch.cuda.is_available():
