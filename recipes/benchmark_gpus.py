@@ -1,19 +1,15 @@
 # /// script
-# dependencies = ["optimal-sampling-trl[vllm]", "psutil", "requests"]
+# dependencies = ["optimal-sampling-trl[vllm]"]
 # ///
-"""What further GPUs bring: rollouts by as many processes as there are GPUs, and sending the student's weights.
+"""What further GPUs bring: rollouts by as many processes as there are GPUs.
 
     python recipes/benchmark_gpus.py --shapes 3b 1.5b              # `TMPDIR` must hold the models (10 GB)
-    python recipes/benchmark_gpus.py --shapes 7b 1.5b --only sync
     export OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind
     python recipes/benchmark_gpus.py --processes 2                  # on a CPU
 
 Data parallel: each GPU has a process with an engine of its own, all started once; then 1, 2, 4, ... of them work
 at the same time on a batch each, taking turns, and of each number the fastest round counts. Between the processes
 nothing is sent while they sample, so that what is lacking to n times the tokens/s of one is what they share: the host.
-
-Weights: a server on GPU 0, and TRL's client in a process on GPU 1 sends the whole student over NCCL, as a trainer
-does.
 
 | column | what it says |
 |---|---|
@@ -32,30 +28,25 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
 
 import torch
-from transformers import AutoTokenizer, Qwen2ForCausalLM
-from trl.generation.vllm_client import VLLMClient
 
 from benchmark import arguments
-from benchmark_server import OURS, serving
 from optimal_sampling_trl.backends.vllm.engine import VLLMBackend
-from optimal_sampling_trl.trainers.server import FusedServer
-from random_pair import SHAPES, describe, make_random_pair, make_requests, parser, shapes
+from random_pair import SHAPES, describe, make_random_pair, make_requests, parser
 
 GPUS = torch.cuda.device_count()
 
 
 def main() -> None:
     args = parse()
-    if args.worker is not None:
-        (work if args.worker == "sample" else send)(args)
+    if args.pair:
+        work(args)
         return
     with tempfile.TemporaryDirectory(prefix="benchmark-gpus-") as root:
         args.pair = make_random_pair(root, args)
@@ -63,20 +54,17 @@ def main() -> None:
             describe(args, f"{GPUS} GPUs; batch {args.batches[-1]} a process; best of {args.rounds} rounds"),
             flush=True,
         )
-        if "sample" in args.only:
-            print_rates(rates(args), args)
-        if "sync" in args.only:
-            sync(args)
+        best = rates(args)
+        print("| processes | tokens/s | of linear |\n|--:|--:|--:|")
+        for count, rate in best.items():
+            print(f"| {count} | {rate:.0f} | {rate / (count * best[1]):.0%} |")
 
 
 def parse() -> argparse.Namespace:
     flags = parser(__doc__)
     flags.add_argument("--shapes", nargs=2, choices=SHAPES, metavar=("TEACHER", "STUDENT"), help=", ".join(SHAPES))
     flags.add_argument("--processes", type=int, default=max(GPUS, 1), help="at most one for each GPU")
-    flags.add_argument("--only", nargs="+", choices=("sample", "sync"), default=("sample", "sync"))
-    flags.add_argument("--worker", choices=("sample", "send"), help=argparse.SUPPRESS)
     flags.add_argument("--pair", nargs=2, help=argparse.SUPPRESS)
-    flags.add_argument("--url", help=argparse.SUPPRESS)
     flags.set_defaults(batches=(8,))
     if GPUS:
         flags.set_defaults(batches=(128,), prompt=128, tokens=192, rounds=2, dtype="bfloat16")
@@ -92,15 +80,9 @@ def counts(processes: int) -> list[int]:
     return sorted({*powers, processes})
 
 
-def command(args: argparse.Namespace, worker: str, *further: str) -> list[str]:
-    """This script as one of its workers, on the pair that was made."""
-    named = ["--shapes", *args.shapes] if args.shapes else []
-    for role in ("teacher", "theta"):
-        named += [f"--{role}", *map(str, getattr(args, role))]
-    numbers = ("vocabulary", "prompt", "tokens", "rounds", "dtype", "method")
-    flags = [text for name in numbers for text in (f"--{name}", str(getattr(args, name)))]
-    batches = ["--batches", *map(str, args.batches)]
-    return [sys.executable, __file__, "--worker", worker, "--pair", *args.pair, *named, *flags, *batches, *further]
+def command(args: argparse.Namespace) -> list[str]:
+    """This script, with the flags that it was given, as one of its workers on the pair that was made."""
+    return [sys.executable, *sys.argv, "--pair", *args.pair]
 
 
 def on_gpu(index: int, args: argparse.Namespace) -> dict[str, str]:
@@ -115,7 +97,7 @@ class Workers:
     def __init__(self, args: argparse.Namespace) -> None:
         self.processes = [
             subprocess.Popen(
-                command(args, "sample"),
+                command(args),
                 env=on_gpu(index, args),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -177,12 +159,6 @@ def rates(args: argparse.Namespace) -> dict[int, float]:
     return best
 
 
-def print_rates(best: dict[int, float], args: argparse.Namespace) -> None:
-    print("| processes | tokens/s | of linear |\n|--:|--:|--:|")
-    for count, rate in best.items():
-        print(f"| {count} | {rate:.0f} | {rate / (count * best[1]):.0%} |", flush=True)
-
-
 def work(args: argparse.Namespace) -> None:
     """A process of `Workers`: says that it is ready, then samples for each line that comes."""
     backend = VLLMBackend(*args.pair, **arguments(args, "teacher", "theta"))
@@ -192,49 +168,6 @@ def work(args: argparse.Namespace) -> None:
         rollouts = backend.generate(asked)
         print(json.dumps({"tokens": sum(len(rollout.completion_ids) for rollout in rollouts)}), flush=True)
     backend.close()
-
-
-def sync(args: argparse.Namespace) -> None:
-    """Start a server on one GPU and send from another."""
-    if GPUS < 2:
-        print("\nNo weights were sent: NCCL wants a GPU for the server and another for the trainer.")
-        return
-    teacher, theta = args.pair
-    flags = ("--dtype", args.dtype, "--max-model-len", "512", "--max-num-seqs", "16", "--enforce-eager")
-    flags += ("--kv-cache-memory-bytes", str(1 << 30), "--gpu-memory-utilization", "0.1")
-    with serving(*OURS, teacher, "--theta", theta, *flags, environment=on_gpu(0, args)) as (url, _):
-        subprocess.run(command(args, "send", "--url", url), env=on_gpu(1, args), check=True, timeout=120)
-
-
-def send(args: argparse.Namespace) -> None:
-    """The trainer's process: sends the whole student a few times, and says how long each took."""
-    client = VLLMClient(base_url=args.url)
-    model = Qwen2ForCausalLM.from_pretrained(args.pair[1], dtype=getattr(torch, args.dtype)).cuda()
-    weights = [(name, weight.detach()) for name, weight in model.named_parameters()]
-    metadata = [(name, args.dtype, list(weight.shape)) for name, weight in weights]
-    served = FusedServer(client, args.pair[0], AutoTokenizer.from_pretrained(args.pair[1]))
-    began = time.perf_counter()
-    client.init_communicator(device="cuda:0")
-    joined = time.perf_counter() - began
-    size = sum(weight.numel() * weight.element_size() for _, weight in weights)
-    seconds = [push(served, metadata, weights) for _ in range(max(args.rounds, 2) + 2)]
-    best, parameters = min(seconds[1:]), shapes(args)["theta"].parameters
-    print(
-        f"\nsending the student ({size / 2**20:.0f} MiB, {parameters / 1e9:.2f} billion weights) over NCCL: "
-        f"{best * 1e3:.0f} ms, the first {seconds[0] * 1e3:.0f} ms; {size / best / 1e9:.1f} GB/s; joining the group "
-        f"{joined:.1f} s; all: {', '.join(f'{one * 1e3:.0f}' for one in seconds)}",
-        flush=True,
-    )
-
-
-def push(served: FusedServer, metadata: Sequence[tuple[str, str, list[int]]], weights: list) -> float:
-    """Seconds of one, with the checks that a trainer makes."""
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    with served.push():
-        served.client.update_named_params(metadata, iter(weights))
-    torch.cuda.synchronize()
-    return time.perf_counter() - began
 
 
 if __name__ == "__main__":

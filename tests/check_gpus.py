@@ -51,7 +51,7 @@ FSDP = (
     *("--config_file", str(HERE.parent / "recipes" / "accelerate" / "fsdp2.yaml")),
 )
 KINDS = ("grpo", "divergence")
-PATIENCE = 140
+PATIENCE = 115
 """Seconds that a step may take."""
 
 
@@ -202,6 +202,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS), metavar="STEP")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to end"))  # so that servers do not outlive it
     names = [torch.cuda.get_device_name(index) for index in range(GPUS)]
     print(f"{GPUS} GPUs {sorted(set(names))}, torch {torch.__version__}", flush=True)
     report = Report(budget=PATIENCE * len(args.only))

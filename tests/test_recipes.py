@@ -234,13 +234,21 @@ def check_benchmark_server(made: embedded.Pair, tmp_path: Path) -> None:
 
 
 def check_benchmark_gpus(made: embedded.Pair, tmp_path: Path) -> None:
-    """On a CPU its processes share it, and no weights are sent."""
     if find_spec("vllm") is None:
         pytest.skip(NO_VLLM)
-    output = run("benchmark_gpus.py", *TINY, "--processes", "2", "--only", "sample")
+    output = run("benchmark_gpus.py", *TINY, "--processes", "2")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in re.findall(r"^\| \d.*", output, re.MULTILINE)]
     assert [row[0] for row in rows] == ["1", "2"], output
     assert all(float(row[1]) > 0 for row in rows)
+
+
+def check_benchmark_sync(made: embedded.Pair, tmp_path: Path) -> None:
+    if find_spec("vllm") is None:
+        pytest.skip(NO_VLLM)
+    if torch.cuda.device_count() < 2:
+        assert "here are fewer than 2" in run_failing("benchmark_sync.py")
+        return
+    assert "over NCCL" in run("benchmark_sync.py", *TINY)
 
 
 def check_soak(made: embedded.Pair, tmp_path: Path) -> None:
@@ -431,6 +439,7 @@ RUNS: dict[str, Callable[[embedded.Pair, Path], None]] = {
     "sft.py": check_sft,
     "benchmark.py": check_benchmark_fused,
     "benchmark_gpus.py": check_benchmark_gpus,
+    "benchmark_sync.py": check_benchmark_sync,
     "benchmark_kernels.py": lambda made, path: check_benchmark_kernels(),
     "benchmark_server.py": check_benchmark_server,
     "soak.py": check_soak,
