@@ -138,14 +138,14 @@ def log_weights(
     return pad(log_ratio, (window - 1, 0)).unfold(1, window, 1).sum(dim=-1)  # a difference of sums loses -inf
 
 
-def keep_positive(advantages: Float[Tensor, " B *T"], mixture_rows: Bool[Tensor, " B"]) -> Float[Tensor, " B *T"]:
-    """Advantages with those of the mixture's completions that are below 0 set to 0.
+def keep_positive(advantages: Float[Tensor, " B *T"], rows: Bool[Tensor, " B"]) -> Float[Tensor, " B *T"]:
+    """Advantages with those below 0 set to 0 in the completions that `rows` marks, as a rule the mixture's.
 
     A failure of the mixture says little about the student, which would often not have gone there: its negatives cost
     most of what its successes bring.
     """
-    rows = mixture_rows.reshape(-1, *[1] * (advantages.ndim - 1))
-    return torch.where(rows, advantages.clamp(min=0.0), advantages)
+    marked = rows.reshape(-1, *[1] * (advantages.ndim - 1))
+    return torch.where(marked, advantages.clamp(min=0.0), advantages)
 
 
 def sampled_token_coefficients(

@@ -29,6 +29,7 @@ LENGTH = 8
 TERMS = {
     "GRPO": {"reward": 1.0},
     "GRPO with negatives": {"reward": 1.0, "negatives": 1.0},
+    "GRPO with positives alone": {"reward": 1.0, "positives": 1.0},
     "GRPO + sampled tokens": {"reward": 1.0, "sampled": 0.1},
     "divergence": {"divergence": 1.0},
     "sampled tokens": {"sampled": 1.0},
@@ -126,7 +127,8 @@ def test_gradients_are_the_trainers(folders: tuple[str, str], tmp_path: Path, na
     settings = BASE | {"output_dir": str(tmp_path), "max_steps": 1, "gradient_accumulation_steps": 1}
     settings |= {"per_device_train_batch_size": 8, "max_completion_length": LENGTH, "max_grad_norm": 1e9}
     if is_grpo:
-        own = {"num_generations": 4, "positive_only": not values.get("negatives")}
+        kept = "none" if "negatives" in values else "all" if "positives" in values else "mixture"
+        own = {"num_generations": 4, "positive_only": kept}
         own["distillation_coefficient"] = values.get("sampled", 0.0)
     else:
         own = {"loss": "sampled_token" if "sampled" in values else "divergence"}

@@ -36,7 +36,7 @@ from training import (
 from transformers import AutoTokenizer
 
 import pair as embedded
-from optimal_sampling_trl import GRPOConfig, GRPOTrainer, Mixture, OptimalSamplingGenerator
+from optimal_sampling_trl import GRPOConfig, GRPOTrainer, Mixture, OptimalSamplingGenerator, RLOOConfig
 from optimal_sampling_trl.losses import CORRECTIONS, Correction
 from optimal_sampling_trl.rollout import RECORDS
 from optimal_sampling_trl.trainers.generation import Plan
@@ -272,16 +272,29 @@ def test_grpo_multiplies_trls_ratio_on_mixture_rows(pair: tuple[str, str], tmp_p
 
 @pytest.mark.parametrize("kind", RL)
 def test_positive_only(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
-    """The same rollouts twice: off, the advantages are TRL's; on, the mixture's negatives are 0."""
+    """The same rollouts: "none", TRL's advantages; the default, the mixture's negatives are 0; "all", all are."""
     prompts = [text for text in TEXTS[:4] for _ in range(4)]
-    off = one_batch(make_trainer(kind, pair, tmp_path, positive_only=False), prompts)
-    on = one_batch(make_trainer(kind, pair, tmp_path), prompts)
+    off = one_batch(make_trainer(kind, pair, tmp_path, positive_only="none"), prompts)
+    on, everywhere = (
+        one_batch(make_trainer(kind, pair, tmp_path, **settings), prompts)
+        for settings in ({}, {"positive_only": "all"})
+    )
     assert torch.equal(on["completion_ids"], off["completion_ids"])
+    assert torch.equal(everywhere["completion_ids"], off["completion_ids"])
     mixed = off["mixture_rows"]
     assert bool((off["advantages"][mixed] < 0).any())
     assert bool((off["advantages"][~mixed] < 0).any())
     wanted = torch.where(mixed & (off["advantages"] < 0), 0.0, off["advantages"])
     assert torch.equal(on["advantages"], wanted)
+    assert torch.equal(everywhere["advantages"], off["advantages"].clamp(min=0))
+
+
+@pytest.mark.parametrize("config", [GRPOConfig, RLOOConfig])
+def test_positive_only_names_completions(tmp_path: Path, config: Any) -> None:
+    for got in (True, False, None, 0, "mixtures"):
+        wanted = rf"^Unknown value of `positive_only` {got!r}\. Known: all, mixture, none\."
+        with pytest.raises(ValueError, match=wanted):
+            config(str(tmp_path), use_cpu=True, bf16=False, positive_only=got)
 
 
 @pytest.mark.parametrize("kind", ["grpo", "rloo", "divergence"])
@@ -344,11 +357,13 @@ def log_probabilities(model: Any, prompt: list[int], completion: list[int], temp
     [
         ("grpo", {}),
         ("grpo", {"loss_type": "grpo", "correction": "token_truncate"}),
-        ("grpo", {"loss_type": "grpo", "correction": "sequence_luffy", "positive_only": False}),
+        ("grpo", {"loss_type": "grpo", "correction": "sequence_luffy", "positive_only": "none"}),
         ("grpo", {"correction": "prefix_mask", "correction_window": 2, "correction_self_normalise": True}),
         ("grpo", {"loss_type": "grpo", "distillation_coefficient": 0.3, "distillation_clip": 1.0}),
+        ("grpo", {"positive_only": "all"}),
         ("rloo", {"beta": 0.0}),
-        ("rloo", {"beta": 0.0, "correction": "sequence_truncate", "positive_only": False}),
+        ("rloo", {"beta": 0.0, "positive_only": "all"}),
+        ("rloo", {"beta": 0.0, "correction": "sequence_truncate", "positive_only": "none"}),
         ("divergence", {}),
         ("divergence", {"correction": "prefix_truncate", "correction_clip_max": 1.5}),
         ("divergence", {"correction": "prefix_luffy", "correction_window": 2, "temperature": 1.3}),
@@ -392,8 +407,9 @@ def test_gradients_against_float64(
         centred = grouped - grouped.mean(1, keepdim=True)
         scaled = centred / (grouped.std(1, keepdim=True) + 1e-4) if kind == "grpo" else centred * 4 / 3
         advantages = scaled.flatten().tolist()
-        if args.positive_only:
-            advantages = [max(a, 0) if mixed else a for a, mixed in zip(advantages, batch["mixture_rows"])]
+        for row, mixed in enumerate(batch["mixture_rows"].tolist()):
+            if args.positive_only == "all" or (args.positive_only == "mixture" and mixed):
+                advantages[row] = max(advantages[row], 0)
     if kind == "grpo":
         terms = []
         for a, w, log, log_t in zip(advantages, weights, sampled, log_teacher):
@@ -714,10 +730,10 @@ def test_a_record_of_another_completion_is_refused(pair: tuple[str, str], tmp_pa
 
 
 def test_settings_that_collapsed_are_warned_of_once(pair: tuple[str, str], tmp_path: Path) -> None:
-    negatives = {"correction": "token_truncate", "positive_only": False}
+    negatives = {"correction": "token_truncate", "positive_only": "none"}
     vespo = {"loss_type": "vespo", "vllm_importance_sampling_mode": "token_truncate"}
     cases: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
-        ("grpo", negatives, {"theta_fraction": 0.0}, r"match of 0\.14, .* 0\.44\. Leave `positive_only` True"),
+        ("grpo", negatives, {"theta_fraction": 0.0}, r"match of 0\.14, .* 0\.44\. Leave it so"),
         ("grpo", {"correction": "prefix_truncate"}, {}, r"prefix ratios to 0\.13 at most"),
         ("rloo", {"correction": "sequence_mask"}, {}, r"exact match of 0\.00 at every learning rate.*Use 'none'"),
         ("grpo", vespo, {}, r"`loss_type='vespo'` .*\.045 -> \.000.*\(0\.43\)"),

@@ -11,6 +11,7 @@ from ..losses import Correction
 from ..options import unknown_option
 
 LOSSES = ("divergence", "sampled_token")
+POSITIVE_ONLY = ("mixture", "all", "none")
 
 
 @dataclass
@@ -41,12 +42,24 @@ class CorrectionConfig:
 
 @dataclass
 class PolicyGradientConfig(CorrectionConfig):
-    """The correction of a policy gradient, which has advantages."""
+    """The correction of a policy gradient, which has advantages.
 
-    positive_only: bool = field(
-        default=True,
-        metadata={"help": "Train on the mixture's completions only where their advantage is above 0."},
+    Raises:
+        ValueError: where `positive_only` is none of `POSITIVE_ONLY`, and as TRL's.
+    """
+
+    positive_only: str = field(
+        default="mixture",
+        metadata={
+            "help": "Which completions are trained on only where their advantage is above 0: those of the 'mixture', "
+            "'all' (the student's own half of each group too), or 'none'."
+        },
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[misc]
+        if self.positive_only not in POSITIVE_ONLY:
+            raise ValueError(unknown_option("value of `positive_only`", self.positive_only, POSITIVE_ONLY))
 
 
 @dataclass
@@ -81,7 +94,7 @@ class RLOOConfig(PolicyGradientConfig, trl.RLOOConfig):
 
     Example:
         ```python
-        RLOOConfig("output/rloo", positive_only=False)  # the mixture's failures count as well
+        RLOOConfig("output/rloo", positive_only="none")  # the mixture's failures count as well
         ```
     """
 

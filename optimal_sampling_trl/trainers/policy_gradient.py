@@ -5,9 +5,11 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..losses import keep_positive
+from .config import PolicyGradientConfig
 from .mixin import MixtureTrainerMixin
 
 
@@ -29,19 +31,24 @@ class PolicyGradientMixin(MixtureTrainerMixin):
                 "weight 1 reached 0.44. Use 'none' or the level 'token'.",
                 stacklevel=4,
             )
-        elif level == "token" and self._theta_count() == 0 and not getattr(self.args, "positive_only", True):
+        elif level == "token" and self._theta_count() == 0 and self._positive_only == "none":
             warnings.warn(
                 f"`correction={self.correction.name!r}` on groups that come from the mixture alone, negatives kept: "
-                "on the embedded pair (recipes/README.md) this reached an exact match of 0.14, with `positive_only` "
-                "0.44. Leave `positive_only` True.",
+                "on the embedded pair (recipes/README.md) this reached an exact match of 0.14, with "
+                "`positive_only='mixture'` 0.44. Leave it so.",
                 stacklevel=4,
             )
 
+    @property
+    def _positive_only(self) -> str:
+        return getattr(self.args, "positive_only", PolicyGradientConfig.positive_only)  # TRL's own has none
+
     def _advantages(self, output: dict[str, Any]) -> Tensor:
-        """TRL's advantages (B,), those of the mixture's completions that are below 0 set to 0 if so configured."""
-        if getattr(self.args, "positive_only", True):
-            return keep_positive(output["advantages"], output["mixture_rows"])
-        return output["advantages"]
+        """TRL's advantages (B,), those below 0 set to 0 where `positive_only` says so."""
+        advantages, mixed = output["advantages"], output["mixture_rows"]
+        if self._positive_only == "none":
+            return advantages
+        return keep_positive(advantages, mixed if self._positive_only == "mixture" else torch.ones_like(mixed))
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         """TRL's rewards (rows of all processes, functions); logs the mean of each half of the groups."""
