@@ -17,8 +17,8 @@ and the shape how a large weight is tamed, which biases it towards the tokens th
 | `mask`     | w·1[c ≤ w ≤ C]     | the masked importance sampling of TRL's `vllm_importance_sampling_mode`           |
 | `luffy`    | w / (w + γ)        | Yan et al., "Learning to Reason under Off-Policy Guidance", arXiv:2504.14945      |
 
-`none` is weight 1: the tokens are trained on as if they were the student's own. With `positive_only` the mixture's
-completions then act as demonstrations that turned out well.
+`none` is weight 1: the tokens are trained on as if they were the student's own. Without negative advantages the
+mixture's completions then act as demonstrations that turned out well.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def log_weights(
 
 
 def keep_positive(advantages: Float[Tensor, " B *T"], rows: Bool[Tensor, " B"]) -> Float[Tensor, " B *T"]:
-    """Advantages with those below 0 set to 0 in the completions that `rows` marks, as a rule the mixture's.
+    """Advantages with those below 0 set to 0 in the completions that `rows` marks.
 
     A failure of the mixture says little about the student, which would often not have gone there: its negatives cost
     most of what its successes bring.

@@ -56,27 +56,28 @@ GRPO, RLOO, DISTILLATION = (
 RATIOS = ("token_truncate", "token_mask", "token_luffy", "prefix_truncate", "sequence_truncate", "sequence_mask")
 PREFIX = {"correction": "prefix_truncate", "correction_window": 4}
 VESPO = {"loss_type": "vespo", "vllm_importance_sampling_mode": "token_truncate"}
-BOTH = {"positive_only": "all"}
+THERE, KEPT = {"positive_only": "mixture"}, {"positive_only": "none"}
 SAMPLED, ALONE = {"loss": "sampled_token"}, {"theta_fraction": 1.0}
 ANNEALED = {"mixture": Mixture("trust_region", epsilon=0.05), "schedule": 0.5}
 ARMS = {
     "GRPO": Arm(trl.GRPOTrainer, trl.GRPOConfig, generator=None),
-    "GRPO, positive only": Arm(*GRPO, BOTH, ALONE),
+    "GRPO, positive only": Arm(*GRPO, generator=ALONE),
     "GRPO, half mixture (default)": Arm(*GRPO),
-    "  positive only in both halves": Arm(*GRPO, BOTH),
-    "  with negatives": Arm(*GRPO, {"positive_only": "none"}),
-    "  all mixture": Arm(*GRPO, generator={"theta_fraction": 0.0}),
-    "  all mixture, token_truncate": Arm(*GRPO, {"correction": "token_truncate"}, {"theta_fraction": 0.0}),
+    "GRPO, half mixture, positive only there": Arm(*GRPO, THERE),
+    "  with negatives": Arm(*GRPO, KEPT),
+    "  all mixture": Arm(*GRPO, THERE, {"theta_fraction": 0.0}),
+    "  all mixture, token_truncate": Arm(*GRPO, THERE | {"correction": "token_truncate"}, {"theta_fraction": 0.0}),
     "  all mixture, token_truncate, with negatives": Arm(
-        *GRPO, {"correction": "token_truncate", "positive_only": "none"}, {"theta_fraction": 0.0}
+        *GRPO, KEPT | {"correction": "token_truncate"}, {"theta_fraction": 0.0}
     ),
-    "  annealed": Arm(*GRPO, generator={"schedule": 0.5}),
-    **{f"  {name}, with negatives": Arm(*GRPO, {"correction": name, "positive_only": "none"}) for name in RATIOS},
-    **{f"  {name}": Arm(*GRPO, {"correction": name}) for name in RATIOS},
-    "  VESPO": Arm(*GRPO, VESPO),
-    "  + sampled tokens, 0.1": Arm(*GRPO, {"distillation_coefficient": 0.1}),
+    "  annealed": Arm(*GRPO, THERE, {"schedule": 0.5}),
+    **{f"  {name}, with negatives": Arm(*GRPO, KEPT | {"correction": name}) for name in RATIOS},
+    **{f"  {name}": Arm(*GRPO, THERE | {"correction": name}) for name in RATIOS},
+    "  VESPO": Arm(*GRPO, THERE | VESPO),
+    "  + sampled tokens, 0.1": Arm(*GRPO, THERE | {"distillation_coefficient": 0.1}),
     "RLOO": Arm(trl.RLOOTrainer, trl.RLOOConfig, generator=None),
     "RLOO, half mixture (default)": Arm(*RLOO),
+    "RLOO, half mixture, positive only there": Arm(*RLOO, THERE),
     "Distillation, student's rollouts": Arm(*DISTILLATION, generator=ALONE),
     "Distillation, mixture": Arm(*DISTILLATION),
     "Distillation, mixture, prefix_truncate": Arm(*DISTILLATION, PREFIX),
@@ -87,6 +88,7 @@ ARMS = {
 DRAWN = (
     "GRPO",
     "GRPO, half mixture (default)",
+    "GRPO, half mixture, positive only there",
     "RLOO",
     "RLOO, half mixture (default)",
     "Distillation, student's rollouts",

@@ -107,7 +107,8 @@ def test_three_steps(pair: tuple[str, str], teacher: Any, tmp_path: Path, kind: 
 @pytest.mark.parametrize("kind", RL)
 def test_advantages_belong_to_their_rows(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
     """From the micro-batches alone: rewards from the completions, groups from the prompts, advantages by hand."""
-    trainer = make_trainer(kind, pair, tmp_path, mixin=Watch, max_steps=2, **({"beta": 0.0} if kind == "rloo" else {}))
+    settings = {"positive_only": "mixture"} | ({"beta": 0.0} if kind == "rloo" else {})
+    trainer = make_trainer(kind, pair, tmp_path, mixin=Watch, max_steps=2, **settings)
     trainer.train()
     decode = trainer.processing_class.decode
     for step in range(2):
@@ -272,12 +273,12 @@ def test_grpo_multiplies_trls_ratio_on_mixture_rows(pair: tuple[str, str], tmp_p
 
 @pytest.mark.parametrize("kind", RL)
 def test_positive_only(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
-    """The same rollouts: "none", TRL's advantages; the default, the mixture's negatives are 0; "all", all are."""
+    """The same rollouts: "none", TRL's advantages; "mixture", its negatives are 0; the default, all are."""
     prompts = [text for text in TEXTS[:4] for _ in range(4)]
     off = one_batch(make_trainer(kind, pair, tmp_path, positive_only="none"), prompts)
     on, everywhere = (
         one_batch(make_trainer(kind, pair, tmp_path, **settings), prompts)
-        for settings in ({}, {"positive_only": "all"})
+        for settings in ({"positive_only": "mixture"}, {})
     )
     assert torch.equal(on["completion_ids"], off["completion_ids"])
     assert torch.equal(everywhere["completion_ids"], off["completion_ids"])
@@ -360,9 +361,9 @@ def log_probabilities(model: Any, prompt: list[int], completion: list[int], temp
         ("grpo", {"loss_type": "grpo", "correction": "sequence_luffy", "positive_only": "none"}),
         ("grpo", {"correction": "prefix_mask", "correction_window": 2, "correction_self_normalise": True}),
         ("grpo", {"loss_type": "grpo", "distillation_coefficient": 0.3, "distillation_clip": 1.0}),
-        ("grpo", {"positive_only": "all"}),
+        ("grpo", {"positive_only": "mixture"}),
         ("rloo", {"beta": 0.0}),
-        ("rloo", {"beta": 0.0, "positive_only": "all"}),
+        ("rloo", {"beta": 0.0, "positive_only": "mixture"}),
         ("rloo", {"beta": 0.0, "correction": "sequence_truncate", "positive_only": "none"}),
         ("divergence", {}),
         ("divergence", {"correction": "prefix_truncate", "correction_clip_max": 1.5}),
@@ -733,7 +734,7 @@ def test_settings_that_collapsed_are_warned_of_once(pair: tuple[str, str], tmp_p
     negatives = {"correction": "token_truncate", "positive_only": "none"}
     vespo = {"loss_type": "vespo", "vllm_importance_sampling_mode": "token_truncate"}
     cases: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
-        ("grpo", negatives, {"theta_fraction": 0.0}, r"match of 0\.14, .* 0\.44\. Leave it so"),
+        ("grpo", negatives, {"theta_fraction": 0.0}, r"match of 0\.14, .* 0\.44\. Leave `positive_only` at 'all'"),
         ("grpo", {"correction": "prefix_truncate"}, {}, r"prefix ratios to 0\.13 at most"),
         ("rloo", {"correction": "sequence_mask"}, {}, r"exact match of 0\.00 at every learning rate.*Use 'none'"),
         ("grpo", vespo, {}, r"`loss_type='vespo'` .*\.045 -> \.000.*\(0\.43\)"),
@@ -880,8 +881,7 @@ def test_two_processes(two_ranks: dict[str, list[dict[str, Any]]], kind: str) ->
             advantages = scores - scores.mean(1, keepdims=True)
             advantages = advantages / (scores.std(1, ddof=1, keepdims=True) + 1e-4) if kind == "grpo" else None
             if advantages is not None:
-                mixed = np.array([row["mixed"] for row in rows]).reshape(3, 4)
-                advantages = np.where(mixed, np.maximum(advantages, 0), advantages)
+                advantages = np.maximum(advantages, 0)
                 got = [a for rank in ranks for a in rank["generations"][step]["advantages"]]
                 assert got == pytest.approx(advantages.flatten().tolist(), abs=1e-4)
         for rank in ranks:

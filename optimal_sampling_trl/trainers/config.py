@@ -49,10 +49,10 @@ class PolicyGradientConfig(CorrectionConfig):
     """
 
     positive_only: str = field(
-        default="mixture",
+        default="all",
         metadata={
-            "help": "Which completions are trained on only where their advantage is above 0: those of the 'mixture', "
-            "'all' (the student's own half of each group too), or 'none'."
+            "help": "Which completions are trained on only where their advantage is above 0: 'all' (the default), "
+            "those of the 'mixture' (the student's own keep their negatives, as in TRL), or 'none'."
         },
     )
 
@@ -66,9 +66,9 @@ class PolicyGradientConfig(CorrectionConfig):
 class GRPOConfig(PolicyGradientConfig, trl.GRPOConfig):
     """TRL's `GRPOConfig` with the correction for completions of the mixture.
 
-    The defaults are those that were seen to teach and not to collapse: half of each group from the student as plain
-    GRPO (`OptimalSamplingGenerator.theta_fraction`), the other half from the mixture with weight 1 and positive
-    advantages only.
+    The defaults are those that were seen to teach best: half of each group from the student
+    (`OptimalSamplingGenerator.theta_fraction`), the other half from the mixture with weight 1, and of both halves the
+    positive advantages only. The best learning rate may differ from the one with negatives: see recipes/README.md.
 
     Example:
         ```python

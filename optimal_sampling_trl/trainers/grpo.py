@@ -15,9 +15,9 @@ from .policy_gradient import PolicyGradientMixin
 class GRPOTrainer(PolicyGradientMixin, trl.GRPOTrainer):
     """TRL's `GRPOTrainer` with `generator=`: rollouts from the mixture of a teacher and the model.
 
-    Takes all that TRL's takes. By default half of each group is sampled from the student and trained on as TRL does;
-    the other half comes from the mixture, shares the group's baseline, and is trained on with weight 1 where its
-    advantage is positive. An evaluation samples from the student alone.
+    Takes all that TRL's takes. By default half of each group is sampled from the student, the other half from the
+    mixture, with weight 1; they share the group's baseline, and a completion is trained on where its advantage is
+    positive (`GRPOConfig.positive_only`). An evaluation samples from the student alone.
 
     Args:
         generator: where rollouts come from; see `OptimalSamplingGenerator`.

@@ -34,8 +34,8 @@ class PolicyGradientMixin(MixtureTrainerMixin):
         elif level == "token" and self._theta_count() == 0 and self._positive_only == "none":
             warnings.warn(
                 f"`correction={self.correction.name!r}` on groups that come from the mixture alone, negatives kept: "
-                "on the embedded pair (recipes/README.md) this reached an exact match of 0.14, with "
-                "`positive_only='mixture'` 0.44. Leave it so.",
+                "on the embedded pair (recipes/README.md) this reached an exact match of 0.14, without "
+                "them 0.44. Leave `positive_only` at 'all'.",
                 stacklevel=4,
             )
 
