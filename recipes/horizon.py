@@ -7,11 +7,13 @@
     python recipes/horizon.py --output output/horizon --report
 
 A line of runs.jsonl for each run as its stack ends; what stands there is not run again, and the most important come
-first. `--report` prints the tables of recipes/README.md from it and draws horizon.png.
+first. `--report` prints the tables of recipes/README.md from it and draws horizon.png; with `--alone` each arm that is
+drawn there is run once more by itself, and horizon_time.png has the curves against its seconds.
 """
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -22,7 +24,7 @@ from typing import Any
 import torch
 
 from horizon_arms import ARMS, Setting, settings
-from horizon_report import report
+from horizon_report import DRAWN, best, place_of, report
 from horizon_train import Run, key_of, train
 from ladder import Task, make_ladder
 
@@ -42,6 +44,23 @@ def stacks(options: argparse.Namespace, done: list[dict[str, Any]]) -> Iterator[
         size = max(options.stack * 41 // Task.of(setting.task).completion_length, 1)  # by the memory that it takes
         for first in range(0, len(runs), size):
             yield setting, runs[first : first + size]
+
+
+def run_alone(options: argparse.Namespace, lines: list[dict[str, Any]], path: Path) -> None:
+    """Each arm that is drawn by itself at its best rate: in a stack the arms share one clock."""
+    setting = settings(options.task, options.others, options.seeds)[0]
+    here = [line for line in lines if place_of(line) == setting[:3]]
+    found = {arm: seeds[0]["learning_rate"] for arm in DRAWN if (seeds := best(here, arm))}
+    done = {line["arm"] for line in read_lines(path)}
+    torch.set_num_threads(1)
+    for arm, rate in found.items():
+        if arm not in done:
+            line, *_ = train(
+                setting, [Run(arm, rate, 0)], options.steps, str(options.ladder), options.device, math.inf
+            )
+            with path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            print(f"{arm}: {line['clock'][-1]:.1f} s", flush=True)
 
 
 KEY = ("task", "teacher", "student", "steps", "arm", "learning_rate", "seed")
@@ -91,6 +110,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0, help="stop after (%(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="%(default)s")
     parser.add_argument("--first", type=int, help="stacks to run; all that are missing")
+    parser.add_argument("--alone", action="store_true", help="then time each arm that is drawn, by itself")
     parser.add_argument("--report", action="store_true", help="report what is there, run nothing")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
@@ -99,7 +119,10 @@ def main() -> None:
         for task in (options.task, *options.others):
             make_ladder(Task.of(task), options.ladder / task, options.device, 2000, 3000)
         run_all(options, path)
-    report(read_lines(path), options.output, ARMS, settings(options.task, options.others, options.seeds))
+    lines, alone = read_lines(path), options.output / "alone.jsonl"
+    if options.alone:
+        run_alone(options, lines, alone)
+    report(lines, read_lines(alone), options.output, ARMS, settings(options.task, options.others, options.seeds))
 
 
 if __name__ == "__main__":

@@ -35,9 +35,9 @@ class Arm(NamedTuple):
         return GROUP if self.terms.get("reward") else 1
 
     @property
-    def rates(self) -> tuple[float, float, float]:
-        """The learning rates that it is tried at: a reward bears smaller steps than a teacher's distribution."""
-        return (1e-4, 3e-4, 1e-3) if self.terms.get("reward") else (3e-4, 1e-3, 3e-3)
+    def rates(self) -> tuple[float, ...]:
+        """The learning rates that it is tried at: some with a reward bear smaller steps alone."""
+        return (1e-4, 3e-4, 1e-3, 3e-3) if self.terms.get("reward") else (3e-4, 1e-3, 3e-3)
 
 
 RL, KL, TOKENS = {"reward": 1.0}, {"divergence": 1.0}, {"sampled": 1.0}
@@ -46,6 +46,7 @@ ALONE = Mixture.theta_only()
 MAIN = {
     "GRPO": Arm(RL, ALONE),
     "GRPO, half mixture": Arm(RL),
+    "GRPO, half mixture, positive only": Arm({**RL, "positives": 1.0}),
     "GRPO + sampled tokens, 0.1": Arm({**RL, "sampled": 0.1}, ALONE),
     "GRPO, half mixture + sampled tokens, 0.1": Arm({**RL, "sampled": 0.1}),
     "Distillation": Arm(KL, ALONE),
@@ -58,7 +59,6 @@ MAIN = {
 }
 IDEAS = {
     "GRPO, positive only": Arm({**RL, "positives": 1.0}, ALONE),
-    "GRPO, half mixture, positive only": Arm({**RL, "positives": 1.0}),
     "GRPO + sampled tokens, 0.3": Arm({**RL, "sampled": 0.3}, ALONE),
     "GRPO + sampled tokens, 1": Arm({**RL, "sampled": 1.0}, ALONE),
     "GRPO, half mixture + sampled tokens, 0.3": Arm({**RL, "sampled": 0.3}),

@@ -14,8 +14,8 @@ Line = dict[str, Any]
 DRAWN = (
     "GRPO",
     "GRPO, half mixture",
+    "GRPO, half mixture, positive only",
     "GRPO, half mixture + sampled tokens, 0.1",
-    "GRPO, half mixture, random prefix",
     "Distillation",
     "Distillation, mixture",
     "Distillation, trust region, annealed",
@@ -95,12 +95,23 @@ def curve(runs: list[Line]) -> list[tuple[float, float]]:
     return [(mean([x for x, _ in points]) / 1e6, mean([y for _, y in points])) for points in columns]
 
 
-def report(lines: list[Line], output: Path, arms: Iterable[str], settings: Sequence[Any]) -> None:
-    """Print both tables and draw both plots of what has been run."""
+def timed(runs: list[Line], alone: Line) -> list[tuple[float, float]]:
+    """The mean of the seeds' curves over the seconds of training of a run that had the device to itself."""
+    return [(seconds, y) for seconds, (_, y) in zip(alone["clock"], curve(runs), strict=True)]
+
+
+def report(lines: list[Line], alone: list[Line], output: Path, arms: Iterable[str], settings: Sequence[Any]) -> None:
+    """Print both tables and draw the plots of what has been run; `alone` holds the runs that were timed."""
     here = [line for line in lines if place_of(line) == tuple(settings[0][:3])]
     print("\n".join(arms_table(here, arms)), "\n", sep="\n")
     print("\n".join(axes_table(lines, settings)))
     curves = {arm: curve(seeds) for arm in DRAWN if (seeds := best(here, arm))}
-    labels = {"x_label": "generated tokens (millions)", "y_label": "exact match"}
-    if curves:
-        print(plot_learning(output / "horizon.png", curves, **labels, title=f"{settings[0].task}, mean over seeds"))
+    clocks = {line["arm"]: line for line in alone if place_of(line) == tuple(settings[0][:3])}
+    seconds = {arm: timed(best(here, arm), clocks[arm]) for arm in curves if arm in clocks}
+    for name, x_label, drawn in (
+        ("horizon.png", "generated tokens (millions)", curves),
+        ("horizon_time.png", "seconds of training, sampling included", seconds),
+    ):
+        labels = {"x_label": x_label, "y_label": "exact match", "title": f"{settings[0].task}, mean over seeds"}
+        if drawn:
+            print(plot_learning(output / name, drawn, **labels))

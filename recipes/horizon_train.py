@@ -49,6 +49,8 @@ class Stage:
         names = Losses._fields
         table = torch.tensor([[float(arm.terms.get(name, 0.0)) for name in names] for arm in self.arms], device=device)
         self.losses = Losses(*table.unbind(1))
+        terms = ("sampled", "divergence")
+        self.reads_teacher = any(not arm.mixture.is_theta_only or arm.terms.keys() & terms for arm in self.arms)
 
     def left(self, progress: float) -> torch.Tensor:
         """How much of each run's mixture is left, in [0, 1]: 1 less `Mixture.anneal`'s share."""
@@ -100,7 +102,10 @@ def prompt_ids(task: Task, runs: list[Run], stage: Stage, steps: int) -> tuple[t
 
 
 def train(setting: Setting, runs: list[Run], steps: int, ladder: str, device: str, deadline: float) -> list[Any]:
-    """A stack of runs from their start to their end, or to the deadline: their lines of runs.jsonl."""
+    """A stack of runs from their start to their end, or to the deadline: their lines of runs.jsonl.
+
+    `curve` holds points (tokens, exact match), `clock` the seconds of training up to each, of the whole stack.
+    """
     task, folder = Task.of(setting.task), Path(ladder) / setting.task
     length, eos = task.completion_length, VOCABULARY.index(EOS)
     torch.manual_seed(0)
@@ -113,16 +118,19 @@ def train(setting: Setting, runs: list[Run], steps: int, ladder: str, device: st
     every, (which, place) = prompt_ids(task, runs, stage, steps)
     held_out = task.sequences("test", HELD_OUT, seed=0).to(device)
     tokens, curves, start = torch.zeros(len(runs), device=device), [], time.perf_counter()
-    last = 0
+    last, looked, clock = 0, 0.0, []
     for step in range(steps + 1):
         if step % max(steps // 10, 1) == 0 or step == steps:
-            curves.append(torch.stack([tokens, right(student, held_out, length)], dim=1).cpu())  # (S, 2)
+            count, now = tokens.cpu(), time.perf_counter()  # the copy waits for the device
+            clock.append(now - start - looked)
+            curves.append(torch.stack([count, right(student, held_out, length).cpu()], dim=1))  # (S, 2)
+            looked += time.perf_counter() - now
         if step == steps or time.time() > deadline:
             break
         sequences = every[which, step, place].to(device)  # (S, B, L)
         prompts, answers = sequences[..., :-length], sequences[..., -length:]
         rows, until = stage.mixtures(step / steps)
-        batch = sample(student, teacher, prompts, rows, until.view(-1), length, eos)
+        batch = sample(student, teacher if stage.reads_teacher else None, prompts, rows, until.view(-1), length, eos)
         correct = (((batch.ids == answers) | (batch.mask == 0)).all(-1) & (batch.mask.sum(-1) == length)).float()
         mixed = torch.arange(length, device=device) < until[..., None]
         adam.step(
@@ -134,6 +142,6 @@ def train(setting: Setting, runs: list[Run], steps: int, ladder: str, device: st
     seconds = time.perf_counter() - start
     return [
         key_of(setting, steps, run)
-        | {"curve": points, "stopped": last < steps, "stack": len(runs), "seconds": seconds}
+        | {"curve": points, "clock": clock, "stopped": last < steps, "stack": len(runs), "seconds": seconds}
         for run, points in zip(runs, torch.stack(curves, dim=1).tolist(), strict=True)
     ]

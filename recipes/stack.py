@@ -141,17 +141,21 @@ class Batch:
 
 @torch.no_grad()
 def sample(
-    student: Stack, teacher: Stack, prompts: Tensor, rows: MixtureRows, until: Tensor, length: int, eos: int
+    student: Stack, teacher: Stack | None, prompts: Tensor, rows: MixtureRows, until: Tensor, length: int, eos: int
 ) -> Batch:
     """One completion of each prompt (S, B, P) at temperature 1.
 
+    Where no completion asks for the mixture the teacher reads them all at once when they are done, as a trainer would.
+
     Args:
-        teacher: one model (S = 1) that serves all.
+        teacher: one model (S = 1) that serves all; None where nothing reads it: its records are 0.
         rows: the mixture of each of the S·B completions.
         until: (S·B,) how many tokens come from the mixture; the student draws the rest. Not above 0: none.
         length: T.
     """
     S, B, P = prompts.shape
+    if teacher is None or not bool((until > 0).any()):
+        return sample_alone(student, teacher, prompts, length, eos)
     both = [(student, (S, B)), (teacher, (1, S * B))]
     caches = [model.cache(S * B, P + length) for model, _ in both]
     tokens, records, kept = prompts, [], []
@@ -164,17 +168,47 @@ def sample(
         with patch.object(solver, "SOLVER_STEPS", SOLVER_STEPS):
             alpha = solve_alpha(log_theta, log_teacher, rows).masked_fill(until <= step, 0.0)
         log_q = torch.log_softmax(blend(log_theta, log_teacher, alpha), dim=-1)
-        noise = torch.empty_like(log_q).exponential_().clamp(min=torch.finfo(log_q.dtype).tiny).log()
-        chosen = (log_q - noise).argmax(-1, keepdim=True)  # Gumbel's trick: a draw from q
+        chosen = draw(log_q)
         records.append([alpha, *(x.gather(1, chosen)[:, 0] for x in (log_q, log_theta, log_teacher)), chosen[:, 0]])
         kept.append(log_teacher.float())
         tokens = chosen.view(S, B, 1)
     alpha, log_q, log_theta, log_teacher, ids = (torch.stack(x, dim=-1).view(S, B, length) for x in zip(*records))
-    ended = (ids == eos).cumsum(-1) - (ids == eos).long()  # of the tokens before this one
     return Batch(
-        prompts, ids, (ended == 0).float(), alpha.float(), log_q.float(), log_theta.float(), log_teacher.float(),
+        prompts, ids, mask_of(ids, eos), alpha.float(), log_q.float(), log_theta.float(), log_teacher.float(),
         torch.stack(kept, dim=1).view(S, B, length, -1),
     )  # fmt: skip
+
+
+@torch.no_grad()
+def sample_alone(student: Stack, teacher: Stack | None, prompts: Tensor, length: int, eos: int) -> Batch:
+    """`sample` with α = 0 everywhere."""
+    S, B, P = prompts.shape
+    cache, tokens, drawn, records = student.cache(S * B, P + length), prompts, [], []
+    for _ in range(length):
+        log_theta = student.logits(tokens, keep=1, cache=cache).log_softmax(-1)  # (S, B, 1, V)
+        tokens = draw(log_theta)[..., 0]
+        drawn.append(tokens)
+        records.append(log_theta.gather(-1, tokens[..., None])[..., 0])
+    ids, log_theta = torch.cat(drawn, dim=-1), torch.cat(records, dim=-1)
+    log_teacher, every = torch.zeros_like(log_theta), log_theta.new_zeros(1)
+    if teacher is not None:
+        sequences = torch.cat([prompts, ids], dim=-1).view(1, S * B, -1)
+        every = teacher.logits(sequences, keep=length + 1)[:, :, :-1].log_softmax(-1).view(S, B, length, -1)
+        log_teacher = every.gather(-1, ids[..., None])[..., 0]
+    zeros = torch.zeros_like(log_theta)
+    return Batch(prompts, ids, mask_of(ids, eos), zeros, log_theta, log_theta, log_teacher, every)
+
+
+def draw(log_p: Tensor) -> Tensor:
+    """A token (..., 1) from each distribution of `log_p` (..., V), by Gumbel's trick."""
+    noise = torch.empty_like(log_p).exponential_().clamp(min=torch.finfo(log_p.dtype).tiny).log()
+    return (log_p - noise).argmax(-1, keepdim=True)
+
+
+def mask_of(ids: Tensor, eos: int) -> Tensor:
+    """1 on the tokens up to the first EOS, itself included; 0 after it."""
+    ended = (ids == eos).cumsum(-1) - (ids == eos).long()  # of the tokens before this one
+    return (ended == 0).float()
 
 
 class Losses(NamedTuple):

@@ -179,9 +179,15 @@ def check_horizon(made: embedded.Pair, tmp_path: Path) -> None:
     rows = [json.loads(row) for row in (tmp_path / "runs.jsonl").read_text().splitlines()]
     assert len({(row["arm"], row["learning_rate"]) for row in rows}) == len(rows) > 3
     assert all(len(row["curve"]) == 3 and not row["stopped"] for row in rows)
-    output = run("horizon.py", *flags, "--report")
+    assert all(seconds == sorted(seconds) and len(seconds) == 3 for seconds in (row["clock"] for row in rows))
+    output = run("horizon.py", *flags, "--report", "--alone")
     assert "| GRPO | " in output
-    assert (tmp_path / "horizon.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("horizon.png", "horizon_time.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    alone = [json.loads(row) for row in (tmp_path / "alone.jsonl").read_text().splitlines()]
+    assert {row["arm"] for row in alone} <= {row["arm"] for row in rows}
+    assert alone
+    assert all(row["stack"] == 1 and not row["stopped"] for row in alone)
 
 
 def check_recover(made: embedded.Pair, tmp_path: Path) -> None:

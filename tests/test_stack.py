@@ -85,10 +85,13 @@ def sampled(folders: tuple[str, str], mixture: Mixture, until: int, rows: int = 
     return stack.sample(student, teacher, prompts, every, torch.full((rows,), until), LENGTH, EOS)
 
 
-@pytest.mark.parametrize("mixture", [Mixture(), Mixture("trust_region", epsilon=0.05), Mixture.teacher_only()])
-def test_records_are_those_of_the_models(folders: tuple[str, str], mixture: Mixture) -> None:
+@pytest.mark.parametrize(
+    ("mixture", "until"),
+    [(Mixture(), 5), (Mixture("trust_region", epsilon=0.05), 5), (Mixture.teacher_only(), 5), (Mixture(), 0)],
+)
+def test_records_are_those_of_the_models(folders: tuple[str, str], mixture: Mixture, until: int) -> None:
     """α and the three log-probabilities of each token; after `until` tokens the student draws alone."""
-    batch, until = sampled(folders, mixture, until=5), 5
+    batch = sampled(folders, mixture, until)
     models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in folders]
     ids = torch.cat([batch.prompts, batch.ids], dim=-1)[0]
     teacher, theta = (model(ids).logits[:, 4:-1].detach().reshape(4 * LENGTH, -1) for model in models)
@@ -103,6 +106,22 @@ def test_records_are_those_of_the_models(folders: tuple[str, str], mixture: Mixt
     log_q = log_q.gather(1, token).view(4, LENGTH)
     torch.testing.assert_close(batch.log_q[0][:, :until], log_q[:, :until], rtol=0, atol=1e-4)
     torch.testing.assert_close(batch.teacher[0].view(4 * LENGTH, -1), teacher.log_softmax(-1), rtol=0, atol=1e-4)
+
+
+def test_without_a_teacher_the_same_tokens_are_drawn(folders: tuple[str, str]) -> None:
+    """A stack in which nothing reads the teacher has the tokens and masks of one in which it reads them afterwards."""
+    student, teacher = stack.Stack.load(folders[1], 2, "cpu"), stack.Stack.load(folders[0], 1, "cpu")
+    prompts, rows = torch.randint(3, 13, (2, 64, 5)), MixtureRows.of([Mixture.theta_only()] * 128)
+    torch.manual_seed(0)
+    read = stack.sample(student, teacher, prompts, rows, torch.zeros(128), LENGTH, EOS)
+    torch.manual_seed(0)
+    alone = stack.sample(student, None, prompts, rows, torch.full((128,), LENGTH), LENGTH, EOS)
+    assert torch.equal(read.ids, alone.ids)
+    assert len(alone.ids.unique()) > 10
+    before = torch.cat([torch.ones(2, 64, 1), (alone.ids != EOS).cumprod(-1)[..., :-1]], dim=-1)
+    assert torch.equal(alone.mask, before)
+    assert 0 < float(alone.mask.mean()) < 1
+    assert not alone.log_teacher.any()
 
 
 class Look(TrainerCallback):
