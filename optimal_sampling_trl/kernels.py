@@ -192,9 +192,10 @@ def _folded(teacher, endings, V, FOLDED: tl.constexpr):
         values = tl.load(teacher + ids, mask=ids < V, other=_NOWHERE).to(tl.float32)
         top = tl.max(values)
         safe = tl.where(top == _NOWHERE, 0.0, top)
-        # By way of float64, so that each loop that reads it has the same: as float32 its sum may or may not be fused
-        # with what follows, and a largest logit that differs from itself is none.
-        value = (safe.to(tl.float64) + tl.log(tl.sum(tl.exp(values - safe))).to(tl.float64)).to(tl.float32)
+        value = safe + tl.log(tl.sum(tl.exp(values - safe)))
+        # Handed round among the threads: fused with what follows in one loop and not in another, the sum would differ
+        # from itself, and a largest logit that does so is none.
+        value = tl.sum(tl.where(index == 0, value, 0.0))
     return value
 
 
