@@ -193,9 +193,6 @@ def _folded(teacher, endings, V, FOLDED: tl.constexpr):
         top = tl.max(values)
         safe = tl.where(top == _NOWHERE, 0.0, top)
         value = safe + tl.log(tl.sum(tl.exp(values - safe)))
-        # Handed round among the threads: fused with what follows in one loop and not in another, the sum would differ
-        # from itself, and a largest logit that does so is none.
-        value = tl.sum(tl.where(index == 0, value, 0.0))
     return value
 
 
@@ -366,6 +363,7 @@ def _start(part, state, theta_sum, teacher_sum, chunks, method, low, high, fixed
     # A chunk without a finite logit has no sums: any finite number will do.
     down = tl.where(max_theta == _NOWHERE, 0.0, (max_theta - top_theta) * inverse)
     up = tl.where(max_teacher == _NOWHERE, 0.0, (max_teacher - top_teacher) * inverse)
+    own = up  # 0 in the chunk of the largest, which the sum below need not be: a GPU fuses it with its products
     # The difference of the largest as x has it, rounded to float32.
     apart = (top_teacher.to(tl.float32) - top_theta.to(tl.float32)).to(tl.float64)
     shift = ((max_teacher.to(tl.float32) - max_theta.to(tl.float32)).to(tl.float64) - apart) * inverse
@@ -379,7 +377,7 @@ def _start(part, state, theta_sum, teacher_sum, chunks, method, low, high, fixed
         )
     else:
         whole_theta, entropy_theta = _entropy_of(part, 0, down, chunks)
-        whole_teacher, entropy_teacher = _entropy_of(part, 3, up, chunks)
+        whole_teacher, entropy_teacher = _entropy_of(part, 3, own, chunks)
         both = entropy_theta + entropy_teacher
         share = tl.where(both > 0, entropy_theta / tl.where(both > 0, both, 1.0), middle)
         if (method == _ENTROPY) & (low < high):
