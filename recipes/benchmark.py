@@ -45,7 +45,7 @@ from vllm import LLM, SamplingParams, TokensPrompt
 from optimal_sampling_trl.backends.vllm.engine import VLLMBackend
 from optimal_sampling_trl.backends.vllm.requests import to_sampling_params
 from optimal_sampling_trl.backends.vllm.sampler import RECORD
-from random_pair import SHAPES, describe, fastest, make_random_pair, make_requests, parser, shapes, synchronize
+from random_pair import describe, fastest, make_random_pair, make_requests, parser, shapes, synchronize
 
 HEAD = (
     "batch", "mixture tok/s", "teacher tok/s", "student tok/s", "speed/teacher", "time/sum", "step", "bound", "records"
@@ -77,7 +77,6 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     flags = parser(__doc__)
-    flags.add_argument("--shapes", nargs=2, choices=SHAPES, metavar=("TEACHER", "STUDENT"), help=", ".join(SHAPES))
     flags.add_argument(
         "--profile", type=int, metavar="BATCH", help="also what a step of this batch spends its time on"
     )

@@ -38,7 +38,7 @@ import torch
 
 from benchmark import arguments
 from optimal_sampling_trl.backends.vllm.engine import VLLMBackend
-from random_pair import SHAPES, describe, make_random_pair, make_requests, parser
+from random_pair import describe, make_random_pair, make_requests, on_gpu, parser
 
 GPUS = torch.cuda.device_count()
 
@@ -62,7 +62,6 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     flags = parser(__doc__)
-    flags.add_argument("--shapes", nargs=2, choices=SHAPES, metavar=("TEACHER", "STUDENT"), help=", ".join(SHAPES))
     flags.add_argument("--processes", type=int, default=max(GPUS, 1), help="at most one for each GPU")
     flags.add_argument("--pair", nargs=2, help=argparse.SUPPRESS)
     flags.set_defaults(batches=(8,))
@@ -85,10 +84,9 @@ def command(args: argparse.Namespace) -> list[str]:
     return [sys.executable, *sys.argv, "--pair", *args.pair]
 
 
-def on_gpu(index: int, args: argparse.Namespace) -> dict[str, str]:
-    """The variables of a process that sees one GPU, and compiles into a folder of its own."""
-    own = {"VLLM_CACHE_ROOT": f"{args.pair[0]}-cache-{index}", "CUDA_VISIBLE_DEVICES": str(index)}
-    return os.environ | (own if GPUS else {})
+def variables(index: int, args: argparse.Namespace) -> dict[str, str]:
+    """Of a process that sees one GPU, where there are any, and compiles into a folder of its own."""
+    return on_gpu(index) | {"VLLM_CACHE_ROOT": f"{args.pair[0]}-cache-{index}"} if GPUS else dict(os.environ)
 
 
 class Workers:
@@ -98,7 +96,7 @@ class Workers:
         self.processes = [
             subprocess.Popen(
                 command(args),
-                env=on_gpu(index, args),
+                env=variables(index, args),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,

@@ -28,12 +28,11 @@ from trl.generation.vllm_client import VLLMClient
 
 from benchmark_server import OURS, serving
 from optimal_sampling_trl.trainers.server import FusedServer
-from random_pair import SHAPES, describe, make_random_pair, parser
+from random_pair import describe, make_random_pair, on_gpu, parser
 
 
 def main() -> None:
     flags = parser(__doc__)
-    flags.add_argument("--shapes", nargs=2, choices=SHAPES, metavar=("TEACHER", "STUDENT"), help=", ".join(SHAPES))
     flags.add_argument("--pair", nargs=2, help=argparse.SUPPRESS)
     flags.add_argument("--url", help=argparse.SUPPRESS)
     flags.set_defaults(dtype="bfloat16")
@@ -51,11 +50,6 @@ def main() -> None:
         with serving(*OURS, teacher, "--theta", theta, *serve, environment=on_gpu(0)) as (url, _):
             command = [sys.executable, *sys.argv, "--url", url, "--pair", teacher, theta]
             subprocess.run(command, env=on_gpu(1), check=True, timeout=120)
-
-
-def on_gpu(index: int) -> dict[str, str]:
-    """The variables of a process that sees one GPU."""
-    return os.environ | {"CUDA_VISIBLE_DEVICES": str(index)}
 
 
 def send(args: argparse.Namespace) -> None:

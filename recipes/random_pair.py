@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -62,6 +63,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     flags.add_argument("--teacher", type=int, nargs=2, default=(512, 10), metavar=("HIDDEN", "LAYERS"))
     flags.add_argument("--theta", type=int, nargs=2, default=(256, 8), metavar=("HIDDEN", "LAYERS"))
     flags.add_argument("--vocabulary", type=int, default=4096)
+    flags.add_argument("--shapes", nargs=2, choices=SHAPES, metavar=("TEACHER", "STUDENT"), help=", ".join(SHAPES))
     flags.add_argument("--batches", type=int, nargs="+", default=(1, 8, 32, 128))
     flags.add_argument("--prompt", type=int, default=16, help="tokens of each prompt")
     flags.add_argument("--tokens", type=int, default=16, help="tokens to generate")
@@ -73,7 +75,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 def shapes(args: argparse.Namespace) -> dict[str, Shape]:
     """The teacher's and the student's sizes."""
-    named = getattr(args, "shapes", None)
+    named = getattr(args, "shapes", None)  # the soak has flags of its own
     if named:
         return {role: SHAPES[name] for role, name in zip(("teacher", "theta"), named)}
     return {role: Shape.small(*getattr(args, role), args.vocabulary) for role in ("teacher", "theta")}
@@ -123,6 +125,11 @@ def fastest(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, fl
     return {name: min(times) for name, times in runs.items()}
 
 
+def on_gpu(index: int) -> dict[str, str]:
+    """The variables of a process that sees one GPU."""
+    return os.environ | {"CUDA_VISIBLE_DEVICES": str(index)}
+
+
 def synchronize() -> None:
     """Wait for a GPU, where there is one."""
     if torch.cuda.is_available():
@@ -132,7 +139,7 @@ def synchronize() -> None:
 def describe(args: argparse.Namespace, versions: str) -> str:
     """What was measured, and where."""
     models = shapes(args)
-    names = getattr(args, "shapes", None) or [f"{shape.hidden}x{shape.layers}" for shape in models.values()]
+    names = args.shapes or [f"{shape.hidden}x{shape.layers}" for shape in models.values()]
     return (
         f"Qwen2 shapes {' and '.join(names)}, vocabulary {models['teacher'].vocabulary}, {args.dtype}; {args.prompt} "
         f"prompt tokens, {args.tokens} new ones; method {args.method}\n"

@@ -26,7 +26,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from engines import TEXTS, Oracle, request
+from engines import TEXTS, TOLERANCE, Oracle, request
 from models import make_model, make_tokenizer
 from oracle import expected_records
 from serve_from_files import FileClient
@@ -46,7 +46,7 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
          "initializer_range": 0.02},
     ),
 }  # fmt: skip
-BOUNDS = {"float32": 2e-2, "bfloat16": 0.1}
+BOUNDS = {"float32": TOLERANCE, "bfloat16": 0.1}
 """The largest error of a record, in nats and in α. bfloat16 has 8 bits of mantissa: logits near 5 are 0.03 apart."""
 BUDGET = 120.0
 """Seconds after which no step is begun."""
