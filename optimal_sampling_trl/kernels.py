@@ -69,8 +69,10 @@ _NODE_0, _NODE_1, _NODE_2, _DIFFERENCE, _REST_THETA, _REST_TEACHER = (
     tl.constexpr(slot) for slot in (0, 3, 6, 9, 10, 11)
 )
 _MAX_THETA, _MAX_TEACHER, _MAX_BOTH = (tl.constexpr(slot) for slot in (13, 14, 15))
-# in a step S_0 to S_3 at two powers, their difference, and what the exponents are relative to.
-_POWER_1, _POWER_2, _STEP_DIFFERENCE, _TOP = (tl.constexpr(slot) for slot in (0, 4, 8, 15))
+# in a step S_0 to S_3 at two powers, their difference, and the bits that the exponents of each power are relative to.
+_POWER_1, _POWER_2, _STEP_DIFFERENCE, _TOP_1, _TOP_2 = (tl.constexpr(slot) for slot in (0, 4, 8, 14, 15))
+_BITS_APART = tl.constexpr(32.0)
+"""Sums further apart than this have no use for their difference: float32 would lose the smaller one in it."""
 
 
 class MixedLogits(NamedTuple):
@@ -248,9 +250,9 @@ def _log1p(x):
 
 
 @triton.jit
-def _log_ratio(difference, of, to):
-    """log(of/to), by their difference where they are near."""
-    return tl.where(tl.abs(difference) < to / 2, _log1p(difference / to), tl.log(of / to))
+def _log_ratio(difference, to, log_of, log_to):
+    """log_of - log_to, by the difference of the numbers themselves where they are near."""
+    return tl.where(tl.abs(difference) < to / 2, _log1p(difference / to), log_of - log_to)
 
 
 # The first launch.
@@ -433,13 +435,11 @@ def _guess(part, state, down, up, chunks, method, low, high, epsilon, apart, inv
     grown = at_teacher * _take(part, _DIFFERENCE, chunks, 0.0)
     difference = tl.sum(grown + (at_teacher - at_theta) * _take(part, _NODE_0, chunks, 0.0))
     whole_theta, whole_teacher = s0 + rest_theta, s2 + rest_teacher
-    c = _log_ratio(difference + rest_teacher - rest_theta, whole_teacher, whole_theta)
+    log_theta = tl.log(whole_theta)
+    c = _log_ratio(difference + rest_teacher - rest_theta, whole_theta, tl.log(whole_teacher), log_theta)
     # kl_symmetry; K is relative to log Σθ from here.
-    k0, k1, k2 = (
-        tl.log(s0 / whole_theta),
-        tl.log(s1 / whole_theta),
-        _log_ratio(difference - rest_theta, s2, whole_theta),
-    )
+    k0, k1 = tl.log(s0 / whole_theta), tl.log(s1 / whole_theta)
+    k2 = _log_ratio(difference - rest_theta, whole_theta, tl.log(s2), log_theta)
     f0, f1, f2, d0, d1, d2 = m0 - c, m1 - c, m2 - c, v0, v1, v2
     smooth = tl.abs((m0 + m2) / 2 + (v0 - v2) / 8 - m1) < 1e-4 * tl.minimum(v0, tl.minimum(v1, v2))
     stands = (method == _KL_SYMMETRY) & smooth  # a quarter of the width divides the cubic's error by 16
@@ -525,24 +525,31 @@ def _power_sums(
     top_theta = tl.load(state + _TOP_THETA).to(tl.float32)
     apart = tl.load(state + _APART).to(tl.float32)
     bits = (tl.load(state + _INVERSE) * _LOG2_E).to(tl.float32)
-    top = 0.0
+    top_p, top_q = 0.0, 0.0
     if tl.load(state + _FAR) != 0:  # the exponents may be above 0, or all far below
-        tops = tl.full((OUTER,), _NOWHERE, tl.float32)
+        tops_p, tops_q = tl.full((OUTER,), _NOWHERE, tl.float32), tl.full((OUTER,), _NOWHERE, tl.float32)
         for start in range(first, last, OUTER * INNER):
             s, t, _ = _tile(theta, teacher, endings, folded, start, V, FOLDED, OUTER, INNER)
             both = tl.minimum(s, t) != _NOWHERE
             u, x = (s - top_theta) * bits, (t - s - apart) * bits
-            tops = tl.maximum(tops, tl.max(tl.where(both, tl.maximum(u + p * x, u + q * x), _NOWHERE), 1))
-        top = tl.max(tops)
-        top = tl.where(top == _NOWHERE, 0.0, top)
+            tops_p = tl.maximum(tops_p, tl.max(tl.where(both, u + p * x, _NOWHERE), 1))
+            tops_q = tl.maximum(tops_q, tl.max(tl.where(both, u + q * x, _NOWHERE), 1))
+        top_p, top_q = tl.max(tops_p), tl.max(tops_q)
+        if tl.abs(top_p - top_q) < _BITS_APART:
+            top_p = tl.maximum(top_p, top_q)
+            top_q = top_p
+    tl.store(part + _TOP_1, top_p)
+    tl.store(part + _TOP_2, top_q)
+    # Of a chunk without a common token the sums are 0, whatever they are relative to.
+    top_p, top_q = tl.where(top_p == _NOWHERE, 0.0, top_p), tl.where(top_q == _NOWHERE, 0.0, top_q)
     a0 = tl.zeros((OUTER,), tl.float32)
     a1, a2, a3, b0, b1, b2, b3, difference = a0, a0, a0, a0, a0, a0, a0, a0
     for start in range(first, last, OUTER * INNER):
         s, t, _ = _tile(theta, teacher, endings, folded, start, V, FOLDED, OUTER, INNER)
         both = tl.minimum(s, t) != _NOWHERE
-        u = tl.where(both, (s - top_theta) * bits - top, _NOWHERE)
+        u = tl.where(both, (s - top_theta) * bits, _NOWHERE)
         x = tl.where(both, (t - s - apart) * bits, 0.0)
-        b = tl.exp2(u + q * x)
+        b = tl.exp2(u + q * x - top_q)
         b0 += tl.sum(b, 1)
         bx = b * x
         b1 += tl.sum(bx, 1)
@@ -550,7 +557,7 @@ def _power_sums(
         b2 += tl.sum(bxx, 1)
         b3 += tl.sum(bxx * x, 1)
         if method != _KL_SYMMETRY:
-            a = tl.exp2(u + p * x)
+            a = tl.exp2(u + p * x - top_p)
             difference += tl.sum(_growth(a, b, (q - p) * x), 1)
             a0 += tl.sum(a, 1)
             ax = a * x
@@ -558,21 +565,31 @@ def _power_sums(
             axx = ax * x
             a2 += tl.sum(axx, 1)
             a3 += tl.sum(axx * x, 1)
-    tl.store(part + _TOP, top)
-    _store_sums(part, a0, a1, a2, a3, b0, b1, b2, b3, difference, a0, a0, a0, a0, _TOP)
+    _store_sums(part, a0, a1, a2, a3, b0, b1, b2, b3, difference, a0, a0, a0, a0, _TOP_1)
 
 
 @triton.jit
-def _moments(part, slot, factor, chunks):
-    """S_0, mean, variance and third central moment of x, and a bound of the fourth cumulant's size from those below
-    it: of two masses it is third²/variance."""
+def _moments(part, slot, tops, chunks):
+    """log S_0, mean, variance and third central moment of x, and a bound of the fourth cumulant's size from those
+    below it: of two masses it is third²/variance. `tops`: what each chunk's sums are relative to, in bits."""
+    top = tl.max(tops)
+    factor = tl.exp((tops - top) * _LN_2)
     s0 = tl.sum(_take(part, slot, chunks, 0.0) * factor)
     mean = tl.sum(_take(part, slot + 1, chunks, 0.0) * factor) / s0 * _LN_2
     square = tl.sum(_take(part, slot + 2, chunks, 0.0) * factor) / s0 * (_LN_2 * _LN_2)
     cube = tl.sum(_take(part, slot + 3, chunks, 0.0) * factor) / s0 * (_LN_2 * _LN_2 * _LN_2)
     variance, third = square - mean * mean, cube - 3 * mean * square + 2 * mean * mean * mean
     variance = tl.where(variance > 1e-5 * mean * mean, variance, float("nan"))  # the rounding of float32
-    return s0, mean, variance, third, third * third / variance + 3 * variance * variance
+    fourth = third * third / variance + 3 * variance * variance
+    return tl.log(s0) + top * _LN_2, mean, variance, third, fourth
+
+
+@triton.jit
+def _difference(part, tops_1, tops_2, base, chunks):
+    """S_0 at the second power less S_0 at the first, relative to 2^base."""
+    scale_1, scale_2 = tl.exp((tops_1 - base) * _LN_2), tl.exp((tops_2 - base) * _LN_2)
+    apart = _take(part, _POWER_2, chunks, 0.0) * scale_2 - _take(part, _POWER_1, chunks, 0.0) * scale_1
+    return tl.sum(tl.where(tops_1 == tops_2, _take(part, _STEP_DIFFERENCE, chunks, 0.0) * scale_1, apart))
 
 
 @triton.jit
@@ -580,22 +597,22 @@ def _advance(part, parts, state):
     """A step of a row from its sums, and whether it may stand."""
     alpha, method = tl.load(state + _ALPHA), tl.load(state + _METHOD)
     low, high, c = tl.load(state + _LOW), tl.load(state + _HIGH), tl.load(state + _C)
-    tops = _take(part, _TOP, parts, _NOWHERE)
-    top = tl.max(tops)
-    factor = tl.exp((tops - top) * _LN_2)
-    s0, mean, variance, third, fourth = _moments(part, _POWER_2, factor, parts)
+    tops_1, tops_2 = _take(part, _TOP_1, parts, _NOWHERE), _take(part, _TOP_2, parts, _NOWHERE)
+    log_s0, mean, variance, third, fourth = _moments(part, _POWER_2, tops_2, parts)
     value, slope, bend, next_order = mean - c, variance, third, fourth
     if method != _KL_SYMMETRY:
-        difference = tl.sum(_take(part, _STEP_DIFFERENCE, parts, 0.0) * factor)
         if method == _TRUST_REGION:
-            scale = tl.exp(-top * _LN_2)
-            whole, rest = tl.load(state + _WHOLE) * scale, tl.load(state + _REST) * scale
-            value = alpha * mean - _log_ratio(difference - rest, s0, whole) - tl.load(state + _EPSILON)
+            whole = tl.load(state + _WHOLE)
+            difference = _difference(part, tops_1, tops_2, 0.0, parts) - tl.load(state + _REST)
+            divergence = alpha * mean - _log_ratio(difference, whole, log_s0, tl.log(whole))
+            value = divergence - tl.load(state + _EPSILON)
             slope, bend = alpha * variance, variance + alpha * third
             next_order = 2 * tl.abs(third) + alpha * fourth
         else:
-            other, other_mean, other_variance, _, other_fourth = _moments(part, _POWER_1, factor, parts)
-            value = 2 * c - _log_ratio(difference, s0, other)
+            log_other, other_mean, other_variance, _, other_fourth = _moments(part, _POWER_1, tops_1, parts)
+            top = tl.max(tops_1)
+            difference, other = _difference(part, tops_1, tops_2, top, parts), tl.exp(log_other - top * _LN_2)
+            value = 2 * c - _log_ratio(difference, other, log_s0, log_other)
             slope, bend, next_order = mean - other_mean, other_variance - variance, fourth + other_fourth
             variance = tl.maximum(variance, other_variance)
     least = tl.where(value < 0, alpha, tl.load(state + _LEAST))

@@ -138,6 +138,19 @@ def test_hard_rows(method: str, kind: str, V: int, dtype: torch.dtype) -> None:
         assert_rows(pair, rows, [temperature] * len(rows), run(pair, rows, [temperature] * len(rows)))
 
 
+@pytest.mark.parametrize("gap", [60.0, 250.0, 2000.0])
+@pytest.mark.parametrize("method", ROOTS)
+def test_certain_models_that_disagree(method: str, gap: float) -> None:
+    """Each is sure of a token that is nothing to the other: between the two, the sums leave float32's range."""
+    base, noise = random_pair(3, 200)
+    theta, teacher = base.clone(), base + noise
+    theta[:, 3], teacher[:, 3] = gap, torch.tensor([0.0, -gap, gap / 2])
+    theta[:, 190], teacher[:, 190] = torch.tensor([0.0, -gap / 3, 0.0]), gap
+    pair, rows = Pair(theta, teacher), [Mixture(method), Mixture(method, alpha_min=0.1, alpha_max=0.9)]
+    for mixture, temperature in zip(rows, (1.0, 0.3125)):
+        assert_rows(pair, [mixture] * 3, [temperature] * 3, run(pair, [mixture] * 3, [temperature] * 3))
+
+
 @pytest.mark.parametrize("method", ["kl_symmetry", "ess_balance"])
 def test_near_equal_rows_are_solved_down_to_the_stated_divergence(method: str) -> None:
     theta = torch.tensor([[0.1, 0.9]] * 2, dtype=torch.float64).log()
