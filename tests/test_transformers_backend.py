@@ -6,10 +6,12 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from models import EOS, FAMILIES, PAD, make_model, make_tokenizer, publish
 from oracle import check_rollout, check_rollouts, expected_records
 from torch import Tensor
@@ -671,6 +673,21 @@ def test_a_revision_is_the_teachers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         backend = make_backend("transformers", *names, device="cpu", **options)
         wanted = AutoModelForCausalLM.from_pretrained(folder).state_dict()
         assert all(torch.equal(value, wanted[name]) for name, value in backend.teacher.state_dict().items())
+
+
+def test_every_rank_has_its_weights_under_fsdp(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under accelerate's FSDP transformers leaves zeros in all ranks but the first, for FSDP to fill."""
+    wanted = load(pair.folders[1]).state_dict()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    try:
+        theirs, own = load(pair.folders[1]), TransformersBackend(*pair.folders, device="cpu").theta
+    finally:
+        dist.destroy_process_group()
+    assert not any(bool(value.any()) for value in theirs.parameters()), "from_pretrained loads whole weights again"
+    assert all(torch.equal(value, wanted[name]) for name, value in own.state_dict().items())
 
 
 def test_a_stop_text_over_many_tokens(pair: Pair) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from datasets import Dataset
@@ -24,6 +26,7 @@ from optimal_sampling_trl import (
     RLOOTrainer,
     Rollout,
 )
+from optimal_sampling_trl.backends.source import EVERY_RANK
 from optimal_sampling_trl.rollout import RECORDS
 
 KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
@@ -81,7 +84,8 @@ def reward(completions: Sequence[Any], **columns: Any) -> list[float]:
 
 
 def load(folder: str) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with patch.dict(os.environ, EVERY_RANK):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def make_trainer(

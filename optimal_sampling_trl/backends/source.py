@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import (
@@ -18,6 +20,10 @@ from .. import pairing
 
 MODEL_OPTIONS = ("attn_implementation", "dtype", "revision", "trust_remote_code")
 """Options that go to `from_pretrained`; `revision` to the teacher's alone, as vLLM has it."""
+
+
+EVERY_RANK = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
+"""Under accelerate's FSDP transformers loads zeros in all ranks but the first, which FSDP fills: not in ours."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,8 @@ class Source:
         """The model: one that was loaded where it stands, another on `device` and in evaluation mode."""
         if not isinstance(self.model, str):
             return self.model
-        loaded: Any = AutoModelForCausalLM.from_pretrained(self.model, **self.options)
+        with patch.dict(os.environ, EVERY_RANK):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(self.model, **self.options)
         return loaded.to(device).eval()
 
     @property
