@@ -38,7 +38,11 @@ def stacks(options: argparse.Namespace, done: list[dict[str, Any]]) -> Iterator[
             print(f"{setting.task} has no {' and no '.join(gone)}: left out")
             continue
         runs = [
-            Run(arm, rate, seed) for seed in range(setting.seeds) for arm in setting.arms for rate in ARMS[arm].rates
+            Run(arm, rate, seed)
+            for seed in range(setting.seeds)
+            for arm in setting.arms
+            if arm in options.arms
+            for rate in ARMS[arm].rates
         ]
         runs = [run for run in runs if json.dumps(key_of(setting, options.steps, run)) not in finished]
         size = max(options.stack * 41 // Task.of(setting.task).completion_length, 1)  # by the memory that it takes
@@ -101,6 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="sums-40", help="the place from which the axes go (%(default)s)")
     parser.add_argument("--others", nargs="*", default=["sums-20", "sums-80", "sort-40"], help="other tasks")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM", help="these alone")
     parser.add_argument("--ladder", type=Path, default=Path("output/ladder"), help="folder of ladder.py's folders")
     parser.add_argument("--output", type=Path, default=Path("output/horizon"), help="folder (%(default)s)")
     parser.add_argument("--steps", type=int, default=300, help="updates of a run (%(default)s)")

@@ -64,6 +64,7 @@ ARMS = {
     "Sampled tokens, mixture": Arm(3e-4, {"loss": "sampled_token"}),
     "GRPO, half mixture + sampled tokens, 0.1": Arm(1e-4, {"distillation_coefficient": 0.1}, is_grpo=True),
     "GRPO, half mixture": Arm(1e-4, is_grpo=True),
+    "GRPO": Arm(1e-4, {"positive_only": "none"}, ALONE, is_grpo=True),
     "Forward KL, mixture": Arm(3e-4, {"beta": 0.0}),
 }
 
@@ -141,7 +142,7 @@ def main() -> None:
     """Make the two models, run what is missing, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gguf", type=Path, help="the model's file; by default the installed package's")
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS)[:8], help="arms by name")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS)[:-1], help="arms by name")
     parser.add_argument("--rates", type=float, nargs="+", default=[1.0], help="times each arm's learning rate")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="(%(default)s)")
     parser.add_argument("--steps", type=int, default=150, help="updates (%(default)s)")

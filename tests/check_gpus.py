@@ -37,6 +37,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")  # what TRL's client and vLLM tell each other to meet at
 sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))  # where the tests' pairs are made
 
+import psutil
 import torch
 from check_server import Report, Steps
 from engines import TOLERANCE
@@ -51,7 +52,7 @@ FSDP = (
     *("--config_file", str(HERE.parent / "recipes" / "accelerate" / "fsdp2.yaml")),
 )
 KINDS = ("grpo", "divergence")
-PATIENCE = 115
+PATIENCE = 280
 """Seconds that a step may take."""
 
 
@@ -75,6 +76,7 @@ def start(home: Path, name: str, *command: str, **variables: str) -> None:
     log = home / f"{name}.log"
     with log.open("w") as output:
         environment = os.environ | variables | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        environment["PYTHONFAULTHANDLER"] = "1"
         process = subprocess.Popen(
             command, stdout=output, stderr=output, env=environment, start_new_session=True, cwd=HERE.parent
         )
@@ -82,6 +84,7 @@ def start(home: Path, name: str, *command: str, **variables: str) -> None:
             code: int | str = process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             code = f"nothing after {PATIENCE} s"
+            end(process, signal.SIGABRT)  # each says where it stands
         finally:
             end(process)
     text = log.read_text(errors="replace")
@@ -92,10 +95,13 @@ def start(home: Path, name: str, *command: str, **variables: str) -> None:
     print("\n".join(line for line in text.splitlines() if line.startswith(("oracle", "rank"))))
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
-    """End a process with all that it started: its session is its own."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+def end(process: subprocess.Popen[bytes], by: int = signal.SIGKILL) -> None:
+    """End a process with all that it started, those that torchrun gave sessions of their own among them."""
+    with suppress(psutil.NoSuchProcess):
+        here = psutil.Process(process.pid)
+        for one in (*here.children(recursive=True), here):
+            with suppress(psutil.NoSuchProcess):
+                one.send_signal(by)
     process.wait()
 
 

@@ -13,6 +13,7 @@ before. NCCL wants a GPU for each process: on one it usually answers "Duplicate 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
 import subprocess
 import sys
@@ -48,8 +49,12 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 BOUNDS = {"float32": TOLERANCE, "bfloat16": 0.1}
 """The largest error of a record, in nats and in α. bfloat16 has 8 bits of mantissa: logits near 5 are 0.03 apart."""
-BUDGET = 120.0
+BUDGET = 480.0
 """Seconds after which no step is begun."""
+START = 240
+"""Seconds that a server may take to start: the first one on a machine compiles."""
+NCCL = 90.0
+"""Seconds that a trainer may take to send its weights three times."""
 SCALE = 0.8
 """What the student's weights are multiplied by before they are sent, so that old ones would be seen."""
 
@@ -146,6 +151,7 @@ def send_over_nccl(url: str, teacher: str, theta: str, dtype: str) -> None:
     """The trainer's process: other weights three times, each time held against the oracle."""
     client = VLLMClient(base_url=url)
     served = FusedServer(client, teacher, make_tokenizer(), patience=30.0)
+    faulthandler.dump_traceback_later(NCCL, exit=True)
     print("NCCL: joining the server's group", flush=True)
     client.init_communicator(device="cuda:0")
     print("NCCL: joined, sending", flush=True)
@@ -228,7 +234,7 @@ class Steps:
         program = ("-m", "optimal_sampling_trl.backends.vllm.serve")
         log = self.root / "log"
         self.servers.append(
-            Server(*self.pair, log, *self.flags, patience=90, program=program, environment=self.server)
+            Server(*self.pair, log, *self.flags, patience=START, program=program, environment=self.server)
         )
 
     def records(self) -> str:
@@ -239,9 +245,9 @@ class Steps:
 
     def nccl(self) -> str:
         command = [sys.executable, __file__, "--nccl", self.servers[0].url, *self.pair, "--dtype", self.dtype]
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | self.trainer)
-        seen = [line for line in (ran.stdout + ran.stderr).splitlines() if line.strip()]
-        print("\n".join(seen[-15:]))
+        ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | self.trainer)
+        seen = [line for line in (ran.stderr + ran.stdout).splitlines() if line.strip()]
+        print("\n".join(seen[-40:]))
         if ran.returncode:
             raise RuntimeError(" / ".join(line for line in seen if "NCCL" in line or "rror" in line)[-280:])
         return seen[-1]
@@ -255,7 +261,9 @@ class Steps:
         return state
 
     def start_another(self) -> None:
-        self.servers.append(Server(*self.pair, self.root / "log2", *self.flags, patience=90, environment=self.server))
+        self.servers.append(
+            Server(*self.pair, self.root / "log2", *self.flags, patience=START, environment=self.server)
+        )
 
     def file(self) -> str:
         client = FileClient(base_url=self.servers[-1].url)

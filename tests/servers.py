@@ -78,6 +78,7 @@ class Server:
         """Start it, and wait until it answers."""
         paths = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "VLLM_LOGGING_LEVEL": "ERROR"}
+        environment["PYTHONFAULTHANDLER"] = "1"
         environment |= self.environment
         with self.log.open("a") as output:
             self.process = subprocess.Popen(
@@ -89,8 +90,11 @@ class Server:
             if self.is_up():
                 return
             time.sleep(1)
+        else:
+            self.signal(signal.SIGABRT)  # each of its processes says where it stands
+            time.sleep(2)
         self.stop()
-        raise RuntimeError(f"The server did not start:\n{self.log.read_text()[-3000:]}")
+        raise RuntimeError(f"The server did not start:\n{self.log.read_text()[-6000:]}")
 
     def is_up(self) -> bool:
         try:

@@ -355,6 +355,30 @@ def test_out_of_memory_leaves_an_engine_that_samples(
     Oracle(*broken).check(engine.generate(asked), asked)
 
 
+@pytest.mark.engine
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the memory of a GPU, which an allocator hands out")
+def test_memory_of_a_gpu_that_ends(broken: tuple[str, str], engine: Any) -> None:
+    """Nothing is left of the share that this process may take: torch refuses in the middle of a step."""
+    asked = [request(text, seed=index) for index, text in enumerate(("fine", "fine too", "ok"))]
+    engine.generate(asked)
+    ballast, size = [], 1 << 20
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / torch.cuda.mem_get_info()[1])
+    try:
+        while size >= 512:
+            try:
+                ballast.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+            except torch.OutOfMemoryError:
+                size //= 2
+        with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+            engine.generate(asked)
+    finally:
+        ballast.clear()
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert not engine.llm.llm_engine.has_unfinished_requests()
+    Oracle(*broken).check(engine.generate(asked), asked)
+
+
 def backwards(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """The wall clock jumps to and fro by up to a day at each look; returns how often it was looked at."""
     chance, true, looks = random.Random(0), time.time, []
