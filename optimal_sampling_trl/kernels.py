@@ -441,7 +441,9 @@ def _guess(part, state, down, up, chunks, method, low, high, epsilon, apart, inv
     k0, k1 = tl.log(s0 / whole_theta), tl.log(s1 / whole_theta)
     k2 = _log_ratio(difference - rest_theta, whole_theta, tl.log(s2), log_theta)
     f0, f1, f2, d0, d1, d2 = m0 - c, m1 - c, m2 - c, v0, v1, v2
-    smooth = tl.abs((m0 + m2) / 2 + (v0 - v2) / 8 - m1) < 1e-4 * tl.minimum(v0, tl.minimum(v1, v2))
+    flattest = tl.minimum(v0, tl.minimum(v1, v2))
+    smooth = tl.abs((m0 + m2) / 2 + (v0 - v2) / 8 - m1) < 1e-4 * flattest
+    smooth &= tl.abs(m2 - m0 - (v0 + 4 * v1 + v2) / 6) < 1e-3 * flattest  # a symmetric row passes the first
     stands = (method == _KL_SYMMETRY) & smooth  # a quarter of the width divides the cubic's error by 16
     if method == _TRUST_REGION:
         f0, f1, f2 = -k0 - epsilon, m1 / 2 - k1 - epsilon, m2 - k2 - epsilon

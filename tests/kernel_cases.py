@@ -151,6 +151,14 @@ def test_certain_models_that_disagree(method: str, gap: float) -> None:
         assert_rows(pair, [mixture] * 3, [temperature] * 3, run(pair, [mixture] * 3, [temperature] * 3))
 
 
+@pytest.mark.parametrize("method", ROOTS)
+def test_a_symmetric_row_is_not_taken_for_a_smooth_one(method: str) -> None:
+    """Half the mass of each is nothing to the other, and between the nodes the mixture is sure of the rest."""
+    pair = Pair(torch.tensor([[0.0, 60.0, -60.0, 60.0]]), torch.tensor([[-60.0, -60.0, 60.0, 60.0]]))
+    for temperature in (0.3, 1.0, 2.0):
+        assert_rows(pair, [Mixture(method)], [temperature], run(pair, [Mixture(method)], [temperature]))
+
+
 @pytest.mark.parametrize("method", ["kl_symmetry", "ess_balance"])
 def test_near_equal_rows_are_solved_down_to_the_stated_divergence(method: str) -> None:
     theta = torch.tensor([[0.1, 0.9]] * 2, dtype=torch.float64).log()
