@@ -9,6 +9,7 @@
 | `tensor_graphs` | the same in bfloat16 with vLLM's own choice of CUDA graphs |
 | `serve` | `optimal-sampling-serve --tensor-parallel-size 2`: records of 200 requests at once, weights from a file |
 | `nccl` | a server on one GPU, weights from a trainer on another over NCCL, three times; seconds of each |
+| `server_trainers` | trainers of each loss on one GPU, their server on another, three steps: records of every batch |
 | `nccl_tensor` | the same into a server over two GPUs, where there is a third for the trainer |
 | `ddp` | GRPO and distillation under DDP, an engine on each GPU, three steps: records of every batch on every rank |
 | `fsdp` | the same under FSDP2 (recipes/accelerate/fsdp2.yaml) |
@@ -42,6 +43,8 @@ import torch
 from check_server import Report, Steps
 from engines import TOLERANCE
 from models import make_model
+from servers import Server
+from training import KINDS as LOSSES
 from training import make_untrained_pair
 
 HERE = Path(__file__).parent
@@ -105,15 +108,15 @@ def end(process: subprocess.Popen[bytes], by: int = signal.SIGKILL) -> None:
     process.wait()
 
 
-def answers(folder: Path, pattern: str) -> list[dict[str, Any]]:
-    """What the two ranks wrote.
+def answers(folder: Path, pattern: str, ranks: int = 2) -> list[dict[str, Any]]:
+    """What the ranks wrote.
 
     Raises:
         RuntimeError: where one wrote nothing.
     """
     seen = [json.loads(file.read_text()) for file in sorted(folder.glob(pattern))]
-    if len(seen) != 2:
-        raise RuntimeError(f"{len(seen)} ranks wrote {pattern}; wanted 2")
+    if len(seen) != ranks:
+        raise RuntimeError(f"{len(seen)} ranks wrote {pattern}; wanted {ranks}")
     return seen
 
 
@@ -181,10 +184,29 @@ def train(home: Path, name: str, launch: tuple[str, ...] = TORCHRUN, share: int 
     return "; ".join(trained(answers(home, f"{kind}-[01].json"), kind) for kind in kinds)
 
 
+def server_trainers(home: Path, name: str) -> str:
+    """A trainer of each loss, one after the other, each in a process of its own, on one server."""
+    need(2)
+    pair = make_untrained_pair(home, same_size=True)
+    flags = ("--dtype", "float32", "--max-model-len", "128", "--gpu-memory-utilization", "0.1")
+    program, on_first = ("-m", "optimal_sampling_trl.backends.vllm.serve"), {"CUDA_VISIBLE_DEVICES": "0"}
+    server = Server(*pair, home / "server.log", *flags, program=program, environment=on_first)
+    seen = []
+    try:
+        for kind in LOSSES:
+            command = (sys.executable, str(HERE / "two_processes.py"), *pair, str(home), kind, "--steps", "3")
+            flags = ("--server", server.url, "--tolerance", str(TOLERANCE))
+            start(home, f"{name}-{kind}", *command, *flags, CUDA_VISIBLE_DEVICES="1")
+            seen.append(trained(answers(home, f"{kind}-0.json", ranks=1), kind))
+    finally:
+        server.stop()
+    return "; ".join(seen)
+
+
 def trained(ranks: list[dict[str, Any]], kind: str) -> str:
     """What a run of a kind came to."""
-    require([rank["processes"] for rank in ranks] == [2, 2], f"{kind}: not two processes")
-    require(ranks[0]["parameters"] == ranks[1]["parameters"], f"{kind}: the ranks have other weights")
+    require({rank["processes"] for rank in ranks} == {len(ranks)}, f"{kind}: not {len(ranks)} processes")
+    require(len({rank["parameters"] for rank in ranks}) == 1, f"{kind}: the ranks have other weights")
     require(all(len(rank["generations"]) == 3 for rank in ranks), f"{kind}: not three batches")
     apart = [log.get("engine/log_theta_difference", 0.0) for log in ranks[0]["log"]]
     require(max(apart) < TOLERANCE, f"{kind}: the engine's log theta is not the trainer's: {apart}")
@@ -199,6 +221,7 @@ STEPS: Mapping[str, Any] = {
     "ddp": train,
     "tensor_graphs": lambda home, name: tensor(home, name, "graphs"),
     "serve": serve,
+    "server_trainers": server_trainers,
     "ddp_tensor": partial(train, share=2),
     "nccl_tensor": partial(nccl, gpus=2),
 }

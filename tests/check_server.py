@@ -216,6 +216,8 @@ class Steps:
         self.root, self.dtype, self.shape = root, dtype, shape
         cache = str((64 << 20) if shape == "tiny" else (4 << 30))
         self.flags = ("--dtype", dtype, "--max-model-len", "256", "--kv-cache-memory-bytes", cache, *flags)
+        if torch.cuda.is_available():  # what must be free; others may be at work here
+            self.flags += ("--gpu-memory-utilization", "0.1")
         self.server, self.trainer = dict(server or {}), dict(trainer or {})
         self.servers: list[Server] = []
 

@@ -3,7 +3,8 @@
 Trains a few steps of each kind and writes what this rank saw to FOLDER/<kind>-<rank>.json: a run is judged by these
 files, since torch may abort at exit after all work was done. A rank has six rows of groups of four: the second spans.
 On GPUs each rank trains on its own; with `--backend vllm` it has an engine, or a share of one
-(`--tensor-parallel-size`).
+(`--tensor-parallel-size`). With `--server URL` one process trains, all rows of a batch are its own, and a server
+of the pair samples.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("kinds", nargs="+")
     parser.add_argument("--backend", choices=("transformers", "vllm"), default="transformers")
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--server", help="where rollouts come from; run by `python` itself, not `torchrun`")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--tolerance", type=float, default=1e-4, help="of a record, in nats and in α")
     return parser.parse_args()
@@ -44,7 +46,11 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         cache = {"dtype": "float32", "kv_cache_memory_bytes": 64 << 20, "enforce_eager": True}
         generator["engine_arguments"] = cache
         given |= {"vllm_tensor_parallel_size": args.tensor_parallel_size, "vllm_gpu_memory_utilization": 0.1}
-    return given | {"generator": generator, "per_device_train_batch_size": 3, "max_steps": args.steps}
+    if args.server:
+        generator["backend"] = "auto"
+        given |= {"vllm_mode": "server", "vllm_server_base_url": args.server}
+    rows = 6 if args.server else 3
+    return given | {"generator": generator, "per_device_train_batch_size": rows, "max_steps": args.steps}
 
 
 def worst_error(trainer: Any, args: argparse.Namespace) -> float:

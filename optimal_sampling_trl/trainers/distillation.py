@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import torch
 import trl
-from accelerate.utils import is_peft_model
+from accelerate.utils import broadcast, is_peft_model
 from torch import Tensor
 from trl.trainer.utils import add_fused_lm_head
 
@@ -60,6 +60,8 @@ class DistillationTrainer(MixtureTrainerMixin, trl.DistillationTrainer):
         if not self.sampled_token and teacher_model is None:
             teacher_model = getattr(keywords.get("generator"), "named_teacher", None)
         super().__init__(model, teacher_model, args, *positional, **keywords)
+        if self.is_fsdp_enabled and self._loaded_teacher() is not None:
+            self._place_teacher()
         if self.sampled_token:  # as TRL's GRPO: log-probabilities in tiles, no logits (B, T, V)
             own: Any = self.model
             own = own.get_base_model() if is_peft_model(own) else own
@@ -67,6 +69,12 @@ class DistillationTrainer(MixtureTrainerMixin, trl.DistillationTrainer):
 
     def _loaded_teacher(self) -> Any:
         return getattr(self, "teacher_model", None)
+
+    def _place_teacher(self) -> None:
+        """Bring the teacher to this process's GPU, whole: under FSDP TRL leaves it on the host (its issue 2580), and
+        transformers loads zeros in all processes but the first. It is not split, as little of the engine's is."""
+        self.teacher_model.to(self.accelerator.device)
+        broadcast([value.detach() for value in self.teacher_model.state_dict().values()])
 
     def _group_size(self) -> int:
         """Distillation has no groups: the share is one of each process's batch."""

@@ -28,6 +28,7 @@ from vllm.transformers_utils.config import get_config
 from vllm.v1.attention.backend import subclass_attention_backend
 
 from ...pairing import Ending
+from .destinations import Destinations
 
 ONE_STREAM = "OPTIMAL_SAMPLING_ONE_STREAM"
 """The variable that keeps both models on one stream of the GPU, to measure what the second one brings."""
@@ -71,6 +72,7 @@ class OptimalSamplingForCausalLM(nn.Module):
         self.theta_places: Tensor | None = None  # where the student's cache is written, see model_state.py
         self.side_stream = torch.cuda.Stream() if _may_overlap(self, vllm_config) else None
         self.is_loaded = False
+        self.destinations = Destinations(self.theta)
         # What a trainer asks a server for, so that it never samples from weights that it did not send.
         self.instance, self.updates, self.stale = secrets.token_hex(8), 0, None
 

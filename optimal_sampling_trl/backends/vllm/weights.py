@@ -105,8 +105,9 @@ class OptimalSamplingWorker:
     def reload_theta(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Load a whole set into the student's own storages."""
         model = self.model_runner.model
+        load = model.destinations.load if keeps_what_it_loads(model.theta) else model.theta.load_weights
         with reloading(model):
-            model.theta.load_weights(_checked(model, named_parameters))
+            load(_checked(model, named_parameters))
 
     def theta_state(self) -> dict[str, Any]:
         """Which weights the student has: of which start of this process, after how many reloads, and why they are
