@@ -16,6 +16,7 @@ and log t.
 | column | what it says |
 |---|---|
 | `speed/teacher` | tokens/s of the mixture ÷ those of the teacher alone |
+| `reads` | weights and caches that the teacher alone reads ÷ those of both: `speed/teacher` where reading is all |
 | `time/sum` | time of the mixture ÷ (the teacher's + the student's) |
 | `step` | ms of the mixture for one token of each sequence, prefill included |
 | `bound` | share of that which reading both models' weights and caches once would take at the speed of a large copy |
@@ -48,7 +49,8 @@ from optimal_sampling_trl.backends.vllm.sampler import RECORD
 from random_pair import describe, fastest, make_random_pair, make_requests, parser, shapes, synchronize
 
 HEAD = (
-    "batch", "mixture tok/s", "teacher tok/s", "student tok/s", "speed/teacher", "time/sum", "step", "bound", "records"
+    "batch", "mixture tok/s", "teacher tok/s", "student tok/s", "speed/teacher", "reads", "time/sum", "step", "bound",
+    "records"
 )  # fmt: skip
 
 
@@ -142,14 +144,14 @@ def measure(fused: VLLMBackend, alone: dict[str, LLM], batch: int, args: argpars
 def row(batch: int, took: dict[str, float], bandwidth: float, args: argparse.Namespace) -> str:
     """The table's line of a batch."""
     speed = {name: batch * args.tokens / took[name] for name in took}
-    size, models = getattr(torch, args.dtype).itemsize, shapes(args).values()
-    context = args.prompt + args.tokens / 2
-    read = size * sum(model.parameters + batch * context * model.cached for model in models)
-    step = took["mixture"] / args.tokens
+    size, context = getattr(torch, args.dtype).itemsize, args.prompt + args.tokens / 2
+    read = {role: size * (model.parameters + batch * context * model.cached) for role, model in shapes(args).items()}
+    both, step = sum(read.values()), took["mixture"] / args.tokens
+    alone = took["teacher"] + took["theta"]
     return (
         f"| {batch} | {speed['mixture']:.1f} | {speed['teacher']:.1f} | {speed['theta']:.1f} | "
-        f"{speed['mixture'] / speed['teacher']:.2f} | {took['mixture'] / (took['teacher'] + took['theta']):.2f} | "
-        f"{step * 1e3:.2f} ms | {read / bandwidth / step:.0%} | {took['mixture'] / took['without records'] - 1:+.1%} |"
+        f"{speed['mixture'] / speed['teacher']:.2f} | {read['teacher'] / both:.2f} | {took['mixture'] / alone:.2f} | "
+        f"{step * 1e3:.2f} ms | {both / bandwidth / step:.0%} | {took['mixture'] / took['without records'] - 1:+.1%} |"
     )
 
 

@@ -6,7 +6,7 @@
     python recipes/benchmark_sync.py --shapes 0.5b 1.5b             # two GPUs; `TMPDIR` must hold the models (5 GB)
 
 A server of a random pair on GPU 0, and TRL's client in a process on GPU 1, which sends the whole student a few times,
-each time with the checks that a trainer makes. Not run yet.
+each time with the checks that a trainer makes.
 """
 
 from __future__ import annotations

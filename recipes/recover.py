@@ -20,6 +20,7 @@ from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -89,7 +90,7 @@ def make_models(gguf: Path | None, output: Path) -> None:
 def run(
     name: str, rate: float, seed: int, folder: str, options: argparse.Namespace, deadline: float
 ) -> dict[str, Any]:
-    """One run, in a process of its own."""
+    """One run, in a process of its own; no weights are kept."""
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")
     arm, device = ARMS[name], "cpu" if options.cpu else "cuda"
@@ -100,8 +101,9 @@ def run(
     )
     exam = Exam(teacher.eval(), tokenizer, options.held_out)
     watch = Watch(exam, options.batch, max(options.steps // 10, 1), deadline)
+    home = TemporaryDirectory()  # a trainer holds its folder for itself
     shared = {
-        "output_dir": f"{folder}/trainer", "max_steps": options.steps, "seed": seed, "learning_rate": rate,
+        "output_dir": home.name, "max_steps": options.steps, "seed": seed, "learning_rate": rate,
         "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 10, "per_device_train_batch_size": options.batch,
         "max_completion_length": LENGTH, "temperature": TEMPERATURE, "save_strategy": "no", "report_to": "none",
         "logging_steps": 10, "bf16": False, "use_cpu": options.cpu, "gradient_checkpointing": False,
@@ -165,6 +167,9 @@ def main() -> None:
         with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool, path.open("a") as file:
             futures = [pool.submit(run, *key, str(options.output), options, deadline) for key in todo]
             for future in as_completed(futures):
+                if (error := future.exception()) is not None:  # the others are kept
+                    print(f"A run failed: {error!r}", flush=True)
+                    continue
                 lines.append(line := future.result())
                 print(json.dumps(line), file=file, flush=True)
                 print(f"{line['arm']}, {line['done']} steps: {line['points'][-1]}", flush=True)

@@ -15,6 +15,7 @@ import json
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -106,18 +107,17 @@ def subject(ladder: Path | None, task: str) -> tuple[Pair, Job]:
     return pair, Job(long.completion_length, long.dataset, long.reward, lambda model, _: measure_task(model, long))
 
 
-def run(
-    name: str, learning_rate: float, seed: int, steps: int, output: str, ladder: Path | None, task: str
-) -> dict[str, Any]:
-    """One run, in a process of its own: the points (samples, exact match) of its curve."""
+def run(name: str, learning_rate: float, seed: int, steps: int, ladder: Path | None, task: str) -> dict[str, Any]:
+    """One run, in a process of its own: the points (samples, exact match) of its curve. No weights are kept."""
     torch.set_num_threads(1)
     arm, (pair, job) = ARMS[name], subject(ladder, task)
     generator = {}
     if arm.generator is not None:
         generator["generator"] = OptimalSamplingGenerator(pair.teacher, backend="transformers", **arm.generator)
     schedule = {"learning_rate": learning_rate, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 10}
-    settings = {"seed": seed, "output_dir": output, "disable_tqdm": True} | schedule | arm.settings
-    trainer, watch = train(arm.trainer, arm.config, pair, steps, BATCH, settings, job, **generator)
+    with TemporaryDirectory() as output:  # a trainer holds its folder for itself
+        settings = {"seed": seed, "output_dir": output, "disable_tqdm": True} | schedule | arm.settings
+        trainer, watch = train(arm.trainer, arm.config, pair, steps, BATCH, settings, job, **generator)
     alpha = [
         (entry["step"] * BATCH, entry["alpha/mean"]) for entry in trainer.state.log_history if "alpha/mean" in entry
     ]
@@ -178,8 +178,7 @@ def main() -> None:
         for name in options.arms
     ]
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool, path.open("a") as file:
-        rest = (str(options.output / "trainer"), options.ladder, options.task)
-        futures = [pool.submit(run, *key, *rest) for key in keys if key not in done]
+        futures = [pool.submit(run, *key, options.ladder, options.task) for key in keys if key not in done]
         for number, future in enumerate(as_completed(futures), 1):
             runs.append(future.result())
             print(json.dumps(runs[-1]), file=file, flush=True)

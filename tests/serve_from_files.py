@@ -48,6 +48,9 @@ class FileEngine(WeightTransferEngine):
 
     def shutdown(self) -> None: ...
 
+    @staticmethod
+    def trainer_send_weights(iterator: Any, trainer_args: Any) -> None: ...  # vLLM 0.26 asks for it
+
 
 class ThetaFiles(ThetaTransfer, FileEngine):
     pass

@@ -147,10 +147,10 @@ def check_demo(made: embedded.Pair, tmp_path: Path) -> None:
 
 
 def check_study(made: embedded.Pair, tmp_path: Path) -> None:
-    """Two arms; the second time nothing is left to run, and an added seed runs alone."""
+    """Two arms at the same time; the second time nothing is left to run."""
     arms = ["GRPO, half mixture (default)", "Distillation, mixture"]
     flags = ["--steps", 2, "--learning_rates", "1e-3", "--output", tmp_path, "--arms", *arms]
-    first = run("study.py", "--seeds", 1, *flags)
+    first = run("study.py", "--seeds", 1, "--jobs", 2, *flags)
     rows = (tmp_path / "runs.jsonl").read_text().splitlines()
     assert sorted(json.loads(row)["arm"] for row in rows) == sorted(arms)
     assert all(f"| {arm} | 0.001 | " in first for arm in arms), first
@@ -227,7 +227,7 @@ def check_benchmark_kernels() -> None:
 def check_benchmark_fused(made: embedded.Pair, tmp_path: Path) -> None:
     if find_spec("vllm") is None:
         pytest.skip(NO_VLLM)
-    check_benchmark("benchmark.py", columns=9)
+    check_benchmark("benchmark.py", columns=10)
 
 
 def check_benchmark_server(made: embedded.Pair, tmp_path: Path) -> None:

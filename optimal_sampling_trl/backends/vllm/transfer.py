@@ -43,4 +43,4 @@ class ThetaTransfer:
 
 
 class ThetaNCCL(ThetaTransfer, NCCLWeightTransferEngine):
-    """Over NCCL, as TRL's client sends them. NOT YET SEEN TO WORK: it needs two GPUs."""
+    """Over NCCL, as TRL's client sends them; it needs a GPU at both ends."""
