@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
-from optimal_sampling_trl.backends.vllm import destinations
 from optimal_sampling_trl.backends.vllm.destinations import Destinations
 
 
@@ -45,15 +45,21 @@ def values(model: Loaded) -> dict[str, Tensor]:
     return {name: value for name, value in vars(model).items() if isinstance(value, Tensor)}
 
 
-@pytest.mark.parametrize("portion", [1, 60, 1 << 20])
-def test_known_places_get_what_the_loaders_would_write(portion: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(destinations, "PORTION", portion)
+def gathered(weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Each is whole until the next one is asked for, as FSDP gathers them."""
+    for name, weight in weights.items():
+        whole = weight.clone()
+        yield name, whole
+        whole.fill_(torch.nan)
+
+
+def test_known_places_get_what_the_loaders_would_write() -> None:
     model, wanted = Loaded(), Loaded()
     storages = {name: value.data_ptr() for name, value in values(model).items()}
     known = Destinations(model)
     for seed in range(3):
         weights = random_weights(seed)
-        known.load(iter(weights.items()))
+        known.load(gathered(weights))
         wanted.load_weights(list(weights.items()))
         for name, value in values(wanted).items():
             assert torch.equal(values(model)[name], value), name

@@ -1,4 +1,4 @@
-"""Where vLLM's loaders put each of a model's weights, so that loading them again is a few copies of many weights.
+"""Where vLLM's loaders put each of a model's weights, so that loading them again is a copy of each.
 
 Finding a place by its name takes the host longer than a GPU takes to fill it.
 """
@@ -11,9 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-
-PORTION = 256 << 20
-"""Bytes of weights that are held until they are copied: a trainer's may be gathered for a moment only."""
 
 
 class Destinations:
@@ -32,24 +29,15 @@ class Destinations:
 
     @torch.no_grad()
     def load(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Write weights, under the names of the model's checkpoint, into its own storages."""
-        places: list[Tensor] = []
-        weights: list[Tensor] = []
-        held = 0
+        """Write weights, under the names of the model's checkpoint, into its own storages: each before the next comes,
+        as one may be gathered for a moment only."""
         for name, weight in named_parameters:
             if name not in self.places:
                 self.places[name] = self._learn(name, weight)
             elif (place := self.places[name]) is None:
                 self.model.load_weights([(name, weight)])
             else:
-                places.append(place)
-                weights.append(weight)
-                held += weight.nbytes
-            if held >= PORTION:
-                torch._foreach_copy_(places, weights)
-                places, weights, held = [], [], 0
-        if places:
-            torch._foreach_copy_(places, weights)
+                place.copy_(weight)
 
     def _learn(self, name: str, weight: Tensor) -> Tensor | None:
         """Load a weight the loaders' way; its place, where they copied it as it is and wrote nothing else."""
