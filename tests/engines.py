@@ -26,6 +26,10 @@ from optimal_sampling_trl.rollout import Rollout
 ON_A_GPU = torch.cuda.is_available()
 TOLERANCE = 2e-2 if ON_A_GPU else 1e-4
 """The largest error of a record, in nats and in α; on a GPU vLLM's attention multiplies float32 in TF32."""
+NOISE = {torch.bfloat16: (0.06, 0.5), torch.float32: (5e-3, 0.05)}
+"""The mean and the largest error of a record, in nats and in α, that rounding explains over hundreds of tokens on a
+GPU: in bfloat16 each layer's, in float32 the attention's, whose Triton kernels multiply in TF32. Where a student read
+the wrong prompt, or its graphs wrote into the teacher's output, errors are of order 1."""
 TINY = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64}
 if ON_A_GPU:
     TINY["gpu_memory_utilization"] = 0.1

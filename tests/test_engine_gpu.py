@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import start
+from engines import NOISE, start
 from models import make_model, make_tokenizer
 from oracle import expected_records
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -27,10 +27,6 @@ pytestmark = [
     pytest.mark.engine,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="Model Runner V2 needs a GPU"),
 ]
-NOISE = {torch.bfloat16: (0.06, 0.5), torch.float32: (5e-3, 0.05)}
-"""The mean and the largest error of a record, in nats and in α, that rounding explains: in bfloat16 each layer's, in
-float32 the attention's, whose Triton kernels multiply in TF32. Where a student read the wrong prompt, or its graphs
-wrote into the teacher's output, errors are of order 1."""
 GRAPHS = {
     "eager": {"enforce_eager": True},
     "piecewise": {"enforce_eager": False, "compilation_config": {"cudagraph_mode": "PIECEWISE"}},

@@ -16,13 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from engines import ON_A_GPU, TINY, TOLERANCE, Oracle, request
+from engines import NOISE, ON_A_GPU, TINY, TOLERANCE, Oracle, request
 
 from optimal_sampling_trl import Mixture
 from optimal_sampling_trl.backends.vllm.engine import VLLMBackend
 
-ROUNDING = 0.5
-"""The largest error that bfloat16 explains, as in test_engine_gpu.py; those of a wrong model are of order 1."""
 ASKED = [
     request("without a seed", seed=None),
     request("the student alone", Mixture.theta_only(), seed=None, temperature=0.7),
@@ -37,7 +35,7 @@ def in_one_engine(teacher: str, theta: str, rank: int, graphs: bool) -> dict[str
     both = {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": 2}
     mode = {"dtype": "bfloat16", "enforce_eager": False} if graphs else {}
     backend = VLLMBackend(teacher, theta, **TINY | both | sleeps | mode)
-    bound = ROUNDING if graphs else TOLERANCE
+    bound = NOISE[torch.bfloat16][1] if graphs else TOLERANCE
     oracle, completions, worst = Oracle(teacher, theta), [], []
     for scale in (1.0, 0.8, 0.9):
         for role, model in oracle.models.items():
