@@ -72,7 +72,7 @@ class DistillationTrainer(MixtureTrainerMixin, trl.DistillationTrainer):
 
     def _place_teacher(self) -> None:
         """Bring the teacher to this process's GPU, whole: under FSDP TRL leaves it on the host (its issue 2580), and
-        transformers loads zeros in all processes but the first. It is not split, as little of the engine's is."""
+        transformers loads zeros in all processes but the first. Nothing splits it over the processes."""
         self.teacher_model.to(self.accelerator.device)
         broadcast([value.detach() for value in self.teacher_model.state_dict().values()])
 
