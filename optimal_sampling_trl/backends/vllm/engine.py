@@ -17,7 +17,15 @@ from tqdm.auto import tqdm
 from ...progress import Progress
 from ...request import Request
 from ...rollout import Rollout
-from .compat import keeping, own_graph_pool, process_group, sharing_groups
+from .compat import (
+    forget_workspace,
+    keeping,
+    own_graph_pool,
+    process_group,
+    sharing_groups,
+    workspace,
+    workspace_of,
+)
 from .limits import Pair, check_arguments, check_pair, check_platform
 from .plugin import ARCHITECTURE, require
 from .requests import check_request, to_rollouts, to_sampling_params
@@ -57,7 +65,7 @@ def build_llm(teacher: str, theta: str, **engine_arguments: Any) -> LLM:
     group = vars(next(iter(_OPEN)))["optimal_sampling_group"] if _OPEN else process_group()
     with _in_this_process():
         llm = LLM(teacher, **{**engine_arguments, **engine_settings(pair, engine_arguments)})
-    vars(llm).update(optimal_sampling_pair=pair, optimal_sampling_group=group)
+    vars(llm).update(optimal_sampling_pair=pair, optimal_sampling_group=group, optimal_sampling_workspace=workspace())
     _OPEN.add(llm)
     try:
         llm.collective_rpc("install_mixture_sampler")
@@ -119,8 +127,10 @@ def _in_this_process() -> Iterator[None]:
 def shut_down(llm: LLM) -> None:
     """Free an engine's models and caches. Doing so twice is fine."""
     _OPEN.discard(llm)
-    with keeping(vars(llm).get("optimal_sampling_group")), sharing_groups(bool(_OPEN)):
+    own = vars(llm).pop("optimal_sampling_workspace", None)
+    with keeping(vars(llm).get("optimal_sampling_group")), sharing_groups(bool(_OPEN)), workspace_of(own):
         llm.llm_engine.engine_core.shutdown()
+    forget_workspace(own)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -151,11 +161,12 @@ def generate(
     parameters = [to_sampling_params(request, pair.ending) for request in requests]
     share_seeds(llm, parameters)
     try:
-        outputs = llm.generate(
-            [TokensPrompt(prompt_token_ids=request.prompt_ids) for request in requests],
-            parameters,
-            use_tqdm=partial(tqdm, leave=False) if use_tqdm else False,
-        )
+        with workspace_of(vars(llm)["optimal_sampling_workspace"]):
+            outputs = llm.generate(
+                [TokensPrompt(prompt_token_ids=request.prompt_ids) for request in requests],
+                parameters,
+                use_tqdm=partial(tqdm, leave=False) if use_tqdm else False,
+            )
     except BaseException:  # an interrupt, too: what was left would come back among the next call's outputs
         left = list(llm.llm_engine.output_processor.request_states)
         llm.llm_engine.abort_request(left, internal=True)

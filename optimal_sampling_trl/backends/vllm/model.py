@@ -213,11 +213,15 @@ def _may_overlap(model: OptimalSamplingForCausalLM, config: VllmConfig) -> bool:
     Experts, latent attention and FlashInfer have one for the whole process, and tensor parallelism one set of signals.
     """
     backends = {m.attn_backend.get_name() for m in model.modules() if isinstance(m, Attention)}
-    has_experts = any("FusedMoE" in type(module).__name__ for module in model.modules())
     return (
         current_platform.is_cuda()
         and config.parallel_config.world_size == 1
         and backends == {"FLASH_ATTN"}
-        and not has_experts
+        and not has_experts(model)
         and not os.environ.get(ONE_STREAM)
     )
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Whether some layer is a mixture of experts. Its class has another name in each version of vLLM, not its room."""
+    return any(".fused_moe." in type(module).__module__ for module in model.modules())
