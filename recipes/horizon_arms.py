@@ -41,12 +41,13 @@ class Arm(NamedTuple):
 
 
 RL, KL, TOKENS = {"reward": 1.0}, {"divergence": 1.0}, {"sampled": 1.0}
+DEFAULT = {**RL, "positives": 1.0}
 TRUST = Mixture("trust_region", epsilon=0.05)
 ALONE = Mixture.theta_only()
 MAIN = {
     "GRPO": Arm(RL, ALONE),
     "GRPO, half mixture": Arm(RL),
-    "GRPO, half mixture, positive only": Arm({**RL, "positives": 1.0}),
+    "GRPO, half mixture, positive only": Arm(DEFAULT),
     "GRPO + sampled tokens, 0.1": Arm({**RL, "sampled": 0.1}, ALONE),
     "GRPO, half mixture + sampled tokens, 0.1": Arm({**RL, "sampled": 0.1}),
     "Distillation": Arm(KL, ALONE),
@@ -58,7 +59,7 @@ MAIN = {
     "SFT on the mixture's samples": Arm({"imitation": 1.0}, own=0.0),
 }
 IDEAS = {
-    "GRPO, positive only": Arm({**RL, "positives": 1.0}, ALONE),
+    "GRPO, positive only": Arm(DEFAULT, ALONE),
     "GRPO + sampled tokens, 0.3": Arm({**RL, "sampled": 0.3}, ALONE),
     "GRPO + sampled tokens, 1": Arm({**RL, "sampled": 1.0}, ALONE),
     "GRPO, half mixture + sampled tokens, 0.3": Arm({**RL, "sampled": 0.3}),
@@ -77,16 +78,16 @@ IDEAS = {
 }
 VARIANTS = {
     "GRPO, half mixture, with negatives": Arm({**RL, "negatives": 1.0}),
-    "GRPO, half mixture, annealed": Arm(RL, schedule=0.5),
-    **{f"GRPO, {share:g} own": Arm(RL, own=share) for share in (0.0, 0.25, 0.75)},
-    "GRPO, half ess_balance": Arm(RL, Mixture("ess_balance")),
-    "GRPO, half entropy": Arm(RL, Mixture("entropy")),
-    "GRPO, half trust region 0.05": Arm(RL, TRUST),
-    "GRPO, half trust region 0.5": Arm(RL, replace(TRUST, epsilon=0.5)),
-    "GRPO, half fixed 0.5": Arm(RL, Mixture("fixed")),
-    "GRPO, half α ≥ 0.5": Arm(RL, Mixture(alpha_min=0.5)),
-    "GRPO, half α ≤ 0.5": Arm(RL, Mixture(alpha_max=0.5)),
-    "GRPO, half teacher": Arm(RL, Mixture.teacher_only()),
+    "GRPO, default, annealed": Arm(DEFAULT, schedule=0.5),
+    **{f"GRPO, default, {share:g} own": Arm(DEFAULT, own=share) for share in (0.0, 0.25, 0.75)},
+    "GRPO, default, ess_balance": Arm(DEFAULT, Mixture("ess_balance")),
+    "GRPO, default, entropy": Arm(DEFAULT, Mixture("entropy")),
+    "GRPO, default, trust region 0.05": Arm(DEFAULT, TRUST),
+    "GRPO, default, trust region 0.5": Arm(DEFAULT, replace(TRUST, epsilon=0.5)),
+    "GRPO, default, fixed 0.5": Arm(DEFAULT, Mixture("fixed")),
+    "GRPO, default, α ≥ 0.5": Arm(DEFAULT, Mixture(alpha_min=0.5)),
+    "GRPO, default, α ≤ 0.5": Arm(DEFAULT, Mixture(alpha_max=0.5)),
+    "GRPO, default, teacher": Arm(DEFAULT, Mixture.teacher_only()),
     "Distillation, teacher": Arm(KL, Mixture.teacher_only(), own=0.0),
     "Distillation, α ≤ 0.5": Arm(KL, Mixture(alpha_max=0.5), own=0.0),
     "Distillation, half mixture": Arm(KL, own=0.5),

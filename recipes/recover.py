@@ -9,6 +9,7 @@
 Each arm trains from the same pruned student, several at a time. Measured on held-out questions: how often the
 student's own answer is right, and its divergence KL(t‖θ) from the teacher on answers of the teacher, in nats a token.
 A line of output/recover/runs.jsonl for each run; what stands there with all its steps is not run again.
+`recover_right.png` and `recover_divergence.png` draw each arm at its best rate, the mean over seeds.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import mean
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
@@ -125,17 +127,34 @@ def run(
     return key | {"done": done, "teacher": exam.right(exam.ids), "points": watch.points, "log": logged[-1:]}
 
 
+def best(lines: list[dict[str, Any]], arm: str) -> list[dict[str, Any]]:
+    """The seeds of an arm at the rate that ends nearest to the teacher."""
+    rates: dict[float, list[dict[str, Any]]] = {}
+    for line in lines:
+        if line["arm"] == arm:
+            rates.setdefault(line["learning_rate"], []).append(line)
+    return min(rates.values(), key=lambda seeds: mean(seed["points"][-1][4] for seed in seeds), default=[])
+
+
+def curve(runs: list[dict[str, Any]], column: int) -> list[tuple[float, float]]:
+    """The mean of an arm's seeds over the tokens that were generated, point by point."""
+    return [
+        (mean(point[1] for point in points) / 1e3, mean(point[column] for point in points))
+        for points in zip(*(run["points"] for run in runs))
+    ]
+
+
 def report(lines: list[dict[str, Any]], output: Path) -> None:
-    """Print the table of all runs; draw the first seed's divergence over tokens and over time."""
+    """Print the table of all runs; draw both measurements over tokens, the mean over seeds."""
     print("| arm | rate | seed | steps | right: start | end | KL(t‖θ): start | end | tokens | seconds |")
     print("|---" * 10 + "|")
     for line in sorted(lines, key=lambda line: (list(ARMS).index(line["arm"]), line["learning_rate"], line["seed"])):
         first, last = line["points"][0], line["points"][-1]
         found = f"{first[3]:.3f} | {last[3]:.3f} | {first[4]:.3f} | {last[4]:.3f} | {last[1]} | {last[2]:.0f}"
         print(f"| {line['arm']} | {line['learning_rate']:g} | {line['seed']} | {line['done']} | {found} |")
-    for name, column in (("tokens", 1), ("seconds", 2)):
-        curves = {line["arm"]: [(p[column], p[4]) for p in line["points"]] for line in lines if not line["seed"]}
-        labels = {"x_label": f"{name} of training", "y_label": "KL(t‖θ), nats a token", "title": "A pruned SmolLM2"}
+    for name, column, y_label in (("right", 3, "right answers"), ("divergence", 4, "KL(t‖θ), nats a token")):
+        curves = {arm: curve(seeds, column) for arm in ARMS if (seeds := best(lines, arm))}
+        labels = {"x_label": "generated tokens (thousands)", "y_label": y_label, "title": "A pruned SmolLM2"}
         print(plot_learning(output / f"recover_{name}.png", curves, **labels))
     print(f"The teacher is right on {lines[0]['teacher']:.3f}.")
 

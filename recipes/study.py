@@ -60,6 +60,16 @@ VESPO = {"loss_type": "vespo", "vllm_importance_sampling_mode": "token_truncate"
 THERE, KEPT = {"positive_only": "mixture"}, {"positive_only": "none"}
 SAMPLED, ALONE = {"loss": "sampled_token"}, {"theta_fraction": 1.0}
 ANNEALED = {"mixture": Mixture("trust_region", epsilon=0.05), "schedule": 0.5}
+MIXTURES = {
+    "ess_balance": Mixture("ess_balance"),
+    "entropy": Mixture("entropy"),
+    "fixed, 0.5": Mixture("fixed", fixed_alpha=0.5),
+    "trust_region, 0.05": Mixture("trust_region", epsilon=0.05),
+    "trust_region, 0.5": Mixture("trust_region", epsilon=0.5),
+    "α ≤ 0.5": Mixture(alpha_max=0.5),
+    "α ≥ 0.5": Mixture(alpha_min=0.5),
+    "teacher": Mixture.teacher_only(),
+}
 ARMS = {
     "GRPO": Arm(trl.GRPOTrainer, trl.GRPOConfig, generator=None),
     "GRPO, positive only": Arm(*GRPO, generator=ALONE),
@@ -76,6 +86,8 @@ ARMS = {
     **{f"  {name}": Arm(*GRPO, THERE | {"correction": name}) for name in RATIOS},
     "  VESPO": Arm(*GRPO, THERE | VESPO),
     "  + sampled tokens, 0.1": Arm(*GRPO, THERE | {"distillation_coefficient": 0.1}),
+    **{f"GRPO, half {name}": Arm(*GRPO, generator={"mixture": mixture}) for name, mixture in MIXTURES.items()},
+    **{f"GRPO, {share:.0%} own": Arm(*GRPO, generator={"theta_fraction": share}) for share in (0.0, 0.25, 0.75)},
     "RLOO": Arm(trl.RLOOTrainer, trl.RLOOConfig, generator=None),
     "RLOO, half mixture (default)": Arm(*RLOO),
     "RLOO, half mixture, positive only there": Arm(*RLOO, THERE),

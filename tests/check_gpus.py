@@ -15,8 +15,8 @@
 | `fsdp` | the same under FSDP2 (recipes/accelerate/fsdp2.yaml) |
 | `ddp_tensor` | GRPO under DDP with one engine over both GPUs |
 
-Without GPUs `tensor`, `ddp` and `ddp_tensor` run on a CPU in float32, `serve` runs without tensor parallelism and
-only with its file, and the others are not tried. Every step is tried, whatever became of those before.
+Without GPUs `tensor`, `ddp`, `ddp_tensor` and, with its file alone, `serve` run on a CPU in float32, and the others are
+not tried. Every step is tried, whatever became of those before.
 """
 
 from __future__ import annotations
@@ -138,12 +138,10 @@ def tensor(home: Path, name: str, *flags: str) -> str:
 
 
 def serve(home: Path, name: str) -> str:
-    """A server over two GPUs."""
+    """A server over two GPUs, or two processes of a CPU."""
     if GPUS:
         need(2)
-        steps = Steps(home, "bfloat16", "tiny", "--tensor-parallel-size", "2")
-    else:
-        steps = Steps(home, "float32", "tiny")
+    steps = Steps(home, "bfloat16" if GPUS else "float32", "tiny", "--tensor-parallel-size", "2")
     try:
         steps.models()
         if not GPUS:
