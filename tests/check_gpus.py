@@ -15,8 +15,8 @@
 | `fsdp` | the same under FSDP2 (recipes/accelerate/fsdp2.yaml) |
 | `ddp_tensor` | GRPO under DDP with one engine over both GPUs |
 
-Without GPUs `tensor`, `ddp`, `ddp_tensor` and, with its file alone, `serve` run on a CPU in float32, and the others are
-not tried. Every step is tried, whatever became of those before.
+Without GPUs `tensor`, `ddp`, `ddp_tensor` and, with its file alone, `serve` run on a CPU in float32, and the others
+are not tried. Every step is tried, whatever became of those before.
 """
 
 from __future__ import annotations
