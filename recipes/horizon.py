@@ -16,8 +16,6 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +25,10 @@ from horizon_arms import ARMS, Setting, settings
 from horizon_report import DRAWN, best, place_of, report
 from horizon_train import Run, key_of, train
 from ladder import Task, make_ladder
+from runs import Line, read_runs, run_all
 
 
-def stacks(options: argparse.Namespace, done: list[dict[str, Any]]) -> Iterator[tuple[Setting, list[Run]]]:
+def stacks(options: argparse.Namespace, done: list[Line]) -> Iterator[tuple[Setting, list[Run]]]:
     """What is missing, in order, in stacks of about `--stack` runs."""
     finished = {json.dumps({name: line[name] for name in KEY}) for line in done if not line["stopped"]}
     for setting in settings(options.task, options.others, options.seeds):
@@ -50,12 +49,12 @@ def stacks(options: argparse.Namespace, done: list[dict[str, Any]]) -> Iterator[
             yield setting, runs[first : first + size]
 
 
-def run_alone(options: argparse.Namespace, lines: list[dict[str, Any]], path: Path) -> None:
+def run_alone(options: argparse.Namespace, lines: list[Line], path: Path) -> None:
     """Each arm that is drawn by itself at its best rate: in a stack the arms share one clock."""
     setting = settings(options.task, options.others, options.seeds)[0]
     here = [line for line in lines if place_of(line) == setting[:3]]
     found = {arm: seeds[0]["learning_rate"] for arm in DRAWN if (seeds := best(here, arm))}
-    done = {line["arm"] for line in read_lines(path)}
+    done = {line["arm"] for line in read_runs(path)}
     torch.set_num_threads(1)
     for arm, rate in found.items():
         if arm not in done:
@@ -67,37 +66,26 @@ def run_alone(options: argparse.Namespace, lines: list[dict[str, Any]], path: Pa
             print(f"{arm}: {line['clock'][-1]:.1f} s", flush=True)
 
 
-KEY = ("task", "teacher", "student", "steps", "arm", "learning_rate", "seed")
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
-def run_all(options: argparse.Namespace, path: Path) -> None:
+def run_missing(options: argparse.Namespace, path: Path) -> None:
     """Run what is missing until the deadline, `--jobs` stacks at a time."""
-    deadline = time.time() + 60 * options.minutes
-    todo = list(stacks(options, read_lines(path)))[: options.first]
+    arguments = (options.steps, str(options.ladder), options.device, time.time() + 60 * options.minutes)
+    todo = list(stacks(options, read_runs(path)))[: options.first]
     print(f"{sum(len(runs) for _, runs in todo)} runs in {len(todo)} stacks")
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool, path.open("a") as file:
-        arguments = (options.steps, str(options.ladder), options.device, deadline)
-        futures = {pool.submit(one, setting, runs, *arguments): setting for setting, runs in todo}
-        for number, future in enumerate(as_completed(futures), 1):
-            if (error := future.exception()) is not None:  # for one too large the others need not wait
-                print(f"{number}/{len(todo)} {'/'.join(futures[future][:3])} failed: {error}", flush=True)
-                continue
-            lines = future.result()
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-            file.flush()
-            if lines:
-                took = f"{len(lines)} runs, {lines[0]['seconds']:.0f} s{', stopped' if lines[0]['stopped'] else ''}"
-                print(f"{number}/{len(todo)} {'/'.join(futures[future][:3])}: {took}", flush=True)
+    run_all(one, [(*stack, *arguments) for stack in todo], options.jobs, path, words)
+
+
+KEY = ("task", "teacher", "student", "steps", "arm", "learning_rate", "seed")
 
 
 def one(setting: Setting, runs: list[Run], steps: int, ladder: str, device: str, deadline: float) -> list[Any]:
     """A stack in a process of its own; nothing where the time is over."""
     torch.set_num_threads(1)
     return train(setting, runs, steps, ladder, device, deadline) if time.time() < deadline else []
+
+
+def words(lines: list[Line]) -> str:
+    stopped = ", stopped" if lines[0]["stopped"] else ""
+    return f"{'/'.join(place_of(lines[0]))}: {len(lines)} runs, {lines[0]['seconds']:.0f} s{stopped}"
 
 
 def main() -> None:
@@ -119,15 +107,18 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="report what is there, run nothing")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / "runs.jsonl"
+    path, alone = options.output / "runs.jsonl", options.output / "alone.jsonl"
     if not options.report:
         for task in (options.task, *options.others):
             make_ladder(Task.of(task), options.ladder / task, options.device, 2000, 3000)
-        run_all(options, path)
-    lines, alone = read_lines(path), options.output / "alone.jsonl"
-    if options.alone:
-        run_alone(options, lines, alone)
-    report(lines, read_lines(alone), options.output, ARMS, settings(options.task, options.others, options.seeds))
+    try:
+        if not options.report:
+            run_missing(options, path)
+        if options.alone:
+            run_alone(options, read_runs(path), alone)
+    finally:
+        everything = settings(options.task, options.others, options.seeds)
+        report(read_runs(path), read_runs(alone), options.output, ARMS, everything)
 
 
 if __name__ == "__main__":

@@ -14,12 +14,9 @@ A line of output/recover/runs.jsonl for each run; what stands there with all its
 
 import argparse
 import copy
-import json
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory
@@ -39,6 +36,7 @@ from optimal_sampling_trl import (
 )
 from optimal_sampling_trl.plots import plot_learning
 from questions import questions, reward
+from runs import Line, read_runs, run_all
 from smollm2 import find_gguf, unpack
 
 CUT = range(10, 20)
@@ -89,9 +87,7 @@ def make_models(gguf: Path | None, output: Path) -> None:
         AutoTokenizer.from_pretrained(output / "teacher").save_pretrained(output / "student")
 
 
-def run(
-    name: str, rate: float, seed: int, folder: str, options: argparse.Namespace, deadline: float
-) -> dict[str, Any]:
+def run(name: str, rate: float, seed: int, folder: str, options: argparse.Namespace, deadline: float) -> list[Line]:
     """One run, in a process of its own; no weights are kept."""
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")
@@ -124,19 +120,19 @@ def run(
     key = {"arm": name, "learning_rate": rate, "seed": seed, "steps": options.steps}
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     done = trainer.state.global_step
-    return key | {"done": done, "teacher": exam.right(exam.ids), "points": watch.points, "log": logged[-1:]}
+    return [key | {"done": done, "teacher": exam.right(exam.ids), "points": watch.points, "log": logged[-1:]}]
 
 
-def best(lines: list[dict[str, Any]], arm: str) -> list[dict[str, Any]]:
+def best(lines: list[Line], arm: str) -> list[Line]:
     """The seeds of an arm at the rate that ends nearest to the teacher."""
-    rates: dict[float, list[dict[str, Any]]] = {}
+    rates: dict[float, list[Line]] = {}
     for line in lines:
         if line["arm"] == arm:
             rates.setdefault(line["learning_rate"], []).append(line)
     return min(rates.values(), key=lambda seeds: mean(seed["points"][-1][4] for seed in seeds), default=[])
 
 
-def curve(runs: list[dict[str, Any]], column: int) -> list[tuple[float, float]]:
+def curve(runs: list[Line], column: int) -> list[tuple[float, float]]:
     """The mean of an arm's seeds over the tokens that were generated, point by point."""
     return [
         (mean(point[1] for point in points) / 1e3, mean(point[column] for point in points))
@@ -144,7 +140,7 @@ def curve(runs: list[dict[str, Any]], column: int) -> list[tuple[float, float]]:
     ]
 
 
-def report(lines: list[dict[str, Any]], output: Path) -> None:
+def report(lines: list[Line], output: Path) -> None:
     """Print the table of all runs; draw both measurements over tokens, the mean over seeds."""
     print("| arm | rate | seed | steps | right: start | end | KL(t‖θ): start | end | tokens | seconds |")
     print("|---" * 10 + "|")
@@ -157,6 +153,19 @@ def report(lines: list[dict[str, Any]], output: Path) -> None:
         labels = {"x_label": "generated tokens (thousands)", "y_label": y_label, "title": "A pruned SmolLM2"}
         print(plot_learning(output / f"recover_{name}.png", curves, **labels))
     print(f"The teacher is right on {lines[0]['teacher']:.3f}.")
+
+
+def missing(options: argparse.Namespace, lines: list[Line]) -> list[tuple]:
+    """The arguments of `run` for what has not been run to its end."""
+    full = {(x["arm"], x["learning_rate"], x["seed"]) for x in lines if x["done"] == x["steps"] == options.steps}
+    grid = product(options.seeds, options.rates, options.arms)
+    every = [(arm, ARMS[arm].learning_rate * rate, seed) for seed, rate, arm in grid]
+    deadline = time.time() + 60 * options.minutes
+    return [(*key, str(options.output), options, deadline) for key in every if key not in full]
+
+
+def words(lines: list[Line]) -> str:
+    return f"{lines[0]['arm']}, {lines[0]['done']} steps: {lines[0]['points'][-1]}"
 
 
 def main() -> None:
@@ -175,25 +184,14 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true", help="without a GPU: days, or a look at a step or two")
     parser.add_argument("--report", action="store_true", help="report what is there, run nothing")
     options = parser.parse_args()
-    deadline, path = time.time() + 60 * options.minutes, options.output / "runs.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    if not options.report:
-        make_models(options.gguf, options.output)
-        grid = product(options.seeds, options.rates, options.arms)
-        every = [(arm, ARMS[arm].learning_rate * rate, seed) for seed, rate, arm in grid]
-        full = {(x["arm"], x["learning_rate"], x["seed"]) for x in lines if x["done"] == x["steps"] == options.steps}
-        todo = [key for key in every if key not in full]
-        with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool, path.open("a") as file:
-            futures = [pool.submit(run, *key, str(options.output), options, deadline) for key in todo]
-            for future in as_completed(futures):
-                if (error := future.exception()) is not None:  # the others are kept
-                    print(f"A run failed: {error!r}", flush=True)
-                    continue
-                lines.append(line := future.result())
-                print(json.dumps(line), file=file, flush=True)
-                print(f"{line['arm']}, {line['done']} steps: {line['points'][-1]}", flush=True)
-    if lines:
-        report(lines, options.output)
+    path = options.output / "runs.jsonl"
+    try:
+        if not options.report:
+            make_models(options.gguf, options.output)
+            run_all(run, missing(options, read_runs(path)), options.jobs, path, words)
+    finally:
+        if lines := read_runs(path):
+            report(lines, options.output)
 
 
 if __name__ == "__main__":

