@@ -29,8 +29,9 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Each file of tests runs whole in one of two processes: its engines and models are made once.
 test: setup lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The wheel in a bare environment of its own: what a user of `pip install` gets.
 wheel:
