@@ -17,7 +17,6 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -77,7 +76,7 @@ def run_missing(options: argparse.Namespace, path: Path) -> None:
 KEY = ("task", "teacher", "student", "steps", "arm", "learning_rate", "seed")
 
 
-def one(setting: Setting, runs: list[Run], steps: int, ladder: str, device: str, deadline: float) -> list[Any]:
+def one(setting: Setting, runs: list[Run], steps: int, ladder: str, device: str, deadline: float) -> list[Line]:
     """A stack in a process of its own; nothing where the time is over."""
     torch.set_num_threads(1)
     return train(setting, runs, steps, ladder, device, deadline) if time.time() < deadline else []
@@ -106,7 +105,6 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true", help="then time each arm that is drawn, by itself")
     parser.add_argument("--report", action="store_true", help="report what is there, run nothing")
     options = parser.parse_args()
-    options.output.mkdir(parents=True, exist_ok=True)
     path, alone = options.output / "runs.jsonl", options.output / "alone.jsonl"
     if not options.report:
         for task in (options.task, *options.others):

@@ -9,8 +9,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from optimal_sampling_trl.plots import plot_learning
+from runs import Line, by_rate
 
-Line = dict[str, Any]
 DRAWN = (
     "GRPO",
     "GRPO, half mixture",
@@ -31,12 +31,9 @@ def end(run: Line) -> float:
 
 def best(lines: Iterable[Line], arm: str) -> list[Line]:
     """The seeds of an arm at the rate whose mean at the end is highest, of the rates that most seeds ran at."""
-    rates: dict[float, list[Line]] = {}
-    for line in lines:
-        if line["arm"] == arm and not line["stopped"]:
-            rates.setdefault(line["learning_rate"], []).append(line)
-    most = max(map(len, rates.values()), default=0)
-    full = [runs for runs in rates.values() if len(runs) == most]
+    rates = by_rate((line for line in lines if not line["stopped"]), arm)
+    most = max(map(len, rates), default=0)
+    full = [runs for runs in rates if len(runs) == most]
     return max(full, key=lambda runs: mean(map(end, runs)), default=[])
 
 

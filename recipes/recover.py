@@ -36,7 +36,7 @@ from optimal_sampling_trl import (
 )
 from optimal_sampling_trl.plots import plot_learning
 from questions import questions, reward
-from runs import Line, read_runs, run_all
+from runs import Line, by_rate, read_runs, run_all
 from smollm2 import find_gguf, unpack
 
 CUT = range(10, 20)
@@ -125,11 +125,7 @@ def run(name: str, rate: float, seed: int, folder: str, options: argparse.Namesp
 
 def best(lines: list[Line], arm: str) -> list[Line]:
     """The seeds of an arm at the rate that ends nearest to the teacher."""
-    rates: dict[float, list[Line]] = {}
-    for line in lines:
-        if line["arm"] == arm:
-            rates.setdefault(line["learning_rate"], []).append(line)
-    return min(rates.values(), key=lambda seeds: mean(seed["points"][-1][4] for seed in seeds), default=[])
+    return min(by_rate(lines, arm), key=lambda seeds: mean(seed["points"][-1][4] for seed in seeds), default=[])
 
 
 def curve(runs: list[Line], column: int) -> list[tuple[float, float]]:

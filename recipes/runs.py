@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -16,6 +16,15 @@ Line = dict[str, Any]
 def read_runs(path: Path) -> list[Line]:
     """The lines of a file; none where it is not there."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def by_rate(lines: Iterable[Line], arm: str) -> list[list[Line]]:
+    """The seeds of an arm at each learning rate that it was run at."""
+    rates: dict[float, list[Line]] = {}
+    for line in lines:
+        if line["arm"] == arm:
+            rates.setdefault(line["learning_rate"], []).append(line)
+    return list(rates.values())
 
 
 def run_all(

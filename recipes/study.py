@@ -33,7 +33,7 @@ from optimal_sampling_trl import (
 )
 from optimal_sampling_trl.plots import plot_learning
 from pair import Pair, make_pair
-from runs import Line, read_runs, run_all
+from runs import Line, by_rate, read_runs, run_all
 
 BATCH = 64
 
@@ -141,11 +141,8 @@ def words(runs: list[Line]) -> str:
 
 def best(runs: list[Line], name: str) -> list[Line]:
     """The seeds of an arm at the learning rate with the best mean at the end, of those with more than one seed."""
-    by_rate: dict[float, list[Line]] = {}
-    for one in runs:
-        if one["arm"] == name:
-            by_rate.setdefault(one["learning_rate"], []).append(one)
-    several = [seeds for seeds in by_rate.values() if len(seeds) > 1] or list(by_rate.values())
+    rates = by_rate(runs, name)
+    several = [seeds for seeds in rates if len(seeds) > 1] or rates
     return max(several, key=lambda seeds: sum(one["curve"][-1][1] for one in seeds) / len(seeds), default=[])
 
 

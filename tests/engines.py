@@ -44,6 +44,11 @@ def start(teacher: str, theta: str, **arguments: Any) -> Any:
     return VLLMBackend(teacher, theta, **{**TINY, **arguments})
 
 
+def runner_of(backend: Any) -> Any:
+    """vLLM's model runner in this process, which holds the fused model."""
+    return backend.llm.llm_engine.model_executor.driver_worker.model_runner
+
+
 def request(text: str, mixture: Mixture | None = None, **sampling: Any) -> Request:
     """One request for both models; a byte is a token."""
     from models import make_tokenizer

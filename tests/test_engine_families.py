@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engines import TEXTS, Oracle, request, start
+from engines import TEXTS, Oracle, request, runner_of, start
 from models import make_model
 
 from optimal_sampling_trl.mixture import Mixture
@@ -44,7 +44,7 @@ def test_records(name: str, tmp_path: Path) -> None:
     asked = [request(text, mixtures[i % 4], seed=i, temperature=0.8) for i, text in enumerate(TEXTS)]
     try:
         assert backend.pair.vocabulary == min(teacher_vocabulary, theta_vocabulary)
-        model = backend.llm.llm_engine.model_executor.driver_worker.model_runner.model
+        model = runner_of(backend).model
         experts = has_experts(model.teacher), has_experts(model.theta)  # which keep both on one stream of a GPU
         assert experts == (family in EXPERTS, False)
         oracle.check(backend.generate(asked), asked)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import NOISE, start
+from engines import NOISE, runner_of, start
 from models import make_model, make_tokenizer
 from oracle import expected_records
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -82,10 +82,6 @@ class Judge:
         for name, error in table.items():
             assert float(error.mean()) < mean, f"{name}: {what}"
             assert float(error.max()) < worst, f"{name}: {what}"
-
-
-def runner_of(backend: Any) -> Any:
-    return backend.llm.llm_engine.model_executor.driver_worker.model_runner
 
 
 def counter(backend: Any, name: str) -> int:

