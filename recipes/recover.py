@@ -126,7 +126,11 @@ def run(name: str, rate: float, seed: int, folder: str, options: argparse.Namesp
 def best(lines: list[Line], arm: str) -> list[Line]:
     """The seeds of an arm at the rate that ends best in what it trains for: right answers, or a small divergence."""
     column, sign = (3, 1) if ARMS[arm].is_grpo else (4, -1)
-    return max(by_rate(lines, arm), key=lambda seeds: sign * mean(seed["points"][-1][column] for seed in seeds), default=[])
+
+    def score(seeds: list[Line]) -> float:
+        return sign * mean(seed["points"][-1][column] for seed in seeds)
+
+    return max(by_rate(lines, arm), key=score, default=[])
 
 
 def curve(runs: list[Line], column: int) -> list[tuple[float, float]]:

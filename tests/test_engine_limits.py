@@ -100,6 +100,7 @@ def test_a_teacher_with_an_fp8_cache(pair: tuple[str, str], tmp_path: Path) -> N
         ({"pipeline_parallel_size": 2}, "`pipeline_parallel_size` is 2; wanted 1"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "`kv_cache_dtype` is 'fp8_e5m2'; wanted no FP8"),
         ({"load_format": "dummy"}, "`load_format` is 'dummy'; wanted a format that loads"),
+        ({"watermark_config": {"key": 1}}, "`watermark_config` cannot be set: its tokens are drawn by a key instead"),
         ({"runner": "pooling"}, "`runner` is 'pooling'; wanted 'generate'"),
         ({"tensor_parallel_size": 2}, "`tensor_parallel_size` is 2: the student's weights are reloaded inside of one"),
         (

@@ -36,6 +36,7 @@ OWNED = {
     "enable_dbo": "it splits a batch that the two models share",
     "enable_prompt_embeds": "one embedding cannot be read by two models",
     "enable_return_routed_experts": "it looks for the experts of one model, and here are two",
+    "watermark_config": "its tokens are drawn by a key instead of from the mixture",
     "return_sampling_mask": "its columns and those of the records would meet",
 }
 """Engine arguments that cannot be set, and why; a value that switches them off is let through."""
