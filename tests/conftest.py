@@ -1,13 +1,15 @@
-"""What holds for every test: no network, one thread, and the shapes in annotations are checked at each call."""
+"""What holds for every test: no network, one thread, an environment that no other file has changed, and the shapes in
+annotations are checked at each call."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import pytest
 import torch
 from beartype import BeartypeConf, beartype
 from hypothesis import settings
@@ -32,3 +34,12 @@ def check_shapes(function: Callable) -> Callable:
 # Before the package is imported. Processes that vLLM spawns import it unchecked.
 SHAPED = [f"optimal_sampling_trl.{room}" for room in ("mixture", "solver", "reference", "rollout", "losses")]
 install_import_hook(SHAPED, f"{__name__}.check_shapes")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_environment() -> Iterator[None]:
+    """A process that has trained on an engine is a rank by its variables, and so would be all that it starts."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)

@@ -19,13 +19,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "optimal_sampling_trl"
 
 
-RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What TRL sets in a process that has trained on an engine: one that inherits it would be a rank, too."""
-
-
 def run(*command: object, cwd: Path, path: str = "") -> str:
-    own = {name: value for name, value in os.environ.items() if name not in RANK}
-    settings = own | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    settings = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, *map(str, command)], cwd=cwd, env=settings, capture_output=True, text=True, timeout=600
     )
