@@ -46,6 +46,9 @@ class Lock:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        import fcntl
+
         if self._file is not None:
-            os.close(self._file)  # and with it the lock, as at the end of a process however it ends
+            fcntl.flock(self._file, fcntl.LOCK_UN)  # closing alone leaves it to a child that was forked meanwhile
+            os.close(self._file)
             self._file = None

@@ -154,7 +154,7 @@ def sampled_token_coefficients(
     mask: Float[Tensor, "B T"],
     *,
     clip: float | None = None,
-    centre: bool = False,
+    mean: Float[Tensor, " B"] | None = None,
 ) -> Float[Tensor, "B T"]:
     """The coefficient c of −c·∇log θ(x) that takes the student to the teacher with sampled tokens alone: ℓ(x).
 
@@ -165,18 +165,18 @@ def sampled_token_coefficients(
 
     of which −ℓ(x)∇log θ(x) is an estimate without bias where E_q[ℓ] = 0: that is what `kl_symmetry` solves for, so its
     rollouts need neither a baseline nor a weight. On the student's own tokens E_θ[−ℓ∇log θ] = ∇KL(θ‖t), the gradient
-    of reverse KL. For any other q subtract the mean (`centre`).
+    of reverse KL. For any other q subtract the mean (`mean`).
 
     Args:
         log_teacher, log_theta, mask: of the sampled tokens.
-        clip: limits ℓ to [−clip, clip], in nats; biased, but one token cannot outweigh a batch.
-        centre: subtract the mean over the batch's tokens, after clipping.
+        clip: limits ℓ to [−clip, clip], in nats; biased, but one token cannot outweigh a batch. Without it a token
+            that the teacher rules out (ℓ = −inf: an ending of its own that was folded) is left out.
+        mean: of ℓ so limited over the whole batch, the same for each completion; subtracted.
     """
     coefficient = (log_teacher - log_theta).detach().masked_fill(mask == 0, 0.0)
-    if clip is not None:
-        coefficient = coefficient.clamp(-clip, clip)
-    if centre:
-        coefficient = coefficient - (coefficient * mask).sum() / mask.sum().clamp(min=1.0)
+    coefficient = coefficient.masked_fill(coefficient.isinf(), 0.0) if clip is None else coefficient.clamp(-clip, clip)
+    if mean is not None:
+        coefficient = coefficient - mean[:, None]
     return coefficient * mask
 
 

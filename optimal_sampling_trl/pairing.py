@@ -258,7 +258,7 @@ def with_system_prompt(prompt: Any, system_prompt: str | None) -> Any:
     Raises:
         ValueError: where the messages have a system prompt of their own.
     """
-    if system_prompt is None:
+    if not system_prompt:
         return prompt
     if isinstance(prompt, str):
         return f"{system_prompt}\n\n{prompt}"

@@ -26,6 +26,9 @@ class RewardArguments(ScriptArguments):
         """The functions that the paths name; the working directory is searched too."""
         if not self.reward_funcs:
             raise SystemExit("`--reward_funcs` is missing; wanted an import path such as trl.rewards.accuracy_reward.")
+        for path in self.reward_funcs:
+            if "." not in path.strip("."):
+                raise SystemExit(f"`--reward_funcs` has {path!r}; wanted an import path such as my_module.{path}.")
         sys.path.insert(0, os.getcwd())
         return [getattr(import_module(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in self.reward_funcs]
 
@@ -70,7 +73,8 @@ def load_options(model: ModelConfig, training: Any) -> dict[str, Any]:
 
 def run(trainer: Any) -> None:
     """Train, resume where asked to, evaluate where there is data, and save."""
-    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    resume = trainer.args.resume_from_checkpoint  # a text, for TRL's parser, also where it says True
+    trainer.train(resume_from_checkpoint=True if resume in ("True", "true") else resume)
     if trainer.eval_dataset is not None:
         trainer.log_metrics("eval", trainer.evaluate())
     trainer.save_model(trainer.args.output_dir)

@@ -33,6 +33,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "qwen2_moe": MOE | {"shared_expert_intermediate_size": 64, "decoder_sparse_step": 1},
     "qwen3_moe": MOE | {"decoder_sparse_step": 1, "norm_topk_prob": True},
+    "qwen3_next": MOE
+    | {
+        "shared_expert_intermediate_size": 64,
+        "decoder_sparse_step": 1,
+        "layer_types": ["linear_attention", "full_attention"],
+    }
+    | dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2)
+    | dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 16),
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
 }
 """What each family's configuration needs beyond its sizes."""

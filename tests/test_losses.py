@@ -128,7 +128,7 @@ def test_weights_carry_no_gradient() -> None:
     log_theta.requires_grad_()
     for name in CORRECTIONS:
         assert not Correction(name).weights(log_theta, log_q, mask, MIXED).requires_grad
-    assert not sampled_token_coefficients(log_q, log_theta, mask, clip=1.0, centre=True).requires_grad
+    assert not sampled_token_coefficients(log_q, log_theta, mask, clip=1.0, mean=torch.zeros(len(mask))).requires_grad
 
 
 EXTREME = st.sampled_from([-torch.inf, -1e38, -1e4, -200.0, -1.0, 0.0, 1.0, 200.0, 1e4, 1e38, torch.inf])
@@ -217,18 +217,16 @@ def test_sampled_token_coefficients() -> None:
     log_teacher = torch.tensor([[-1.0, -9.0, -0.5], [-2.0, -torch.inf, 5.0]])
     log_theta = torch.tensor([[-2.0, -1.0, -1.0], [-1.0, -3.0, -5.0]])
     mask = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
-    assert sampled_token_coefficients(log_teacher, log_theta, mask).tolist() == [
-        [1.0, -8.0, 0.5],
-        [-1.0, -torch.inf, 0.0],
-    ]
+    whole = sampled_token_coefficients(log_teacher, log_theta, mask)
+    assert whole.tolist() == [[1.0, -8.0, 0.5], [-1.0, 0.0, 0.0]]  # without the one that the teacher rules out
     clipped = sampled_token_coefficients(log_teacher, log_theta, mask, clip=2.0)
     assert clipped.tolist() == [[1.0, -2.0, 0.5], [-1.0, -2.0, 0.0]]
-    centred = sampled_token_coefficients(log_teacher, log_theta, mask, clip=2.0, centre=True)
     mean = (1.0 - 2.0 + 0.5 - 1.0 - 2.0) / 5
+    centred = sampled_token_coefficients(log_teacher, log_theta, mask, clip=2.0, mean=torch.full((2,), mean))
     assert centred.flatten().tolist() == pytest.approx([1 - mean, -2 - mean, 0.5 - mean, -1 - mean, -2 - mean, 0])
     log_teacher[1, 2] = -torch.inf  # on padding
     assert sampled_token_coefficients(log_teacher, log_theta, mask)[1, 2] == 0
-    nothing = sampled_token_coefficients(log_teacher, log_theta, torch.zeros(2, 3), clip=2.0, centre=True)
+    nothing = sampled_token_coefficients(log_teacher, log_theta, torch.zeros(2, 3), clip=2.0, mean=torch.ones(2))
     assert nothing.tolist() == [[0.0] * 3] * 2
 
 
@@ -353,14 +351,15 @@ def log_distributions() -> tuple[Tensor, Tensor]:
     return logits.requires_grad_(), teacher.log_softmax(-1)
 
 
-def gradient_of(logits: Tensor, log_q: Tensor, **settings: Any) -> Tensor:
+def gradient_of(logits: Tensor, log_q: Tensor, centred: bool = False) -> Tensor:
     """E_q[−c ∇log θ] with c from `sampled_token_coefficients`: each position a row, each token weighted by q."""
     log_theta = logits.log_softmax(-1)
     rows = []
     for position in range(len(logits)):
         log_teacher, theta = log_distributions()[1][position : position + 1], log_theta[position : position + 1]
-        mass = log_q[position : position + 1].exp()  # as the mask: the mean is then that of q
-        coefficient = sampled_token_coefficients(log_teacher, theta, mass, **settings)
+        mass = log_q[position : position + 1].exp()  # as the mask
+        mean = (mass * (log_teacher - theta)).sum(-1).detach() if centred else None
+        coefficient = sampled_token_coefficients(log_teacher, theta, mass, mean=mean)
         rows.append(-(coefficient * theta).sum())
     return torch.autograd.grad(sum(rows), logits)[0]
 
@@ -388,7 +387,7 @@ def test_under_another_mixture_the_loss_needs_the_mean_subtracted() -> None:
     logits, log_teacher = log_distributions()
     _, log_q = reference(logits.detach(), log_teacher, Mixture("fixed", fixed_alpha=0.9))
     exact = torch.autograd.grad(log_variance(logits, log_q).sum(), logits)[0]
-    assert torch.allclose(gradient_of(logits, log_q, centre=True), exact, atol=1e-12, rtol=0)
+    assert torch.allclose(gradient_of(logits, log_q, centred=True), exact, atol=1e-12, rtol=0)
     assert float((gradient_of(logits, log_q) - exact).abs().max()) > 0.1
 
 

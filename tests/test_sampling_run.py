@@ -34,6 +34,7 @@ from optimal_sampling_trl import (
 from optimal_sampling_trl import folder as folder_module
 from optimal_sampling_trl import progress as progress_module
 from optimal_sampling_trl.folder import Key, RolloutFolder
+from optimal_sampling_trl.lock import Lock
 from optimal_sampling_trl.progress import Progress
 from optimal_sampling_trl.rollout import RECORDS
 from optimal_sampling_trl.sampling_run import read_prompts, rollout_seed
@@ -502,3 +503,18 @@ def test_a_look_at_a_batch_in_progress(sampler: OptimalSamplingV1, monkeypatch: 
 def test_names() -> None:
     assert read_prompts(("a",)) == ("a",)
     assert folder_module.SHARD.fullmatch("rollouts-1000000.parquet")
+
+
+def test_a_child_that_was_forked_under_the_lock_does_not_keep_it(tmp_path: Path) -> None:
+    """As a data loader's workers are: they live longer than `train()`."""
+    with Lock(tmp_path / "lock", "the folder"):
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        with Lock(tmp_path / "lock", "the folder"):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -252,10 +253,14 @@ def test_the_engines_difference_is_measured_against_the_trainer(pair: tuple[str,
 
 @pytest.mark.parametrize("name", CORRECTIONS)
 def test_grpo_multiplies_trls_ratio_on_mixture_rows(pair: tuple[str, str], tmp_path: Path, name: str) -> None:
-    settings = {"correction_clip_max": 1.3, "correction_clip_min": 0.2, "correction_gamma": 0.5}
-    trainer = make_trainer("grpo", pair, tmp_path, correction=name, correction_window=2, **settings)
-    batch = one_batch(trainer, [text for text in TEXTS[:4] for _ in range(4)])
     level, _, shape = name.partition("_")
+    settings: dict[str, Any] = {"truncate": {"clip_max": 1.3}, "mask": {"clip_max": 1.3, "clip_min": 0.2}}.get(
+        shape, {}
+    )
+    settings |= ({"gamma": 0.5} if shape == "luffy" else {}) | ({"window": 2} if level == "prefix" else {})
+    details = {f"correction_{detail}": value for detail, value in settings.items()}
+    trainer = make_trainer("grpo", pair, tmp_path, correction=name, **details)
+    batch = one_batch(trainer, [text for text in TEXTS[:4] for _ in range(4)])
     for row, (_, _, records) in enumerate(rows_of(batch)):
         ratios = (records["log_theta"].double() - records["log_q"].double()).exp().tolist()
         for i in range(len(ratios)):
@@ -269,6 +274,30 @@ def test_grpo_multiplies_trls_ratio_on_mixture_rows(pair: tuple[str, str], tmp_p
     if name != "none":
         mixed = batch["importance_sampling_ratio"][batch["mixture_rows"]]
         assert float((mixed - 1).abs().max()) > 0.05
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 5}, {"top_p": 0.8}, {"repetition_penalty": 1.3}])
+def test_a_truncation_is_no_defect_of_the_engine(pair: tuple[str, str], tmp_path: Path, settings: Any) -> None:
+    """TRL's ratio is of the trainer against the engine; of the truncated q it would drop the student's rows."""
+    trainer = make_trainer("grpo", pair, tmp_path, **settings)
+    batch = one_batch(trainer, [text for text in TEXTS[:4] for _ in range(4)])
+    assert set(batch["mixture_rows"].tolist()) == {True, False}
+    assert float((batch["importance_sampling_ratio"] - 1).abs().max()) < 1e-4
+
+
+def test_completions_that_no_function_scores_count_for_nothing(pair: tuple[str, str], tmp_path: Path) -> None:
+    def some(completions: list[str], **columns: Any) -> list[float | None]:
+        return [None if row % 4 in (0, 3) else 1.0 + row // 4 for row in range(len(completions))]
+
+    def none(completions: list[str], **columns: Any) -> list[None]:
+        return [None] * len(completions)
+
+    for rewards, wanted in ((some, [1.5, 1.5, 0.0]), (none, [np.nan, np.nan, 0.0])):
+        trainer = make_trainer("grpo", pair, tmp_path, trainer={"reward_funcs": rewards})
+        one_batch(trainer, [text for text in TEXTS[:2] for _ in range(4)])
+        log = trainer._metrics["train"]
+        names = ("mixture/reward_theta", "mixture/reward_mixture", "mixture/groups_with_signal")
+        assert [log[name][0] for name in names] == pytest.approx(wanted, nan_ok=True)
 
 
 @pytest.mark.parametrize("kind", RL)
@@ -444,10 +473,15 @@ def test_gradients_against_float64(
         assert float((parameter.grad.double() - exact[name].grad).abs().max()) < 1e-4 * largest, name
 
 
-@pytest.mark.parametrize("kind", ["grpo", "divergence", "sampled_token"])
-def test_micro_batches_add_up_to_the_batch(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("grpo", {}), ("divergence", {}), ("sampled_token", {}), ("sampled_token", {"sampled_token_centre": True})],
+)
+def test_micro_batches_add_up_to_the_batch(
+    pair: tuple[str, str], tmp_path: Path, kind: str, settings: dict[str, Any]
+) -> None:
     """Two micro-batches of different length are normalised by the tokens of both, as TRL does."""
-    trainer = make_trainer(kind, pair, tmp_path)
+    trainer = make_trainer(kind, pair, tmp_path, **settings)
     trainer.current_gradient_accumulation_steps = 2
     batch = one_batch(trainer, [text for text in TEXTS[:2] for _ in range(4)])
     whole = trainer.compute_loss(trainer.model, batch).item()
@@ -644,7 +678,7 @@ def test_refusals_of_every_trainer(pair: tuple[str, str], tmp_path: Path, kind: 
     refuse(r"Unknown correction 'prefix_trunc'\. .*Did you mean 'prefix_truncate'\?", correction="prefix_trunc")
     refuse(r"`vllm_tensor_parallel_size` is 2; .*Set it to 1 or use `backend=\"vllm\"`", vllm_tensor_parallel_size=2)
     refuse(
-        r"`theta_fraction` is 0\.01 of a group of \d+, which rounds to 0; wanted .*Raise `num_generations`",
+        r"`theta_fraction` is 0\.01 of a group of \d+, which rounds to 0; wanted .*Raise the group",
         generator={"theta_fraction": 0.01},
     )
     refuse(
@@ -689,6 +723,33 @@ def test_refusals_of_one_trainer(pair: tuple[str, str], tmp_path: Path) -> None:
         tmp_path,
         trainer={"teacher_model": pair[0]},
     )
+    other = str(tmp_path / "other")
+    cases: list[tuple[str, dict[str, Any], str]] = [
+        (
+            "grpo",
+            {"loss_type": "vespo", "correction": "sequence_mask"},
+            r"'sequence_mask' and `loss_type` 'vespo', .*wanted one of none, token_truncate, token_mask",
+        ),
+        (
+            "grpo",
+            {"correction": "token_mask", "correction_window": 3},
+            r"`correction_window` is 3, and `correction='token_mask'` does not read it; wanted it with 'prefix'",
+        ),
+        ("rloo", {"correction_self_normalise": True}, r"is True, and `correction='none'` does not read it"),
+        ("grpo", {"use_transformers_continuous_batching": True}, r"is for TRL's own rollouts\. Drop it"),
+        ("grpo", {"generator": {"engine_arguments": {"device": "cpu"}}}, r"has `device`, which is the trainer's"),
+        ("sampled_token", {"beta": 0.5}, r"`beta` is 0\.5, and `loss='sampled_token'` does not read it"),
+        ("sampled_token", {"teacher_model_revision": "v2"}, r"`teacher_model_revision` is 'v2', and"),
+        ("divergence", {"sampled_token_clip": 1.0}, r"is 1\.0, and `loss='divergence'` does not read it"),
+        ("divergence", {"teacher_model_revision": "v2"}, r"is 'v2' and the `revision` among .* None; wanted one"),
+        (
+            "divergence",
+            {"trainer": {"teacher_model": other}},
+            rf"`teacher_model` is '{other}' and the generator's `teacher` .*Drop `teacher_model`",
+        ),
+    ]
+    for kind, settings, words in cases:
+        refused(words, kind, pair, tmp_path, **settings)
     refused(
         r"Unknown loss of distillation 'sample_token'\. Known: .*Did you mean 'sampled_token'\?",
         "divergence",
@@ -751,6 +812,36 @@ def test_settings_that_collapsed_are_warned_of_once(pair: tuple[str, str], tmp_p
         make_trainer("grpo", pair, tmp_path, correction="token_truncate")
         make_trainer("grpo", pair, tmp_path, correction="token_truncate", generator={"theta_fraction": 0.0})
     assert not [w for w in caught if "recipes/README.md" in str(w.message)]
+
+
+def test_the_divergence_warns_of_endings_of_the_teachers_own(pair: tuple[str, str], tmp_path: Path) -> None:
+    other = shutil.copytree(pair[0], tmp_path / "other")
+    (other / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 1]}))
+    with pytest.warns(UserWarning, match=r"also ends with the tokens \[3\], .*or set `loss='sampled_token'`"):
+        make_trainer("divergence", pair, tmp_path, generator={"teacher": str(other)})
+
+
+def test_the_divergence_takes_the_generators_teacher_alone(
+    pair: tuple[str, str], tmp_path: Path, teacher: Any
+) -> None:
+    trainer = make_trainer("divergence", pair, tmp_path, trainer={"teacher_model": pair[0] + "/"})
+    assert trainer.vllm_generation.backend.teacher is trainer.accelerator.unwrap_model(trainer.teacher_model)
+    make_trainer("divergence", pair, tmp_path, generator={"teacher": teacher}, trainer={"teacher_model": teacher})
+    with pytest.raises(ValueError, match="wanted one teacher"):
+        make_trainer(
+            "divergence", pair, tmp_path, generator={"teacher": teacher}, trainer={"teacher_model": load(pair[0])}
+        )
+
+
+def test_a_padded_vocabulary_is_told_of_the_loss_that_takes_it(pair: tuple[str, str], tmp_path: Path) -> None:
+    wide = load(pair[0])
+    wide.resize_token_embeddings(wide.config.vocab_size + 16)
+    wide.save_pretrained(tmp_path / "wide")
+    AutoTokenizer.from_pretrained(pair[0]).save_pretrained(tmp_path / "wide")
+    own = {"teacher": str(tmp_path / "wide")}
+    with pytest.raises(ValueError, match=r"vocab_size .*padded to another size will do for `loss='sampled_token'`"):
+        make_trainer("divergence", pair, tmp_path, generator=own)
+    make_trainer("sampled_token", pair, tmp_path, generator=own)
 
 
 def test_the_divergence_refuses_two_prompts(pair: tuple[str, str], tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ PAIRS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "mistral": ("mistral", {}, {}),
     "mistral-window": ("mistral", {"sliding_window": 7}, {"sliding_window": 9}),
     "granite": ("granite", {}, {"layers": 1}),
+    "linear-attention": ("qwen3_next", {}, {}),
 }
 """Family, and what the teacher's and the student's configuration have of their own. The first is every test's pair."""
 TOKENIZER = make_tokenizer()

@@ -69,7 +69,7 @@ class Stream:
 
     def keep(self, index: Tensor) -> None:
         """Go on with the rows at `index` alone; a row may be named more than once."""
-        self.cache.batch_select_indices(index)
+        self.cache.reorder_cache(index)  # of all ways to choose rows the one that every kind of layer has
         self.mask, self.lengths, self.logits = self.mask[index], self.lengths[index], self.logits[index]
 
 

@@ -39,10 +39,12 @@ class SamplerArguments:
         Raises:
             ValueError: where they are no JSON object.
         """
-        try:
-            arguments = json.loads(self.engine_arguments or "{}")
-        except ValueError:
-            arguments = None
+        arguments: Any = self.engine_arguments or {}  # a dict from a YAML file
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except ValueError:
+                arguments = None
         if not isinstance(arguments, dict):
             raise ValueError(
                 f"`--engine_arguments` is {self.engine_arguments!r}; wanted a JSON object such as "

@@ -7,7 +7,7 @@ from typing import Any
 
 import trl
 
-from ..losses import Correction
+from ..losses import LEVELS, Correction
 from ..options import unknown_option
 
 LOSSES = ("divergence", "sampled_token")
@@ -133,10 +133,26 @@ class DistillationConfig(CorrectionConfig, trl.DistillationConfig):
 
 
 def correction_of(args: Any) -> Correction:
-    """The correction that a configuration asks for; the default where it is TRL's own."""
+    """The correction that a configuration asks for; the default where it is TRL's own.
+
+    Raises:
+        ValueError: on an unknown name, a number out of range, or a detail that the correction does not read.
+    """
     names = {field.name for field in fields(args)}
     values = {name: getattr(args, f"correction_{name}") for name in _DETAILS if f"correction_{name}" in names}
-    return Correction(getattr(args, "correction", "none"), **values)
+    correction = Correction(getattr(args, "correction", "none"), **values)
+    for name, parts in _DETAILS.items():
+        value = getattr(correction, name)
+        if value != getattr(Correction, name) and not any(part in correction.name.split("_") for part in parts):
+            raise ValueError(
+                f"`correction_{name}` is {value!r}, and `correction={correction.name!r}` does not read it; wanted it "
+                f"with {' or '.join(map(repr, parts))} in the correction's name. Drop it, or name such a correction."
+            )
+    return correction
 
 
-_DETAILS = ("clip_max", "clip_min", "gamma", "window", "self_normalise")
+_DETAILS = {
+    "clip_max": ("truncate", "mask"), "clip_min": ("mask",), "gamma": ("luffy",), "window": ("prefix",),
+    "self_normalise": LEVELS,
+}  # fmt: skip
+"""The details of a correction, and the levels and shapes that read them."""

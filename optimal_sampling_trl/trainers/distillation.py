@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import warnings
 from typing import Any
 from unittest.mock import patch
 
@@ -13,7 +15,8 @@ from torch import Tensor
 from trl.trainer.utils import add_fused_lm_head
 
 from ..losses import sampled_token_coefficients
-from .config import DistillationConfig
+from ..pairing import end_of_sequence
+from .config import LOSSES, DistillationConfig
 from .mixin import MixtureTrainerMixin
 
 _TRL_MODULE = sys.modules[trl.DistillationTrainer.__module__]
@@ -29,7 +32,8 @@ class DistillationTrainer(MixtureTrainerMixin, trl.DistillationTrainer):
     teacher in the trainer. `theta_fraction` is 0 by default: all rollouts come from the mixture.
 
     Args:
-        teacher_model: as in TRL; by default the generator's teacher. Not needed by the loss of sampled tokens.
+        teacher_model: as in TRL; by default the generator's teacher, and no other. Not needed by the loss of sampled
+            tokens.
         generator: where rollouts come from; see `OptimalSamplingGenerator`.
         args: our `DistillationConfig`, or TRL's, which gets the divergence without weights.
 
@@ -57,15 +61,39 @@ class DistillationTrainer(MixtureTrainerMixin, trl.DistillationTrainer):
                 "`loss` is 'sampled_token', which reads the teacher from the rollouts, and a `teacher_model` was "
                 "given as well. Drop it, or set `loss='divergence'`."
             )
-        if not self.sampled_token and teacher_model is None:
-            teacher_model = getattr(keywords.get("generator"), "named_teacher", None)
-        super().__init__(model, teacher_model, args, *positional, **keywords)
+        if not self.sampled_token:
+            teacher_model = one_teacher(teacher_model, getattr(keywords.get("generator"), "named_teacher", None))
+        try:
+            super().__init__(model, teacher_model, args, *positional, **keywords)
+        except ValueError as error:
+            if "vocab_size" not in str(error):
+                raise
+            raise ValueError(
+                f"{error} (One that is padded to another size will do for `loss='sampled_token'`, which reads the "
+                "teacher from the rollouts.)"
+            ) from error
+        if not self.sampled_token:
+            self._warn_of_endings()
         if self.is_fsdp_enabled and self._loaded_teacher() is not None:
             self._place_teacher()
         if self.sampled_token:  # as TRL's GRPO: log-probabilities in tiles, no logits (B, T, V)
             own: Any = self.model
             own = own.get_base_model() if is_peft_model(own) else own
             add_fused_lm_head(own, temperature=self.temperature, outputs=("log_probs", "entropy"))
+
+    def _warn_of_endings(self) -> None:
+        """The rollouts fold the teacher's endings into the student's; TRL's divergence reads the teacher as it is."""
+        models: Any = (self.teacher_model, self.model)
+        teacher, own = (self.accelerator.unwrap_model(model).generation_config for model in models)
+        tokenizer: Any = self.processing_class
+        ending = end_of_sequence(teacher, own, tokenizer.eos_token_id)
+        if ending.folded:
+            warnings.warn(
+                f"The teacher also ends with the tokens {list(ending.folded)}, and the student does not stop there. "
+                f"The rollouts count them for {ending.stop[0]}; TRL's divergence trains the student to draw them. "
+                "Give both models the same `eos_token_id`, or set `loss='sampled_token'`.",
+                stacklevel=3,
+            )
 
     def _loaded_teacher(self) -> Any:
         return getattr(self, "teacher_model", None)
@@ -82,6 +110,7 @@ class DistillationTrainer(MixtureTrainerMixin, trl.DistillationTrainer):
 
     def _check_settings(self) -> None:
         super()._check_settings()
+        self._check_read()
         if not self.sampled_token and self.generator.two_prompts:
             raise ValueError(
                 "`teacher_system_prompt` and `theta_system_prompt` differ, but TRL's divergence reads both models on "
@@ -94,7 +123,32 @@ class DistillationTrainer(MixtureTrainerMixin, trl.DistillationTrainer):
                 "for example 'prefix_truncate'."
             )
 
+    def _check_read(self) -> None:
+        """Refuse what the loss does not read, and a teacher of two revisions."""
+        of_tokens = ("sampled_token_clip", "sampled_token_centre")
+        for name in ("beta", "teacher_model_revision") if self.sampled_token else of_tokens:
+            default = getattr(DistillationConfig, name)
+            if (value := getattr(self.args, name, default)) != default:
+                raise ValueError(
+                    f"`{name}` is {value!r}, and `loss={getattr(self.args, 'loss', LOSSES[0])!r}` does not read it. "
+                    "Drop it, or set the other loss."
+                )
+        revision = (self.generator.engine_arguments or {}).get("revision")
+        in_loss = self.args.teacher_model_revision
+        if not self.sampled_token and self.args.vllm_mode != "server" and revision != in_loss:
+            raise ValueError(
+                f"`teacher_model_revision` is {in_loss!r} and the `revision` among the generator's `engine_arguments` "
+                f"{revision!r}; wanted one teacher for the loss and the rollouts. Set both, or none."
+            )
+
     def _correct(self, output: dict[str, Any]) -> None:
+        if self.sampled_token and self.args.sampled_token_centre:
+            mask = output["completion_mask"].float()
+            apart = sampled_token_coefficients(
+                output["log_teacher"], output["log_theta"], mask, clip=self.args.sampled_token_clip
+            )
+            total, count = self.accelerator.reduce(torch.stack([apart.sum(), mask.sum()]))
+            output["mean_apart"] = (total / count.clamp(min=1)).expand(len(mask))  # TRL shuffles and splits rows
         output["weights"] = self.correction.weights(
             output["log_theta"],
             output["log_q"],
@@ -129,7 +183,7 @@ class DistillationTrainer(MixtureTrainerMixin, trl.DistillationTrainer):
             log_theta.detach(),
             mask.float(),
             clip=self.args.sampled_token_clip,
-            centre=self.args.sampled_token_centre,
+            mean=inputs.get("mean_apart"),
         )
         weights = inputs.get("weights", torch.ones_like(log_theta))
         total = -(coefficients * weights * log_theta * mask).sum()
@@ -137,6 +191,24 @@ class DistillationTrainer(MixtureTrainerMixin, trl.DistillationTrainer):
         count = mask.sum()
         divisor = count.clamp(min=1) if num_items_in_batch is None else torch.as_tensor(num_items_in_batch).to(total)
         return total / divisor, entropy, count
+
+
+def one_teacher(in_loss: Any, in_rollouts: Any) -> Any:
+    """The teacher of the loss: the generator's, or the one that was passed, which must be the same.
+
+    Raises:
+        ValueError: where they differ.
+    """
+    if in_loss is None or in_rollouts is None:
+        return in_rollouts if in_loss is None else in_loss
+    both_loaded = not isinstance(in_loss, (str, os.PathLike)) and not isinstance(in_rollouts, str)
+    names = [str(x.name_or_path if hasattr(x, "config") else x).rstrip("/") for x in (in_loss, in_rollouts)]
+    if in_loss is in_rollouts or (names[0] == names[1] and not both_loaded):
+        return in_loss
+    raise ValueError(
+        f"`teacher_model` is {names[0]!r} and the generator's `teacher` {names[1]!r}; wanted one teacher for the loss "
+        "and the rollouts. Drop `teacher_model`."
+    )
 
 
 class _WeightedDivergence:

@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 from unittest.mock import patch
 
 from accelerate.utils import gather_object
-from torch import Tensor
 from transformers import PreTrainedModel
 from trl.generation import vllm_generation
 
@@ -134,7 +133,10 @@ class LiveGeneration(MixtureGeneration):
                 f"`vllm_tensor_parallel_size` is {trl_arguments['tensor_parallel_size']}; the transformers backend "
                 'has no tensor parallelism. Set it to 1 or use `backend="vllm"`.'
             )
-        options = {"max_num_seqs": trl_arguments["max_num_seqs"], **(plan.generator.engine_arguments or {})}
+        own = plan.generator.engine_arguments or {}
+        for name in own.keys() & {"device", "tokenizer"}:
+            raise ValueError(f"`engine_arguments` has `{name}`, which is the trainer's here. Drop it.")
+        options = {name: trl_arguments[name] for name in ("max_num_seqs", "trust_remote_code")} | own
         if trl_arguments["max_model_length"] is not None:
             options["max_model_len"] = trl_arguments["max_model_length"]
         self.backend = make_backend(
@@ -143,7 +145,6 @@ class LiveGeneration(MixtureGeneration):
             trl_arguments["model"],
             tokenizer=trl_arguments["processing_class"],
             device=accelerator.device,
-            trust_remote_code=trl_arguments["trust_remote_code"],
             **options,
         )
 
@@ -155,7 +156,8 @@ class LiveGeneration(MixtureGeneration):
     ) -> tuple[list[list[int]], list[list[int]], list[list[list[float]]], None]:
         """Sample a completion of each prompt.
 
-        Returns what TRL's own returns; for the log-probabilities see `for_trl`.
+        Returns what TRL's own returns, with log θ for the log-probabilities of each token: TRL corrects the difference
+        between the engine and the trainer with them, and would take q, the mixture or a truncation, for a defect.
         """
         refuse_images(images)
         requests = self._requests(prompts, self.accelerator.process_index * len(prompts))
@@ -168,7 +170,7 @@ class LiveGeneration(MixtureGeneration):
         if self.sleeps:
             self.backend.sleep()
         completions = [rollout.completion_ids for rollout in self.rollouts]
-        log_probabilities = [[[value] for value in for_trl(rollout).tolist()] for rollout in self.rollouts]
+        log_probabilities = [[[value] for value in rollout.log_theta.tolist()] for rollout in self.rollouts]
         return prompts, completions, log_probabilities, None
 
     def close(self) -> None:
@@ -260,7 +262,7 @@ class FusedLLM:
         outputs, owner.rollouts = together(partial(generate, self.engine, requests), owner.accelerator)
         owner.seconds = time.perf_counter() - start
         for output, rollout in zip(outputs, owner.rollouts, strict=True):
-            output.outputs[0].logprobs = flat_logprobs(rollout.completion_ids, for_trl(rollout))
+            output.outputs[0].logprobs = flat_logprobs(rollout.completion_ids, rollout.log_theta)
         return outputs
 
     def sleep(self, level: int = 1) -> None:
@@ -292,15 +294,6 @@ def build_generation(plan: Plan, loaded_teacher: PreTrainedModel | None, **trl_a
     if backend == "vllm":
         return EngineGeneration(plan, **trl_arguments)
     return LiveGeneration(plan, loaded_teacher, **trl_arguments)
-
-
-def for_trl(rollout: Rollout) -> Tensor:
-    """The log-probabilities (T,) that TRL corrects the difference between the engine and the trainer with.
-
-    A completion of the student alone: log q, as TRL's own engine returns. One of the mixture: log θ, so that TRL's
-    correction does not take the mixture for a defect of the engine; our own correction weighs θ/q.
-    """
-    return rollout.log_q if rollout.mixture.is_theta_only else rollout.log_theta
 
 
 def refuse_images(images: list[Any] | None) -> None:

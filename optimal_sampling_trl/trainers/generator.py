@@ -70,7 +70,7 @@ class OptimalSamplingGenerator:
     @property
     def two_prompts(self) -> bool:
         """Whether the teacher and the student read different prompts."""
-        return self.teacher_system_prompt != self.theta_system_prompt
+        return (self.teacher_system_prompt or None) != (self.theta_system_prompt or None)
 
     def theta_count(self, group: int, default: float) -> int:
         """How many of a group's completions come from the student alone.
@@ -83,7 +83,8 @@ class OptimalSamplingGenerator:
         if 0 < fraction < 1 and count in (0, group):
             raise ValueError(
                 f"`theta_fraction` is {fraction} of a group of {group}, which rounds to {count}; wanted at least one "
-                "completion of each kind. Raise `num_generations`, or set `theta_fraction` to 0 or 1."
+                "completion of each kind. Raise the group (`num_generations`; in distillation a process's batch), or "
+                "set `theta_fraction` to 0 or 1."
             )
         return count
 

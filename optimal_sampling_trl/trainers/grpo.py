@@ -11,6 +11,9 @@ from ..losses import sampled_token_coefficients
 from .config import GRPOConfig
 from .policy_gradient import PolicyGradientMixin
 
+VESPO = ("none", "token_truncate", "token_mask")
+"""The corrections that the loss of this name can take: a weight of each token, and 1 on padding."""
+
 
 class GRPOTrainer(PolicyGradientMixin, trl.GRPOTrainer):
     """TRL's `GRPOTrainer` with `generator=`: rollouts from the mixture of a teacher and the model.
@@ -46,6 +49,11 @@ class GRPOTrainer(PolicyGradientMixin, trl.GRPOTrainer):
                 "which TRL applies no weight. Leave the latter True, or set `correction='none'`."
             )
         if self.args.loss_type == "vespo":
+            if self.correction.name not in VESPO:
+                raise ValueError(
+                    f"`correction` is {self.correction.name!r} and `loss_type` 'vespo', which multiplies the weights "
+                    f"of a completion's tokens itself; wanted one of {', '.join(VESPO)}."
+                )
             warnings.warn(
                 "`loss_type='vespo'` on completions of the mixture: in a study of 4-digit addition it collapsed "
                 "(exact match .045 -> .000), on the embedded pair (recipes/README.md) it did not (0.43). "

@@ -135,6 +135,8 @@ class MixtureTrainerMixin(TrlTrainer):
     def _check_settings(self) -> None:
         """Refuse settings that would do nothing, before anything is loaded; a subclass adds its own."""
         self._theta_count()
+        if getattr(self.args, "use_transformers_continuous_batching", False):
+            raise ValueError("`use_transformers_continuous_batching` is for TRL's own rollouts. Drop it.")
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's batch with the records: `alpha`, `log_q`, `log_theta`, `log_teacher` (B, T), 0 on padding, and

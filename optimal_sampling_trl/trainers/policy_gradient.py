@@ -57,9 +57,12 @@ class PolicyGradientMixin(MixtureTrainerMixin):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         if self.model.training:
             log, alone = self._metrics["train"], self._theta_count()
-            grouped = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1).view(-1, self._group_size())
-            log["mixture/groups_with_signal"].append(float((grouped.amax(1) > grouped.amin(1)).float().mean()))
+            totals = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+            totals = totals.masked_fill(rewards.isnan().all(dim=1), torch.nan)  # no function could score it, as in TRL
+            grouped = totals.view(-1, self._group_size())
+            differ = grouped.nan_to_num(nan=-torch.inf).amax(1) > grouped.nan_to_num(nan=torch.inf).amin(1)
+            log["mixture/groups_with_signal"].append(float(differ.float().mean()))
             for name, half in (("theta", grouped[:, :alone]), ("mixture", grouped[:, alone:])):
                 if half.numel():
-                    log[f"mixture/reward_{name}"].append(float(half.mean()))
+                    log[f"mixture/reward_{name}"].append(float(half.nanmean()))
         return rewards

@@ -24,7 +24,7 @@ from urllib3.util.retry import Retry
 
 from ..request import Request
 from ..rollout import Rollout, check_solved
-from .generation import MixtureGeneration, Plan, for_trl, refuse_images, together
+from .generation import MixtureGeneration, Plan, refuse_images, together
 
 CONCURRENT = 64
 """Requests that are sent at a time: as many connections as TRL's client keeps."""
@@ -106,7 +106,7 @@ class ServerGeneration(MixtureGeneration, vllm_generation.VLLMGeneration):
         first = self.accelerator.process_index * len(prompts)
         self.rollouts = box[0][first : first + len(prompts)]
         completions = [rollout.completion_ids for rollout in self.rollouts]
-        log_probabilities = [[[value] for value in for_trl(rollout).tolist()] for rollout in self.rollouts]
+        log_probabilities = [[[value] for value in rollout.log_theta.tolist()] for rollout in self.rollouts]
         return prompts, completions, log_probabilities, None
 
     def _sample(self, prompts: Sequence[list[int]]) -> list[Rollout] | None:
