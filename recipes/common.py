@@ -71,10 +71,14 @@ def load_options(model: ModelConfig, training: Any) -> dict[str, Any]:
     }
 
 
+def checkpoint(said: str | bool | None) -> str | bool | None:
+    """What a trainer takes for `--resume_from_checkpoint`, which TRL's parser reads as a text, `True` among them."""
+    return True if said in ("True", "true") else said
+
+
 def run(trainer: Any) -> None:
     """Train, resume where asked to, evaluate where there is data, and save."""
-    resume = trainer.args.resume_from_checkpoint  # a text, for TRL's parser, also where it says True
-    trainer.train(resume_from_checkpoint=True if resume in ("True", "true") else resume)
+    trainer.train(resume_from_checkpoint=checkpoint(trainer.args.resume_from_checkpoint))
     if trainer.eval_dataset is not None:
         trainer.log_metrics("eval", trainer.evaluate())
     trainer.save_model(trainer.args.output_dir)

@@ -24,8 +24,12 @@ import yaml
 from models import make_model
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import TrlParser
 
+import common
 import pair as embedded
+from optimal_sampling_trl import GRPOConfig
+from optimal_sampling_trl.trainers.arguments import GeneratorArguments
 from runs import read_runs, run_all
 
 ROOT = Path(__file__).parent.parent
@@ -520,6 +524,30 @@ def test_every_field_of_the_recipes_has_a_help() -> None:
         theirs = {each.name for base in kind.__mro__[1:] if is_dataclass(base) for each in fields(base)}
         for each in fields(kind):
             assert each.name in theirs or each.metadata.get("help"), f"{kind.__name__}.{each.name}"
+
+
+@pytest.mark.parametrize("given", ["{max_num_seqs: 8, dtype: float32}", '\'{"max_num_seqs": 8, "dtype": "float32"}\''])
+def test_engine_arguments_in_yaml(tmp_path: Path, given: str) -> None:
+    """As a mapping, which is what YAML is for, or as the text that the flag takes."""
+    config = tmp_path / "config.yaml"
+    config.write_text(f"teacher: large\nengine_arguments: {given}\n")
+    (arguments,) = TrlParser((GeneratorArguments,)).parse_args_and_config(["--config", str(config)])
+    assert arguments.generator().engine_arguments == {"max_num_seqs": 8, "dtype": "float32"}
+
+
+def test_resuming_as_a_flag_says_it() -> None:
+    (arguments,) = TrlParser((GRPOConfig,)).parse_args_and_config(["--resume_from_checkpoint", "True", "--use_cpu"])
+    assert arguments.resume_from_checkpoint == "True"  # TRL's parser; `train` would look for a folder of this name
+    assert common.checkpoint(arguments.resume_from_checkpoint) is True
+    assert common.checkpoint("output/checkpoint-3") == "output/checkpoint-3"
+    assert common.checkpoint(None) is None
+
+
+def test_a_reward_without_a_module_is_named() -> None:
+    with pytest.raises(
+        SystemExit, match=r"`--reward_funcs` has 'reward'; wanted an import path such as my_module\.reward"
+    ):
+        common.RewardArguments(reward_funcs=["reward"]).rewards()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from models import EOS, FAMILIES, PAD, make_model, make_tokenizer, publish
 from oracle import check_rollout, check_rollouts, expected_records
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Mamba2Config, PreTrainedModel
 
 from optimal_sampling_trl.backends import decoding, make_backend
 from optimal_sampling_trl.backends.decoding import Rows
@@ -648,6 +648,18 @@ def test_max_num_seqs(pair: Pair, value: Any) -> None:
 def test_max_model_len(pair: Pair, value: Any, wanted: str) -> None:
     with pytest.raises(ValueError, match=f"`max_model_len` is {value}; .*{wanted}"):
         TransformersBackend(*pair.folders, max_model_len=value)
+
+
+def test_a_model_with_a_state_alone_is_refused(pair: Pair, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_config(Mamba2Config(
+        vocab_size=288, hidden_size=32, num_hidden_layers=1, num_heads=4, head_dim=16, state_size=8, n_groups=1
+    ))  # fmt: skip
+    model.save_pretrained(tmp_path / "mamba")
+    TOKENIZER.save_pretrained(tmp_path / "mamba")
+    with pytest.raises(
+        ValueError, match=r"The student '.*mamba' \(Mamba2ForCausalLM\) keeps a state instead of a cache"
+    ):
+        TransformersBackend(pair.folders[0], str(tmp_path / "mamba"))
 
 
 def test_a_setting_that_does_nothing_is_refused(pair: Pair) -> None:

@@ -6,13 +6,14 @@ to synchronise. Prompts are padded on the left; equal prompts are read once; row
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import pairing
 from ..options import check_whole, unknown_option
@@ -63,6 +64,8 @@ class TransformersBackend:
         own = {name: value for name, value in model_options.items() if name != "revision"}
         sources = Source(teacher, "teacher", model_options), Source(theta, "student", own)
         configs = sources[0].config(), sources[1].config()
+        for source, config in zip(sources, configs, strict=True):
+            _check_cache(config, source.role)
         self.tokenizer = sources[1].tokenizer() if tokenizer is None else tokenizer
         pairing.check_same_tokens(sources[0].tokenizer(), self.tokenizer)
         self.vocabulary = pairing.check_vocabulary(configs[0], configs[1], self.tokenizer)
@@ -189,6 +192,16 @@ class TransformersBackend:
                     f"The {role} is on {device}; wanted {self.device}, where this backend samples. Call `wake_up()` "
                     "after `sleep()`, or move the model there before it is passed."
                 )
+
+
+def _check_cache(config: PreTrainedConfig, role: str) -> None:
+    """Refuse a model that keeps a state where others have a cache of keys and values, or of both (a hybrid)."""
+    model: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if model is not None and "cache_params" in inspect.signature(model.forward).parameters:
+        raise ValueError(
+            f"The {role} {config.name_or_path!r} ({model.__name__}) keeps a state instead of a cache; wanted a "
+            "decoder with attention, or a hybrid. Pass another pair."
+        )
 
 
 def _device(device: torch.device | str) -> torch.device:
