@@ -141,8 +141,7 @@ def log_weights(
 def keep_positive(advantages: Float[Tensor, " B *T"], rows: Bool[Tensor, " B"]) -> Float[Tensor, " B *T"]:
     """Advantages with those below 0 set to 0 in the completions that `rows` marks.
 
-    A failure of the mixture says little about the student, which would often not have gone there: its negatives cost
-    most of what its successes bring.
+    A failure of the mixture says little about the student, which would often not have gone there.
     """
     marked = rows.reshape(-1, *[1] * (advantages.ndim - 1))
     return torch.where(marked, advantages.clamp(min=0.0), advantages)

@@ -656,9 +656,7 @@ def test_a_model_with_a_state_alone_is_refused(pair: Pair, tmp_path: Path) -> No
     ))  # fmt: skip
     model.save_pretrained(tmp_path / "mamba")
     TOKENIZER.save_pretrained(tmp_path / "mamba")
-    with pytest.raises(
-        ValueError, match=r"The student '.*mamba' \(Mamba2ForCausalLM\) keeps a state instead of a cache"
-    ):
+    with pytest.raises(ValueError, match=r"The student '.*' \(Mamba2ForCausalLM\) keeps a state instead of a cache"):
         TransformersBackend(pair.folders[0], str(tmp_path / "mamba"))
 
 
