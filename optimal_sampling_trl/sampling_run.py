@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .card import make_card
+from .digest import weight_digest
 from .folder import CARD, RUN, Key, RolloutFolder
 from .mixture import Mixture
 from .options import check_whole
@@ -220,13 +221,11 @@ def _settings(sampler: OptimalSamplingV1, mixture: Mixture, sampling: Sampling) 
 
 def _weights(sampler: OptimalSamplingV1, role: str) -> str | None:
     """A number that changes when a model is trained: of a few entries of each weight, or of the files' two ends."""
+    if (model := getattr(sampler.backend, role, None)) is not None:
+        return weight_digest(model)
+    if role == "theta" and (loaded := getattr(sampler.backend, "theta_digest", lambda: None)()) is not None:
+        return loaded
     digest = hashlib.sha256()
-    model = getattr(sampler.backend, role, None)
-    if model is not None:
-        for name, parameter in model.named_parameters():
-            digest.update(f"{name} {tuple(parameter.shape)}".encode())
-            digest.update(parameter.detach().reshape(-1)[:64].float().cpu().numpy().tobytes())
-        return digest.hexdigest()
     folder = Path(getattr(sampler, f"model_{role}"))
     if not folder.is_dir():
         return None

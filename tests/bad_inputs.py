@@ -167,7 +167,7 @@ CASES: dict[str, tuple[Callable[[Room], Any], tuple[str, ...]]] = {
     ),
     "generator: rounding": (
         lambda r: OptimalSamplingGenerator("t", theta_fraction=0.01).theta_count(8, 0.5),
-        ("`theta_fraction`", "0.01", "wanted at least one", "Raise `num_generations`"),
+        ("`theta_fraction`", "0.01", "wanted at least one", "Raise the group (`num_generations`"),
     ),
     "flags: teacher": (lambda r: GeneratorArguments().generator(), ("`--teacher`", "missing", "wanted", "folder or")),
     "flags: JSON": (

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from engines import TEXTS, Oracle, request, runner_of, start
 from models import make_model
+from safetensors.torch import load_file, save_file
 
 from optimal_sampling_trl.mixture import Mixture
 
@@ -55,3 +58,48 @@ def test_records(name: str, tmp_path: Path) -> None:
         oracle.check(backend.generate(asked), asked)
     finally:
         backend.close()
+
+
+def test_layers_that_a_quantised_teacher_leaves_out(tmp_path: Path) -> None:
+    """Its list has their own names; a layer of it that was taken for a quantised one would have scales of nothing."""
+    teacher, theta = (make_model(tmp_path / role, "qwen2", seed) for seed, role in enumerate(("teacher", "theta")))
+    left_out = ["lm_head", "model.layers.0.mlp.down_proj", "re:model\\.layers\\.1\\.self_attn\\.o_proj"]
+    quantise(Path(teacher), left_out)
+    backend = start(teacher, theta, dtype="bfloat16")
+    try:
+        modules = dict(runner_of(backend).model.teacher.named_modules())
+        kept = [modules["model.layers.0.mlp.down_proj"], modules["model.layers.1.self_attn.o_proj"]]
+        assert {type(module.quant_method).__name__ for module in kept} == {"UnquantizedLinearMethod"}
+        other = modules["model.layers.1.mlp.down_proj"]
+        assert type(other.quant_method).__name__ == "CompressedTensorsLinearMethod"
+        rollouts = backend.generate([request("hello world", Mixture.teacher_only(), max_tokens=6)])
+        assert bool(rollouts[0].log_teacher.isfinite().all())
+    finally:
+        backend.close()
+
+
+def quantise(folder: Path, left_out: list[str]) -> None:
+    """Turn a model's linear layers into int8 with a scale for each channel, as compressed-tensors writes them."""
+    weights, found = {}, load_file(folder / "model.safetensors")
+    for name, weight in found.items():
+        layer = name.removesuffix(".weight")
+        if name.endswith("proj.weight") and not any(
+            re.fullmatch(each.removeprefix("re:"), layer) for each in left_out
+        ):
+            scale = weight.abs().amax(1, keepdim=True) / 127
+            weights |= {name: (weight / scale).round().to(torch.int8), f"{layer}.weight_scale": scale}
+        else:
+            weights[name] = weight
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    scheme = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": scheme | {"strategy": "channel", "dynamic": False},
+        "input_activations": scheme | {"strategy": "token", "dynamic": True},
+    }
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed",
+        "ignore": left_out, "config_groups": {"group_0": group},
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))

@@ -82,6 +82,9 @@ def test_a_teacher_with_an_fp8_cache(pair: tuple[str, str], tmp_path: Path) -> N
     teacher = copy_with(pair[0], tmp_path / "fp8", quantization_config=scheme)
     with pytest.raises(ValueError, match=r"The teacher .*fp8.* brings an FP8 KV cache"):
         build_llm(teacher, pair[1])
+    theta = copy_with(pair[1], tmp_path / "own", quantization_config=scheme)
+    with pytest.raises(ValueError, match=r"The student .*own.* brings an FP8 KV cache, which the teacher"):
+        build_llm(pair[0], theta)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +94,14 @@ def test_a_teacher_with_an_fp8_cache(pair: tuple[str, str], tmp_path: Path) -> N
         ({"model": "x"}, "`model` cannot be set: the engine's model is the teacher"),
         ({"worker_extension_cls": "a.B"}, "`worker_extension_cls` cannot be set"),
         ({"speculative_config": {"model": "x"}}, "`speculative_config` cannot be set: a draft would be accepted"),
+        ({"kv_offloading_size": 1.0}, "`kv_offloading_size` cannot be set: an offloaded cache would outlive a reload"),
+        ({"cpu_offload_gb": 1.0}, "`cpu_offload_gb` cannot be set: the student's weights are replaced in place"),
+        ({"model_impl": "transformers"}, "`model_impl` is 'transformers'; wanted 'auto' or 'vllm'"),
+        (
+            {"load_format": "runai_streamer"},
+            "`load_format` is 'runai_streamer'; wanted a format that loads two models",
+        ),
+        ({"max_model_len": -1}, "`max_model_len` is -1; wanted at least 1"),
         ({"kv_transfer_config": {"kv_connector": "x"}}, "`kv_transfer_config` cannot be set"),
         ({"enable_lora": True}, "`enable_lora` cannot be set: the student's adapter is merged"),
         ({"hf_overrides": {"architectures": ["X"]}}, "`hf_overrides` is .* wanted a dict without `architectures`"),

@@ -15,6 +15,7 @@ from engines import TEXTS, Oracle, request, runner_of, start
 from models import make_model
 from torch import Tensor, nn
 
+from optimal_sampling_trl.backends.vllm.requests import to_rollouts, to_sampling_params
 from optimal_sampling_trl.mixture import Mixture
 from optimal_sampling_trl.request import Request
 
@@ -111,6 +112,52 @@ def test_a_stream_that_breaks_off_stops_the_engine(live: Live) -> None:
         live.backend.generate(requests())
     live.backend.load_theta(iter(weights))
     live.check()
+
+
+def test_what_fails_before_a_weight_came_changes_nothing(live: Live) -> None:
+    def broken() -> Iterator[tuple[str, Tensor]]:
+        raise OSError("the disk is gone")
+        yield
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        live.backend.load_theta(broken())
+    live.check()
+    live.backend.load_theta(dict(live.step()))  # as `state_dict` has them
+    live.check()
+
+
+def test_the_digest_is_of_the_weights_that_are_in_the_engine(live: Live) -> None:
+    live.backend.load_theta(live.step())
+    first = live.backend.theta_digest()
+    live.backend.load_theta(live.step(0.0))
+    assert live.backend.theta_digest() == first
+    live.backend.load_theta(live.step())
+    assert live.backend.theta_digest() != first
+
+
+def test_an_engine_that_sleeps_is_named(live: Live) -> None:
+    """vLLM would take the requests and never schedule one."""
+    live.backend.llm.sleep(level=0)
+    try:
+        with pytest.raises(RuntimeError, match=r"The engine sleeps\. Call `wake_up\(\)` before"):
+            live.backend.generate(requests())
+    finally:
+        live.backend.llm.wake_up(tags=["scheduling"])
+    live.check()
+
+
+def test_a_neighbour_that_asks_for_all_log_probabilities(live: Live) -> None:
+    from vllm import SamplingParams, TokensPrompt
+
+    own, llm = request("hello", seed=3), live.backend.llm
+    prompts = [TokensPrompt(prompt_token_ids=own.prompt_ids)] * 2
+    recorded = to_sampling_params(own, live.backend.pair.ending)
+    every = SamplingParams(max_tokens=3, logprobs=-1, temperature=0.5, seed=1, ignore_eos=True)
+    V = live.backend.pair.engine_vocabulary
+    llm.llm_engine.model_config.max_logprobs = -1
+    outputs = llm.generate(prompts, [recorded, every], use_tqdm=False)
+    live.oracle.check(to_rollouts(outputs[:1], [own], live.backend.pair), [own])
+    assert [len(token) for token in outputs[1].outputs[0].logprobs] == [V] * 3
 
 
 def test_refused_while_requests_run(live: Live) -> None:

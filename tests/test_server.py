@@ -39,6 +39,7 @@ from trl.generation import vllm_generation
 from trl.generation.vllm_client import VLLMClient
 from urllib3.util.retry import Retry
 from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
 
 from optimal_sampling_trl.backends.vllm import serve
 from optimal_sampling_trl.backends.vllm.requests import THETA_PROMPT, check_params
@@ -140,6 +141,7 @@ def test_200_requests_at_once_with_strangers_among_them(
             {"vllm_xargs": {"optimal_sampling_theta_prompt": [1]}},
             "this server runs on a CPU, where both models read one",
         ),
+        ({"prompt_logprobs": 1}, "`prompt_logprobs` (or `echo`) is 1, and vLLM computes it of the teacher alone"),
         ({"use_beam_search": True, "n": 2}, "vLLM would search without the request's mixture"),
         ({"prompt": [1, 280]}, "The prompt has the token 280; wanted ids below 272, which both models read"),
     ],
@@ -404,6 +406,14 @@ def test_what_a_server_on_a_gpu_refuses_of_two_prompts(own: Any, words: str | No
     params = SamplingParams(extra_args={THETA_PROMPT: own})
     with pytest.raises(ValueError, match=words) if words else nullcontext():
         check_params(params, [5, 6, 7], settings)
+
+
+def test_a_grammar_is_refused_where_the_models_end_differently() -> None:
+    settings = {"vocabulary": 272, "two_prompts": False, "ending": {"stop": [256], "folded": [257]}}
+    params = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a+"))
+    with pytest.raises(ValueError, match="structured outputs, whose grammar ends with the teacher's token"):
+        check_params(params, [5], settings)
+    check_params(params, [5], settings | {"ending": {"stop": [256], "folded": []}})
 
 
 def test_two_ranks(tmp_path: Path) -> None:

@@ -203,9 +203,9 @@ class FusedServer:
                 answers = list(pool.map(self._sample_group, groups, seeds))
             self._compare(self._ask("theta_state"), self.pushed)
         rollouts = [rollout for answer in answers for rollout in answer]
-        if any(bool(rollout.alpha.isnan().any()) for rollout in rollouts):  # the trap `nan_in_cache`
+        # The trap `nan_in_cache`; not while somebody else's requests read the caches.
+        if any(bool(rollout.alpha.isnan().any()) for rollout in rollouts) and self._forget():
             self._ask("zero_caches")
-            self._forget()
         check_solved(rollouts)
         return rollouts
 

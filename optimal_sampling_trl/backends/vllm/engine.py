@@ -146,11 +146,13 @@ def generate(
 
     Raises:
         ValueError: on a request that cannot be served, before any is; and where a model returned NaN.
-        RuntimeError: after a reload that failed half-way.
+        RuntimeError: while the engine sleeps, and after a reload that failed half-way.
     """
     from vllm import TokensPrompt
 
     pair = pair_of(llm)
+    if llm.llm_engine.is_sleeping():  # it would take the requests and never schedule them
+        raise RuntimeError("The engine sleeps. Call `wake_up()` before sampling.")
     if pair.stale:
         raise RuntimeError(f"The engine refuses to sample: {pair.stale}. Load the whole student again.")
     clean_caches(llm, pair)
@@ -208,6 +210,7 @@ class VLLMBackend:
             teacher, theta, gpu_memory_utilization=gpu_memory_utilization, **engine_arguments
         )
         self.pair = pair_of(self._llm)
+        self._has_loaded = False
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -244,6 +247,11 @@ class VLLMBackend:
     def load_theta(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Replace the student's weights in place: see `weights.reload_theta`."""
         reload_theta(self.llm, self.pair, named_parameters)
+        self._has_loaded = True
+
+    def theta_digest(self) -> str | None:
+        """A number that changes with the student's weights; None as long as they are the folder's."""
+        return self.llm.collective_rpc("theta_digest")[0] if self._has_loaded else None
 
     def sleep(self) -> None:
         """Move both models to the host's memory and drop the caches (vLLM's level 1); on a CPU nothing is to be freed.

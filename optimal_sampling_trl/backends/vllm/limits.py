@@ -31,6 +31,9 @@ OWNED = {
     "spec_model": "a draft would be accepted by the teacher's distribution instead of the mixture's",
     "spec_tokens": "a draft would be accepted by the teacher's distribution instead of the mixture's",
     "kv_transfer_config": "a transferred cache would outlive a reload of the student",
+    "kv_offloading_size": "an offloaded cache would outlive a reload of the student",
+    "cpu_offload_gb": "the student's weights are replaced in place, which an offloader would undo",
+    "offload_group_size": "the student's weights are replaced in place, which an offloader would undo",
     "enable_lora": "the student's adapter is merged into the weights that `load_theta` pushes",
     "enable_eplb": "it moves the experts of one model, and here are two",
     "enable_dbo": "it splits a batch that the two models share",
@@ -40,6 +43,9 @@ OWNED = {
     "return_sampling_mask": "its columns and those of the records would meet",
 }
 """Engine arguments that cannot be set, and why; a value that switches them off is let through."""
+CACHE_TYPES = ("auto", "float16", "bfloat16", "float32")
+LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "mistral", "npcache", "pt")
+"""Those of vLLM's default loader, which reads the student's files after the teacher's."""
 RECURRENT = {
     "bamba",
     "falcon_h1",
@@ -109,8 +115,12 @@ def check_pair(teacher: str, theta: str, arguments: dict[str, Any]) -> Pair:
     for role, config in configs.items():
         _check_architecture(config, role)
         _check_heads(config, role, arguments.get("tensor_parallel_size", 1))
-    if (getattr(configs["teacher"], "quantization_config", None) or {}).get("kv_cache_scheme"):
-        raise ValueError(f"The teacher {teacher!r} brings an FP8 KV cache, which the student would share unscaled.")
+    for role, config in configs.items():
+        if (getattr(config, "quantization_config", None) or {}).get("kv_cache_scheme"):
+            other = "student" if role == "teacher" else "teacher"
+            raise ValueError(
+                f"The {role} {paths[role]!r} brings an FP8 KV cache, which the {other} would share unscaled."
+            )
     of_tokenizer = arguments.get("tokenizer_revision") or arguments.get("revision")
     source = {} if of_tokenizer is None else {"revision": of_tokenizer}
     tokenizers = {"teacher": load_tokenizer(str(arguments.get("tokenizer") or teacher), "teacher", **trust, **source)}
@@ -168,6 +178,8 @@ def _check_heads(config: PreTrainedConfig, role: str, tensor_parallel_size: int)
 
 
 def _check_context(configs: dict[str, PreTrainedConfig], asked: int | None) -> int:
+    if asked is not None and asked < 1:
+        raise ValueError(f"`max_model_len` is {asked}; wanted at least 1. Drop it for what both models can read.")
     for role, config in configs.items():
         if asked and asked > context_length(config):
             raise ValueError(
@@ -198,8 +210,13 @@ def check_arguments(arguments: dict[str, Any]) -> None:
         "logprobs_mode": (lambda value: value == "processed_logprobs", "'processed_logprobs', which are log q"),
         "max_logprobs": (lambda value: value == -1 or value >= 3, "at least 3, which carry the records"),
         "pipeline_parallel_size": (lambda value: value == 1, "1: a stage would have to pass on two hidden states"),
-        "kv_cache_dtype": (lambda value: "fp8" not in str(value), "no FP8: its scales are of one model"),
-        "load_format": (lambda value: value != "dummy", "a format that loads weights"),
+        "kv_cache_dtype": (
+            lambda value: value in CACHE_TYPES,
+            f"no FP8, whose scales are of one model: {CACHE_TYPES}",
+        ),
+        "load_format": (lambda value: value in LOAD_FORMATS, f"a format that loads two models: {LOAD_FORMATS}"),
+        "model_impl": (lambda value: value in ("auto", "vllm"), "'auto' or 'vllm'"),
+        "decode_context_parallel_size": (lambda value: value == 1, "1: the student's cache has places of its own"),
         "runner": (lambda value: value in ("auto", "generate"), "'generate'"),
     }
     for name, (holds, words) in wanted.items():

@@ -35,6 +35,9 @@ ONE_STREAM = "OPTIMAL_SAMPLING_ONE_STREAM"
 THETA = "theta."
 """What the names of the student's weights start with while the engine loads both models from disk."""
 
+COMPUTED = ".rotary_emb.inv_freq"
+"""How the names of buffers end that vLLM computes and leaves out when it loads."""
+
 
 class OptimalSamplingForCausalLM(nn.Module):
     """The engine's model is the teacher; the student is named in `additional_config["optimal_sampling"]`:
@@ -55,7 +58,8 @@ class OptimalSamplingForCausalLM(nn.Module):
         # A teacher with an FP8 scheme for its cache switches the shared setting while it is built: compat.py.
         cache_config = copy.copy(vllm_config.cache_config)
         with set_model_tag("teacher"):
-            self.teacher = _build(vllm_config, _own_architectures(vllm_config.model_config), "teacher")
+            # Without a prefix: a quantised checkpoint names the layers that it leaves out by their own names.
+            self.teacher = _build(vllm_config, _own_architectures(vllm_config.model_config), "")
         theta = _theta_model_config(vllm_config.model_config, settings["theta"])
         self.theta_config = replace(vllm_config, model_config=theta, quant_config=None, cache_config=cache_config)
         with set_model_tag("theta"):
@@ -143,12 +147,17 @@ class OptimalSamplingForCausalLM(nn.Module):
                 loaded |= {THETA + name for name in self.theta.load_weights(self._strip(group))}
             else:
                 loaded |= {"teacher." + name for name in self.teacher.load_weights(group)}
+        if not self.theta_shapes:
+            raise ValueError(
+                "vLLM's loader brought no weights of the student; wanted a `load_format` that reads files."
+            )
         self.is_loaded = True
         return loaded
 
     def _strip(self, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
         for name, weight in weights:
-            self.theta_shapes[name.removeprefix(THETA)] = weight.shape
+            if not name.endswith(COMPUTED):  # old checkpoints hold it, and no parameter has its name
+                self.theta_shapes[name.removeprefix(THETA)] = weight.shape
             yield name.removeprefix(THETA), weight
 
     @staticmethod

@@ -124,7 +124,17 @@ def check_params(params: Any, prompt_ids: Sequence[int], settings: dict[str, Any
     for name in extra:
         if name not in known:
             raise ValueError(unknown_option("extra argument of a request", name, known))
-    mixture_of(extra, settings.get("mixture", {}))
+    mixture = mixture_of(extra, settings.get("mixture", {}))
+    if params.prompt_logprobs is not None and mixture.alpha_min < 1:
+        raise ValueError(
+            f"`prompt_logprobs` (or `echo`) is {params.prompt_logprobs!r}, and vLLM computes it of the teacher alone; "
+            "wanted it with the mixture of the teacher alone (alpha_min 1). Drop it."
+        )
+    if params.structured_outputs is not None and settings["ending"]["folded"]:
+        raise ValueError(
+            "The request asks for structured outputs, whose grammar ends with the teacher's token; here that counts "
+            "as the student's, since the two models end differently. Drop them."
+        )
     if extra.get(RECORD, 0) not in (0, 1):
         raise ValueError(f"The extra argument `{RECORD}` is {extra[RECORD]!r}; wanted 0 or 1.")
     if extra.get(RECORD) and params.logprobs != COLUMNS:

@@ -222,7 +222,9 @@ class MixtureSampler(nn.Module):
             device,
         )
         wanted = [bool((one.extra_args or {}).get(RECORD)) for one in params]
-        others = [one.logprobs for one, mine in zip(params, wanted) if not mine and one.logprobs is not None]
+        V = self.runner.input_batch.vocab_size  # what -1 stands for
+        asked = [one.logprobs for one, mine in zip(params, wanted) if not mine and one.logprobs is not None]
+        others = [V if count == -1 else count for count in asked]
         self.wanted = torch.tensor(wanted, device=device)[:, None] if others or not all(wanted) else None
         # vLLM looks for as many likeliest tokens as are asked for; our columns need none of them.
         self.num_logprobs = max(others, default=0) if any(wanted) else None

@@ -107,6 +107,10 @@ def refuse_early(engine: Any) -> None:
     def checked(prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
         ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
         check_params(sampling_params, ids or (), settings)
+        ending = settings["ending"]
+        if ending["folded"] and not sampling_params.ignore_eos:  # vLLM would stop at the teacher's end alone
+            own = sampling_params.stop_token_ids or []
+            sampling_params.stop_token_ids = [*own, *(token for token in ending["stop"] if token not in own)]
         if (sampling_params.extra_args or {}).get(RECORD):
             # A trainer's, which reads ids: no object and no text a token.
             sampling_params.flat_logprobs = True

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ...digest import weight_digest
 from .compat import quiet_reload, repack_tied_head
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from .limits import Pair
 
 HEAD = "lm_head.weight"
+HALF = "a reload of the student failed half-way, so that its weights are a mixture of old and new ones"
 
 
 def reload_theta(llm: LLM, pair: Pair, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
@@ -30,8 +32,8 @@ def reload_theta(llm: LLM, pair: Pair, named_parameters: Iterable[tuple[str, Ten
     Args:
         llm: the engine.
         pair: its pair; `stale` is set and cleared here.
-        named_parameters: every weight of the student under its checkpoint's name; the output layer of a tied one may
-            be left out.
+        named_parameters: every weight of the student under its checkpoint's name, as pairs or as a `state_dict`; the
+            output layer of a tied one may be left out.
 
     Raises:
         RuntimeError: while requests run, or where vLLM keeps cached blocks.
@@ -42,12 +44,18 @@ def reload_theta(llm: LLM, pair: Pair, named_parameters: Iterable[tuple[str, Ten
             "The student cannot be reloaded while requests run: their first tokens would be another model's. "
             "Wait until `generate` returned, or abort them."
         )
-    named_parameters = named_parameters if isinstance(named_parameters, Sequence) else iter(named_parameters)
+    if isinstance(named_parameters, Mapping):
+        named_parameters = list(named_parameters.items())
     if isinstance(named_parameters, Sequence):
         llm.collective_rpc("check_theta_weights", args=(named_parameters,))
     clean_caches(llm, pair)
-    pair.stale = "a reload of the student failed half-way, so that its weights are a mixture of old and new ones"
-    llm.collective_rpc("reload_theta", args=(named_parameters,))
+
+    def begun() -> Iterator[tuple[str, Tensor]]:
+        for item in named_parameters:
+            pair.stale = HALF
+            yield item
+
+    llm.collective_rpc("reload_theta", args=(begun(),))
     if not llm.reset_prefix_cache():
         pair.stale = "vLLM did not drop the blocks that were cached under the student's old weights"
         raise RuntimeError(f"{pair.stale[0].upper()}{pair.stale[1:]}: some request still holds them.")
@@ -108,6 +116,10 @@ class OptimalSamplingWorker:
         load = model.destinations.load if keeps_what_it_loads(model.theta) else model.theta.load_weights
         with reloading(model):
             load(_checked(model, named_parameters))
+
+    def theta_digest(self) -> str:
+        """A number that changes with the student's weights: of a few entries of each."""
+        return weight_digest(self.model_runner.model.theta)
 
     def theta_state(self) -> dict[str, Any]:
         """Which weights the student has: of which start of this process, after how many reloads, and why they are
