@@ -65,6 +65,7 @@ def live(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_between_batches(live: Live) -> None:
     """Exact before and after each reload, also with the prompts that were cached under the old weights."""
     live.check()
+    assert live.backend.theta_digest() is None  # the weights are the folder's
     for step in range(3):
         live.backend.load_theta(live.step() if step else iter(live.step()))
         live.check()

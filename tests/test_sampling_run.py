@@ -514,7 +514,7 @@ def test_a_child_that_was_forked_under_the_lock_does_not_keep_it(tmp_path: Path)
             os._exit(0)
     try:
         with Lock(tmp_path / "lock", "the folder"):
-            pass
+            assert (tmp_path / "lock").read_text().startswith(f"process {os.getpid()} on ")
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from typing import Any
@@ -72,14 +71,14 @@ class DistillationTrainer(MixtureTrainerMixin, trl.DistillationTrainer):
                 f"{error} (One that is padded to another size will do for `loss='sampled_token'`, which reads the "
                 "teacher from the rollouts.)"
             ) from error
-        if not self.sampled_token:
-            self._warn_of_endings()
         if self.is_fsdp_enabled and self._loaded_teacher() is not None:
             self._place_teacher()
         if self.sampled_token:  # as TRL's GRPO: log-probabilities in tiles, no logits (B, T, V)
             own: Any = self.model
             own = own.get_base_model() if is_peft_model(own) else own
             add_fused_lm_head(own, temperature=self.temperature, outputs=("log_probs", "entropy"))
+        else:
+            self._warn_of_endings()
 
     def _warn_of_endings(self) -> None:
         """The rollouts fold the teacher's endings into the student's; TRL's divergence reads the teacher as it is."""
@@ -130,7 +129,7 @@ class DistillationTrainer(MixtureTrainerMixin, trl.DistillationTrainer):
             default = getattr(DistillationConfig, name)
             if (value := getattr(self.args, name, default)) != default:
                 raise ValueError(
-                    f"`{name}` is {value!r}, and `loss={getattr(self.args, 'loss', LOSSES[0])!r}` does not read it. "
+                    f"`{name}` is {value!r}, and `loss={LOSSES[self.sampled_token]!r}` does not read it. "
                     "Drop it, or set the other loss."
                 )
         revision = (self.generator.engine_arguments or {}).get("revision")
@@ -201,9 +200,12 @@ def one_teacher(in_loss: Any, in_rollouts: Any) -> Any:
     """
     if in_loss is None or in_rollouts is None:
         return in_rollouts if in_loss is None else in_loss
-    both_loaded = not isinstance(in_loss, (str, os.PathLike)) and not isinstance(in_rollouts, str)
-    names = [str(x.name_or_path if hasattr(x, "config") else x).rstrip("/") for x in (in_loss, in_rollouts)]
-    if in_loss is in_rollouts or (names[0] == names[1] and not both_loaded):
+    loaded = [hasattr(teacher, "config") for teacher in (in_loss, in_rollouts)]
+    names = [
+        str(teacher.name_or_path if is_loaded else teacher).rstrip("/")
+        for teacher, is_loaded in zip((in_loss, in_rollouts), loaded)
+    ]
+    if in_loss is in_rollouts or (names[0] == names[1] and not all(loaded)):
         return in_loss
     raise ValueError(
         f"`teacher_model` is {names[0]!r} and the generator's `teacher` {names[1]!r}; wanted one teacher for the loss "

@@ -210,7 +210,6 @@ class VLLMBackend:
             teacher, theta, gpu_memory_utilization=gpu_memory_utilization, **engine_arguments
         )
         self.pair = pair_of(self._llm)
-        self._has_loaded = False
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -247,11 +246,10 @@ class VLLMBackend:
     def load_theta(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Replace the student's weights in place: see `weights.reload_theta`."""
         reload_theta(self.llm, self.pair, named_parameters)
-        self._has_loaded = True
 
     def theta_digest(self) -> str | None:
         """A number that changes with the student's weights; None as long as they are the folder's."""
-        return self.llm.collective_rpc("theta_digest")[0] if self._has_loaded else None
+        return self.llm.collective_rpc("theta_digest")[0]
 
     def sleep(self) -> None:
         """Move both models to the host's memory and drop the caches (vLLM's level 1); on a CPU nothing is to be freed.

@@ -115,7 +115,6 @@ def check_pair(teacher: str, theta: str, arguments: dict[str, Any]) -> Pair:
     for role, config in configs.items():
         _check_architecture(config, role)
         _check_heads(config, role, arguments.get("tensor_parallel_size", 1))
-    for role, config in configs.items():
         if (getattr(config, "quantization_config", None) or {}).get("kv_cache_scheme"):
             other = "student" if role == "teacher" else "teacher"
             raise ValueError(

@@ -117,9 +117,10 @@ class OptimalSamplingWorker:
         with reloading(model):
             load(_checked(model, named_parameters))
 
-    def theta_digest(self) -> str:
-        """A number that changes with the student's weights: of a few entries of each."""
-        return weight_digest(self.model_runner.model.theta)
+    def theta_digest(self) -> str | None:
+        """A number that changes with the student's weights: of a few entries of each. None before the first reload."""
+        model = self.model_runner.model
+        return weight_digest(model.theta) if model.updates else None
 
     def theta_state(self) -> dict[str, Any]:
         """Which weights the student has: of which start of this process, after how many reloads, and why they are
