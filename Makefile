@@ -40,4 +40,4 @@ wheel:
 	.venv-wheel/bin/pip wheel -q --no-deps -w dist .
 	.venv-wheel/bin/pip install -q dist/*.whl -c constraints.txt
 	.venv-wheel/bin/pip check
-	.venv-wheel/bin/python tests/smoke.py
+	.venv-wheel/bin/python tests/checks/smoke.py

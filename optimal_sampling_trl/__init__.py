@@ -10,11 +10,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .folder import iterate_rollouts, load_rollouts
     from .generate import OptimalSamplingOutput, OptimalSamplingV1
     from .mixture import Mixture, mix
-    from .request import Sampling
-    from .rollout import Rollout, UnsolvedError
+    from .rollouts.folder import iterate_rollouts, load_rollouts
+    from .rollouts.request import Sampling
+    from .rollouts.rollout import Rollout, UnsolvedError
     from .sampling_run import sample_to_folder
     from .trainers import (
         DistillationConfig,
@@ -39,11 +39,11 @@ _HOME = {
     "OptimalSamplingV1": "generate",
     "RLOOConfig": "trainers",
     "RLOOTrainer": "trainers",
-    "Rollout": "rollout",
-    "Sampling": "request",
-    "UnsolvedError": "rollout",
-    "iterate_rollouts": "folder",
-    "load_rollouts": "folder",
+    "Rollout": "rollouts.rollout",
+    "Sampling": "rollouts.request",
+    "UnsolvedError": "rollouts.rollout",
+    "iterate_rollouts": "rollouts.folder",
+    "load_rollouts": "rollouts.folder",
     "mix": "mixture",
     "sample_to_folder": "sampling_run",
 }

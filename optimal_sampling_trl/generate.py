@@ -14,9 +14,9 @@ from .backends import GPU_MEMORY_UTILIZATION, Backend, make_backend
 from .mixture import Mixture
 from .options import check_whole
 from .pairing import Prompt, encode
-from .progress import Progress
-from .request import Request, Sampling
-from .rollout import Rollout
+from .rollouts.progress import Progress
+from .rollouts.request import Request, Sampling
+from .rollouts.rollout import Rollout
 
 OLD_NAMES = {"model_base": "model_theta", "model_guide": "model_teacher"}
 """Arguments of an older version, and what they are called now."""

@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .rollout import RECORDS
+from .rollouts.rollout import RECORDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from .rollout import Rollout
+    from .rollouts.rollout import Rollout
 
 DIGITS = 4
 LARGEST_PAGE = 400_000_000

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .page import write_atomically
-from .rollout import Rollout
+from .rollouts.rollout import Rollout
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 """Okabe and Ito's colours, distinct under every form of colour blindness, without the yellow that white swallows."""

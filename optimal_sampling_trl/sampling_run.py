@@ -19,14 +19,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .card import make_card
-from .digest import weight_digest
-from .folder import CARD, RUN, Key, RolloutFolder
 from .mixture import Mixture
 from .options import check_whole
-from .progress import Progress
-from .request import Request, Sampling
-from .rollout import Rollout, UnsolvedError
+from .pairing import weight_digest
+from .rollouts.card import make_card
+from .rollouts.folder import CARD, RUN, Key, RolloutFolder
+from .rollouts.progress import Progress
+from .rollouts.request import Request, Sampling
+from .rollouts.rollout import Rollout, UnsolvedError
 
 if TYPE_CHECKING:
     from .backends import Backend

@@ -32,7 +32,17 @@ def check_shapes(function: Callable) -> Callable:
 
 
 # Before the package is imported. Processes that vLLM spawns import it unchecked.
-SHAPED = [f"optimal_sampling_trl.{room}" for room in ("mixture", "solver", "reference", "rollout", "losses")]
+SHAPED = [
+    f"optimal_sampling_trl.{room}"
+    for room in (
+        "mixture.settings",
+        "mixture.mixing",
+        "mixture.solver",
+        "mixture.reference",
+        "rollouts.rollout",
+        "losses",
+    )
+]
 install_import_hook(SHAPED, f"{__name__}.check_shapes")
 
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from models import EOS, make_model, make_tokenizer, make_unfit_models
-from oracle import check_rollout
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from helpers.models import EOS, make_model, make_tokenizer, make_unfit_models
+from helpers.oracle import check_rollout
 from optimal_sampling_trl import Mixture, OptimalSamplingOutput, OptimalSamplingV1, backends
 from optimal_sampling_trl.backends import decoding
-from optimal_sampling_trl.backends.source import Source
-from optimal_sampling_trl.request import Sampling
+from optimal_sampling_trl.pairing.source import Source
+from optimal_sampling_trl.rollouts.request import Sampling
 
 PROMPTS = ["3 + 4 =", "a", "sort: 5 1 2"]
 CHAT = [{"role": "user", "content": "hi"}]

@@ -24,7 +24,7 @@ from optimal_sampling_trl.losses import (
     sampled_token_coefficients,
 )
 from optimal_sampling_trl.mixture import Mixture
-from optimal_sampling_trl.reference import reference
+from optimal_sampling_trl.mixture.reference import reference
 
 LENGTHS = (7, 1, 4, 6, 0, 3)
 MIXED = torch.tensor([True, True, False, True, True, False])

@@ -32,7 +32,7 @@ from optimal_sampling_trl import page
 from optimal_sampling_trl.mixture import Mixture
 from optimal_sampling_trl.page import write_page
 from optimal_sampling_trl.plots import plot_learning
-from optimal_sampling_trl.rollout import Rollout
+from optimal_sampling_trl.rollouts.rollout import Rollout
 
 CHROMIUM = shutil.which("chromium")
 needs_browser = pytest.mark.skipif(

@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
-from models import make_model
-from oracle import check_rollout
 from transformers import AutoModelForCausalLM
 
+from helpers.models import make_model
+from helpers.oracle import check_rollout
 from optimal_sampling_trl import (
     Mixture,
     OptimalSamplingV1,
@@ -31,12 +31,12 @@ from optimal_sampling_trl import (
     load_rollouts,
     sample_to_folder,
 )
-from optimal_sampling_trl import folder as folder_module
-from optimal_sampling_trl import progress as progress_module
-from optimal_sampling_trl.folder import Key, RolloutFolder
-from optimal_sampling_trl.lock import Lock
-from optimal_sampling_trl.progress import Progress
-from optimal_sampling_trl.rollout import RECORDS
+from optimal_sampling_trl.files import Lock
+from optimal_sampling_trl.rollouts import folder as folder_module
+from optimal_sampling_trl.rollouts import progress as progress_module
+from optimal_sampling_trl.rollouts.folder import Key, RolloutFolder
+from optimal_sampling_trl.rollouts.progress import Progress
+from optimal_sampling_trl.rollouts.rollout import RECORDS
 from optimal_sampling_trl.sampling_run import read_prompts, rollout_seed
 
 PROMPTS = ["3 + 4 =", "a", "a", "../../../etc/passwd", "/abs/olute", "C:\\x\0|`$(rm)", "data/rollouts-000000.parquet"]

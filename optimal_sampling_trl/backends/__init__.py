@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..progress import Progress
-    from ..request import Request
-    from ..rollout import Rollout
+    from ..rollouts.progress import Progress
+    from ..rollouts.request import Request
+    from ..rollouts.rollout import Rollout
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def make_backend(
     if backend == "vllm":
         if not (isinstance(teacher, str) and isinstance(theta, str)):
             raise ValueError(f"backend='vllm': {LOADED}. Save it and pass its folder, or use backend='transformers'.")
-        from .vllm.engine import VLLMBackend
+        from .vllm.backend import VLLMBackend
 
         return VLLMBackend(teacher, theta, gpu_memory_utilization=gpu_memory_utilization, **engine_arguments)
     if asked == "transformers" and gpu_memory_utilization != GPU_MEMORY_UTILIZATION:
@@ -95,7 +95,7 @@ def make_backend(
             f"`gpu_memory_utilization` is {gpu_memory_utilization!r} and the backend 'transformers', which takes what "
             "memory it needs; wanted the setting with 'vllm' alone. Drop it, or lower `max_num_seqs` to need less."
         )
-    from .transformers import TransformersBackend
+    from .transformers.backend import TransformersBackend
 
     return TransformersBackend(teacher, theta, **engine_arguments)
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..generate import OptimalSamplingV1
-from ..mixture import Mixture
-from ..solver import METHODS
+from ..mixture import METHODS, Mixture
 from .generator import OptimalSamplingGenerator
 
 

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..lock import Lock
+from ..files import Lock
 from ..losses import effective_sample_size
 from ..pairing import with_system_prompt
-from ..rollout import RECORDS, Rollout
+from ..rollouts.rollout import RECORDS, Rollout
 from .config import correction_of
-from .generation import MixtureGeneration, Plan, build_generation, installed, together
+from .engines.seam import MixtureGeneration, Plan, build_generation, installed, together
 from .generator import OptimalSamplingGenerator
 from .report import FigureCallback, send_histograms
 

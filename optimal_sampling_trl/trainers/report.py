@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from ..plots import draw_tokens, draw_training
-from ..rollout import Rollout
+from ..rollouts.rollout import Rollout
 
 RUNS = ("wandb", "trackio")
 """Loggers with `log`, `Histogram` and `Image` of one form; TensorBoard has a writer."""

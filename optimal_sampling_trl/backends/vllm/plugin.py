@@ -8,7 +8,7 @@ ARCHITECTURE = "OptimalSamplingForCausalLM"
 """The architecture under which vLLM knows the fused model."""
 TRANSFER = "optimal_sampling"
 """The name under which vLLM knows the engine that a trainer's weights reach the student by."""
-_HOME = "optimal_sampling_trl.backends.vllm.model:OptimalSamplingForCausalLM"
+_HOME = "optimal_sampling_trl.backends.vllm.worker.model:OptimalSamplingForCausalLM"
 
 
 def register() -> None:
@@ -17,9 +17,9 @@ def register() -> None:
     May be called any number of times. vLLM does not catch what a plugin raises, and the plugin is loaded for every
     model that a user serves: so an unsuited version is logged here, and raised by `require` where it matters.
     """
-    from . import compat
+    from . import versions
 
-    reason = compat.unsupported()
+    reason = versions.unsupported()
     if reason:
         logging.getLogger(__name__).warning("optimal_sampling_trl: %s", reason)
         return
@@ -27,11 +27,11 @@ def register() -> None:
 
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, _HOME)
-    compat.private_blocks()
+    versions.private_blocks()
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     if TRANSFER not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(TRANSFER, f"{__package__}.transfer", "ThetaNCCL")
+        WeightTransferEngineFactory.register_engine(TRANSFER, f"{__package__}.worker.transfer", "ThetaNCCL")
 
 
 def require() -> None:
@@ -40,9 +40,9 @@ def require() -> None:
     Raises:
         ImportError: where vLLM is missing, has an unsuited version, or was told not to load this plugin.
     """
-    from . import compat
+    from . import versions
 
-    reason = compat.unsupported()
+    reason = versions.unsupported()
     if reason:
         raise ImportError(reason)
     from vllm import ModelRegistry

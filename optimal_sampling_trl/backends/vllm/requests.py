@@ -13,8 +13,8 @@ from torch import Tensor
 from ...mixture import Mixture
 from ...options import unknown_option
 from ...pairing import Ending, check_prompt
-from ...request import Request
-from ...rollout import Rollout, check_solved
+from ...rollouts.request import Request
+from ...rollouts.rollout import Rollout, check_solved
 from .limits import Pair
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def to_sampling_params(request: Request, ending: Ending) -> SamplingParams:
     """
     from vllm import SamplingParams
 
-    from .sampler import COLUMNS
+    from .worker.row_sampler import COLUMNS
 
     sampling = request.sampling
     return SamplingParams(
@@ -97,7 +97,7 @@ def to_sampling_params(request: Request, ending: Ending) -> SamplingParams:
 
 def extra_arguments(request: Request) -> dict[str, Any]:
     """What vLLM hands on of a request for records: its mixture, and the student's prompt where that is another."""
-    from .sampler import RECORD
+    from .worker.row_sampler import RECORD
 
     extra: dict[str, Any] = {RECORD: 1, **request.mixture.to_dict()}
     if list(request.theta_prompt_ids) != list(request.prompt_ids):
@@ -117,7 +117,7 @@ def check_params(params: Any, prompt_ids: Sequence[int], settings: dict[str, Any
         ValueError: on an extra argument that is unknown or out of range, on records without their columns, and on a
             token that one of the models does not know.
     """
-    from .sampler import COLUMNS, RECORD, mixture_of
+    from .worker.row_sampler import COLUMNS, RECORD, mixture_of
 
     extra = params.extra_args or {}
     known = (RECORD, THETA_PROMPT, *Mixture.__dataclass_fields__)
@@ -218,7 +218,7 @@ def flat_logprobs(token_ids: list[int], values: Float[Tensor, " T"]) -> FlatLogp
 
 def to_columns(rows: np.ndarray) -> Float[Tensor, "4 T"]:
     """The records in their order, from one row a token as the engine has them: log q, α, log θ, log t."""
-    from .sampler import NO_NUMBER
+    from .worker.row_sampler import NO_NUMBER
 
     columns = torch.from_numpy(np.ascontiguousarray(rows.T[[1, 0, 2, 3]]))
     columns[columns == NO_NUMBER] = torch.nan

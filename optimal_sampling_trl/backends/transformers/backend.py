@@ -1,0 +1,258 @@
+"""The mixture on plain transformers: two models with a KV cache each, batched. Needs no vLLM, and is exact.
+
+The student may be the module that is being trained: it is used where it stands, so there is no copy of it and nothing
+to synchronise. Prompts are padded on the left; equal prompts are read once; rows that ended leave the batch.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ... import pairing
+from ...options import check_whole, unknown_option
+from ...pairing import MODEL_OPTIONS, Source
+from ...rollouts.progress import Progress
+from ...rollouts.request import Request
+from ...rollouts.rollout import Rollout, check_solved
+from .decoding import Rows, Stream
+
+ENGINE_OPTIONS = ("device", "max_model_len", "max_num_seqs", *MODEL_OPTIONS)
+"""All options of this backend, under vLLM's names where vLLM has them."""
+
+
+class TransformersBackend:
+    """Samples the mixture with transformers alone.
+
+    Args:
+        teacher: a folder, a model id or a loaded model.
+        theta: likewise; a loaded model is used as it stands, also while it is being trained.
+        tokenizer: the pair's; by default the student's, checked against the teacher's.
+        device: where loaded folders go; by default the student's device, or a GPU where there is one.
+        max_num_seqs: most rows in a batch.
+        max_model_len: most tokens of a prompt and its completion; by default what both models can read.
+        model_options: `dtype`, `attn_implementation`, `trust_remote_code` for `from_pretrained`, and `revision` for
+            the teacher's; a student of another revision is passed as a folder.
+
+    Raises:
+        ValueError: on an unknown option, a model that cannot be loaded, or a pair that cannot be mixed.
+    """
+
+    name = "transformers"
+
+    def __init__(
+        self,
+        teacher: str | PreTrainedModel,
+        theta: str | PreTrainedModel,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        device: torch.device | str | None = None,
+        max_num_seqs: int = 256,
+        max_model_len: int | None = None,
+        **model_options: Any,
+    ) -> None:
+        for name in model_options:
+            if name not in MODEL_OPTIONS:
+                raise ValueError(unknown_option("argument of the transformers backend", name, ENGINE_OPTIONS))
+        check_whole("The transformers backend", "max_num_seqs", max_num_seqs, 1, "Drop it for 256 rows at once.")
+        own = {name: value for name, value in model_options.items() if name != "revision"}
+        sources = Source(teacher, "teacher", model_options), Source(theta, "student", own)
+        configs = sources[0].config(), sources[1].config()
+        for source, config in zip(sources, configs, strict=True):
+            _check_cache(config, source.role)
+        self.tokenizer = sources[1].tokenizer() if tokenizer is None else tokenizer
+        pairing.check_same_tokens(sources[0].tokenizer(), self.tokenizer)
+        self.vocabulary = pairing.check_vocabulary(configs[0], configs[1], self.tokenizer)
+        self.context = _context(pairing.context_length(*configs), max_model_len)
+        self.max_num_seqs = max_num_seqs
+        self.ending = pairing.end_of_sequence(
+            sources[0].generation_config(configs[0]),
+            sources[1].generation_config(configs[1]),
+            self.tokenizer.eos_token_id,
+        )
+        self.device = sources[1].device if device is None else _device(device)
+        self._owns_teacher = not sources[0].is_loaded
+        self._owns_theta = not sources[1].is_loaded
+        self.theta = sources[1].load(self.device)
+        self.teacher = sources[0].load(self.device)
+
+    def check(self, request: Request, index: int) -> None:
+        """Refuse a request with a prompt that a model cannot read.
+
+        Raises:
+            ValueError: naming the prompt, what was got and what was wanted.
+        """
+        for role, ids in (("teacher", request.prompt_ids), ("student", request.theta_prompt_ids)):
+            pairing.check_prompt(ids, self.context, self.vocabulary, index, role)
+
+    def generate(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Rollout]:
+        """One rollout for each request, in their order; `progress` shows them while they are drawn.
+
+        Raises:
+            ValueError: on a prompt that a model cannot read, before anything is sampled.
+            UnsolvedError: naming each request for which a model returned NaN or the two share no token; it carries the
+                others' rollouts.
+            RuntimeError: after `close`, or where a model is on another device than the backend's.
+        """
+        self._check_ready()
+        for index, request in enumerate(requests):
+            self.check(request, index)
+        order = sorted(range(len(requests)), key=lambda index: len(requests[index].prompt_ids))
+        rollouts: dict[int, Rollout] = {}
+        with torch.no_grad(), _evaluating(self.theta), _evaluating(self.teacher):
+            for start in range(0, len(order), self.max_num_seqs):
+                part = order[start : start + self.max_num_seqs]
+                batch = self._generate_batch([requests[index] for index in part], progress)
+                rollouts.update(zip(part, batch, strict=True))
+                if progress is not None:
+                    progress.add(batch)
+        result = [rollouts[index] for index in range(len(requests))]
+        check_solved(result)
+        return result
+
+    def _generate_batch(self, requests: list[Request], progress: Progress | None) -> list[Rollout]:
+        prompts = [request.prompt_ids for request in requests], [request.theta_prompt_ids for request in requests]
+        teacher = Stream(self.teacher, prompts[0], self.context, self.device)
+        theta = Stream(self.theta, prompts[1], self.context, self.device)
+        rows = Rows(requests, self)
+        while True:
+            tokens = rows.draw(theta.logits.float(), self.ending.fold(teacher.logits.float()))
+            keep = rows.advance(tokens)
+            if progress is not None and progress.due:
+                progress.peek(*rows.so_far())
+            if keep is not None:
+                if not len(keep):
+                    return rows.rollouts()
+                teacher.keep(keep)
+                theta.keep(keep)
+                tokens = tokens[keep]
+            teacher.step(tokens)
+            theta.step(tokens)
+
+    def load_theta(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Copy weights into the student, all or none.
+
+        Raises:
+            ValueError: where the student is a module that the caller trains, a name is missing or unknown, a shape
+                differs, or a tied weight has two values; the old weights then stay.
+            RuntimeError: after `close`.
+        """
+        self._check_open()
+        if not self._owns_theta:
+            raise ValueError(
+                "The student of this backend is the live module itself: there is nothing to load. Drop the call."
+            )
+        new = dict(named_parameters)
+        own = dict(self.theta.named_parameters(remove_duplicate=False))
+        wrong = _misfits(own, new)
+        if wrong:
+            raise ValueError(
+                f"These weights do not fit the student ({len(wrong)} differ): {'; '.join(wrong[:3])}. Pass the "
+                "`named_parameters()` of a model of its architecture. Nothing was loaded."
+            )
+        with torch.no_grad():
+            for name in own.keys() & new.keys():
+                own[name].copy_(new[name])
+
+    def sleep(self) -> None:
+        """Move the models that were loaded here, not those that were passed loaded, to the CPU until `wake_up`."""
+        self._move(torch.device("cpu"))
+
+    def wake_up(self) -> None:
+        """Move the models back to their device."""
+        self._move(self.device)
+
+    def _move(self, device: torch.device) -> None:
+        self._check_open()
+        for model, is_own in ((self.teacher, self._owns_teacher), (self.theta, self._owns_theta)):
+            if is_own:
+                model.to(device)  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        """Let go of both models. Doing so twice is fine."""
+        self.__dict__.pop("teacher", None)
+        self.__dict__.pop("theta", None)
+
+    def _check_open(self) -> None:
+        if not hasattr(self, "theta"):
+            raise RuntimeError("This backend was closed. Build another one.")
+
+    def _check_ready(self) -> None:
+        self._check_open()
+        for role, model in (("teacher", self.teacher), ("student", self.theta)):
+            device = next(model.parameters()).device
+            if device.type != self.device.type:
+                raise RuntimeError(
+                    f"The {role} is on {device}; wanted {self.device}, where this backend samples. Call `wake_up()` "
+                    "after `sleep()`, or move the model there before it is passed."
+                )
+
+
+def _check_cache(config: PreTrainedConfig, role: str) -> None:
+    """Refuse a model that keeps a state where others have a cache of keys and values, or of both (a hybrid)."""
+    model: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if model is not None and "cache_params" in inspect.signature(model.forward).parameters:
+        raise ValueError(
+            f"The {role} {config.name_or_path!r} ({model.__name__}) keeps a state instead of a cache; wanted a "
+            "decoder with attention, or a hybrid. Pass another pair."
+        )
+
+
+def _device(device: torch.device | str) -> torch.device:
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(
+            f"The transformers backend: `device` is {str(device)!r}; wanted one that torch has on this machine "
+            f"({str(error).splitlines()[0]}). Pass another, or none for a GPU where there is one."
+        ) from error
+    return found
+
+
+def _misfits(own: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> list[str]:
+    """What keeps `new` from replacing `own`, in words. A tied weight may come under any of its names, or all."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in own.items():
+        names.setdefault(id(parameter), []).append(name)
+    wrong = [f"{name} is unknown" for name in new if name not in own]
+    for tied in names.values():
+        given = [name for name in tied if name in new]
+        if not given:
+            wrong.append(f"{tied[0]} is missing")
+        for name in given:
+            if new[name].shape != own[name].shape:
+                wrong.append(f"{name} has shape {tuple(new[name].shape)}, wanted {tuple(own[name].shape)}")
+            elif not (new[name] is new[given[0]] or torch.equal(new[name], new[given[0]].to(new[name]))):
+                wrong.append(f"{name} and {given[0]} differ, but the student ties them")
+    return wrong
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Switch dropout off, and afterwards on again exactly where it was on."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _context(longest: int, max_model_len: int | None) -> int:
+    if max_model_len is None:
+        return longest
+    check_whole("The transformers backend", "max_model_len", max_model_len, 2)
+    if max_model_len > longest:
+        raise ValueError(
+            f"`max_model_len` is {max_model_len}; wanted 2 to {longest}, the shorter of the two models' contexts. "
+            "Lower it, or drop it for the whole context."
+        )
+    return max_model_len

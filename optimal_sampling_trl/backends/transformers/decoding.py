@@ -1,0 +1,216 @@
+"""A batch in progress on plain transformers: what each model has read, and what has been drawn in each row."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from ...mixture import MixtureRows, blend, log_distributions, precision, solve_alpha
+from ...rollouts.request import Request, Sampling
+from ...rollouts.rollout import RECORDS, Rollout
+
+if TYPE_CHECKING:
+    from .backend import TransformersBackend
+
+
+class Stream:
+    """One model reading a batch: its KV cache and the logits (N, V) of each row's next token.
+
+    Args:
+        model: in evaluation mode.
+        prompts: token ids, a list for each row; equal ones are read once.
+        context: most tokens that the model can read. A row that ended may run past it until it leaves the batch.
+        device: the model's.
+    """
+
+    def __init__(self, model: PreTrainedModel, prompts: list[list[int]], context: int, device: torch.device) -> None:
+        self.model, self.context = model, context
+        unique = {tuple(prompt): index for index, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        width = max(map(len, unique))
+        ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in unique], device=device)
+        self.lengths = torch.tensor([len(prompt) for prompt in unique], device=device)
+        self.mask = (torch.arange(width, device=device) >= width - self.lengths[:, None]).long()
+        self.cache: Any = None
+        self._forward(ids, (self.mask.cumsum(1) - 1).clamp(min=0))
+        if len(unique) < len(prompts):
+            self.keep(torch.tensor([unique[tuple(prompt)] for prompt in prompts], device=device))
+
+    def _forward(self, ids: Tensor, positions: Tensor) -> None:
+        output = self.model(
+            input_ids=ids,
+            attention_mask=self.mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.cache, self.logits = output.past_key_values, output.logits[:, -1]
+
+    def step(self, tokens: Tensor) -> None:
+        """Read one more token in each row."""
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
+        self._forward(tokens[:, None], self.lengths[:, None].clamp(max=self.context - 1))
+        self.lengths = self.lengths + 1
+
+    def keep(self, index: Tensor) -> None:
+        """Go on with the rows at `index` alone; a row may be named more than once."""
+        self.cache.reorder_cache(index)  # of all ways to choose rows the one that every kind of layer has
+        self.mask, self.lengths, self.logits = self.mask[index], self.lengths[index], self.logits[index]
+
+
+class Rows:
+    """The rows of a batch: what is asked of each, and what has been drawn. `active` maps a row to its request."""
+
+    def __init__(self, requests: list[Request], backend: TransformersBackend) -> None:
+        self.requests, self.backend = requests, backend
+        device, count = backend.device, len(requests)
+        self.limits = [
+            min(r.sampling.max_tokens, backend.context - max(len(r.prompt_ids), len(r.theta_prompt_ids)))
+            for r in requests
+        ]
+        self.active = list(range(count))
+        self.tokens = torch.zeros(count, max(self.limits), dtype=torch.int64, device=device)
+        self.records = torch.zeros(count, max(self.limits), len(RECORDS), device=device)
+        self.lengths = [0] * count
+        self.reasons = ["length"] * count
+        self.silent = set(backend.tokenizer.all_special_ids)
+        self.tails = [_tail(request.sampling.stop) for request in requests]
+        self.step = 0
+        seeds = [request.sampling.seed for request in requests]
+        self.generators = [None if s is None else torch.Generator(device).manual_seed(s) for s in seeds]
+        self._regroup()
+
+    def _regroup(self) -> None:
+        """Per-row settings of the active rows, made when the rows change and not at each token."""
+        device = self.backend.device
+        requests = [self.requests[row] for row in self.active]
+        self.index = torch.tensor(self.active, device=device)
+        self.mixtures = MixtureRows.of([request.mixture for request in requests], device)
+        temperatures = [request.sampling.temperature for request in requests]
+        self.temperature = torch.tensor([t or 1.0 for t in temperatures], dtype=precision(device), device=device)
+        self.greedy = torch.tensor([t == 0 for t in temperatures], device=device)
+        groups: dict[Sampling, list[int]] = {}
+        for row, request in enumerate(requests):  # rows that differ in length or seed alone are processed together
+            groups.setdefault(replace(request.sampling, max_tokens=1, seed=None, stop=()), []).append(row)
+        self.processors = [
+            (torch.tensor(rows, device=device), _processors(sampling)) for sampling, rows in groups.items()
+        ]
+
+    def draw(self, theta_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        """Draw a token in each active row and record it. Both logits are raw, (N, V of each model)."""
+        log_theta, log_teacher = log_distributions(theta_logits, teacher_logits, self.temperature)
+        alpha = solve_alpha(log_theta, log_teacher, self.mixtures)
+        V = log_theta.shape[-1]
+        scores = blend(theta_logits[:, :V], teacher_logits[:, :V], alpha)
+        for rows, processors in self.processors:
+            scores[rows] = processors(self._seen(rows), scores[rows])  # type: ignore[arg-type]
+        # A row without a solution goes on harmlessly; its NaN alpha names it when the batch is done.
+        log_q = torch.log_softmax(scores, dim=-1).masked_fill(alpha.isnan()[:, None], 0.0)
+        chosen = torch.where(self.greedy, log_q.argmax(-1), (log_q + self._gumbel(log_q)).argmax(-1))
+        records = [alpha, *(x.gather(1, chosen[:, None])[:, 0] for x in (log_q, log_theta, log_teacher))]
+        self.tokens[self.index, self.step] = chosen
+        self.records[self.index, self.step] = torch.stack([x.float() for x in records], dim=-1)
+        return chosen
+
+    def _seen(self, rows: Tensor) -> Tensor | None:
+        """What the rows' teacher prompts and completions hold, for the repetition penalty: (rows, length) ids."""
+        if all(r.sampling.repetition_penalty == 1.0 for r in self.requests):
+            return None
+        prompts = [self.requests[self.active[row]].prompt_ids for row in rows.tolist()]
+        width = max(map(len, prompts))
+        padded = [[prompt[0]] * (width - len(prompt)) + prompt for prompt in prompts]  # a token that was seen anyway
+        return torch.cat([torch.tensor(padded, device=rows.device), self.tokens[self.index[rows], : self.step]], dim=1)
+
+    def _gumbel(self, log_q: Tensor) -> Tensor:
+        """Standard Gumbel noise (N, V): argmax(log q + noise) is a draw from q. Seeded rows use their own stream."""
+        noise = torch.empty_like(log_q)
+        if any(self.generators[request] is None for request in self.active):
+            noise.exponential_()
+        for row, request in enumerate(self.active):
+            generator = self.generators[request]
+            if generator is not None:
+                noise[row].exponential_(generator=generator)
+        return -noise.clamp(min=torch.finfo(noise.dtype).tiny).log()
+
+    def advance(self, tokens: Tensor) -> Tensor | None:
+        """Note which rows ended. Returns the rows to go on with where at least half have ended (none: all have)."""
+        self.step += 1
+        for token, request in zip(tokens.tolist(), self.active, strict=True):
+            if not self.lengths[request] and self._ended(request, token):
+                self.lengths[request] = self.step
+        going = [row for row, request in enumerate(self.active) if not self.lengths[request]]
+        if 2 * len(going) > len(self.active):
+            return None
+        self.active = [self.active[row] for row in going]
+        if going:
+            self._regroup()
+        return torch.tensor(going, dtype=torch.int64, device=tokens.device)
+
+    def so_far(self) -> tuple[int, int, float]:
+        """Rows that ended, tokens drawn, and the sum of α over them. Waits for the device."""
+        lengths = torch.tensor([length or self.step for length in self.lengths])
+        drawn = torch.arange(self.step) < lengths[:, None]
+        alpha = self.records[:, : self.step, RECORDS.index("alpha")].cpu()
+        return sum(length > 0 for length in self.lengths), int(lengths.sum()), float(alpha[drawn].nansum())
+
+    def _ended(self, request: int, token: int) -> bool:
+        sampling = self.requests[request].sampling
+        stopped = token in self.backend.ending.stop and not sampling.ignore_eos
+        if sampling.stop and not stopped and token not in self.silent:
+            self.tails[request].append(token)
+            text = self._text(list(self.tails[request]))
+            stopped = any(stop in text for stop in sampling.stop)
+        if stopped:
+            self.reasons[request] = "stop"
+        return stopped or self.step >= self.limits[request]
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self.backend.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def rollouts(self) -> list[Rollout]:
+        """What was drawn, a rollout for each request."""
+        tokens, records = self.tokens.cpu(), self.records.cpu()
+        rollouts = []
+        for row, (request, length) in enumerate(zip(self.requests, self.lengths, strict=True)):
+            ids = tokens[row, :length].tolist()
+            own = records[row, :length].T.contiguous()  # (4, T): the batch's would keep all its rows alive
+            rollouts.append(
+                Rollout.answer(request, ids, own, request.sampling.cut(self._text(ids)), self.reasons[row])
+            )
+        return rollouts
+
+
+def _tail(stops: Sequence[str]) -> deque[int]:
+    """Room for the last tokens of a completion, as many as the longest of some stop texts can be spread over."""
+    # A token brings a byte or more, the special ones apart, which are not kept; the first few may be half a character.
+    return deque(maxlen=max((len(stop.encode()) for stop in stops), default=0) + 4)
+
+
+def _processors(sampling: Sampling) -> LogitsProcessorList:
+    """transformers' own processors, in vLLM's order: penalty, temperature, min_p, top_k, top_p."""
+    processors = LogitsProcessorList()
+    if sampling.repetition_penalty != 1.0:
+        processors.append(RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
+    if sampling.temperature not in (0.0, 1.0):
+        processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.min_p > 0:
+        processors.append(MinPLogitsWarper(sampling.min_p))
+    if sampling.top_k > 0:
+        processors.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        processors.append(TopPLogitsWarper(sampling.top_p))
+    return processors

@@ -1,0 +1,144 @@
+"""The fused engine behind vLLM's own HTTP server: `optimal-sampling-serve --teacher T --theta S [vLLM's flags]`.
+
+Everything that `vllm serve` takes is taken, and means the same. What the fused model needs is set here, and what it
+cannot do is refused before the server starts. It listens on 127.0.0.1 unless `--host` says otherwise: whoever reaches
+it may sample, and, through the development endpoints that TRL sends weights by, replace the student, drop caches,
+put the server to sleep and read its settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from ..backend import engine_settings, platform_settings
+from ..limits import check_arguments, check_pair, check_platform
+from ..plugin import TRANSFER, require
+from ..requests import check_params
+from ..versions import serve_flags
+from .messages import describe
+
+PROGRAM = "optimal-sampling-serve"
+ONE_SERVER = {"headless": False, "grpc": False, "api_server_count": None}
+"""Flags of `vllm serve` that start something else than one HTTP server, and their defaults."""
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments of vLLM's server for a pair.
+
+    Raises:
+        ImportError: where vLLM is missing, unsuited, or did not load this package's plugin.
+        ValueError: on a pair or an argument that the engine refuses (limits.py).
+    """
+    own = argparse.ArgumentParser(PROGRAM, description=__doc__, allow_abbrev=False)
+    own.add_argument("--teacher", required=True, help="folder or model id of the teacher")
+    own.add_argument("--theta", required=True, help="folder or model id of the student")
+    ours, rest = own.parse_known_args(argv)
+    require()
+    from vllm.config import WeightTransferConfig
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    flags = serve_flags()
+    parser = flags.make_arg_parser(FlexibleArgumentParser(PROGRAM))
+    args = parser.parse_args(rest)
+    given = _given(parser, args)
+    check_arguments(given)
+    check_platform({})  # several devices are fine: weights come to each of the server's processes
+    pair = check_pair(ours.teacher, ours.theta, given)
+    for name, value in engine_settings(pair, given, **describe(pair)).items():
+        setattr(args, name, value)
+    args.model, args.weight_transfer_config = pair.teacher, WeightTransferConfig(backend=TRANSFER)
+    args.host = args.host or "127.0.0.1"
+    flags.validate_parsed_serve_args(args)
+    return args
+
+
+def _given(parser: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """The engine arguments among the flags that are not at their default."""
+    from vllm import EngineArgs
+
+    if args.model_tag is not None:
+        raise ValueError(f"A model was passed, {args.model_tag!r}; wanted `--teacher` and `--theta` alone. Drop it.")
+    for name, default in ONE_SERVER.items():
+        if getattr(args, name, default) not in (default, 1):
+            raise ValueError(f"`--{name.replace('_', '-')}` is not supported: this command starts one HTTP server.")
+    names = [field.name for field in fields(EngineArgs) if hasattr(args, field.name)]
+    given = {name: getattr(args, name) for name in names if getattr(args, name) != parser.get_default(name)}
+    if "weight_transfer_config" in given:
+        raise ValueError("`--weight-transfer-config` cannot be set: this command names the one of the student.")
+    return given
+
+
+async def serve(args: argparse.Namespace) -> None:
+    """Run the server until it is told to stop."""
+    from vllm.entrypoints.openai.api_server import build_and_serve, build_async_engine_client, setup_server
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt  # until uvicorn has handlers of its own
+
+    signal.signal(signal.SIGTERM, stop)
+    address, sock = setup_server(args, reuse_port=False)
+    try:
+        async with build_async_engine_client(args) as engine:
+            await engine.collective_rpc("install_mixture_sampler")
+            refuse_early(engine)
+            stopped = await build_and_serve(engine, address, sock, args)
+        await stopped
+    finally:
+        sock.close()
+
+
+def refuse_early(engine: Any) -> None:
+    """Check each request before it reaches the engine, whatever endpoint it came by.
+
+    There it would stop the step, and with it the server; here vLLM answers it with status 400.
+    """
+    from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
+
+    from ..worker.row_sampler import RECORD
+
+    settings = engine.vllm_config.additional_config["optimal_sampling"]
+    generate = engine.generate
+
+    def checked(prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
+        ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
+        check_params(sampling_params, ids or (), settings)
+        ending = settings["ending"]
+        if ending["folded"] and not sampling_params.ignore_eos:  # vLLM would stop at the teacher's end alone
+            own = sampling_params.stop_token_ids or []
+            sampling_params.stop_token_ids = [*own, *(token for token in ending["stop"] if token not in own)]
+        if (sampling_params.extra_args or {}).get(RECORD):
+            # A trainer's, which reads ids: no object and no text a token.
+            sampling_params.flat_logprobs = True
+            sampling_params.detokenize = bool(sampling_params.stop)
+        return generate(prompt, sampling_params, *args, **kwargs)
+
+    def no_beams(*args: Any, **kwargs: Any) -> Any:
+        raise ValueError("`use_beam_search` is set; vLLM would search without the request's mixture. Drop it.")
+
+    engine.generate = checked
+    mixin: Any = BeamSearchOnlineMixin
+    mixin.beam_search = no_beams
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command `optimal-sampling-serve`; a refusal is one line and exit status 2."""
+    try:
+        args = parse(argv)
+    except (ImportError, ValueError) as error:
+        raise SystemExit(f"{PROGRAM}: {error}") from error
+    import uvloop
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+
+    cli_env_setup()
+    # TRL sends weights and reads the server's settings by vLLM's development endpoints.
+    os.environ.update({"VLLM_SERVER_DEV_MODE": "1", **platform_settings()})
+    uvloop.run(serve(args))
+
+
+if __name__ == "__main__":
+    main()

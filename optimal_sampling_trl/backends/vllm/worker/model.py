@@ -1,0 +1,236 @@
+"""Teacher and student as one vLLM model: two submodules that share a schedule, a block table and a batch.
+
+vLLM's own machinery builds, loads, compiles and caches both. This class runs one after the other and keeps the
+student's logits for the sampler, which mixes (see `sampler.py`): `compute_logits` returns the teacher's.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import secrets
+from collections.abc import Iterable
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.compilation.backends import set_model_tag
+from vllm.config import ModelConfig, VllmConfig
+from vllm.config.utils import replace
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.model_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.model_executor.models import ModelRegistry
+from vllm.platforms import current_platform
+from vllm.transformers_utils.config import get_config
+from vllm.v1.attention.backend import subclass_attention_backend
+
+from ....pairing import Ending
+from .destinations import Destinations
+
+ONE_STREAM = "OPTIMAL_SAMPLING_ONE_STREAM"
+"""The variable that keeps both models on one stream of the GPU, to measure what the second one brings."""
+THETA = "theta."
+"""What the names of the student's weights start with while the engine loads both models from disk."""
+
+COMPUTED = ".rotary_emb.inv_freq"
+"""How the names of buffers end that vLLM computes and leaves out when it loads."""
+
+
+class OptimalSamplingForCausalLM(nn.Module):
+    """The engine's model is the teacher; the student is named in `additional_config["optimal_sampling"]`:
+    `theta` (its folder), `ending` (`stop` and `folded` token ids, see `pairing.Ending`), `mixture` (of a request that
+    brings none, as `Mixture.to_dict`)."""
+
+    is_text_generation_model = True
+    teacher: Any
+    theta: Any
+    stale: str | None
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        additional: Any = vllm_config.additional_config
+        settings = additional["optimal_sampling"]
+        self.ending = Ending(**{name: tuple(ids) for name, ids in settings["ending"].items()})
+        self.default_mixture: dict[str, Any] = settings.get("mixture", {})
+        # A teacher with an FP8 scheme for its cache switches the shared setting while it is built: versions.py.
+        cache_config = copy.copy(vllm_config.cache_config)
+        with set_model_tag("teacher"):
+            # Without a prefix: a quantised checkpoint names the layers that it leaves out by their own names.
+            self.teacher = _build(vllm_config, _own_architectures(vllm_config.model_config), "")
+        theta = _theta_model_config(vllm_config.model_config, settings["theta"])
+        self.theta_config = replace(vllm_config, model_config=theta, quant_config=None, cache_config=cache_config)
+        with set_model_tag("theta"):
+            self.theta = _build(self.theta_config, theta.architectures, "theta")
+        _bind_attention(self.theta, self.theta_config)
+        self.secondary_weights = [DefaultModelLoader.Source(settings["theta"], revision=None, prefix=THETA)]
+        self.teacher_size = vllm_config.model_config.get_hidden_size()
+        self.theta_size = theta.get_hidden_size()
+        self.dtype: Any = vllm_config.model_config.dtype
+        self.theta_shapes: dict[str, torch.Size] = {}
+        self.theta_logits: Tensor | None = None
+        layers = vllm_config.compilation_config.static_forward_context
+        self.theta_layers = [name for name in layers if name.startswith(THETA)]
+        self.theta_places: Tensor | None = None  # where the student's cache is written, see model_state.py
+        self.side_stream = torch.cuda.Stream() if _may_overlap(self, vllm_config) else None
+        self.is_loaded = False
+        self.destinations = Destinations(self.theta)
+        # What a trainer asks a server for, so that it never samples from weights that it did not send.
+        self.instance, self.updates, self.stale = secrets.token_hex(8), 0, None
+
+    def embed_input_ids(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The teacher's embeddings; vLLM asks every model for them, and uses them for multimodal ones alone."""
+        return self.teacher.embed_input_ids(input_ids, *args, **kwargs)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        *args: Any,
+        theta_ids: Tensor | None = None,
+        theta_positions: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The hidden states of both, (tokens, teacher's size + student's size).
+
+        The teacher's are copied out before the student runs: under piecewise CUDA graphs its buffer returns to the
+        pool that the student's graphs write to. Graphs of one pool must not run at the same time either: the student
+        gets a stream of its own only while a graph of the whole step is captured.
+
+        Args:
+            input_ids: what the teacher reads.
+            positions: the tokens' positions in it.
+            theta_ids: what the student reads; None: the same.
+            theta_positions: their positions in the student's stream.
+        """
+        theirs = (input_ids, positions) if theta_ids is None else (theta_ids, theta_positions)
+        if self.theta_places is not None:
+            self._write_theta_to(self.theta_places[: len(theirs[0])])
+        hidden = torch.empty(
+            len(input_ids), self.teacher_size + self.theta_size, dtype=self.dtype, device=input_ids.device
+        )
+        of_teacher, of_theta = hidden.split([self.teacher_size, self.theta_size], dim=1)
+        if self.side_stream is None or not torch.cuda.is_current_stream_capturing():
+            of_teacher.copy_(self.teacher(input_ids, positions))
+            of_theta.copy_(self.theta(*theirs))
+            return hidden
+        main = torch.cuda.current_stream()
+        self.side_stream.wait_stream(main)
+        with torch.cuda.stream(self.side_stream):
+            of_theta.copy_(self.theta(*theirs))
+        of_teacher.copy_(self.teacher(input_ids, positions))
+        main.wait_stream(self.side_stream)
+        return hidden
+
+    def _write_theta_to(self, places: Tensor) -> None:
+        """Where this step's keys and values of the student go; in a trial step without caches nowhere."""
+        planned: Any = get_forward_context().slot_mapping
+        if planned:
+            planned.update(dict.fromkeys(self.theta_layers, places))
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        """The teacher's logits (N, V of the teacher); the student's stay on `theta_logits` for the sampler."""
+        teacher, theta = hidden_states.split([self.teacher_size, self.theta_size], dim=1)
+        self.theta_logits = self.theta.compute_logits(theta.contiguous())
+        return self.teacher.compute_logits(teacher.contiguous())
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """At first both models from disk, the student's names behind `theta.`; afterwards the student alone, under
+        the names of its own checkpoint, so that vLLM's and TRL's ways of pushing weights reach it."""
+        if self.is_loaded:
+            return {THETA + name for name in self.theta.load_weights(weights)}
+        loaded: set[str] = set()
+        for is_theta, group in groupby(weights, lambda item: item[0].startswith(THETA)):
+            if is_theta:
+                loaded |= {THETA + name for name in self.theta.load_weights(self._strip(group))}
+            else:
+                loaded |= {"teacher." + name for name in self.teacher.load_weights(group)}
+        if not self.theta_shapes:
+            raise ValueError(
+                "vLLM's loader brought no weights of the student; wanted a `load_format` that reads files."
+            )
+        self.is_loaded = True
+        return loaded
+
+    def _strip(self, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+        for name, weight in weights:
+            if not name.endswith(COMPUTED):  # old checkpoints hold it, and no parameter has its name
+                self.theta_shapes[name.removeprefix(THETA)] = weight.shape
+            yield name.removeprefix(THETA), weight
+
+    @staticmethod
+    def get_model_state_cls() -> type:
+        """What Model Runner V2 asks for its hooks."""
+        from .model_state import OptimalSamplingModelState
+
+        return OptimalSamplingModelState
+
+
+def _own_architectures(config: ModelConfig) -> list[str]:
+    """What the teacher's checkpoint says it is: the engine's configuration names the fused model instead."""
+    on_disk = get_config(config.model, config.trust_remote_code, revision=config.revision)
+    return list(on_disk.architectures or [])
+
+
+def _build(config: VllmConfig, architectures: list[str], prefix: str) -> nn.Module:
+    """vLLM's own constructor, under the submodel's configuration: versions.py says what goes wrong without."""
+    model_class, _ = ModelRegistry.resolve_model_cls(architectures, config.model_config)
+    return initialize_model(config, prefix=prefix, model_class=model_class)
+
+
+def _theta_model_config(teacher: ModelConfig, theta: str) -> ModelConfig:
+    return ModelConfig(
+        model=theta,
+        tokenizer=teacher.tokenizer,
+        skip_tokenizer_init=True,
+        trust_remote_code=teacher.trust_remote_code,
+        model_impl=teacher.model_impl,
+        dtype=teacher.dtype,
+        seed=teacher.seed,
+        max_model_len=teacher.max_model_len,
+        enforce_eager=teacher.enforce_eager,
+    )
+
+
+def _bind_attention(model: nn.Module, config: VllmConfig) -> None:
+    """Let the attention layers of `model` be planned by its own head counts: builders are handed the engine's."""
+    bound: dict[type, type] = {}
+    for module in model.modules():
+        if isinstance(module, Attention):
+            backend = module.attn_backend
+            if backend not in bound:
+                bound[backend] = subclass_attention_backend("Theta", backend, _bound_builder(backend, config))
+            module.attn_backend = bound[backend]
+
+
+def _bound_builder(backend: Any, config: VllmConfig) -> type:
+    class ThetaBuilder(backend.get_builder_cls()):  # type: ignore[misc]
+        def __init__(
+            self, spec: Any, names: list[str], vllm_config: VllmConfig, device: torch.device, **kwargs: Any
+        ) -> None:
+            config.cache_config = vllm_config.cache_config  # one cache: its block counts are known only by now
+            super().__init__(spec, names, config, device, **kwargs)
+
+    return ThetaBuilder
+
+
+def _may_overlap(model: OptimalSamplingForCausalLM, config: VllmConfig) -> bool:
+    """Whether both models may run at the same time: on one GPU, where their layers share no workspace.
+
+    Experts, latent attention and FlashInfer have one for the whole process, and tensor parallelism one set of signals.
+    """
+    backends = {m.attn_backend.get_name() for m in model.modules() if isinstance(m, Attention)}
+    return (
+        current_platform.is_cuda()
+        and config.parallel_config.world_size == 1
+        and backends == {"FLASH_ATTN"}
+        and not has_experts(model)
+        and not os.environ.get(ONE_STREAM)
+    )
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Whether some layer is a mixture of experts. Its class has another name in each version of vLLM, not its room."""
+    return any(".fused_moe." in type(module).__module__ for module in model.modules())

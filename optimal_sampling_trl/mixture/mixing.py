@@ -1,0 +1,138 @@
+"""The mixture of a batch of rows: both models' logits to α and log q. Symbols and equations: `mixture`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .settings import Mixture, MixtureRows, precision
+from .solver import solve_alpha
+
+
+def mix(
+    theta_logits: Float[Tensor, "N V_theta"],
+    teacher_logits: Float[Tensor, "N V_teacher"],
+    mixture: Mixture | Sequence[Mixture] | MixtureRows,
+    temperature: float | Float[Tensor, " N"] = 1.0,
+) -> tuple[Float[Tensor, " N"], Float[Tensor, "N V"]]:
+    """Solve α in each row and return the mixture.
+
+    The vocabularies of one family are padded to different sizes: V is the smaller, and both models are taken as
+    distributions over those first V tokens. The inputs may be of any float type; the solution is computed in
+    float64, on a GPU by the kernels (α within 1e-4). Waits for no device but the CPU.
+
+    Args:
+        theta_logits: the student's raw logits; -inf where a token is masked.
+        teacher_logits: the teacher's raw logits; `fold_eos` comes before, where the two models end differently.
+        mixture: one for all rows, or one for each.
+        temperature: above 0, one for all rows or one for each; acts on both models before α is solved.
+
+    Returns:
+        alpha: (N,) float32; NaN in a row without a solution: a NaN among its logits, or no token with mass under both.
+        log_q: (N, V) float32, normalised; NaN throughout a row without a solution.
+
+    Raises:
+        ValueError: on a temperature that is not above 0, or numbers of rows and mixtures that differ.
+
+    Example:
+        ```python
+        theta_logits, teacher_logits = torch.randn(2, 100), torch.randn(2, 100)
+        alpha, log_q = mix(theta_logits, teacher_logits, Mixture())
+        assert alpha.shape == (2,) and log_q.shape == (2, 100)
+        ```
+    """
+    _check_rows(theta_logits, teacher_logits, mixture, temperature)
+    if isinstance(mixture, Mixture):
+        mixture = [mixture] * len(theta_logits)
+    rows = mixture if isinstance(mixture, MixtureRows) else MixtureRows.of(mixture, theta_logits.device)
+    if theta_logits.is_cuda and find_spec("triton"):
+        return _mix_on_a_gpu(theta_logits, teacher_logits, rows, temperature)
+    log_theta, log_teacher = log_distributions(theta_logits, teacher_logits, temperature)
+    alpha = solve_alpha(log_theta, log_teacher, rows)
+    log_q = torch.log_softmax(blend(log_theta, log_teacher, alpha), dim=-1)
+    return alpha.float(), log_q.float()
+
+
+def _mix_on_a_gpu(
+    theta_logits: Tensor, teacher_logits: Tensor, rows: MixtureRows, temperature: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    from .kernels.launch import mix_logits
+
+    if not isinstance(temperature, Tensor):
+        temperature = torch.full((len(theta_logits),), temperature, device=theta_logits.device)
+    mixed = mix_logits(theta_logits, teacher_logits, *rows[1:], temperature)
+    V = min(theta_logits.shape[1], teacher_logits.shape[1])
+    log_q = torch.log_softmax(mixed.logits[:, :V] / temperature[:, None], dim=-1)
+    return mixed.alpha, log_q.masked_fill(mixed.alpha.isnan()[:, None], torch.nan)
+
+
+def _check_rows(
+    theta_logits: Tensor, teacher_logits: Tensor, mixture: Mixture | Sequence[Mixture] | MixtureRows, temperature: Any
+) -> None:
+    """Refuse what would broadcast, or solve a wrong problem, without a word; looks at nothing on a device."""
+    N = len(theta_logits)
+    if len(teacher_logits) != N:
+        raise ValueError(
+            f"mix: {N} rows of the student's logits and {len(teacher_logits)} of the teacher's; wanted equal. "
+            "Pass both models' logits of the same tokens."
+        )
+    M = N if isinstance(mixture, Mixture) else len(mixture.method if isinstance(mixture, MixtureRows) else mixture)
+    if M != N:
+        raise ValueError(
+            f"mix: {M} mixtures for {N} rows of logits; wanted one for all rows or one for each. Pass either."
+        )
+    if not isinstance(temperature, Tensor) and not temperature > 0:
+        raise ValueError(
+            f"mix: `temperature` is {temperature!r}; wanted a number above 0. "
+            "For the likeliest token solve at 1 and take the argmax of log_q."
+        )
+
+
+def log_distributions(
+    theta_logits: Float[Tensor, "N V_theta"],
+    teacher_logits: Float[Tensor, "N V_teacher"],
+    temperature: float | Float[Tensor, " N"] = 1.0,
+) -> tuple[Float[Tensor, "N V"], Float[Tensor, "N V"]]:
+    """log θ and log t over the common vocabulary at the sampling temperature, in the solver's precision."""
+    V = min(theta_logits.shape[-1], teacher_logits.shape[-1])
+    dtype = precision(theta_logits.device)
+    scale = temperature[:, None].to(dtype) if isinstance(temperature, Tensor) else temperature
+    log_theta = torch.log_softmax(theta_logits[:, :V].to(dtype) / scale, dim=-1)
+    log_teacher = torch.log_softmax(teacher_logits[:, :V].to(dtype) / scale, dim=-1)
+    return log_theta, log_teacher
+
+
+def blend(
+    theta: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"], alpha: Float[Tensor, " N"]
+) -> Float[Tensor, "N V"]:
+    """(1-α)·θ + α·t of logits or log-probabilities: log q up to a constant. At α = 0 and 1 one model's row, exactly.
+
+    Of raw logits it is what an engine's own sampler divides by the temperature: θ^((1-α)/T) t^(α/T) is q_α at T.
+    """
+    weight = alpha[:, None].to(theta.dtype)
+    mixed = (1 - weight) * theta + weight * teacher
+    return torch.where(weight == 0, theta, torch.where(weight == 1, teacher, mixed))  # 0·(-inf) is NaN
+
+
+def fold_eos(teacher_logits: Float[Tensor, "N V"], teacher_eos: Sequence[int], theta_eos: int) -> Float[Tensor, "N V"]:
+    """Count the mass that the teacher gives to its own end-of-sequence tokens for the student's.
+
+    Models of one family may end with different tokens (Qwen3 and Qwen3-Base). Unfolded, the two distributions never
+    agree that a sequence is over. Acts on raw logits, before the temperature.
+
+    Args:
+        teacher_logits: the teacher's raw logits.
+        teacher_eos: the teacher's end-of-sequence ids that are none of the student's.
+        theta_eos: the student's end-of-sequence id that takes their mass.
+    """
+    if not teacher_eos:
+        return teacher_logits
+    folded = teacher_logits.clone()
+    folded[:, theta_eos] = torch.logsumexp(teacher_logits[:, [theta_eos, *teacher_eos]], dim=-1)
+    folded[:, list(teacher_eos)] = -torch.inf
+    return folded

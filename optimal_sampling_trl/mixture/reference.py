@@ -1,0 +1,95 @@
+"""The oracle: the mixture in float64, a row at a time, by bisection. Slow; every faster path is tested against it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .mixing import Mixture
+from .settings import SAME_DIVERGENCE
+
+
+def reference(
+    theta_logits: Float[Tensor, "N V_theta"],
+    teacher_logits: Float[Tensor, "N V_teacher"],
+    mixture: Mixture | Iterable[Mixture],
+    temperature: float = 1.0,
+) -> tuple[Float[Tensor, " N"], Float[Tensor, "N V"]]:
+    """What `mix` must return, in float64: each row by itself, bisection to 1e-12 on the defining equation.
+
+    Slow, and the only oracle: every faster path is tested against it.
+    """
+    V = min(theta_logits.shape[-1], teacher_logits.shape[-1])
+    mixtures = [mixture] * len(theta_logits) if isinstance(mixture, Mixture) else list(mixture)
+    solved = [
+        _reference_row(
+            torch.log_softmax(theta[:V].double() / temperature, -1),
+            torch.log_softmax(teacher[:V].double() / temperature, -1),
+            row_mixture,
+        )
+        for theta, teacher, row_mixture in zip(theta_logits, teacher_logits, mixtures, strict=True)
+    ]
+    alpha = torch.tensor([row[0] for row in solved], dtype=torch.float64)
+    log_q = torch.stack([row[1] for row in solved]) if solved else torch.zeros(0, V, dtype=torch.float64)
+    return alpha, log_q
+
+
+def _reference_row(
+    log_theta: Float[Tensor, " V"], log_teacher: Float[Tensor, " V"], mixture: Mixture
+) -> tuple[float, Float[Tensor, " V"]]:
+    nowhere = torch.full_like(log_theta, -torch.inf)
+    both = torch.isfinite(log_theta) & torch.isfinite(log_teacher)
+    if log_theta.isnan().any() or log_teacher.isnan().any():
+        return float("nan"), nowhere * torch.nan
+    alpha = _reference_alpha(log_theta, log_teacher, log_theta[both], log_teacher[both], mixture)
+    if alpha == 0.0:
+        return 0.0, log_theta
+    if alpha == 1.0:
+        return 1.0, log_teacher
+    if alpha != alpha or not both.any():
+        return float("nan"), nowhere * torch.nan
+    nowhere[both] = torch.log_softmax((1 - alpha) * log_theta[both] + alpha * log_teacher[both], -1)
+    return alpha, nowhere
+
+
+def _reference_alpha(
+    full_theta: Tensor, full_teacher: Tensor, theta: Tensor, teacher: Tensor, mixture: Mixture
+) -> float:
+    """α of one row; `theta` and `teacher` are the log-probabilities of the tokens that have mass under both."""
+    low, high = mixture.alpha_min, mixture.alpha_max
+    if low == high:
+        return low
+    if mixture.method == "fixed":
+        return mixture.fixed_alpha
+    if mixture.method == "entropy":
+        entropy_theta, entropy_teacher = (float(torch.special.entr(p.exp()).sum()) for p in (full_theta, full_teacher))
+        total = entropy_theta + entropy_teacher
+        return min(max(entropy_theta / total, low), high) if total > 0 else (low + high) / 2
+    if not len(theta):
+        return float("nan")
+
+    def kl(log_p: Tensor, log_other: Tensor) -> float:
+        return float((log_p.exp() * (log_p - log_other)).sum())
+
+    def too_large(alpha: float) -> bool:
+        log_q = torch.log_softmax((1 - alpha) * theta + alpha * teacher, -1)
+        if mixture.method == "kl_symmetry":
+            return kl(log_q, theta) > kl(log_q, teacher)
+        if mixture.method == "ess_balance":
+            return float(torch.logsumexp(2 * theta - log_q, -1) - torch.logsumexp(2 * teacher - log_q, -1)) > 0
+        return kl(log_q, theta) > mixture.epsilon
+
+    p, r, ratio = theta.softmax(-1), teacher.softmax(-1), teacher - theta
+    if mixture.method != "trust_region" and float((r * ratio).sum() - (p * ratio).sum()) < SAME_DIVERGENCE:
+        return (low + high) / 2
+    if too_large(low):
+        return low
+    if not too_large(high):
+        return high
+    while high - low > 1e-12:
+        middle = (low + high) / 2
+        low, high = (low, middle) if too_large(middle) else (middle, high)
+    return (low + high) / 2

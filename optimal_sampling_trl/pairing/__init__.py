@@ -1,0 +1,38 @@
+"""A teacher and a student before an engine starts: the files of each, what both share, and their prompts."""
+
+from __future__ import annotations
+
+from .pair import Ending, check_same_tokens, check_vocabulary, context_length, end_of_sequence
+from .prompts import Prompt, check_prompt, encode, with_system_prompt
+from .source import (
+    MODEL_OPTIONS,
+    Source,
+    check_decoder,
+    check_weights,
+    load_config,
+    load_generation_config,
+    load_tokenizer,
+    token_digest,
+    weight_digest,
+)
+
+__all__ = [
+    "MODEL_OPTIONS",
+    "Ending",
+    "Prompt",
+    "Source",
+    "check_decoder",
+    "check_prompt",
+    "check_same_tokens",
+    "check_vocabulary",
+    "check_weights",
+    "context_length",
+    "encode",
+    "end_of_sequence",
+    "load_config",
+    "load_generation_config",
+    "load_tokenizer",
+    "token_digest",
+    "weight_digest",
+    "with_system_prompt",
+]

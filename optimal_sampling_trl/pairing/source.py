@@ -1,0 +1,208 @@
+"""One model of a pair as it was passed, a folder, a model id or a loaded module, and what can be had from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+MODEL_OPTIONS = ("attn_implementation", "dtype", "revision", "trust_remote_code")
+"""Options that go to `from_pretrained`; `revision` to the teacher's alone, as vLLM has it."""
+
+
+EVERY_RANK = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
+"""Under accelerate's FSDP transformers loads zeros in all ranks but the first, which FSDP fills: not in ours."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that is not loaded yet, or one that is and stays as it is.
+
+    Args:
+        model: a folder, a model id or a loaded model.
+        role: what errors call it.
+        options: some of `MODEL_OPTIONS`; a loaded model has no use for them.
+    """
+
+    model: str | PreTrainedModel
+    role: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the caller loaded the model, and owns it."""
+        return not isinstance(self.model, str)
+
+    @property
+    def device(self) -> torch.device:
+        """Where a loaded model is; a GPU for one that is not, where there is a GPU."""
+        if not isinstance(self.model, str):
+            return self.model.device
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def config(self) -> PreTrainedConfig:
+        """The configuration of a decoder."""
+        if isinstance(self.model, str):
+            config = load_config(self.model, self.role, **self._code, **self._revision)
+            check_weights(self.model, self.role)
+            return config
+        check_decoder(self.model.config, self.role)
+        return self.model.config
+
+    def generation_config(self, config: PreTrainedConfig) -> GenerationConfig | PreTrainedConfig:
+        """The generation settings, or `config` where there are none."""
+        if isinstance(self.model, str):
+            return load_generation_config(self.model, config, **self._revision)
+        return getattr(self.model, "generation_config", None) or config
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer beside the model's files."""
+        name = self.model if isinstance(self.model, str) else self.model.name_or_path
+        if not name:
+            raise ValueError(
+                f"The {self.role} is a loaded model without a `name_or_path`; wanted the folder of its tokenizer "
+                "there. Save both in one folder and set `model.name_or_path` to it."
+            )
+        return load_tokenizer(name, self.role, **self._code, **self._revision)
+
+    def load(self, device: torch.device) -> PreTrainedModel:
+        """The model: one that was loaded where it stands, another on `device` and in evaluation mode."""
+        if not isinstance(self.model, str):
+            return self.model
+        with patch.dict(os.environ, EVERY_RANK):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(self.model, **self.options)
+        return loaded.to(device).eval()
+
+    @property
+    def _code(self) -> dict[str, Any]:
+        # Not None, with which transformers asks on the terminal.
+        return {"trust_remote_code": self.options.get("trust_remote_code", False)}
+
+    @property
+    def _revision(self) -> dict[str, Any]:
+        return {"revision": self.options["revision"]} if "revision" in self.options else {}
+
+
+def load_config(model: str, role: str, **kwargs: Any) -> PreTrainedConfig:
+    """The configuration of a model on disk or on the Hub.
+
+    Raises:
+        ValueError: where there is none, or where the model is no decoder that reads text alone.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model, **kwargs)
+    except (OSError, ValueError) as error:
+        where = "The folder does not exist" if not Path(model).exists() else "The folder holds no model"
+        raise ValueError(
+            f"The {role} could not be loaded from {str(model)!r}: {where} or is no model that transformers knows, and "
+            f"no model of that name was found on the Hub. Pass a folder with a config.json or a model id. ({error})"
+        ) from error
+    check_decoder(config, role)
+    return config
+
+
+def check_weights(model: str, role: str) -> None:
+    """Refuse a folder whose weights are cut short or not all there, by the files' headers, before an engine starts.
+
+    A model id is left to the Hub's client, which checks what it downloads.
+
+    Raises:
+        ValueError: naming the model and the file.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        return
+    wanted: set[str] = set()
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            wanted |= set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError) as error:
+            raise _broken(model, role, index, error) from error
+    for path in sorted({*folder.glob("*.safetensors"), *(folder / name for name in wanted)}):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise _broken(model, role, path, error) from error
+
+
+def _broken(model: str, role: str, path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"The {role} {model!r} cannot be loaded: {path.name} is missing or was cut short ({error}). Wanted a whole "
+        "checkpoint: copy or save it again, or pass an earlier one."
+    )
+
+
+def check_decoder(config: PreTrainedConfig, role: str) -> None:
+    """Refuse what is no decoder-only language model.
+
+    Raises:
+        ValueError: naming the model and its architecture.
+    """
+    kind = None
+    if getattr(config, "is_encoder_decoder", False):
+        kind = "an encoder-decoder"
+    elif any(getattr(config, part, None) is not None for part in ("vision_config", "audio_config")):
+        kind = "a multimodal model"
+    elif getattr(config, "vocab_size", None) is None:  # Qwen2.5-Omni, Granite Speech: models inside of a model
+        kind = "a multimodal model without a vocabulary of its own"
+    if kind:
+        raise ValueError(
+            f"The {role} {config.name_or_path!r} ({', '.join(config.architectures or ['?'])}) is {kind}; "
+            "wanted a decoder-only language model. Pass a text checkpoint of its family."
+        )
+
+
+def token_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What is equal for tokenizers with the same tokens under the same ids, added ones included."""
+    tokens = sorted((index, token) for token, index in tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16]
+
+
+def load_tokenizer(model: str, role: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(model, **kwargs)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The {role}'s tokenizer could not be loaded from {str(model)!r}. Save one there with "
+            f"`tokenizer.save_pretrained`. ({error})"
+        ) from error
+
+
+def load_generation_config(model: str, config: PreTrainedConfig, **kwargs: Any) -> GenerationConfig | PreTrainedConfig:
+    """The generation settings beside a model, which may name more end-of-sequence tokens; else its configuration."""
+    try:
+        return GenerationConfig.from_pretrained(model, **kwargs)
+    except OSError:
+        return config
+
+
+def weight_digest(model: nn.Module) -> str:
+    """What changes when a model is trained: of the first entries of each weight."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().reshape(-1)[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,247 @@
+"""A folder of rollouts on disk: Parquet shards that appear whole or not at all, under the lock of one writer.
+
+    folder/run.json                       what is sampled, and how: see `sampling_run`
+    folder/README.md                      the dataset card, once all is there: see `card`
+    folder/data/rollouts-000000.parquet   rollouts in order of (prompt_index, sample), so many in each shard
+    folder/.lock                          held while a process writes
+
+A file is written beside its place, flushed to the disk and renamed. What a killed process leaves is a file that ends
+in `.tmp`, which nothing reads and the next writer removes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..files import Lock
+from .rollout import Rollout, from_dataset, to_dataset
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+logger = logging.getLogger(__name__)
+
+RUN, CARD, DATA, LOCK = "run.json", "README.md", "data", ".lock"
+FAILED = b"optimal_sampling.failed"
+"""In a shard's metadata: JSON of (prompt_index, sample, reason) of each of its rollouts that could not be sampled."""
+SHARD = re.compile(r"rollouts-(\d{6,})\.parquet")
+LEFTOVER = re.compile(r"\.(rollouts-\d{6,}\.parquet|run\.json|README\.md)\.tmp")
+
+
+class Key(NamedTuple):
+    """Which rollout of a run: the sample-th of the prompt with this number."""
+
+    prompt_index: int
+    sample: int
+
+
+def iterate_rollouts(folder: str | os.PathLike[str]) -> Iterator[Rollout]:
+    """The rollouts of a folder in order of (prompt_index, sample), one shard in memory at a time.
+
+    Raises:
+        ValueError: where the folder holds no run, or a shard cannot be read.
+
+    Example:
+        ```python
+        with OptimalSamplingV1(model_teacher="large", model_theta="small") as sampler:
+            sample_to_folder(sampler, ["3 + 4 ="], "output/many", n=4, sampling=Sampling(max_tokens=8))
+        print(max(float(rollout.alpha.mean()) for rollout in iterate_rollouts("output/many")))
+        ```
+    """
+    store = RolloutFolder(folder)
+    store.read_run()
+    for path in store.shards():
+        yield from from_dataset(store.read_shard(path).to_pylist())
+
+
+def load_rollouts(folder: str | os.PathLike[str]) -> list[Rollout]:
+    """The rollouts of a folder in order of (prompt_index, sample), each bit as it was sampled.
+
+    A run that was interrupted gives the rollouts that it finished.
+
+    Raises:
+        ValueError: where the folder holds no run, or a shard cannot be read.
+
+    Example:
+        ```python
+        with OptimalSamplingV1(model_teacher="large", model_theta="small") as sampler:
+            sample_to_folder(sampler, ["3 + 4 ="], "output/few", sampling=Sampling(max_tokens=8))
+        print(load_rollouts("output/few")[0].log_q)
+        ```
+    """
+    return list(iterate_rollouts(folder))
+
+
+class RolloutFolder:
+    """A folder of rollouts. Reading takes no lock; to write, enter it as a context.
+
+    Args:
+        path: the folder; made by the first writer.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._lock = Lock(self.path / LOCK, f"the folder {str(self.path)!r}")
+
+    def __enter__(self) -> RolloutFolder:
+        """Lock the folder for this process and remove what a killed writer left.
+
+        Raises:
+            OSError: where the folder cannot be written.
+            RuntimeError: where another writer holds it.
+            ValueError: where it holds files, but no run.
+        """
+        try:
+            self._check_own()
+            (self.path / DATA).mkdir(parents=True, exist_ok=True)
+            self._lock.__enter__()
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"The folder {str(self.path)!r} cannot be written: {error.strerror}. Nothing was sampled. "
+                "Name a folder that you may write, or one that does not exist yet.",
+            ) from error
+        try:
+            for path in (*self.path.iterdir(), *(self.path / DATA).iterdir()):
+                if LEFTOVER.fullmatch(path.name):
+                    path.unlink()
+        except BaseException:
+            self._lock.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.__exit__()
+
+    def _check_own(self) -> None:
+        """Refuse a folder of somebody else's files, in which a card would replace their README.md."""
+        if not self.path.exists() or (self.path / RUN).exists():
+            return
+        found = [path for path in self.path.iterdir() if path.name not in (DATA, LOCK)]
+        found += (self.path / DATA).iterdir() if (self.path / DATA).is_dir() else ()
+        for path in found:
+            if not LEFTOVER.fullmatch(path.name):
+                raise ValueError(
+                    f"The folder {str(self.path)!r} holds {path.name!r} and no {RUN}: it is no folder of rollouts. "
+                    "Name a folder that is empty or does not exist."
+                )
+
+    def write_file(self, name: str, content: bytes) -> None:
+        """Put a file in its place whole or not at all, on the disk when this returns.
+
+        Raises:
+            OSError: saying what could not be written and what is kept.
+        """
+        path = self.path / name
+        scratch = path.with_name(f".{path.name}.tmp")
+        try:
+            with scratch.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            scratch.replace(path)
+            directory = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+        except OSError as error:
+            scratch.unlink(missing_ok=True)
+            raise OSError(
+                error.errno,
+                f"{name} ({len(content):,} bytes) could not be written to {str(self.path)!r}: {error.strerror}. "
+                f"Kept: {len(self.shards())} whole shards, and no part of this file. Make room and run the same "
+                "again: it goes on where this ended.",
+            ) from error
+
+    def read_run(self) -> dict[str, Any]:
+        """What run.json says.
+
+        Raises:
+            ValueError: where there is none, or it cannot be read.
+        """
+        try:
+            return json.loads((self.path / RUN).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{str(self.path)!r} holds no {RUN} that can be read ({error}); wanted a folder that "
+                "`sample_to_folder` wrote."
+            ) from error
+
+    def shards(self) -> list[Path]:
+        """The shards that are there, in order."""
+        found = {match: path for path in (self.path / DATA).glob("*") if (match := SHARD.fullmatch(path.name))}
+        return [found[match] for match in sorted(found, key=lambda match: int(match[1]))]
+
+    def write_shard(self, number: int, rollouts: dict[Key, Rollout], failed: dict[Key, str] | None = None) -> None:
+        """Write shard `number` with these rollouts.
+
+        Args:
+            failed: those of the shard that have no rollout, and why; kept in the file's metadata, so that both appear
+                at once.
+
+        Raises:
+            OSError: saying what could not be written and what is kept.
+        """
+        import pyarrow.parquet as pq
+        from datasets import Value
+
+        dataset = to_dataset(rollouts.values())
+        for name in Key._fields:
+            column = [getattr(key, name) for key in rollouts]
+            dataset = dataset.add_column(name, column, feature=Value("int64"))  # type: ignore[call-arg]
+        table = dataset.data.table.combine_chunks().cast(dataset.features.arrow_schema)
+        if failed:
+            listed = json.dumps([[*key, reason] for key, reason in failed.items()])
+            table = table.replace_schema_metadata({**(table.schema.metadata or {}), FAILED: listed.encode()})
+        buffer = io.BytesIO()
+        with pq.ParquetWriter(buffer, table.schema) as writer:
+            if len(table):  # `datasets` cannot read a group of no rows, which stands where all failed
+                writer.write_table(table)
+        self.write_file(f"{DATA}/rollouts-{number:06}.parquet", buffer.getvalue())
+
+    def read_shard(self, path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+        """A shard, or some columns of it.
+
+        Raises:
+            ValueError: where it cannot be read.
+        """
+        import pyarrow.parquet as pq
+
+        try:
+            file = pq.ParquetFile(io.BytesIO(path.read_bytes()))
+            return file.read() if columns is None else file.read(list(columns)).select(list(columns))
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"The shard {str(path)!r} cannot be read ({error}). Delete it and run the same again: its rollouts, "
+                "and no others, are sampled anew."
+            ) from error
+
+    def keys(self, path: Path) -> list[Key]:
+        """Which rollouts a shard holds."""
+        columns = self.read_shard(path, Key._fields)
+        return [Key(*pair) for pair in zip(*(columns[name].to_pylist() for name in Key._fields), strict=True)]
+
+    def failed(self, path: Path) -> dict[Key, str]:
+        """Which rollouts of a shard could not be sampled, and why.
+
+        Raises:
+            ValueError: where it cannot be read.
+        """
+        import pyarrow.parquet as pq
+
+        try:
+            listed = (pq.read_schema(path).metadata or {}).get(FAILED, b"[]")
+            return {Key(*key): reason for *key, reason in json.loads(listed)}
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"The shard {str(path)!r} cannot be read ({error}). Delete it and run the same again: its rollouts, "
+                "and no others, are sampled anew."
+            ) from error

@@ -1,0 +1,93 @@
+"""What a backend is asked for: one completion of one prompt under one mixture, and how it is sampled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..mixture import Mixture
+from ..options import check_flag, check_number, check_whole
+
+LAST_SEED = 2**63 - 1
+"""The engines' generators take no larger one, and vLLM reads -1 as none."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn from the mixture, in vLLM's words and with vLLM's meaning.
+
+    Args:
+        max_tokens: most tokens to generate; a context that ends earlier ends the completion too.
+        temperature: acts on both models before α is solved. 0 takes the likeliest token of the mixture solved at 1.
+        top_p: keep the likeliest tokens of q whose mass reaches this share; 1 keeps all.
+        top_k: keep the k likeliest tokens of q; -1 or 0 keeps all.
+        min_p: keep tokens with at least this share of the likeliest token's probability under q.
+        repetition_penalty: divides (or, where negative, multiplies) the mixture's logit of each token seen before.
+        stop: texts that end a completion; the text is cut before them, the tokens are kept.
+        seed: from 0 to 2^63 - 1; makes the completion the same in any batch; None draws from torch's global generator.
+        ignore_eos: go on after an end-of-sequence token.
+
+    Raises:
+        ValueError: on a number outside of its range, or a stop that is no text.
+
+    Example:
+        ```python
+        Sampling(max_tokens=64, temperature=0.7, stop=("\\n",))
+        ```
+    """
+
+    max_tokens: int = 100
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        check_whole("Sampling", "max_tokens", self.max_tokens, 1)
+        check_number("Sampling", "temperature", self.temperature, 0.0)
+        check_number("Sampling", "top_p", self.top_p, 0.0, 1.0)
+        check_whole("Sampling", "top_k", self.top_k, -1, "-1 keeps all tokens.")
+        check_number("Sampling", "min_p", self.min_p, 0.0, 1.0)
+        check_number("Sampling", "repetition_penalty", self.repetition_penalty, 0.0)
+        if self.top_p == 0.0 or self.repetition_penalty == 0.0:
+            raise ValueError(
+                f"Sampling: `top_p` is {self.top_p} and `repetition_penalty` is {self.repetition_penalty}; "
+                "wanted both above 0. For the likeliest token alone set `temperature=0`."
+            )
+        if self.seed is not None:
+            check_whole("Sampling", "seed", self.seed, 0, high=LAST_SEED)
+        check_flag("Sampling", "ignore_eos", self.ignore_eos)
+        if not isinstance(self.stop, tuple | list) or not all(isinstance(stop, str) and stop for stop in self.stop):
+            raise ValueError(
+                f"Sampling: `stop` is {self.stop!r}; wanted a tuple of texts, none of them empty. "
+                "For a single one write `stop=('...',)`."
+            )
+
+    def cut(self, text: str) -> str:
+        """A text before the first of the stop texts in it."""
+        return text[: min([text.find(stop) for stop in self.stop if stop in text], default=len(text))]
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether no token is cut off or penalised, so that log q is the mixture's own."""
+        return self.top_p == 1.0 and self.top_k <= 0 and self.min_p == 0.0 and self.repetition_penalty == 1.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion to sample.
+
+    Args:
+        prompt_ids: what the teacher reads.
+        theta_prompt_ids: what the student reads; equal to `prompt_ids` unless the two have prompts of their own.
+        mixture: how α is chosen.
+        sampling: how tokens are drawn.
+    """
+
+    prompt_ids: list[int]
+    theta_prompt_ids: list[int]
+    mixture: Mixture = field(default_factory=Mixture)
+    sampling: Sampling = field(default_factory=Sampling)

