@@ -7,18 +7,21 @@
     python recipes/studies/horizon.py --output output/horizon --report
 
 A line of runs.jsonl for each run as its stack ends; what stands there is not run again, and the most important come
-first. `--report` prints the tables of recipes/README.md from it and draws horizon.png; with `--alone` each arm that is
-drawn there is run once more by itself, and horizon_time.png has the curves against its seconds.
+first. `--report` prints the tables of recipes/studies/README.md from it and draws horizon.png; with `--alone` each arm
+that is drawn there is run once more by itself, and horizon_time.png has the curves against its seconds.
 """
 
 import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+sys.path.append(str(Path(__file__).parents[1]))  # the recipes that a study shares lie one folder up
 
 from horizon_arms import ARMS, Setting, settings
 from horizon_report import DRAWN, best, place_of, report

@@ -16,6 +16,7 @@ A teacher and a student are trained on right answers; a checkpoint is kept where
 import argparse
 import json
 import random
+import sys
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -25,6 +26,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from tqdm import tqdm
+
+sys.path.append(str(Path(__file__).parents[1]))  # the recipes that a study shares lie one folder up
 
 from pair import EOS, RECIPES, Recipe, build, make_tokenizer
 

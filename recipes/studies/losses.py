@@ -6,17 +6,20 @@
     OMP_NUM_THREADS=1 python recipes/studies/losses.py --jobs 2 --steps 300 --seeds 3 --learning_rates 3e-4 1e-3
 
 The pair is the embedded one, or two models of ladder.py, whose answers are longer (`--ladder output/ladder`). Writes
-output/study/runs.jsonl, a line for each run as it ends (a run that stands there is not run again), and prints a
+output/losses/runs.jsonl, a line for each run as it ends (a run that stands there is not run again), and prints a
 table: exact match of the student's own samples at the end, each seed, at the learning rate that was best for the arm.
 """
 
 import argparse
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
 import trl
+
+sys.path.append(str(Path(__file__).parents[1]))  # the recipes that a study shares lie one folder up
 
 from arm import EMBEDDED, Job, train
 from ladder import Task
@@ -162,7 +165,7 @@ def report(runs: list[Line], output: Path) -> None:
             curves[name.strip()] = [tuple(point) for point in seeds[0]["curve"]]
     if curves:
         labels = {"x_label": "sampled completions", "y_label": "exact match", "title": "Seed 0"}
-        print(f"Curves: {plot_learning(output / 'study.png', curves, **labels)}")
+        print(f"Curves: {plot_learning(output / 'losses.png', curves, **labels)}")
 
 
 def main() -> None:
@@ -173,7 +176,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each arm (%(default)s)")
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[3e-4, 1e-3])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), help="arms by name; all")
-    parser.add_argument("--output", type=Path, default=Path("output/study"), help="folder (%(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("output/losses"), help="folder (%(default)s)")
     parser.add_argument("--ladder", type=Path, help="folder of ladder.py's folders, instead of the embedded pair")
     parser.add_argument("--task", default="sums-40", help="of the ladder (%(default)s)")
     options = parser.parse_args()

@@ -14,6 +14,7 @@ A line of output/recover/runs.jsonl for each run; what stands there with all its
 
 import argparse
 import copy
+import sys
 import time
 from functools import partial
 from itertools import product
@@ -24,6 +25,8 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+sys.path.append(str(Path(__file__).parents[1]))  # the recipes that a study shares lie one folder up
 
 from exam import LENGTH, TEMPERATURE, Exam, Watch
 from optimal_sampling_trl import (

@@ -22,9 +22,8 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from optimal_sampling_trl import solver
 from optimal_sampling_trl.losses import keep_positive, sampled_token_coefficients
-from optimal_sampling_trl.mixture import MixtureRows, blend, log_distributions, solve_alpha
+from optimal_sampling_trl.mixture import MixtureRows, blend, log_distributions, solve_alpha, solver
 
 ROWS = 1 << 15
 """Most sequences in one forward pass; a kernel's grid ends at 2^16."""

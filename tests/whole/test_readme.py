@@ -1,9 +1,10 @@
-"""The README's tree is the folders' own, and its commands and names exist."""
+"""The documents name what exists: folders, files, commands, tests and links; the tree names every folder."""
 
 from __future__ import annotations
 
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -11,12 +12,16 @@ import optimal_sampling_trl
 from helpers.paths import ROOT
 
 README = (ROOT / "README.md").read_text()
+DOCUMENTS = sorted(
+    [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").rglob("*.md")],
+    key=lambda path: str(path.relative_to(ROOT)),
+)
 GENERATED = {"__pycache__", ".venv", "output"}
 
 
 def read_tree() -> dict[str, str]:
-    """Each path of the README's tree with its clause; a folder's name ends with a slash."""
-    block = README.split("## The tree")[1].split("```")[1]
+    """Each path of CONTRIBUTING.md's tree with its clause; a folder's name ends with a slash."""
+    block = (ROOT / "CONTRIBUTING.md").read_text().split("## Where things are")[1].split("```")[1]
     folders: list[str] = []
     tree = {}
     for line in block.strip().splitlines():
@@ -39,21 +44,41 @@ def tracked() -> set[str]:
     return {path for path in listed.stdout.splitlines() if (ROOT / path).exists()}
 
 
-def test_the_tree_is_the_folders_own() -> None:
-    files = {path for path in read_tree() if not path.endswith("/")}
-    assert files - tracked() == set(), "the README's tree names files that are not there"
-    assert tracked() - files == set(), "files that the README's tree does not name"
+def mirrors(folder: str) -> bool:
+    """Returns True for a folder of tests that the tree's line for `tests/` stands for."""
+    inside = folder.removeprefix("tests/")
+    return inside != folder and ((ROOT / "optimal_sampling_trl" / inside).is_dir() or inside == "recipes/")
 
 
-def test_every_file_has_a_clause() -> None:
-    assert [path for path, clause in read_tree().items() if not (clause or path.endswith("/"))] == []
+def test_the_tree_names_every_folder() -> None:
+    folders = {f"{parent}/" for path in tracked() for parent in list(Path(path).parents)[:-1]}
+    missing = sorted(folder for folder in folders - set(read_tree()) if not mirrors(folder))
+    assert not missing, f"Give these folders a line with one clause in CONTRIBUTING.md's tree: {missing}"
 
 
-def test_the_commands_name_files_and_targets_that_exist() -> None:
+def test_the_tree_names_nothing_that_is_gone() -> None:
+    gone = [path for path in read_tree() if not (ROOT / path).exists()]
+    assert not gone, f"CONTRIBUTING.md's tree names what is not there: move or delete the lines of {gone}"
+
+
+def test_every_line_of_the_tree_has_a_clause() -> None:
+    assert [path for path, clause in read_tree().items() if not clause] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_document_names_files_and_targets_that_exist(document: Path) -> None:
+    text = document.read_text()
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"\bmake ([a-z]+)", README)) <= targets
-    for path in re.findall(r"(?:recipes|tests)/[\w/]+\.\w+", README):
-        assert (ROOT / path).exists(), path
+    assert set(re.findall(r"`make ([a-z]+)|^ {4}make ([a-z]+)", text, re.MULTILINE)) <= {
+        pair for name in targets for pair in ((name, ""), ("", name))
+    }
+    if document.name == "CHANGELOG.md":  # it names files of older versions
+        return
+    named = re.findall(r"\b(?:recipes|tests|docs|optimal_sampling_trl)/[\w/]+\.\w+", text)
+    links = [link for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)]
+    gone = [name for name in named if not (ROOT / name).exists()]
+    gone += [link for link in links if not (document.parent / link).exists()]
+    assert not gone, f"{document.relative_to(ROOT)} names {gone}"
 
 
 @pytest.mark.parametrize(
@@ -65,7 +90,7 @@ def test_the_imports_of_the_examples_work(name: str) -> None:
 
 
 def test_the_tests_that_the_documents_name_exist() -> None:
-    named = re.findall(r"`(tests/\w+\.py)(?:::(\w+))?`", (ROOT / "docs" / "robustness.md").read_text())
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (ROOT / "docs" / "robustness.md").read_text())
     assert len(named) > 40
     for path, function in named:
-        assert f"def {function}" in (ROOT / path).read_text(), f"{path} has no {function}"
+        assert not function or f"def {function}(" in (ROOT / path).read_text(), f"{path} has no {function}"

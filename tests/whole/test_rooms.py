@@ -6,12 +6,17 @@ are not installed.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from functools import cache
+from importlib.util import find_spec
 
 import pytest
 
-from helpers.paths import SEARCHED
+from helpers.paths import ROOT, SEARCHED
+
+PACKAGE = ROOT / "optimal_sampling_trl"
 
 HIDE = """
 import importlib, sys
@@ -37,35 +42,62 @@ for name in HIDDEN:
     raise AssertionError(name + " is not hidden")
 """
 HEAVY = ("accelerate", "datasets", "matplotlib", "transformers", "triton", "trl", "vllm")
+MODELS = tuple(name for name in HEAVY if name != "transformers")
+"""What a room that reads models does without."""
+BARE = (*HEAVY, "torch", "jaxtyping")
 ROOMS = {
-    "package": ("optimal_sampling_trl", (*HEAVY, "torch", "jaxtyping")),
-    "plugin": ("optimal_sampling_trl.backends.vllm.plugin", (*HEAVY, "torch", "jaxtyping")),
-    "options": ("optimal_sampling_trl.options", (*HEAVY, "torch", "jaxtyping")),
-    **{
-        name: (f"optimal_sampling_trl.{name}", HEAVY)
-        for name in (
-            "mixture",
-            "solver",
-            "reference",
-            "losses",
-            "request",
-            "rollout",
-            "page",
-            "plots",
-            "backends",
-            "progress",
-            "folder",
-            "card",
-            "sampling_run",
-        )
-    },
-    **{
-        name: (f"optimal_sampling_trl.{name}", ("accelerate", "datasets", "matplotlib", "triton", "trl", "vllm"))
-        for name in ("pairing", "generate", "backends.transformers")
-    },
-    "trainers": ("optimal_sampling_trl.trainers", ("matplotlib", "triton", "vllm")),
+    "": HEAVY,
+    "__init__": BARE,
+    "options": BARE,
+    "backends.vllm.plugin": BARE,
+    "generate": MODELS,
+    "sampling_run": MODELS,
+    "pairing": MODELS,
+    "backends.transformers": MODELS,
+    "backends.vllm": MODELS,
+    "mixture.kernels.": tuple(name for name in HEAVY if name != "triton"),
+    "backends.vllm.worker.": ("accelerate", "datasets", "matplotlib", "trl"),
+    "trainers": ("matplotlib", "triton", "vllm"),
 }
-"""Of each room: the module, and the libraries that it must do without."""
+"""The libraries that a folder's modules, or one module, must do without: the longest entry that a module's name opens
+with decides. With a dot at its end an entry is for the files in a folder, not for the folder's own `__init__`."""
+NEEDED = {"mixture.kernels.": "triton", "backends.vllm.worker.": "vllm"}
+"""What the machine must have to import a room at all."""
+FIRST = {
+    "torch": ("torch",),
+    "transformers": ("transformers.models.auto.modeling_auto",),
+    "trl": ("transformers.trainer", "trl.trainer.grpo_trainer"),
+    "vllm": ("vllm.model_executor.models",),
+}
+"""What takes long to import of a library, once for all modules of a room that may use it."""
+MODULES = sorted(
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+    for path in PACKAGE.rglob("*.py")
+)
+"""Every module of the package, by its name within."""
+
+IMPORT_EACH = """
+import json, os, traceback
+
+for name in {first!r}:
+    importlib.import_module(name)
+failed = {{}}
+for module in {modules!r}:
+    reads, writes = os.pipe()
+    if not (process := os.fork()):
+        try:
+            importlib.import_module(module)
+        except BaseException:
+            os.write(writes, traceback.format_exc()[-3000:].encode())
+        os._exit(0)
+    os.close(writes)
+    with open(reads) as pipe:
+        failed[module] = pipe.read()
+    _, status = os.waitpid(process, 0)
+    failed[module] = failed[module] or (f"ended with status {{status}}" if status else "")
+print(json.dumps(failed))
+"""
+"""Imports each module alone, in a process of its own that is forked off one that has the libraries."""
 
 TRAIN = """
 import tempfile
@@ -103,10 +135,38 @@ def run(code: str, hidden: tuple[str, ...]) -> str:
     return process.stdout
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_room_is_imported_alone(room: str) -> None:
-    module, hidden = ROOMS[room]
-    run(f"importlib.import_module({module!r})\n", hidden)
+def room_of(module: str) -> str:
+    """The entry of `ROOMS` that holds for a module."""
+    return max((room for room in ROOMS if module.startswith(room)), key=len)
+
+
+@cache
+def failures(room: str) -> dict[str, str]:
+    """Of each module of a room, what its import raised where the room's libraries are hidden; "" where nothing."""
+    hidden = ROOMS[room]
+    usable = [name for name in FIRST if name not in hidden and find_spec(name)]
+    first = [module for name in usable for module in FIRST[name]]
+    modules = [full_name(module) for module in MODULES if room_of(module) == room]
+    failed: dict[str, str] = json.loads(run(IMPORT_EACH.format(first=first, modules=modules), hidden).splitlines()[-1])
+    return failed
+
+
+def full_name(module: str) -> str:
+    return "optimal_sampling_trl" if module == "__init__" else f"optimal_sampling_trl.{module}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_is_imported_alone(module: str) -> None:
+    room = room_of(module)
+    if room in NEEDED and find_spec(NEEDED[room]) is None:
+        pytest.skip(f"{NEEDED[room]} is not installed")
+    told = failures(room)[full_name(module)]
+    assert not told, f"{module} must do without {', '.join(ROOMS[room])} (entry {room!r} of ROOMS):\n{told}"
+
+
+def test_every_entry_decides_about_a_module() -> None:
+    unused = set(ROOMS) - {room_of(module) for module in MODULES}
+    assert not unused, f"Delete or rename these entries of ROOMS, no module's name opens with them: {sorted(unused)}"
 
 
 def test_the_package_loads_a_room_when_a_name_is_first_used() -> None:

@@ -1,0 +1,122 @@
+"""The tests mirror the package: a module's test has its name and its folder, or stands here with the reason.
+
+`mixture/solver.py` is tested by `tests/mixture/test_solver.py`; a folder's `__init__.py` that defines something, such
+as `backends/__init__.py`, by `tests/backends/test_backends.py`.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+from helpers.paths import ROOT, TESTS
+
+PACKAGE = ROOT / "optimal_sampling_trl"
+ELSEWHERE = {
+    "__init__.py": ("whole/test_rooms.py", "loads a name when it is first used"),
+    "files.py": ("test_sampling_run.py", "writers and kills meet in a folder of rollouts"),
+    "options.py": ("whole/test_bad_inputs.py", "refusals of every option"),
+    "backends/__init__.py": ("test_generate.py", "the choice of an engine is seen at the front door"),
+    "backends/transformers/decoding.py": ("backends/transformers/test_backend.py", "the rows of its batches"),
+    "backends/vllm/plugin.py": ("whole/test_upstream_vllm.py", "vLLM calls it by name"),
+    "backends/vllm/requests.py": ("backends/vllm/test_backend.py", "each live batch goes in and out by it"),
+    "backends/vllm/versions.py": ("backends/vllm/test_limits.py", "a version that was never run is refused"),
+    "backends/vllm/server/messages.py": ("backends/vllm/server/test_server.py", "every request over HTTP goes by it"),
+    "backends/vllm/server/serve.py": ("backends/vllm/server/test_server.py", "the server's command"),
+    "backends/vllm/worker/model.py": ("backends/vllm/test_families.py", "both models of every family in one"),
+    "backends/vllm/worker/model_state.py": ("backends/vllm/test_gpu.py", "vLLM asks for it on a GPU alone"),
+    "backends/vllm/worker/row_sampler.py": ("backends/vllm/test_backend.py", "records of live rows"),
+    "backends/vllm/worker/slot_sampler.py": ("backends/vllm/test_gpu.py", "vLLM's runner on GPUs has slots"),
+    "backends/vllm/worker/transfer.py": ("backends/vllm/server/test_server.py", "weights that a trainer sends"),
+    "mixture/reference.py": ("mixture/test_mixing.py", "it is the oracle there, and held against enumeration"),
+    "mixture/settings.py": ("mixture/test_mixing.py", "what a mixture refuses stands beside what it does"),
+    "mixture/solver.py": ("mixture/test_mixing.py", "α is solved on every row of those tests"),
+    "mixture/kernels/launch.py": ("mixture/test_kernels.py", "compiled or interpreted, in a process of its own"),
+    "pairing/pair.py": ("pairing/test_pairing.py", "what two models must share"),
+    "pairing/prompts.py": ("pairing/test_pairing.py", "the prompts of a pair"),
+    "pairing/source.py": ("pairing/test_pairing.py", "a model's files as they are named"),
+    "rollouts/card.py": ("test_sampling_run.py", "the card of a finished folder"),
+    "rollouts/folder.py": ("test_sampling_run.py", "shards are written by a run"),
+    "rollouts/progress.py": ("test_sampling_run.py", "the bar of a run"),
+    "rollouts/request.py": ("whole/test_bad_inputs.py", "what a request refuses"),
+    "trainers/arguments.py": ("recipes/test_recipes.py", "flags and YAML of the recipes"),
+    "trainers/config.py": ("trainers/test_trainers.py", "a configuration is tested where it trains"),
+    "trainers/distillation.py": ("trainers/test_trainers.py", "three trainers, one set of checks"),
+    "trainers/generator.py": ("trainers/test_trainers.py", "what it refuses when a trainer is made"),
+    "trainers/grpo.py": ("trainers/test_trainers.py", "three trainers, one set of checks"),
+    "trainers/mixin.py": ("trainers/test_trainers.py", "the records of every batch"),
+    "trainers/policy_gradient.py": ("trainers/test_trainers.py", "what GRPO and RLOO share"),
+    "trainers/rloo.py": ("trainers/test_trainers.py", "three trainers, one set of checks"),
+    "trainers/engines/seam.py": ("trainers/engines/test_colocated.py", "live and colocated engines in a trainer"),
+    "trainers/engines/server.py": ("backends/vllm/server/test_server.py", "trainers with a server"),
+}
+"""Modules without a test of their name: the file below `tests/` that tests each, and what is tested there."""
+OTHERS = {
+    "backends/vllm/test_families.py": "families of models, tied and untied",
+    "backends/vllm/test_gpu.py": "the fused engine on a GPU; skipped without one",
+    "backends/vllm/test_neighbours.py": "engines in one process, and a training job's group",
+    "backends/vllm/worker/test_schedule.py": "vLLM's scheduler: prefix cache, chunked prefill, preemption",
+    "backends/vllm/server/test_server.py": "the folder as a whole, from outside",
+    "mixture/test_kernels.py": "the folder `kernels` as a whole",
+    "pairing/test_pairing.py": "the folder as a whole",
+    "trainers/test_trainers.py": "three trainers on the transformers backend",
+    "trainers/engines/test_colocated.py": "three trainers on the fused engine",
+}
+"""Tests in a mirrored folder that are named by no module, and what they are about."""
+
+
+def defines(path: Path) -> set[str]:
+    """The names of a module's functions, classes and constants."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return names - {"__all__"}
+
+
+def modules() -> dict[str, str]:
+    """Each module of the package that defines something, and the test of its name, both by their path."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = path.relative_to(PACKAGE)
+        if path.stem != "__init__":
+            found[str(name)] = str(name.with_name(f"test_{name.name}"))
+        elif defines(path):
+            found[str(name)] = str(name.with_name(f"test_{path.parent.name}.py"))
+    return found
+
+
+def test_every_module_has_a_test() -> None:
+    missing = {
+        module: test for module, test in modules().items() if not (TESTS / test).exists() and module not in ELSEWHERE
+    }
+    assert not missing, f"Write tests/<file>, or say in ELSEWHERE which file tests the module and why: {missing}"
+
+
+def test_no_entry_is_out_of_date() -> None:
+    known = modules()
+    gone = sorted(module for module in ELSEWHERE if module not in known)
+    assert not gone, f"These entries of ELSEWHERE are of no module that defines something. Delete them: {gone}"
+    named = {module: known[module] for module in ELSEWHERE if (TESTS / known[module]).exists()}
+    assert not named, f"These modules have a test of their name. Delete their entries of ELSEWHERE: {named}"
+
+
+def test_the_files_named_are_there() -> None:
+    gone = sorted({test for test, _ in ELSEWHERE.values() if not (TESTS / test).exists()})
+    assert not gone, f"ELSEWHERE names files that are not in tests/ any more: {gone}"
+    wordless = sorted(module for module, (_, reason) in ELSEWHERE.items() if not reason)
+    assert not wordless, f"Say in ELSEWHERE what is tested there of {wordless}"
+
+
+def test_every_test_is_named_by_a_module() -> None:
+    mirrored = [
+        path for path in TESTS.rglob("test_*.py") if path.relative_to(TESTS).parts[0] not in ("whole", "recipes")
+    ]
+    tests = {str(path.relative_to(TESTS)) for path in mirrored}
+    extra = sorted(tests - set(modules().values()) - set(OTHERS))
+    assert not extra, f"Name each by the module it tests, or say in OTHERS what it is about: {extra}"
+    gone = sorted(set(OTHERS) - tests)
+    assert not gone, f"These entries of OTHERS name no test. Delete them: {gone}"
