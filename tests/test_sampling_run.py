@@ -7,6 +7,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from optimal_sampling_trl import (
     sample_to_folder,
 )
 from optimal_sampling_trl.files import Lock
+from optimal_sampling_trl.pairing import folder_digest, weight_digest
 from optimal_sampling_trl.rollouts import folder as folder_module
 from optimal_sampling_trl.rollouts import progress as progress_module
 from optimal_sampling_trl.rollouts.folder import Key, RolloutFolder
@@ -271,6 +273,79 @@ def test_a_student_trained_in_its_folder_is_another(root: Path, tmp_path: Path) 
     (tmp_path / "trained").rename(tmp_path / "one")
     with pytest.raises(ValueError, match="`weights_theta` was"):
         sample_to_folder(build(root, model_theta=str(tmp_path / "one")), ["a"], folder, use_tqdm=False)
+
+
+@pytest.mark.parametrize("place", [0, 64, 5_000, -1])
+def test_the_digests_cover_every_weight(tmp_path: Path, place: int) -> None:
+    """One number of one weight, anywhere in the middle of a file, is another student."""
+    name = make_model(tmp_path / "one", "qwen2", 1, hidden=64, layers=4)
+    model = AutoModelForCausalLM.from_pretrained(name)
+    digests = [(weight_digest(model), folder_digest(tmp_path / "one"))]
+    weight = model.model.layers[2].mlp.up_proj.weight
+    with torch.no_grad():
+        weight.view(-1)[min(place, weight.numel() - 1)] += 1e-3
+    model.save_pretrained(tmp_path / "other")
+    digests.append((weight_digest(model), folder_digest(tmp_path / "other")))
+    assert digests[0][0] != digests[1][0]
+    assert digests[0][1] != digests[1][1]
+    (tmp_path / "other").rename(tmp_path / "renamed")
+    assert folder_digest(tmp_path / "renamed") == digests[1][1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
+def test_the_digest_takes_any_type(dtype: torch.dtype) -> None:
+    def digest(weight: torch.Tensor) -> str:
+        module = torch.nn.Module()
+        module.weight = torch.nn.Parameter(weight, requires_grad=False)
+        return weight_digest(module)
+
+    weight = torch.arange(12).reshape(3, 4).to(dtype)
+    assert digest(weight) == digest(weight.clone())
+    assert digest(weight) != digest(weight.T.contiguous())
+    assert digest(weight.T) == digest(weight.T.contiguous())  # the order of the entries, whatever the memory's
+    assert digest(torch.tensor(1.0)) != digest(torch.tensor(2.0))
+
+
+def test_a_field_that_an_older_version_did_not_know_had_its_default(
+    sampler: OptimalSamplingV1, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A folder of a version without `min_p`, `mixture.epsilon` and whole digests goes on; other values do not."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    run = json.loads((folder / "run.json").read_text())
+    run["settings"]["weights_teacher"] = run["settings"]["weights_theta"] = "0123abcd"
+    for name in ("min_p", "mixture.epsilon"):
+        del run["settings"][name]
+    (folder / "run.json").write_text(json.dumps(run))
+    (folder / "data" / "rollouts-000002.parquet").unlink()
+    sample_to_folder(sampler, PROMPTS, folder, use_tqdm=False, **RUN)
+    assert "cannot be said" in caplog.text
+    shard = "data/rollouts-000002.parquet"
+    assert content(folder)[shard] == content(whole)[shard]
+    with pytest.raises(ValueError, match=r"`mixture.epsilon` was 0.05, now is 0.1"):
+        sample_to_folder(sampler, PROMPTS, folder, use_tqdm=False, **RUN, mixture=Mixture(epsilon=0.1))
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="reads are counted by Linux")
+def test_going_on_reads_two_columns_of_a_shard(tmp_path: Path) -> None:
+    T, count = 8192, 8
+    rollouts = {
+        Key(index, 0): Rollout(
+            [1], [1], list(range(T)), *torch.randn(4, T).unbind(0), text="x", finish_reason="stop", mixture=Mixture()
+        )
+        for index in range(count)
+    }
+
+    def bytes_read() -> int:
+        return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])  # type: ignore[index]
+
+    with RolloutFolder(tmp_path / "run") as store:
+        store.write_shard(0, rollouts)
+        (path,) = store.shards()
+        store.keys(path)  # what is imported is read once
+        before = bytes_read()
+        assert store.keys(path) == list(rollouts)
+        assert bytes_read() - before < path.stat().st_size / 4
 
 
 def work(root: Path, folder: Path, die: str | None = None, limit: int | None = None) -> None:

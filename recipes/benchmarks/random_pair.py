@@ -91,8 +91,8 @@ def make_random_pair(root: str, args: argparse.Namespace) -> tuple[str, str]:
         config = Qwen2Config(
             vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
             num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-            max_position_embeddings=4096, tie_word_embeddings=shape.tied, initializer_range=0.05, eos_token_id=0,
-            bos_token_id=None,
+            max_position_embeddings=getattr(args, "context", 4096), tie_word_embeddings=shape.tied,
+            initializer_range=0.05, eos_token_id=0, bos_token_id=None,
         )  # fmt: skip
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
             model = Qwen2ForCausalLM._from_config(config, dtype=getattr(torch, args.dtype))
