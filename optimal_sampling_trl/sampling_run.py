@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 from .mixture import Mixture
 from .options import check_whole
-from .pairing import weight_digest
 from .rollouts.card import make_card
 from .rollouts.folder import CARD, RUN, Key, RolloutFolder
 from .rollouts.progress import Progress
@@ -221,10 +220,8 @@ def _settings(sampler: OptimalSamplingV1, mixture: Mixture, sampling: Sampling) 
 
 def _weights(sampler: OptimalSamplingV1, role: str) -> str | None:
     """A number that changes when a model is trained: of a few entries of each weight, or of the files' two ends."""
-    if (model := getattr(sampler.backend, role, None)) is not None:
-        return weight_digest(model)
-    if role == "theta" and (loaded := getattr(sampler.backend, "theta_digest", lambda: None)()) is not None:
-        return loaded
+    if (digest_of_engine := sampler.backend.weight_digest(role)) is not None:
+        return digest_of_engine
     digest = hashlib.sha256()
     folder = Path(getattr(sampler, f"model_{role}"))
     if not folder.is_dir():
