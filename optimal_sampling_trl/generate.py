@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from .backends import GPU_MEMORY_UTILIZATION, Backend, make_backend
 from .mixture import Mixture
 from .options import check_whole
-from .pairing import Prompt, encode
+from .pairing import Prompt, encode, reads_two_prompts
 from .rollouts.progress import Progress
 from .rollouts.request import Request, Sampling
 from .rollouts.rollout import Rollout
@@ -117,7 +117,7 @@ class OptimalSamplingV1:
             backend,
             model_teacher,
             model_theta,
-            two_prompts=teacher_system_prompt != theta_system_prompt,
+            two_prompts=reads_two_prompts(teacher_system_prompt, theta_system_prompt),
             gpu_memory_utilization=gpu_memory_utilization,
             **engine_arguments,
         )
@@ -207,7 +207,7 @@ class OptimalSamplingV1:
         """
         tokenizer, chat = self.backend.tokenizer, self.enable_chat_template
         teacher = encode(prompt, tokenizer, self.teacher_system_prompt, chat, index)
-        if self.theta_system_prompt == self.teacher_system_prompt:
+        if not reads_two_prompts(self.teacher_system_prompt, self.theta_system_prompt):
             return teacher, teacher
         return teacher, encode(prompt, tokenizer, self.theta_system_prompt, chat, index)
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from .mixture import Mixture
 from .options import check_whole
-from .pairing import folder_digest, weight_digest
+from .pairing import folder_digest
 from .rollouts.card import make_card
 from .rollouts.folder import CARD, RUN, Key, RolloutFolder
 from .rollouts.progress import Progress
@@ -223,9 +223,7 @@ def _settings(sampler: OptimalSamplingV1, mixture: Mixture, sampling: Sampling) 
 
 def _weights(sampler: OptimalSamplingV1, role: str) -> str | None:
     """A number that changes when a model is trained: of all weights, or of all bytes of its files. None for a name."""
-    if (model := getattr(sampler.backend, role, None)) is not None:
-        return DIGEST + weight_digest(model)
-    if role == "theta" and (loaded := getattr(sampler.backend, "theta_digest", lambda: None)()) is not None:
+    if (loaded := sampler.backend.weight_digest(role)) is not None:
         return DIGEST + loaded
     folder = Path(getattr(sampler, f"model_{role}"))
     return DIGEST + folder_digest(folder) if folder.is_dir() else None

@@ -84,8 +84,5 @@ def run(trainer: Any) -> None:
     trainer.save_model(trainer.args.output_dir)
     processes = trainer.accelerator.num_processes
     trainer.accelerator.print(f"The model is in {trainer.args.output_dir}, trained by {processes} process(es).")
-    if (engine := getattr(trainer.vllm_generation, "llm", None)) is not None:
-        from optimal_sampling_trl.backends.vllm.backend import shut_down
-
-        shut_down(engine)  # while its groups of processes exist, which `end_training` ends
+    trainer.close()  # while the engine's groups of processes exist, which `end_training` ends
     trainer.accelerator.end_training()

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from helpers.models import EOS, make_model, make_tokenizer, make_unfit_models
 from helpers.oracle import check_rollout
 from optimal_sampling_trl import Mixture, OptimalSamplingOutput, OptimalSamplingV1, backends
-from optimal_sampling_trl.backends import decoding
+from optimal_sampling_trl.backends.transformers import decoding
 from optimal_sampling_trl.pairing.source import Source
 from optimal_sampling_trl.rollouts.request import Sampling
 
@@ -381,7 +381,7 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(*arguments: Any) -> None:
         raise AssertionError("A model was run.")
 
-    monkeypatch.setattr(decoding.Stream, "__init__", read)
+    monkeypatch.setattr(decoding.Reader, "__init__", read)
 
 
 @pytest.mark.usefixtures("unread")

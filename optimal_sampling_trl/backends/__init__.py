@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ..pairing import Pair, Source
     from ..rollouts.progress import Progress
     from ..rollouts.request import Request
     from ..rollouts.rollout import Rollout
@@ -24,13 +26,14 @@ BACKENDS = ("auto", "transformers", "vllm")
 GPU_MEMORY_UTILIZATION = 0.5
 """vLLM's share of a device's memory, where the user gives none."""
 
-LOADED = "a loaded model was passed, and vLLM loads its own from a folder or a model id"
+NO_LOADED_MODELS = "a loaded model was passed, and vLLM loads its own from a folder or a model id"
 
 
 class Backend(Protocol):
     """What the front door and the trainers ask of an engine."""
 
     name: str
+    pair: Pair
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -40,10 +43,13 @@ class Backend(Protocol):
         """Refuse a request that cannot be served; `index` is its number, for the error."""
 
     def generate(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Rollout]:
-        """One rollout for each request, in their order; each is added to `progress`."""
+        """Sample one rollout for each request, in their order; each is added to `progress`."""
 
     def load_theta(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Replace the student's weights in place; refuses a set that is not whole."""
+
+    def weight_digest(self, role: str) -> str | None:
+        """Return what changes with the weights of `"teacher"` or `"theta"`; None as long as they are the files'."""
 
     def sleep(self) -> None:
         """Free what memory the engine can until `wake_up`; the teacher is kept."""
@@ -55,6 +61,94 @@ class Backend(Protocol):
         """Free the engine. Doing so twice is fine."""
 
 
+@dataclass(frozen=True)
+class Choice:
+    """The backend that serves a pair, and what was read of the pair on the way to it.
+
+    Args:
+        name: `"vllm"` or `"transformers"`.
+        teacher: the teacher.
+        theta: the student.
+        pair: what vLLM's engine is to be built on; None with transformers, which reads its own.
+        reason: why vLLM cannot serve the pair; None where it can, or was not asked for.
+    """
+
+    name: str
+    teacher: Source
+    theta: Source
+    pair: Pair | None = None
+    reason: str | None = None
+
+
+def choose(
+    backend: str,
+    teacher: str | os.PathLike[str] | PreTrainedModel,
+    theta: str | os.PathLike[str] | PreTrainedModel,
+    engine_arguments: Mapping[str, Any],
+    *,
+    two_prompts: bool = False,
+) -> Choice:
+    """Pick the engine of a pair: the one place where it is decided, for the front door and for the trainers.
+
+    Args:
+        backend: one of `BACKENDS`; `"auto"` is vLLM where it is installed and able.
+        teacher: a folder, a model id or a loaded model.
+        theta: likewise.
+        engine_arguments: those that the engine will be built with: they say which files are the models'.
+        two_prompts: the teacher and the student will be given different prompts.
+
+    Raises:
+        ImportError: where `"vllm"` is asked for and not installed, or unsuited.
+        ValueError: on an unknown backend, on what is no model, or where `"vllm"` is asked for and cannot mix the two.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(unknown_option("backend", backend, BACKENDS))
+    from ..pairing import name_sources
+
+    sources = name_sources(_model(teacher, "teacher"), _model(theta, "student"), engine_arguments)
+    if backend == "transformers":
+        return Choice("transformers", *sources)
+    is_loaded = any(source.is_loaded for source in sources)
+    if backend == "vllm" and is_loaded:
+        raise ValueError(
+            f"backend='vllm': {NO_LOADED_MODELS}. Save it and pass its folder, or use backend='transformers'."
+        )
+    if backend == "auto" and find_spec("vllm") is None:
+        return Choice("transformers", *sources, reason="vLLM is not installed")
+    if is_loaded:
+        return Choice("transformers", *sources, reason=NO_LOADED_MODELS)
+    try:
+        return Choice("vllm", *sources, pair=_read_for_vllm(*sources, engine_arguments, two_prompts))
+    except (ImportError, ValueError) as error:
+        if backend == "vllm":
+            raise
+        return Choice("transformers", *sources, reason=str(error))
+
+
+def _read_for_vllm(teacher: Source, theta: Source, engine_arguments: Mapping[str, Any], two_prompts: bool) -> Pair:
+    """The pair as the fused engine serves it.
+
+    Raises:
+        ImportError: where vLLM is missing, unsuited, or did not load this package's plugin.
+        ValueError: where it cannot serve the pair, saying why.
+    """
+    from .vllm.limits import can_read_two_prompts, check_pair, check_platform
+    from .vllm.plugin import require
+
+    require()
+    if two_prompts and not can_read_two_prompts():
+        raise ValueError("teacher and student read different prompts, which the fused vLLM engine does on GPUs alone")
+    check_platform(engine_arguments)
+    return check_pair(teacher, theta, engine_arguments)
+
+
+def why_not_vllm(
+    teacher: str | PreTrainedModel, theta: str | PreTrainedModel, *, two_prompts: bool = False, **engine_arguments: Any
+) -> str | None:
+    """Why vLLM cannot sample this pair, or None where it can."""
+    return choose("auto", teacher, theta, engine_arguments, two_prompts=two_prompts).reason
+
+
 def make_backend(
     backend: str,
     teacher: str | PreTrainedModel,
@@ -64,62 +158,40 @@ def make_backend(
     gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION,
     **engine_arguments: Any,
 ) -> Backend:
-    """The engine named `backend`; `"auto"` is vLLM where it is installed and able, and says in the log why if not.
+    """Build the engine that `choose` picks; with `"auto"` the log says which, and why if it is not vLLM.
 
     Args:
+        backend: one of `BACKENDS`.
+        teacher: a folder, a model id or a loaded model.
+        theta: likewise.
         two_prompts: the teacher and the student will be given different prompts.
+        gpu_memory_utilization: vLLM's share of a device's memory.
+        **engine_arguments: those of the engine.
 
     Raises:
+        ImportError: see `choose`.
         ValueError: on an unknown backend or argument, a setting that the backend asked for does not have, or a pair
             that it cannot mix.
     """
-    if backend not in BACKENDS:
-        raise ValueError(unknown_option("backend", backend, BACKENDS))
-    teacher, theta = _model(teacher, "teacher"), _model(theta, "student")
-    asked = backend
+    choice = choose(backend, teacher, theta, engine_arguments, two_prompts=two_prompts)
+    is_default = gpu_memory_utilization == GPU_MEMORY_UTILIZATION
     if backend == "auto":
-        reason = why_not_vllm(teacher, theta, two_prompts=two_prompts, **engine_arguments)
-        backend = "vllm" if reason is None else "transformers"
         ignored = f" `gpu_memory_utilization` ({gpu_memory_utilization}) is vLLM's alone and does nothing here."
-        if gpu_memory_utilization == GPU_MEMORY_UTILIZATION:
-            ignored = ""
-        logger.info("Sampling with %s%s", backend, "." if reason is None else f": {reason}.{ignored}")
-    if backend == "vllm":
-        if not (isinstance(teacher, str) and isinstance(theta, str)):
-            raise ValueError(f"backend='vllm': {LOADED}. Save it and pass its folder, or use backend='transformers'.")
+        why = "." if choice.reason is None else f": {choice.reason}.{'' if is_default else ignored}"
+        logger.info("Sampling with %s%s", choice.name, why)
+    if choice.pair is not None:
         from .vllm.backend import VLLMBackend
 
-        return VLLMBackend(teacher, theta, gpu_memory_utilization=gpu_memory_utilization, **engine_arguments)
-    if asked == "transformers" and gpu_memory_utilization != GPU_MEMORY_UTILIZATION:
+        names, share = (choice.pair.teacher, choice.pair.theta), gpu_memory_utilization
+        return VLLMBackend(*names, pair=choice.pair, gpu_memory_utilization=share, **engine_arguments)
+    if backend == "transformers" and not is_default:
         raise ValueError(
             f"`gpu_memory_utilization` is {gpu_memory_utilization!r} and the backend 'transformers', which takes what "
             "memory it needs; wanted the setting with 'vllm' alone. Drop it, or lower `max_num_seqs` to need less."
         )
     from .transformers.backend import TransformersBackend
 
-    return TransformersBackend(teacher, theta, **engine_arguments)
-
-
-def why_not_vllm(
-    teacher: str | PreTrainedModel, theta: str | PreTrainedModel, *, two_prompts: bool = False, **engine_arguments: Any
-) -> str | None:
-    """Why vLLM cannot sample this pair, or None where it can."""
-    if find_spec("vllm") is None:
-        return "vLLM is not installed"
-    if not (isinstance(teacher, str) and isinstance(theta, str)):
-        return LOADED
-    from .vllm.limits import can_read_two_prompts, check_pair, check_platform
-    from .vllm.plugin import require
-
-    try:
-        require()
-        if two_prompts and not can_read_two_prompts():
-            return "teacher and student read different prompts, which the fused vLLM engine does on GPUs alone"
-        check_platform(engine_arguments)
-        check_pair(teacher, theta, engine_arguments)
-    except (ImportError, ValueError) as error:
-        return str(error)
-    return None
+    return TransformersBackend(choice.teacher, choice.theta, **engine_arguments)
 
 
 def _model(model: Any, role: str) -> str | PreTrainedModel:

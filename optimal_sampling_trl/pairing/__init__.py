@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from .pair import Ending, check_same_tokens, check_vocabulary, context_length, end_of_sequence
-from .prompts import Prompt, check_prompt, encode, with_system_prompt
+from .pair import (
+    Ending,
+    Pair,
+    check_same_tokens,
+    check_vocabulary,
+    context_length,
+    end_of_sequence,
+    name_sources,
+    read_pair,
+)
+from .prompts import Prompt, check_prompt, encode, reads_two_prompts, with_system_prompt
 from .source import (
     MODEL_OPTIONS,
     Source,
@@ -20,6 +29,7 @@ from .source import (
 __all__ = [
     "MODEL_OPTIONS",
     "Ending",
+    "Pair",
     "Prompt",
     "Source",
     "check_decoder",
@@ -34,6 +44,9 @@ __all__ = [
     "load_config",
     "load_generation_config",
     "load_tokenizer",
+    "name_sources",
+    "read_pair",
+    "reads_two_prompts",
     "token_digest",
     "weight_digest",
     "with_system_prompt",

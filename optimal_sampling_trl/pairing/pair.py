@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..mixture import fold_eos
+from .source import MODEL_OPTIONS, Source
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,7 +17,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ending:
-    """The end-of-sequence tokens of a pair: the student's rule, and the teacher's other ones are folded into them.
+    """The end-of-sequence tokens of a pair.
+
+    The student's end tokens stop a completion; the teacher's other ones count as the student's first.
 
     Args:
         stop: the student's end-of-sequence ids, its main one first; empty where it has none.
@@ -28,6 +32,76 @@ class Ending:
     def fold(self, teacher_logits: Tensor) -> Tensor:
         """The teacher's raw logits (N, V) with the mass of its own endings counted for the student's."""
         return fold_eos(teacher_logits, self.folded, self.stop[0]) if self.stop else teacher_logits
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A teacher and a student as an engine serves them, worked out by `read_pair` before it starts.
+
+    Args:
+        teacher: the teacher's folder or name; empty for a loaded model without one.
+        theta: the student's, likewise.
+        tokenizer: of both.
+        vocabulary: the number of tokens that both models score.
+        engine_vocabulary: the number that the teacher scores: vLLM's token ids end there.
+        context: most tokens, prompt and completion together, that both can read in this engine.
+        ending: where completions end.
+        two_prompts: whether this engine takes another prompt for the student than for the teacher.
+    """
+
+    teacher: str
+    theta: str
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary: int
+    engine_vocabulary: int
+    context: int
+    ending: Ending
+    two_prompts: bool = True
+
+
+def name_sources(
+    teacher: str | PreTrainedModel | Source, theta: str | PreTrainedModel | Source, arguments: Mapping[str, Any]
+) -> tuple[Source, Source]:
+    """Both models of a pair, as an engine's arguments say how to load them; `revision` is the teacher's alone."""
+    options = {name: arguments[name] for name in MODEL_OPTIONS if name in arguments}
+    shared = {name: value for name, value in options.items() if name != "revision"}
+    return Source.of(teacher, "teacher", options), Source.of(theta, "student", shared)
+
+
+def read_pair(
+    teacher: Source,
+    theta: Source,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+    max_model_len: int | None = None,
+    two_prompts: bool = True,
+) -> Pair:
+    """Work out what both models share, and refuse two that cannot be mixed.
+
+    Args:
+        teacher: the teacher's source.
+        theta: the student's source.
+        tokenizer: the pair's; by default the student's.
+        teacher_tokenizer: the teacher's, which must have the same tokens; by default the one beside its files.
+        max_model_len: most tokens that the engine reads, no more than both models can; by default as many.
+        two_prompts: see `Pair`.
+
+    Raises:
+        ValueError: where a model or a tokenizer cannot be loaded, or the two differ in their tokens.
+    """
+    tokenizer = theta.tokenizer() if tokenizer is None else tokenizer
+    check_same_tokens(teacher.tokenizer() if teacher_tokenizer is None else teacher_tokenizer, tokenizer)
+    return Pair(
+        teacher=teacher.name,
+        theta=theta.name,
+        tokenizer=tokenizer,
+        vocabulary=check_vocabulary(teacher.config, theta.config, tokenizer),
+        engine_vocabulary=teacher.config.vocab_size,
+        context=max_model_len or context_length(teacher.config, theta.config),
+        ending=end_of_sequence(teacher.generation_config(), theta.generation_config(), tokenizer.eos_token_id),
+        two_prompts=two_prompts,
+    )
 
 
 def check_same_tokens(teacher: PreTrainedTokenizerBase, theta: PreTrainedTokenizerBase) -> None:

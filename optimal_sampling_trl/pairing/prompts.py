@@ -65,12 +65,17 @@ def encode(
         ) from error
     if not ids:
         raise ValueError(f"Prompt {index} holds no token; wanted at least one. Drop it.")
-    if system_prompt is not None:
+    if system_prompt:
         raise ValueError(
             f"Prompt {index} is given as token ids, before which the system prompt {system_prompt[:40]!r} cannot be "
             "put. Pass the text or the messages, or put the system prompt's tokens into the ids."
         )
     return ids
+
+
+def reads_two_prompts(teacher_system_prompt: str | None, theta_system_prompt: str | None) -> bool:
+    """Whether these system prompts give the two models different prompts; an empty one is none."""
+    return (teacher_system_prompt or None) != (theta_system_prompt or None)
 
 
 def with_system_prompt(prompt: Any, system_prompt: str | None) -> Any:

@@ -7,6 +7,7 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -27,9 +28,8 @@ from transformers import (
 MODEL_OPTIONS = ("attn_implementation", "dtype", "revision", "trust_remote_code")
 """Options that go to `from_pretrained`; `revision` to the teacher's alone, as vLLM has it."""
 
-
 EVERY_RANK = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
-"""Under accelerate's FSDP transformers loads zeros in all ranks but the first, which FSDP fills: not in ours."""
+"""Under FSDP, transformers loads real weights on rank 0 only. Ours are not wrapped: each rank must load them."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,16 @@ class Source:
     role: str
     options: dict[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, model: str | PreTrainedModel | Source, role: str, options: dict[str, Any]) -> Source:
+        """Name a model's source. One that is a source already stays as it is, with what was read of it."""
+        return model if isinstance(model, Source) else cls(model, role, options)
+
+    @property
+    def name(self) -> str:
+        """The folder or model id; of a loaded model the one that it came from, or an empty text."""
+        return self.model if isinstance(self.model, str) else str(self.model.name_or_path or "")
+
     @property
     def is_loaded(self) -> bool:
         """Whether the caller loaded the model, and owns it."""
@@ -58,8 +68,13 @@ class Source:
             return self.model.device
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
+    @cached_property
     def config(self) -> PreTrainedConfig:
-        """The configuration of a decoder."""
+        """The configuration of a decoder, read once with the headers of its weights.
+
+        Raises:
+            ValueError: where there is none, the model is no decoder of text, or a file of its weights is broken.
+        """
         if isinstance(self.model, str):
             config = load_config(self.model, self.role, **self._code, **self._revision)
             check_weights(self.model, self.role)
@@ -67,21 +82,20 @@ class Source:
         check_decoder(self.model.config, self.role)
         return self.model.config
 
-    def generation_config(self, config: PreTrainedConfig) -> GenerationConfig | PreTrainedConfig:
-        """The generation settings, or `config` where there are none."""
+    def generation_config(self) -> GenerationConfig | PreTrainedConfig:
+        """The generation settings, or the configuration where there are none."""
         if isinstance(self.model, str):
-            return load_generation_config(self.model, config, **self._revision)
-        return getattr(self.model, "generation_config", None) or config
+            return load_generation_config(self.model, self.config, **self._revision)
+        return getattr(self.model, "generation_config", None) or self.config
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer beside the model's files."""
-        name = self.model if isinstance(self.model, str) else self.model.name_or_path
-        if not name:
+        if not self.name:
             raise ValueError(
                 f"The {self.role} is a loaded model without a `name_or_path`; wanted the folder of its tokenizer "
                 "there. Save both in one folder and set `model.name_or_path` to it."
             )
-        return load_tokenizer(name, self.role, **self._code, **self._revision)
+        return load_tokenizer(self.name, self.role, **self._code, **self._revision)
 
     def load(self, device: torch.device) -> PreTrainedModel:
         """The model: one that was loaded where it stands, another on `device` and in evaluation mode."""
@@ -94,11 +108,11 @@ class Source:
     @property
     def _code(self) -> dict[str, Any]:
         # Not None, with which transformers asks on the terminal.
-        return {"trust_remote_code": self.options.get("trust_remote_code", False)}
+        return {"trust_remote_code": bool(self.options.get("trust_remote_code"))}
 
     @property
     def _revision(self) -> dict[str, Any]:
-        return {"revision": self.options["revision"]} if "revision" in self.options else {}
+        return {} if self.options.get("revision") is None else {"revision": self.options["revision"]}
 
 
 def load_config(model: str, role: str, **kwargs: Any) -> PreTrainedConfig:

@@ -75,10 +75,10 @@ class Rollout:
                 )
 
     @classmethod
-    def answer(
+    def from_request(
         cls, request: Request, completion_ids: list[int], records: Float[Tensor, "4 T"], text: str, finish_reason: str
     ) -> Rollout:
-        """What an engine answers to a request.
+        """Make the rollout with which an engine answers a request.
 
         Args:
             request: its prompts, its mixture and its temperature become the rollout's.

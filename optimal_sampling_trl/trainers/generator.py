@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ..backends import BACKENDS
 from ..mixture import Mixture
 from ..options import check_number, unknown_option
+from ..pairing import reads_two_prompts
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class OptimalSamplingGenerator:
     @property
     def two_prompts(self) -> bool:
         """Whether the teacher and the student read different prompts."""
-        return (self.teacher_system_prompt or None) != (self.theta_system_prompt or None)
+        return reads_two_prompts(self.teacher_system_prompt, self.theta_system_prompt)
 
     def theta_count(self, group: int, default: float) -> int:
         """How many of a group's completions come from the student alone.

@@ -20,7 +20,8 @@ from ..losses import effective_sample_size
 from ..pairing import with_system_prompt
 from ..rollouts.rollout import RECORDS, Rollout
 from .config import correction_of
-from .engines.seam import MixtureGeneration, Plan, build_generation, installed, together
+from .engines.base import MixtureGeneration, MixturePlan, on_all_ranks
+from .engines.seam import build_generation, engine_replaced_by
 from .generator import OptimalSamplingGenerator
 from .report import FigureCallback, send_histograms
 
@@ -74,14 +75,14 @@ class MixtureTrainerMixin(TrlTrainer):
         args.use_vllm = True  # what TRL calls any engine beside the trainer
         self.args = args
         self._check_settings()
-        with installed(type(self), self._build_generation):
+        with engine_replaced_by(type(self), self._build_generation):
             super().__init__(model, args=args, **keywords)
         self.histograms: dict[str, Tensor] = {}
         self.callback_handler.callbacks.insert(0, FigureCallback(self))  # before those that close the loggers
 
     def _build_generation(self, **trl_arguments: Any) -> MixtureGeneration:
         """What TRL calls to build its engine, once, while its `__init__` runs."""
-        plan = Plan(
+        plan = MixturePlan(
             generator=self.generator,
             group=self._group_size,
             theta_count=self._theta_count,
@@ -106,7 +107,7 @@ class MixtureTrainerMixin(TrlTrainer):
             ValueError: where no checkpoint is whole.
         """
         with ExitStack() as stack:
-            together(lambda: self._lock_folder(stack), self.accelerator)
+            on_all_ranks(lambda: self._lock_folder(stack), self.accelerator)
             if resume_from_checkpoint is True:
                 resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
             return super().train(resume_from_checkpoint, *positional, **keywords)
@@ -143,7 +144,7 @@ class MixtureTrainerMixin(TrlTrainer):
         `mixture_rows` (B,), True where a completion comes from the mixture. TRL's shuffle and split carry them."""
         self._own_inputs = inputs
         output = super()._generate_and_score_completions(self._with_system_prompts(inputs))
-        rollouts = self.rollouts = self.vllm_generation.take()
+        rollouts = self.rollouts = self.vllm_generation.pop_rollouts()
         output.update(stack_records(rollouts, output["completion_ids"]))
         if self.model.training:
             self._correct(output)

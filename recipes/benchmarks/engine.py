@@ -45,7 +45,7 @@ from vllm import LLM, SamplingParams, TokensPrompt
 
 from optimal_sampling_trl.backends.vllm.backend import VLLMBackend
 from optimal_sampling_trl.backends.vllm.requests import to_sampling_params
-from optimal_sampling_trl.backends.vllm.worker.row_sampler import RECORD
+from optimal_sampling_trl.backends.vllm.wire import RECORD
 from random_pair import describe, fastest, make_random_pair, make_requests, parser, shapes, synchronize
 
 HEAD = (

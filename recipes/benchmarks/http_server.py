@@ -32,8 +32,9 @@ import psutil
 import requests
 from trl.generation.vllm_client import VLLMClient
 
-from optimal_sampling_trl.backends.vllm.limits import Pair, check_pair
+from optimal_sampling_trl.backends.vllm.limits import check_pair
 from optimal_sampling_trl.backends.vllm.server.messages import to_arguments, to_rollouts
+from optimal_sampling_trl.pairing import Pair
 from optimal_sampling_trl.rollouts.request import Request
 from random_pair import describe, make_random_pair, make_requests, parser
 

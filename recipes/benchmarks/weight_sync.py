@@ -27,7 +27,7 @@ from transformers import AutoTokenizer, Qwen2ForCausalLM
 from trl.generation.vllm_client import VLLMClient
 
 from http_server import OURS, serving
-from optimal_sampling_trl.trainers.engines.server import FusedServer
+from optimal_sampling_trl.backends.vllm.server.client import FusedServer
 from random_pair import describe, make_random_pair, on_gpu, parser
 
 

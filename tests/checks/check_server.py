@@ -36,9 +36,9 @@ from helpers.engines import TEXTS, TOLERANCE, Oracle, request
 from helpers.models import make_model, make_tokenizer
 from helpers.oracle import expected_records
 from helpers.servers import MIXED, Server
+from optimal_sampling_trl.backends.vllm.server.client import FusedServer
 from optimal_sampling_trl.rollouts.request import Request
 from optimal_sampling_trl.rollouts.rollout import RECORDS, Rollout
-from optimal_sampling_trl.trainers.engines.server import FusedServer
 from processes.serve_from_files import FileClient
 
 SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -152,7 +152,7 @@ def push(served: FusedServer, oracle: Oracle, device: str, dtype: torch.dtype) -
 def send_over_nccl(url: str, teacher: str, theta: str, dtype: str) -> None:
     """The trainer's process: other weights three times, each time held against the oracle."""
     client = VLLMClient(base_url=url)
-    served = FusedServer(client, teacher, make_tokenizer(), patience=30.0)
+    served = FusedServer(client, teacher, make_tokenizer(), timeout=30.0)
     faulthandler.dump_traceback_later(NCCL, exit=True)
     print("NCCL: joining the server's group", flush=True)
     client.init_communicator(device="cuda:0")
@@ -243,7 +243,7 @@ class Steps:
 
     def records(self) -> str:
         client = VLLMClient(base_url=self.servers[0].url)
-        served = FusedServer(client, self.pair[0], make_tokenizer(), patience=60.0)
+        served = FusedServer(client, self.pair[0], make_tokenizer(), timeout=60.0)
         served.pushed = served._ask("theta_state")  # as if the weights on disk had been sent
         return check(served, self.oracle, BOUNDS[self.dtype], 200, 10)
 
@@ -272,7 +272,7 @@ class Steps:
     def file(self) -> str:
         client = FileClient(base_url=self.servers[-1].url)
         client.folder = self.root
-        served = FusedServer(client, self.pair[0], make_tokenizer(), patience=60.0)
+        served = FusedServer(client, self.pair[0], make_tokenizer(), timeout=60.0)
         oracle = scaled(self.oracle)
         push(served, oracle, "cpu", getattr(torch, self.dtype))
         return check(served, oracle, BOUNDS[self.dtype], 28, 1)

@@ -41,7 +41,7 @@ from helpers.training import (
 from optimal_sampling_trl import GRPOConfig, GRPOTrainer, Mixture, OptimalSamplingGenerator, RLOOConfig
 from optimal_sampling_trl.losses import CORRECTIONS, Correction
 from optimal_sampling_trl.rollouts.rollout import RECORDS
-from optimal_sampling_trl.trainers.engines.seam import Plan
+from optimal_sampling_trl.trainers.engines.base import MixturePlan
 from optimal_sampling_trl.trainers.mixin import QUANTILES, quantiles, stack_records
 
 RL = ("grpo", "rloo")
@@ -164,7 +164,7 @@ def test_evaluation_samples_from_the_student_alone(pair: tuple[str, str], tmp_pa
 @pytest.mark.parametrize(("processes", "rows"), [(1, 24), (2, 12), (3, 8), (4, 6), (8, 3), (24, 1)])
 def test_a_group_may_span_processes(fraction: float, processes: int, rows: int) -> None:
     generator, group = OptimalSamplingGenerator(teacher="t", theta_fraction=fraction), 4
-    plan = Plan(generator, lambda: group, lambda: generator.theta_count(group, 0.5), lambda: True, lambda: 0.0)
+    plan = MixturePlan(generator, lambda: group, lambda: generator.theta_count(group, 0.5), lambda: True, lambda: 0.0)
     drawn = [mixture for rank in range(processes) for mixture in plan.mixtures(rows, rank * rows)]
     alone = round(4 * fraction)
     assert [mixture.is_theta_only for mixture in drawn] == ([True] * alone + [False] * (4 - alone)) * 6
@@ -236,7 +236,7 @@ def test_metrics_by_recomputation(pair: tuple[str, str], tmp_path: Path, kind: s
 def test_the_engines_difference_is_measured_against_the_trainer(pair: tuple[str, str], tmp_path: Path) -> None:
     """A log θ that is 0.01 off in the engine's record shows as 0.01."""
     trainer = make_trainer("grpo", pair, tmp_path)
-    take = trainer.vllm_generation.take
+    take = trainer.vllm_generation.pop_rollouts
 
     def off() -> Any:
         rollouts = take()
@@ -244,7 +244,7 @@ def test_the_engines_difference_is_measured_against_the_trainer(pair: tuple[str,
             rollout.log_theta.add_(0.01)
         return rollouts
 
-    trainer.vllm_generation.take = off
+    trainer.vllm_generation.pop_rollouts = off
     one_batch(trainer, TEXTS[:1] * 4)
     assert trainer._metrics["train"]["engine/log_theta_difference"] == pytest.approx([0.01], abs=1e-5)
 

@@ -309,7 +309,7 @@ def test_out_of_memory_leaves_a_backend_that_samples(broken: tuple[str, str], mo
     backend = TransformersBackend(*broken, device="cpu")
     asked = [request(text, seed=index) for index, text in enumerate(("fine", "fine too", "ok"))]
     wanted = [rollout.completion_ids for rollout in backend.generate(asked)]
-    calls, forward = iter(range(100)), decoding.Stream._forward
+    calls, forward = iter(range(100)), decoding.Reader._forward
 
     def full(*arguments: Any) -> None:
         if next(calls) == 7:
@@ -317,7 +317,7 @@ def test_out_of_memory_leaves_a_backend_that_samples(broken: tuple[str, str], mo
         forward(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(decoding.Stream, "_forward", full)
+        patched.setattr(decoding.Reader, "_forward", full)
         with pytest.raises(torch.OutOfMemoryError):
             backend.generate(asked)
     assert [rollout.completion_ids for rollout in backend.generate(asked)] == wanted

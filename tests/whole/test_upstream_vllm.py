@@ -179,7 +179,9 @@ def test_model_runner_v2() -> None:
     for name, texts in expected.items():
         source = (root / name).read_text()
         gone = [text for text in texts if text not in source]
-        assert not gone, f"vllm/v1/worker/gpu/{name} does not say {gone} any more: {ROOM}/model_state.py uses it"
+        assert not gone, (
+            f"vllm/v1/worker/gpu/{name} does not say {gone} any more: see {ROOM}/worker/model_state.py"
+        )
 
 
 def test_blocks_are_hashed_with_their_request() -> None:
@@ -188,8 +190,8 @@ def test_blocks_are_hashed_with_their_request() -> None:
 
     from vllm.v1.core import kv_cache_utils
 
-    from optimal_sampling_trl.backends.vllm.requests import THETA_PROMPT
-    from optimal_sampling_trl.backends.vllm.versions import private_blocks
+    from optimal_sampling_trl.backends.vllm.blocks import private_blocks
+    from optimal_sampling_trl.backends.vllm.wire import THETA_PROMPT
 
     private_blocks()
     keys = kv_cache_utils.generate_block_hash_extra_keys

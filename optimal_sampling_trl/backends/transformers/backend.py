@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ... import pairing
 from ...options import check_whole, unknown_option
-from ...pairing import MODEL_OPTIONS, Source
+from ...pairing import MODEL_OPTIONS, Source, check_prompt, context_length, name_sources, read_pair, weight_digest
 from ...rollouts.progress import Progress
 from ...rollouts.request import Request
 from ...rollouts.rollout import Rollout, check_solved
-from .decoding import Rows, Stream
+from .decoding import Reader, Rows
 
 ENGINE_OPTIONS = ("device", "max_model_len", "max_num_seqs", *MODEL_OPTIONS)
 """All options of this backend, under vLLM's names where vLLM has them."""
@@ -31,7 +30,7 @@ class TransformersBackend:
     """Samples the mixture with transformers alone.
 
     Args:
-        teacher: a folder, a model id or a loaded model.
+        teacher: a folder, a model id, a loaded model, or the `Source` of one.
         theta: likewise; a loaded model is used as it stands, also while it is being trained.
         tokenizer: the pair's; by default the student's, checked against the teacher's.
         device: where loaded folders go; by default the student's device, or a GPU where there is one.
@@ -48,8 +47,8 @@ class TransformersBackend:
 
     def __init__(
         self,
-        teacher: str | PreTrainedModel,
-        theta: str | PreTrainedModel,
+        teacher: str | PreTrainedModel | Source,
+        theta: str | PreTrainedModel | Source,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         device: torch.device | str | None = None,
@@ -61,26 +60,21 @@ class TransformersBackend:
             if name not in MODEL_OPTIONS:
                 raise ValueError(unknown_option("argument of the transformers backend", name, ENGINE_OPTIONS))
         check_whole("The transformers backend", "max_num_seqs", max_num_seqs, 1, "Drop it for 256 rows at once.")
-        own = {name: value for name, value in model_options.items() if name != "revision"}
-        sources = Source(teacher, "teacher", model_options), Source(theta, "student", own)
-        configs = sources[0].config(), sources[1].config()
-        for source, config in zip(sources, configs, strict=True):
-            _check_cache(config, source.role)
-        self.tokenizer = sources[1].tokenizer() if tokenizer is None else tokenizer
-        pairing.check_same_tokens(sources[0].tokenizer(), self.tokenizer)
-        self.vocabulary = pairing.check_vocabulary(configs[0], configs[1], self.tokenizer)
-        self.context = _context(pairing.context_length(*configs), max_model_len)
+        of_teacher, of_theta = name_sources(teacher, theta, model_options)
+        for source in (of_teacher, of_theta):
+            _check_cache(source.config, source.role)
+        _check_max_model_len(max_model_len, context_length(of_teacher.config, of_theta.config))
+        self.pair = read_pair(of_teacher, of_theta, tokenizer=tokenizer, max_model_len=max_model_len)
         self.max_num_seqs = max_num_seqs
-        self.ending = pairing.end_of_sequence(
-            sources[0].generation_config(configs[0]),
-            sources[1].generation_config(configs[1]),
-            self.tokenizer.eos_token_id,
-        )
-        self.device = sources[1].device if device is None else _device(device)
-        self._owns_teacher = not sources[0].is_loaded
-        self._owns_theta = not sources[1].is_loaded
-        self.theta = sources[1].load(self.device)
-        self.teacher = sources[0].load(self.device)
+        self.device = of_theta.device if device is None else _device(device)
+        self._owns_teacher, self._owns_theta = not of_teacher.is_loaded, not of_theta.is_loaded
+        self.theta = of_theta.load(self.device)
+        self.teacher = of_teacher.load(self.device)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The pair's."""
+        return self.pair.tokenizer
 
     def check(self, request: Request, index: int) -> None:
         """Refuse a request with a prompt that a model cannot read.
@@ -89,7 +83,7 @@ class TransformersBackend:
             ValueError: naming the prompt, what was got and what was wanted.
         """
         for role, ids in (("teacher", request.prompt_ids), ("student", request.theta_prompt_ids)):
-            pairing.check_prompt(ids, self.context, self.vocabulary, index, role)
+            check_prompt(ids, self.pair.context, self.pair.vocabulary, index, role)
 
     def generate(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Rollout]:
         """One rollout for each request, in their order; `progress` shows them while they are drawn.
@@ -118,11 +112,11 @@ class TransformersBackend:
 
     def _generate_batch(self, requests: list[Request], progress: Progress | None) -> list[Rollout]:
         prompts = [request.prompt_ids for request in requests], [request.theta_prompt_ids for request in requests]
-        teacher = Stream(self.teacher, prompts[0], self.context, self.device)
-        theta = Stream(self.theta, prompts[1], self.context, self.device)
-        rows = Rows(requests, self)
+        teacher = Reader(self.teacher, prompts[0], self.pair.context, self.device)
+        theta = Reader(self.theta, prompts[1], self.pair.context, self.device)
+        rows = Rows(requests, self.pair, self.device)
         while True:
-            tokens = rows.draw(theta.logits.float(), self.ending.fold(teacher.logits.float()))
+            tokens = rows.draw(theta.logits.float(), self.pair.ending.fold(teacher.logits.float()))
             keep = rows.advance(tokens)
             if progress is not None and progress.due:
                 progress.peek(*rows.so_far())
@@ -149,16 +143,25 @@ class TransformersBackend:
                 "The student of this backend is the live module itself: there is nothing to load. Drop the call."
             )
         new = dict(named_parameters)
-        own = dict(self.theta.named_parameters(remove_duplicate=False))
-        wrong = _misfits(own, new)
+        current = dict(self.theta.named_parameters(remove_duplicate=False))
+        wrong = _misfits(current, new)
         if wrong:
             raise ValueError(
                 f"These weights do not fit the student ({len(wrong)} differ): {'; '.join(wrong[:3])}. Pass the "
                 "`named_parameters()` of a model of its architecture. Nothing was loaded."
             )
         with torch.no_grad():
-            for name in own.keys() & new.keys():
-                own[name].copy_(new[name])
+            for name in current.keys() & new.keys():
+                current[name].copy_(new[name])
+
+    def weight_digest(self, role: str) -> str | None:
+        """A number that changes with the weights of the `teacher` or of `theta`.
+
+        Raises:
+            RuntimeError: after `close`.
+        """
+        self._check_open()
+        return weight_digest({"teacher": self.teacher, "theta": self.theta}[role])
 
     def sleep(self) -> None:
         """Move the models that were loaded here, not those that were passed loaded, to the CPU until `wake_up`."""
@@ -195,7 +198,7 @@ class TransformersBackend:
 
 
 def _check_cache(config: PreTrainedConfig, role: str) -> None:
-    """Refuse a model that keeps a state where others have a cache of keys and values, or of both (a hybrid)."""
+    """Refuse a purely recurrent model (Mamba). A hybrid, which has a cache of keys and values too, is fine."""
     model: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if model is not None and "cache_params" in inspect.signature(model.forward).parameters:
         raise ValueError(
@@ -216,19 +219,19 @@ def _device(device: torch.device | str) -> torch.device:
     return found
 
 
-def _misfits(own: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> list[str]:
-    """What keeps `new` from replacing `own`, in words. A tied weight may come under any of its names, or all."""
+def _misfits(current: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> list[str]:
+    """Say what keeps `new` from replacing `current`. A tied weight may come under any of its names, or all."""
     names: dict[int, list[str]] = {}
-    for name, parameter in own.items():
+    for name, parameter in current.items():
         names.setdefault(id(parameter), []).append(name)
-    wrong = [f"{name} is unknown" for name in new if name not in own]
+    wrong = [f"{name} is unknown" for name in new if name not in current]
     for tied in names.values():
         given = [name for name in tied if name in new]
         if not given:
             wrong.append(f"{tied[0]} is missing")
         for name in given:
-            if new[name].shape != own[name].shape:
-                wrong.append(f"{name} has shape {tuple(new[name].shape)}, wanted {tuple(own[name].shape)}")
+            if new[name].shape != current[name].shape:
+                wrong.append(f"{name} has shape {tuple(new[name].shape)}, wanted {tuple(current[name].shape)}")
             elif not (new[name] is new[given[0]] or torch.equal(new[name], new[given[0]].to(new[name]))):
                 wrong.append(f"{name} and {given[0]} differ, but the student ties them")
     return wrong
@@ -246,13 +249,12 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
             module.training = True
 
 
-def _context(longest: int, max_model_len: int | None) -> int:
+def _check_max_model_len(max_model_len: int | None, longest: int) -> None:
     if max_model_len is None:
-        return longest
+        return
     check_whole("The transformers backend", "max_model_len", max_model_len, 2)
     if max_model_len > longest:
         raise ValueError(
             f"`max_model_len` is {max_model_len}; wanted 2 to {longest}, the shorter of the two models' contexts. "
             "Lower it, or drop it for the whole context."
         )
-    return max_model_len

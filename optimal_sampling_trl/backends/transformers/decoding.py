@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,14 +20,12 @@ from transformers import (
 )
 
 from ...mixture import MixtureRows, blend, log_distributions, precision, solve_alpha
+from ...pairing import Pair
 from ...rollouts.request import Request, Sampling
 from ...rollouts.rollout import RECORDS, Rollout
 
-if TYPE_CHECKING:
-    from .backend import TransformersBackend
 
-
-class Stream:
+class Reader:
     """One model reading a batch: its KV cache and the logits (N, V) of each row's next token.
 
     Args:
@@ -68,18 +66,24 @@ class Stream:
 
     def keep(self, index: Tensor) -> None:
         """Go on with the rows at `index` alone; a row may be named more than once."""
-        self.cache.reorder_cache(index)  # of all ways to choose rows the one that every kind of layer has
+        self.cache.reorder_cache(index)  # the only row selection that every cache layer implements
         self.mask, self.lengths, self.logits = self.mask[index], self.lengths[index], self.logits[index]
 
 
 class Rows:
-    """The rows of a batch: what is asked of each, and what has been drawn. `active` maps a row to its request."""
+    """The rows of a batch: the request of each, and what has been drawn. `active` maps a row to its request.
 
-    def __init__(self, requests: list[Request], backend: TransformersBackend) -> None:
-        self.requests, self.backend = requests, backend
-        device, count = backend.device, len(requests)
+    Args:
+        requests: one for each row.
+        pair: says where a completion ends, by its tokens, its text or the context.
+        device: where the logits come from.
+    """
+
+    def __init__(self, requests: list[Request], pair: Pair, device: torch.device) -> None:
+        self.requests, self.pair, self.device = requests, pair, device
+        count = len(requests)
         self.limits = [
-            min(r.sampling.max_tokens, backend.context - max(len(r.prompt_ids), len(r.theta_prompt_ids)))
+            min(r.sampling.max_tokens, pair.context - max(len(r.prompt_ids), len(r.theta_prompt_ids)))
             for r in requests
         ]
         self.active = list(range(count))
@@ -87,16 +91,16 @@ class Rows:
         self.records = torch.zeros(count, max(self.limits), len(RECORDS), device=device)
         self.lengths = [0] * count
         self.reasons = ["length"] * count
-        self.silent = set(backend.tokenizer.all_special_ids)
-        self.tails = [_tail(request.sampling.stop) for request in requests]
+        self.special_ids = set(pair.tokenizer.all_special_ids)
+        self.recent = [_recent(request.sampling.stop) for request in requests]
         self.step = 0
         seeds = [request.sampling.seed for request in requests]
         self.generators = [None if s is None else torch.Generator(device).manual_seed(s) for s in seeds]
         self._regroup()
 
     def _regroup(self) -> None:
-        """Per-row settings of the active rows, made when the rows change and not at each token."""
-        device = self.backend.device
+        """Make the settings of the active rows: when the rows change, and not at each token."""
+        device = self.device
         requests = [self.requests[row] for row in self.active]
         self.index = torch.tensor(self.active, device=device)
         self.mixtures = MixtureRows.of([request.mixture for request in requests], device)
@@ -147,7 +151,7 @@ class Rows:
         return -noise.clamp(min=torch.finfo(noise.dtype).tiny).log()
 
     def advance(self, tokens: Tensor) -> Tensor | None:
-        """Note which rows ended. Returns the rows to go on with where at least half have ended (none: all have)."""
+        """Note which rows ended. Return the rows to go on with where at least half have ended (none: all have)."""
         self.step += 1
         for token, request in zip(tokens.tolist(), self.active, strict=True):
             if not self.lengths[request] and self._ended(request, token):
@@ -169,34 +173,33 @@ class Rows:
 
     def _ended(self, request: int, token: int) -> bool:
         sampling = self.requests[request].sampling
-        stopped = token in self.backend.ending.stop and not sampling.ignore_eos
-        if sampling.stop and not stopped and token not in self.silent:
-            self.tails[request].append(token)
-            text = self._text(list(self.tails[request]))
+        stopped = token in self.pair.ending.stop and not sampling.ignore_eos
+        if sampling.stop and not stopped and token not in self.special_ids:
+            self.recent[request].append(token)
+            text = self._text(list(self.recent[request]))
             stopped = any(stop in text for stop in sampling.stop)
         if stopped:
             self.reasons[request] = "stop"
         return stopped or self.step >= self.limits[request]
 
     def _text(self, ids: list[int]) -> str:
-        return str(self.backend.tokenizer.decode(ids, skip_special_tokens=True))
+        return str(self.pair.tokenizer.decode(ids, skip_special_tokens=True))
 
     def rollouts(self) -> list[Rollout]:
-        """What was drawn, a rollout for each request."""
+        """Return a rollout for each request."""
         tokens, records = self.tokens.cpu(), self.records.cpu()
         rollouts = []
         for row, (request, length) in enumerate(zip(self.requests, self.lengths, strict=True)):
             ids = tokens[row, :length].tolist()
-            own = records[row, :length].T.contiguous()  # (4, T): the batch's would keep all its rows alive
-            rollouts.append(
-                Rollout.answer(request, ids, own, request.sampling.cut(self._text(ids)), self.reasons[row])
-            )
+            copied = records[row, :length].T.contiguous()  # (4, T): a view would keep all rows of the batch alive
+            text = request.sampling.cut(self._text(ids))
+            rollouts.append(Rollout.from_request(request, ids, copied, text, self.reasons[row]))
         return rollouts
 
 
-def _tail(stops: Sequence[str]) -> deque[int]:
-    """Room for the last tokens of a completion, as many as the longest of some stop texts can be spread over."""
-    # A token brings a byte or more, the special ones apart, which are not kept; the first few may be half a character.
+def _recent(stops: Sequence[str]) -> deque[int]:
+    """The last tokens of a completion, enough to hold the longest stop text."""
+    # A token brings a byte or more, but for special ones, which are not kept; the first few may be half a character.
     return deque(maxlen=max((len(stop.encode()) for stop in stops), default=0) + 4)
 
 

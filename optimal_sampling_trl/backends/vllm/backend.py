@@ -3,213 +3,81 @@
 from __future__ import annotations
 
 import gc
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ...pairing import Pair
 from ...rollouts.progress import Progress
 from ...rollouts.request import Request
-from ...rollouts.rollout import Rollout
-from .limits import Pair, check_arguments, check_pair, check_platform
-from .plugin import ARCHITECTURE, require
+from ...rollouts.rollout import Rollout, UnsolvedError
+from .launch import engine_settings, in_this_process
+from .limits import check_arguments, check_pair, check_platform
+from .neighbours import Neighbour
+from .plugin import require
 from .requests import check_request, to_rollouts, to_sampling_params
-from .versions import (
-    forget_workspace,
-    keeping,
-    own_graph_pool,
-    process_group,
-    sharing_groups,
-    workspace,
-    workspace_of,
-)
-from .worker.weights import clean_caches, reload_theta
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from vllm import LLM, RequestOutput, SamplingParams
 
-_OPEN: WeakSet[LLM] = WeakSet()
-"""The engines in this process that are not shut down."""
-WORKER = "optimal_sampling_trl.backends.vllm.worker.weights.OptimalSamplingWorker"
+HALF_LOADED = "a reload of the student failed half-way, so that its weights are partly old, partly new"
 
 
-def build_llm(teacher: str, theta: str, **engine_arguments: Any) -> LLM:
-    """Start vLLM on a teacher with a student beside it, in this process.
+class VLLMBackend:
+    """The backend `vllm` (see `backends.Backend`): owns vLLM's engine in this process, and all that belongs to it.
+
+    `pair` is what the engine was built on, `stale` why it must not sample until the next reload, or None, and
+    `has_nan` whether a model returned NaN since the caches were last cleaned.
 
     Args:
         teacher: the teacher's folder or name; what the engine takes for its model.
         theta: the student's folder or name.
-        **engine_arguments: those of `vllm.LLM`; `max_model_len` defaults to what both models can read.
-
-    Returns:
-        a `vllm.LLM`, whose requests `to_sampling_params` makes; `pair_of` tells what it was built on.
+        pair: what both share, where it was read already; with these names and arguments.
+        gpu_memory_utilization: vLLM's share of the device's memory; on the CPU of the machine's.
+        **engine_arguments: further arguments of `vllm.LLM`; `max_model_len` defaults to what both models can read.
 
     Raises:
         ImportError: where vLLM is missing, unsuited, or did not load this package's plugin.
         ValueError: on a pair or an argument that the engine refuses (limits.py), before anything is started.
     """
-    require()
-    check_arguments(engine_arguments)
-    check_platform(engine_arguments)
-    pair = check_pair(teacher, theta, engine_arguments)
-    from vllm import LLM
-
-    own_graph_pool()
-    group = vars(next(iter(_OPEN)))["optimal_sampling_group"] if _OPEN else process_group()
-    with _in_this_process():
-        llm = LLM(teacher, **{**engine_arguments, **engine_settings(pair, engine_arguments)})
-    vars(llm).update(optimal_sampling_pair=pair, optimal_sampling_group=group, optimal_sampling_workspace=workspace())
-    _OPEN.add(llm)
-    try:
-        llm.collective_rpc("install_mixture_sampler")
-    except BaseException:
-        shut_down(llm)
-        raise
-    return llm
-
-
-def engine_settings(pair: Pair, engine_arguments: dict[str, Any], **further: Any) -> dict[str, Any]:
-    """The engine arguments that this backend sets, in process and in a server.
-
-    Args:
-        pair: what the engine is built on.
-        engine_arguments: the user's, which are added to.
-        **further: what else the engine is to tell about itself.
-    """
-    ending = {"stop": pair.ending.stop, "folded": pair.ending.folded}
-    return {
-        "max_model_len": pair.context,
-        "hf_overrides": {**(engine_arguments.get("hf_overrides") or {}), "architectures": [ARCHITECTURE]},
-        "additional_config": {
-            **(engine_arguments.get("additional_config") or {}),
-            "optimal_sampling": {"theta": pair.theta, "ending": ending, **further},
-        },
-        "worker_extension_cls": WORKER,
-        "logprobs_mode": "processed_logprobs",
-    }
-
-
-def pair_of(llm: LLM) -> Pair:
-    """What `build_llm` built an engine on."""
-    return vars(llm)["optimal_sampling_pair"]
-
-
-def platform_settings() -> dict[str, str]:
-    """The variables that vLLM starts under: Model Runner V2 on a GPU."""
-    from vllm.platforms import current_platform
-
-    return {} if current_platform.is_cpu() else {"VLLM_USE_V2_MODEL_RUNNER": "1"}
-
-
-@contextmanager
-def _in_this_process() -> Iterator[None]:
-    """vLLM's core beside the caller, where the student's weights can be reached."""
-    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **platform_settings()}
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-def shut_down(llm: LLM) -> None:
-    """Free an engine's models and caches. Doing so twice is fine."""
-    _OPEN.discard(llm)
-    own = vars(llm).pop("optimal_sampling_workspace", None)
-    with keeping(vars(llm).get("optimal_sampling_group")), sharing_groups(bool(_OPEN)), workspace_of(own):
-        llm.llm_engine.engine_core.shutdown()
-    forget_workspace(own)
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def generate(
-    llm: LLM, requests: Sequence[Request], use_tqdm: bool = False
-) -> tuple[list[RequestOutput], list[Rollout]]:
-    """vLLM's outputs and the rollouts in them, one of each for each request, in their order.
-
-    Args:
-        use_tqdm: show vLLM's own bar while it works.
-
-    Raises:
-        ValueError: on a request that cannot be served, before any is; and where a model returned NaN.
-        RuntimeError: while the engine sleeps, and after a reload that failed half-way.
-    """
-    from vllm import TokensPrompt
-
-    pair = pair_of(llm)
-    if llm.llm_engine.is_sleeping():  # it would take the requests and never schedule them
-        raise RuntimeError("The engine sleeps. Call `wake_up()` before sampling.")
-    if pair.stale:
-        raise RuntimeError(f"The engine refuses to sample: {pair.stale}. Load the whole student again.")
-    clean_caches(llm, pair)
-    for index, request in enumerate(requests):
-        check_request(request, pair, index)
-    if not requests:
-        return [], []
-    parameters = [to_sampling_params(request, pair.ending) for request in requests]
-    share_seeds(llm, parameters)
-    try:
-        with workspace_of(vars(llm)["optimal_sampling_workspace"]):
-            outputs = llm.generate(
-                [TokensPrompt(prompt_token_ids=request.prompt_ids) for request in requests],
-                parameters,
-                use_tqdm=partial(tqdm, leave=False) if use_tqdm else False,
-            )
-    except BaseException:  # an interrupt, too: what was left would come back among the next call's outputs
-        left = list(llm.llm_engine.output_processor.request_states)
-        llm.llm_engine.abort_request(left, internal=True)
-        raise
-    return outputs, to_rollouts(outputs, requests, pair)
-
-
-def share_seeds(llm: LLM, parameters: Sequence[SamplingParams]) -> None:
-    """Under tensor parallelism, give requests without a seed one that all ranks have: the trap `seeds_of_ranks`."""
-    if llm.llm_engine.vllm_config.parallel_config.tensor_parallel_size == 1:
-        return
-    from vllm.distributed.parallel_state import get_tp_group
-
-    seeds = get_tp_group().broadcast_object(torch.randint(2**31, (len(parameters),)).tolist())
-    for one, seed in zip(parameters, seeds, strict=True):
-        one.seed = seed if one.seed is None else one.seed
-
-
-class VLLMBackend:
-    """The backend `vllm`: see `backends.Backend`.
-
-    Args:
-        teacher: the teacher's folder or name.
-        theta: the student's folder or name.
-        gpu_memory_utilization: vLLM's share of the device's memory; on the CPU of the machine's.
-        **engine_arguments: further arguments of `vllm.LLM`, see `build_llm`.
-
-    Raises:
-        ImportError: see `build_llm`.
-        ValueError: see `build_llm`.
-    """
 
     name = "vllm"
 
     def __init__(
-        self, teacher: str, theta: str, *, gpu_memory_utilization: float = 0.5, **engine_arguments: Any
+        self,
+        teacher: str,
+        theta: str,
+        *,
+        pair: Pair | None = None,
+        gpu_memory_utilization: float = 0.5,
+        **engine_arguments: Any,
     ) -> None:
-        self._llm: LLM | None = build_llm(
-            teacher, theta, gpu_memory_utilization=gpu_memory_utilization, **engine_arguments
-        )
-        self.pair = pair_of(self._llm)
+        require()
+        arguments = engine_arguments | {"gpu_memory_utilization": gpu_memory_utilization}
+        check_arguments(arguments)
+        check_platform(arguments)
+        self.pair = check_pair(teacher, theta, arguments) if pair is None else pair
+        self.stale: str | None = None
+        self.has_nan = False
+        self._neighbour = Neighbour()
+        self._llm: LLM | None = self._start(arguments)
+        self._neighbour.enter()
+        try:
+            self._llm.collective_rpc("install_mixture_sampler")
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, arguments: dict[str, Any]) -> LLM:
+        from vllm import LLM
+
+        with in_this_process():
+            return LLM(self.pair.teacher, **{**arguments, **engine_settings(self.pair, arguments)})
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -218,7 +86,7 @@ class VLLMBackend:
 
     @property
     def llm(self) -> LLM:
-        """The engine.
+        """vLLM's engine, for measurements and tests; `to_sampling_params` makes its parameters of a request.
 
         Raises:
             RuntimeError: after `close`.
@@ -236,23 +104,140 @@ class VLLMBackend:
 
         Raises:
             ValueError: on a request that cannot be served, before any is; and where a model returned NaN.
-            RuntimeError: after a reload that failed half-way, or after `close`.
+            RuntimeError: while the engine sleeps, after a reload that failed half-way, or after `close`.
         """
-        rollouts = generate(self.llm, requests, use_tqdm=progress is not None and progress.shown)[1]
+        rollouts = self.sample(requests, use_tqdm=progress is not None and progress.shown)[1]
         if progress is not None:
             progress.add(rollouts)
         return rollouts
 
-    def load_theta(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Replace the student's weights in place: see `weights.reload_theta`."""
-        reload_theta(self.llm, self.pair, named_parameters)
+    def sample(self, requests: Sequence[Request], use_tqdm: bool = False) -> tuple[list[RequestOutput], list[Rollout]]:
+        """vLLM's outputs and the rollouts in them, one of each for each request, in their order.
 
-    def theta_digest(self) -> str | None:
-        """A number that changes with the student's weights; None as long as they are the folder's."""
-        return self.llm.collective_rpc("theta_digest")[0]
+        Args:
+            requests: what is asked for.
+            use_tqdm: show vLLM's own bar while it works.
+
+        Raises:
+            ValueError: see `generate`.
+            RuntimeError: see `generate`.
+        """
+        self._check_ready()
+        self.clean_caches()
+        for index, request in enumerate(requests):
+            self.check(request, index)
+        if not requests:
+            return [], []
+        outputs = self._run(requests, use_tqdm)
+        try:
+            return outputs, to_rollouts(outputs, requests, self.pair)
+        except UnsolvedError:
+            self.has_nan = True
+            raise
+
+    def _check_ready(self) -> None:
+        if self.llm.llm_engine.is_sleeping():  # it would take the requests and never schedule them
+            raise RuntimeError("The engine sleeps. Call `wake_up()` before sampling.")
+        if self.stale:
+            raise RuntimeError(f"The engine refuses to sample: {self.stale}. Load the whole student again.")
+
+    def _run(self, requests: Sequence[Request], use_tqdm: bool) -> list[RequestOutput]:
+        from vllm import TokensPrompt
+
+        parameters = [to_sampling_params(request, self.pair.ending) for request in requests]
+        self.share_seeds(parameters)
+        try:
+            with self._neighbour.sampling():
+                return self.llm.generate(
+                    [TokensPrompt(prompt_token_ids=request.prompt_ids) for request in requests],
+                    parameters,
+                    use_tqdm=partial(tqdm, leave=False) if use_tqdm else False,
+                )
+        except BaseException:  # an interrupt, too: its requests would come back among the next call's outputs
+            engine = self.llm.llm_engine
+            engine.abort_request(list(engine.output_processor.request_states), internal=True)
+            raise
+
+    def share_seeds(self, parameters: Sequence[SamplingParams]) -> None:
+        """Under tensor parallelism, give requests without a seed one that all ranks have.
+
+        Symptom: each rank goes on with a token of its own, and the caches no longer match.
+        Cause: a request without a seed is drawn from a generator of the process, which a training process shares.
+        Safe: the first rank draws a seed for each such request and sends it to the others.
+        Upstream: none found. TRL starts the ranks from one seed, which holds until one of them draws on its own.
+        Delete when: vLLM's ranks agree on the token.
+        """
+        if self.llm.llm_engine.vllm_config.parallel_config.tensor_parallel_size == 1:
+            return
+        from vllm.distributed.parallel_state import get_tp_group
+
+        seeds = get_tp_group().broadcast_object(torch.randint(2**31, (len(parameters),)).tolist())
+        for one, seed in zip(parameters, seeds, strict=True):
+            one.seed = seed if one.seed is None else one.seed
+
+    def load_theta(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Replace the student's weights in place and forget what was cached under the old ones.
+
+        A list is checked as a whole first, and the old weights stay where it is refused. A generator is loaded as it
+        comes, as each of its tensors may be gathered for a moment only: where that fails half-way the engine refuses
+        to sample until a whole set was loaded.
+
+        Args:
+            named_parameters: every weight of the student under its checkpoint's name, as pairs or as a `state_dict`;
+                the output layer of a tied one may be left out.
+
+        Raises:
+            RuntimeError: while requests run, where vLLM keeps cached blocks, or after `close`.
+            ValueError: where weights are missing, unknown or of another shape, naming them.
+        """
+        if self.llm.llm_engine.has_unfinished_requests():
+            raise RuntimeError(
+                "The student cannot be reloaded while requests run: their first tokens would be another model's. "
+                "Wait until `generate` returned, or abort them."
+            )
+        if isinstance(named_parameters, Mapping):
+            named_parameters = list(named_parameters.items())
+        if isinstance(named_parameters, Sequence):
+            self.llm.collective_rpc("check_theta_weights", args=(named_parameters,))
+        self.clean_caches()
+
+        def begun() -> Iterator[tuple[str, Tensor]]:
+            for item in named_parameters:
+                self.stale = HALF_LOADED
+                yield item
+
+        self.llm.collective_rpc("load_theta_weights", args=(begun(),))
+        if not self.llm.reset_prefix_cache():
+            self.stale = "vLLM did not drop the blocks that were cached under the student's old weights"
+            raise RuntimeError(f"{self.stale[0].upper()}{self.stale[1:]}: some request still holds them.")
+        self.stale = None
+
+    def clean_caches(self) -> None:
+        """Drop what a NaN left in the caches. Does nothing where no model returned one, or while requests run.
+
+        Symptom: on the CPU requests return NaN after weights with a NaN were replaced by good ones.
+        Cause: freed blocks keep their values, and the attention kernel multiplies those past the end by 0.
+        Safe: after a NaN all caches are zeroed and no prefix is kept, while nothing runs.
+        Upstream: `needs_kv_cache_zeroing` is true for recurrent layers alone (vLLM issue 35219).
+        Delete when: test_nan_is_named_and_harms_no_other passes without this function.
+        """
+        if self.has_nan and not self.llm.llm_engine.has_unfinished_requests():
+            self.llm.collective_rpc("zero_caches")
+            self.llm.reset_prefix_cache()
+            self.has_nan = False
+
+    def weight_digest(self, role: str) -> str | None:
+        """A number that changes with the student's weights; None as long as they, or the teacher's, are the files'."""
+        return self.llm.collective_rpc("theta_digest")[0] if role == "theta" else None
 
     def sleep(self) -> None:
-        """Move both models to the host's memory and drop the caches (vLLM's level 1); on a CPU nothing is to be freed.
+        """Move both models to the host's memory and drop the caches; on a CPU there is nothing to free.
+
+        Symptom: after `sleep(level=2)` the teacher is gone, and TRL pushes back the student alone.
+        Cause: level 2 frees all weights, as they would be replaced.
+        Safe: this backend sleeps at level 1, which keeps both models in the host's memory.
+        Upstream: none; it is what level 2 is for.
+        Delete when: the teacher can be kept by name.
 
         Raises:
             ValueError: where the engine was not built with `enable_sleep_mode=True`.
@@ -260,10 +245,17 @@ class VLLMBackend:
         if self._sleeps("sleep"):
             self.llm.sleep(level=1)
 
-    def wake_up(self) -> None:
-        """Undo `sleep`; fine on an engine that is awake."""
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """Undo `sleep`; fine on an engine that is awake.
+
+        Args:
+            tags: wake `"weights"` or `"kv_cache"` alone; by default both.
+
+        Raises:
+            ValueError: see `sleep`.
+        """
         if self._sleeps("wake up") and self.llm.llm_engine.is_sleeping():
-            self.llm.wake_up()
+            self.llm.wake_up(tags=tags)
 
     def _sleeps(self, what: str) -> bool:
         from vllm.platforms import current_platform
@@ -275,7 +267,13 @@ class VLLMBackend:
         return True
 
     def close(self) -> None:
-        """Free the engine. Doing so twice is fine."""
-        if self._llm is not None:
-            llm, self._llm = self._llm, None
-            shut_down(llm)
+        """Free the engine's models and caches. Doing so twice is fine."""
+        if self._llm is None:
+            return
+        llm, self._llm = self._llm, None
+        with self._neighbour.leaving():
+            llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

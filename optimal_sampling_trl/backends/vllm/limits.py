@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import inspect
 import os
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ...options import unknown_option
-from ...pairing import (
-    Ending,
-    check_same_tokens,
-    check_vocabulary,
-    check_weights,
-    context_length,
-    end_of_sequence,
-    load_config,
-    load_generation_config,
-    load_tokenizer,
-)
+from ...pairing import Pair, Source, context_length, name_sources, read_pair
+from .wire import RECORD_COLUMNS
 
 OTHER_BACKEND = "Sample with backend='transformers' instead."
 OWNED = {
@@ -69,73 +61,41 @@ RECURRENT = {
 """Model types with recurrent layers that do not name them in `layer_types`."""
 
 
-@dataclass
-class Pair:
-    """What a teacher and a student have in common, read before an engine starts.
+def check_pair(teacher: str | Source, theta: str | Source, arguments: Mapping[str, Any]) -> Pair:
+    """Read what both models share, and refuse what the fused engine cannot mix.
 
     Args:
-        teacher: the teacher's folder or name.
-        theta: the student's folder or name.
-        ending: where completions end.
-        vocabulary: the number of tokens that both models score.
-        engine_vocabulary: the number that the teacher scores: the ids of a record's columns start there.
-        context: most tokens that both can read in this engine.
-        tokenizer: the pair's.
-        two_prompts: whether a student may have a prompt of its own: under Model Runner V2, on GPUs.
-        stale: why the engine must not sample until the next reload, or None.
-        has_nan: whether a model returned NaN since the caches were last cleaned.
-    """
-
-    teacher: str
-    theta: str
-    ending: Ending
-    vocabulary: int
-    engine_vocabulary: int
-    context: int
-    tokenizer: PreTrainedTokenizerBase
-    two_prompts: bool = False
-    stale: str | None = None
-    has_nan: bool = False
-
-
-def check_pair(teacher: str, theta: str, arguments: dict[str, Any]) -> Pair:
-    """Read both models' configurations and refuse what the fused engine cannot mix.
+        teacher: the teacher's folder or name, or the source of one.
+        theta: likewise of the student.
+        arguments: the engine's: they say which files are the models', and how large the engine is.
 
     Raises:
         ValueError: naming the model and the reason.
     """
-    trust = {"trust_remote_code": bool(arguments.get("trust_remote_code", False))}
-    paths = {"teacher": teacher, "student": theta}
-    revisions: dict[str, dict[str, Any]] = {"teacher": {}, "student": {}}  # vLLM's is the teacher's
-    if arguments.get("revision") is not None:
-        revisions["teacher"] = {"revision": arguments["revision"]}
-    configs = {role: load_config(path, role, **trust, **revisions[role]) for role, path in paths.items()}
-    for role, path in paths.items():
-        check_weights(path, role)
+    sources = name_sources(teacher, theta, arguments)
+    configs = {source.role: source.config for source in sources}
     for role, config in configs.items():
         _check_architecture(config, role)
         _check_heads(config, role, arguments.get("tensor_parallel_size", 1))
         if (getattr(config, "quantization_config", None) or {}).get("kv_cache_scheme"):
             other = "student" if role == "teacher" else "teacher"
             raise ValueError(
-                f"The {role} {paths[role]!r} brings an FP8 KV cache, which the {other} would share unscaled."
+                f"The {role} {config.name_or_path!r} brings an FP8 KV cache, which the {other} would share unscaled."
             )
-    of_tokenizer = arguments.get("tokenizer_revision") or arguments.get("revision")
-    source = {} if of_tokenizer is None else {"revision": of_tokenizer}
-    tokenizers = {"teacher": load_tokenizer(str(arguments.get("tokenizer") or teacher), "teacher", **trust, **source)}
-    tokenizers["student"] = load_tokenizer(theta, "student", **trust)
-    check_same_tokens(tokenizers["teacher"], tokenizers["student"])
-    settings = {role: load_generation_config(path, configs[role], **revisions[role]) for role, path in paths.items()}
-    return Pair(
-        teacher,
-        theta,
-        end_of_sequence(settings["teacher"], settings["student"], tokenizers["student"].eos_token_id),
-        check_vocabulary(configs["teacher"], configs["student"], tokenizers["student"]),
-        configs["teacher"].vocab_size,
-        _check_context(configs, arguments.get("max_model_len")),
-        tokenizers["student"],
-        can_read_two_prompts(),
+    _check_max_model_len(configs, arguments.get("max_model_len"))
+    return read_pair(
+        *sources,
+        teacher_tokenizer=_teacher_tokenizer(sources[0], arguments),
+        max_model_len=arguments.get("max_model_len"),
+        two_prompts=can_read_two_prompts(),
     )
+
+
+def _teacher_tokenizer(teacher: Source, arguments: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer that vLLM loads for its model."""
+    revision = arguments.get("tokenizer_revision") or arguments.get("revision")
+    options = {**teacher.options, "revision": revision}
+    return Source(str(arguments.get("tokenizer") or teacher.name), "teacher", options).tokenizer()
 
 
 def can_read_two_prompts() -> bool:
@@ -176,19 +136,18 @@ def _check_heads(config: PreTrainedConfig, role: str, tensor_parallel_size: int)
         )
 
 
-def _check_context(configs: dict[str, PreTrainedConfig], asked: int | None) -> int:
-    if asked is not None and asked < 1:
-        raise ValueError(f"`max_model_len` is {asked}; wanted at least 1. Drop it for what both models can read.")
+def _check_max_model_len(configs: dict[str, PreTrainedConfig], wanted: int | None) -> None:
+    if wanted is not None and wanted < 1:
+        raise ValueError(f"`max_model_len` is {wanted}; wanted at least 1. Drop it for what both models can read.")
     for role, config in configs.items():
-        if asked and asked > context_length(config):
+        if wanted and wanted > context_length(config):
             raise ValueError(
-                f"`max_model_len` is {asked}, but the {role} {config.name_or_path!r} reads at most "
+                f"`max_model_len` is {wanted}, but the {role} {config.name_or_path!r} reads at most "
                 f"{context_length(config)} tokens. Lower `max_model_len`."
             )
-    return asked or context_length(*configs.values())
 
 
-def check_arguments(arguments: dict[str, Any]) -> None:
+def check_arguments(arguments: Mapping[str, Any]) -> None:
     """Refuse engine arguments that vLLM does not have, that this backend sets itself, or that it cannot honour.
 
     Raises:
@@ -203,35 +162,38 @@ def check_arguments(arguments: dict[str, Any]) -> None:
             raise ValueError(f"The engine argument `{name}` cannot be set: {OWNED[name]}.")
         if name not in known | OWNED.keys():
             raise ValueError(unknown_option("engine argument", name, known))
-    wanted = {
-        "hf_overrides": (_names_no_architecture, "a dict without `architectures`, which this backend sets"),
-        "additional_config": (_leaves_our_key, "a dict without the key `optimal_sampling`, which this backend sets"),
-        "logprobs_mode": (lambda value: value == "processed_logprobs", "'processed_logprobs', which are log q"),
-        "max_logprobs": (lambda value: value == -1 or value >= 3, "at least 3, which carry the records"),
-        "pipeline_parallel_size": (lambda value: value == 1, "1: a stage would have to pass on two hidden states"),
-        "kv_cache_dtype": (
-            lambda value: value in CACHE_TYPES,
-            f"no FP8, whose scales are of one model: {CACHE_TYPES}",
-        ),
-        "load_format": (lambda value: value in LOAD_FORMATS, f"a format that loads two models: {LOAD_FORMATS}"),
-        "model_impl": (lambda value: value in ("auto", "vllm"), "'auto' or 'vllm'"),
-        "decode_context_parallel_size": (lambda value: value == 1, "1: the student's cache has places of its own"),
-        "runner": (lambda value: value in ("auto", "generate"), "'generate'"),
-    }
-    for name, (holds, words) in wanted.items():
-        if arguments.get(name) is not None and not holds(arguments[name]):
-            raise ValueError(f"The engine argument `{name}` is {arguments[name]!r}; wanted {words}.")
+    for name, value in arguments.items():
+        words = None if value is None else _wanted_instead(name, value)
+        if words is not None:
+            raise ValueError(f"The engine argument `{name}` is {value!r}; wanted {words}.")
 
 
-def _names_no_architecture(value: Any) -> bool:
-    return isinstance(value, dict) and "architectures" not in value
+def _wanted_instead(name: str, value: Any) -> str | None:
+    """What an argument must be where the engine cannot honour `value`; None where it can."""
+    if name == "hf_overrides" and not (isinstance(value, dict) and "architectures" not in value):
+        return "a dict without `architectures`, which this backend sets"
+    if name == "additional_config" and not (isinstance(value, dict) and "optimal_sampling" not in value):
+        return "a dict without the key `optimal_sampling`, which this backend sets"
+    if name == "logprobs_mode" and value != "processed_logprobs":
+        return "'processed_logprobs', which are log q"
+    if name == "max_logprobs" and value != -1 and value < RECORD_COLUMNS:
+        return f"at least {RECORD_COLUMNS}, which carry the records"
+    if name == "pipeline_parallel_size" and value != 1:
+        return "1: a stage would have to pass on two hidden states"
+    if name == "kv_cache_dtype" and value not in CACHE_TYPES:
+        return f"no FP8, whose scales are of one model: {CACHE_TYPES}"
+    if name == "load_format" and value not in LOAD_FORMATS:
+        return f"a format that loads two models: {LOAD_FORMATS}"
+    if name == "model_impl" and value not in ("auto", "vllm"):
+        return "'auto' or 'vllm'"
+    if name == "decode_context_parallel_size" and value != 1:
+        return "1: the student's cache has places of its own"
+    if name == "runner" and value not in ("auto", "generate"):
+        return "'generate'"
+    return None
 
 
-def _leaves_our_key(value: Any) -> bool:
-    return isinstance(value, dict) and "optimal_sampling" not in value
-
-
-def check_platform(arguments: dict[str, Any]) -> None:
+def check_platform(arguments: Mapping[str, Any]) -> None:
     """Refuse a way of running that this backend does not have.
 
     Raises:

@@ -27,7 +27,9 @@ def register() -> None:
 
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, _HOME)
-    versions.private_blocks()
+    from .blocks import private_blocks
+
+    private_blocks()
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     if TRANSFER not in WeightTransferEngineFactory._registry:

@@ -5,24 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
 from ...mixture import Mixture
 from ...options import unknown_option
-from ...pairing import Ending, check_prompt
+from ...pairing import Ending, Pair, check_prompt
 from ...rollouts.request import Request
 from ...rollouts.rollout import Rollout, check_solved
-from .limits import Pair
+from .wire import (
+    RECORD,
+    RECORD_COLUMNS,
+    THETA_PROMPT,
+    extra_arguments,
+    flat_logprobs,
+    mixture_of,
+    read_records,
+    same_arguments,
+    stop_arguments,
+)
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
-    from vllm.logprobs import FlatLogprobs
 
-THETA_PROMPT = "optimal_sampling_theta_prompt"
-"""The extra argument of a request whose student has a prompt of its own: its token ids."""
 COLDEST, HOTTEST = 0.01, 2.0
 """The temperatures above 0 that vLLM takes as they are."""
 
@@ -62,11 +64,6 @@ def _check_two_prompts(request: Request, pair: Pair, index: int) -> None:
     check_prompt(request.theta_prompt_ids, pair.context, pair.vocabulary, index, "student")
 
 
-def theta_prompt_of(params: SamplingParams | None) -> list[int] | None:
-    """The student's own prompt in vLLM's parameters of a request, or None where it reads the teacher's."""
-    return ((params and params.extra_args) or {}).get(THETA_PROMPT)
-
-
 def to_sampling_params(request: Request, ending: Ending) -> SamplingParams:
     """vLLM's parameters of one request that asks for its records.
 
@@ -74,35 +71,15 @@ def to_sampling_params(request: Request, ending: Ending) -> SamplingParams:
     """
     from vllm import SamplingParams
 
-    from .worker.row_sampler import COLUMNS
-
-    sampling = request.sampling
     return SamplingParams(
-        max_tokens=sampling.max_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        repetition_penalty=sampling.repetition_penalty,
-        seed=sampling.seed,
-        stop=list(sampling.stop),
-        detokenize=bool(sampling.stop),
-        stop_token_ids=[] if sampling.ignore_eos else list(ending.stop),
-        ignore_eos=True,  # vLLM would stop at the teacher's end, too
-        logprobs=COLUMNS,
+        **same_arguments(request),
+        **stop_arguments(request, ending),
+        seed=request.sampling.seed,
+        detokenize=bool(request.sampling.stop),
+        logprobs=RECORD_COLUMNS,
         flat_logprobs=True,
         extra_args=extra_arguments(request),
     )
-
-
-def extra_arguments(request: Request) -> dict[str, Any]:
-    """What vLLM hands on of a request for records: its mixture, and the student's prompt where that is another."""
-    from .worker.row_sampler import RECORD
-
-    extra: dict[str, Any] = {RECORD: 1, **request.mixture.to_dict()}
-    if list(request.theta_prompt_ids) != list(request.prompt_ids):
-        extra[THETA_PROMPT] = list(request.theta_prompt_ids)
-    return extra
 
 
 def check_params(params: Any, prompt_ids: Sequence[int], settings: dict[str, Any]) -> None:
@@ -111,14 +88,12 @@ def check_params(params: Any, prompt_ids: Sequence[int], settings: dict[str, Any
     Args:
         params: vLLM's parameters of the request.
         prompt_ids: its prompt.
-        settings: what the server tells about itself: see `served.describe`.
+        settings: what the server tells about itself: see `messages.describe`.
 
     Raises:
         ValueError: on an extra argument that is unknown or out of range, on records without their columns, and on a
             token that one of the models does not know.
     """
-    from .worker.row_sampler import COLUMNS, RECORD, mixture_of
-
     extra = params.extra_args or {}
     known = (RECORD, THETA_PROMPT, *Mixture.__dataclass_fields__)
     for name in extra:
@@ -137,9 +112,10 @@ def check_params(params: Any, prompt_ids: Sequence[int], settings: dict[str, Any
         )
     if extra.get(RECORD, 0) not in (0, 1):
         raise ValueError(f"The extra argument `{RECORD}` is {extra[RECORD]!r}; wanted 0 or 1.")
-    if extra.get(RECORD) and params.logprobs != COLUMNS:
+    if extra.get(RECORD) and params.logprobs != RECORD_COLUMNS:
         raise ValueError(
-            f"`logprobs` is {params.logprobs!r} in a request for records; wanted {COLUMNS}, whose places they take."
+            f"`logprobs` is {params.logprobs!r} in a request for records; wanted {RECORD_COLUMNS}, whose places they "
+            "take."
         )
     if prompt_ids and max(prompt_ids) >= settings["vocabulary"]:  # vLLM knows the teacher's vocabulary alone
         wanted = f"wanted ids below {settings['vocabulary']}, which both models read."
@@ -148,21 +124,21 @@ def check_params(params: Any, prompt_ids: Sequence[int], settings: dict[str, Any
         _check_theta_prompt(extra[THETA_PROMPT], len(prompt_ids), settings)
 
 
-def _check_theta_prompt(own: Any, longest: int, settings: dict[str, Any]) -> None:
+def _check_theta_prompt(prompt: Any, longest: int, settings: dict[str, Any]) -> None:
     if not settings["two_prompts"]:
         raise ValueError(
             f"The request has the extra argument `{THETA_PROMPT}`; this server runs on a CPU, where both models read "
             "one stream of tokens (Model Runner V1). Drop it, or serve the pair on a GPU."
         )
     vocabulary = settings["vocabulary"]
-    if not isinstance(own, list) or not all(type(token) is int and 0 <= token < vocabulary for token in own):
+    if not isinstance(prompt, list) or not all(type(token) is int and 0 <= token < vocabulary for token in prompt):
         raise ValueError(
-            f"`{THETA_PROMPT}` is {str(own)[:60]}; wanted a list of token ids below {vocabulary}, which both models "
-            "read."
+            f"`{THETA_PROMPT}` is {str(prompt)[:60]}; wanted a list of token ids below {vocabulary}, which both "
+            "models read."
         )
-    if not 0 < len(own) <= longest:
+    if not 0 < len(prompt) <= longest:
         raise ValueError(
-            f"`{THETA_PROMPT}` has {len(own)} tokens; wanted 1 to {longest}, the length of the teacher's prompt."
+            f"`{THETA_PROMPT}` has {len(prompt)} tokens; wanted 1 to {longest}, the length of the teacher's prompt."
         )
 
 
@@ -174,7 +150,6 @@ def to_rollouts(outputs: Sequence[RequestOutput], requests: Sequence[Request], p
             of one that had; it carries the others' rollouts.
     """
     rollouts = [_to_rollout(output, request, pair) for output, request in zip(outputs, requests, strict=True)]
-    pair.has_nan |= any(bool(rollout.alpha.isnan().any()) for rollout in rollouts)
     check_solved(rollouts)
     return rollouts
 
@@ -182,44 +157,13 @@ def to_rollouts(outputs: Sequence[RequestOutput], requests: Sequence[Request], p
 def _to_rollout(output: RequestOutput, request: Request, pair: Pair) -> Rollout:
     completion = output.outputs[0]
     ids = list(completion.token_ids)
-    records = read_records(completion.logprobs, ids, pair.engine_vocabulary)
+    records = read_records(completion.logprobs, ids, pair.engine_vocabulary)  # type: ignore[arg-type]
     text = completion.text if request.sampling.stop else str(pair.tokenizer.decode(ids, skip_special_tokens=True))
-    return Rollout.answer(request, ids, records, text, str(completion.finish_reason))
+    return Rollout.from_request(request, ids, records, text, str(completion.finish_reason))
 
 
-def read_records(logprobs: Any, token_ids: Sequence[int], engine_vocabulary: int) -> Float[Tensor, "4 T"]:
-    """The records in their order, from the flat log-probabilities of T tokens.
-
-    Raises:
-        RuntimeError: where vLLM did not hand back the columns of a record, or those of other tokens.
-    """
-    T = len(token_ids)
-    if T == 0:
-        return torch.zeros(4, 0)
-    ids = np.array(logprobs.token_ids, dtype=np.int64)
-    wanted = np.empty((T, 4), dtype=np.int64)
-    wanted[:, 0], wanted[:, 1:] = token_ids, engine_vocabulary + np.arange(3)
-    if ids.shape != (4 * T,) or not np.array_equal(ids.reshape(T, 4), wanted):
-        raise RuntimeError(
-            f"vLLM returned log-probabilities of the ids {ids[:8].tolist()}...; wanted {wanted.ravel()[:8].tolist()}"
-            "...: the mixture's sampler is not installed in this engine, or another column is in its way."
-        )
-    return to_columns(np.array(logprobs.logprobs, dtype=np.float32).reshape(T, 4))
-
-
-def flat_logprobs(token_ids: list[int], values: Float[Tensor, " T"]) -> FlatLogprobs:
-    """One log-probability for each of T tokens, without vLLM's object for each: read three times as fast."""
-    from vllm.logprobs import FlatLogprobs
-
-    T = len(token_ids)
-    starts, ends = list(range(T)), list(range(1, T + 1))
-    return FlatLogprobs(starts, ends, token_ids, values.tolist(), ranks=[1] * T, decoded_tokens=[None] * T)
-
-
-def to_columns(rows: np.ndarray) -> Float[Tensor, "4 T"]:
-    """The records in their order, from one row a token as the engine has them: log q, α, log θ, log t."""
-    from .worker.row_sampler import NO_NUMBER
-
-    columns = torch.from_numpy(np.ascontiguousarray(rows.T[[1, 0, 2, 3]]))
-    columns[columns == NO_NUMBER] = torch.nan
-    return columns
+def with_log_theta(outputs: Sequence[RequestOutput], rollouts: Sequence[Rollout]) -> list[RequestOutput]:
+    """vLLM's outputs with log θ, of their rollouts, for the one log-probability of each token."""
+    for output, rollout in zip(outputs, rollouts, strict=True):
+        output.outputs[0].logprobs = flat_logprobs(rollout.completion_ids, rollout.log_theta)
+    return list(outputs)

@@ -111,13 +111,13 @@ def pair(make_pair: Callable[[str], Pair]) -> Pair:
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of rows of each forward pass of a model, as they happen."""
     seen: list[int] = []
-    forward = decoding.Stream._forward
+    forward = decoding.Reader._forward
 
-    def spy(self: decoding.Stream, tokens: Tensor, positions: Tensor) -> None:
+    def spy(self: decoding.Reader, tokens: Tensor, positions: Tensor) -> None:
         seen.append(len(tokens))
         forward(self, tokens, positions)
 
-    monkeypatch.setattr(decoding.Stream, "_forward", spy)
+    monkeypatch.setattr(decoding.Reader, "_forward", spy)
     return seen
 
 
@@ -255,7 +255,7 @@ def test_the_teachers_own_ending_is_folded(tmp_path: Any) -> None:
     """The teacher ends with `<pad>` and the student with `<eos>`: what the teacher gives to its own counts for θ's."""
     pair = Pair(make_model(tmp_path / "t", "qwen2", 0, eos_token_id=PAD), make_model(tmp_path / "s", "qwen2", 1))
     ending = Ending((EOS,), (PAD,))
-    assert pair.backend.ending == ending
+    assert pair.backend.pair.ending == ending
     requests = [
         ask(TEXTS[i % 6], mixture, seed=8 * i + j, max_tokens=30, temperature=1.5)
         for i in range(8)
@@ -705,7 +705,9 @@ def test_every_rank_has_its_weights_under_fsdp(pair: Pair, tmp_path: Path, monke
 
 def test_a_stop_text_over_many_tokens(pair: Pair) -> None:
     """The text that is looked at is a tail, as long as the longest stop text: special tokens may lie in between."""
-    rows = Rows([ask(stop=("zz", "ab\N{EURO SIGN}cd"), max_tokens=64, ignore_eos=True)], pair.backend)
+    rows = Rows(
+        [ask(stop=("zz", "ab\N{EURO SIGN}cd"), max_tokens=64, ignore_eos=True)], pair.backend.pair, pair.backend.device
+    )
     drawn = [*ids("x" * 30 + "ab\N{EURO SIGN}"), *[EOS] * 12, *ids("cd")]
     ended = []
     for rows.step, token in enumerate(drawn, start=1):

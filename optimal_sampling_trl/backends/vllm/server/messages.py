@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .... import __version__
-from ....pairing import Ending, token_digest
+from ....pairing import Ending, Pair, token_digest
 from ....rollouts.request import Request
 from ....rollouts.rollout import Rollout
-from ..limits import Pair
-from ..requests import extra_arguments, to_columns
+from ..wire import RECORD_COLUMNS, column_ids, extra_arguments, same_arguments, stop_arguments, to_columns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,7 +20,7 @@ LEAST = -9999.0
 
 
 def describe(pair: Pair) -> dict[str, Any]:
-    """What a server tells about itself in its settings, beside what its model needs."""
+    """The settings in which a server tells about itself, beside what its model needs."""
     return {
         "version": __version__,
         "tokens": token_digest(pair.tokenizer),
@@ -52,41 +51,32 @@ def pair_of(info: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Pair:
     if settings["tokens"] != token_digest(tokenizer):
         raise ValueError(f"its student {settings['theta']!r} has another tokenizer than the model that is trained.")
     return Pair(
-        model["model"],
-        settings["theta"],
-        Ending(**{name: tuple(ids) for name, ids in settings["ending"].items()}),
-        settings["vocabulary"],
-        settings["engine_vocabulary"],
-        model["max_model_len"],
-        tokenizer,
-        settings["two_prompts"],
+        teacher=model["model"],
+        theta=settings["theta"],
+        tokenizer=tokenizer,
+        vocabulary=settings["vocabulary"],
+        engine_vocabulary=settings["engine_vocabulary"],
+        context=model["max_model_len"],
+        ending=Ending(**{name: tuple(ids) for name, ids in settings["ending"].items()}),
+        two_prompts=settings["two_prompts"],
     )
 
 
 def to_arguments(request: Request, ending: Ending, n: int, seed: int) -> dict[str, Any]:
-    """What TRL's `VLLMClient.generate` is passed for n completions of a request, with their records.
+    """The arguments of TRL's `VLLMClient.generate` for n completions of a request, with their records.
 
     Args:
+        request: what is asked for.
+        ending: where completions of the pair end.
+        n: completions.
         seed: of the first of them; each gets its own, so that processes that share a request's model agree.
     """
-    from ..worker.row_sampler import COLUMNS
-
-    sampling = request.sampling
-    further = {
-        "seed": seed,
-        "stop": list(sampling.stop),
-        "stop_token_ids": [] if sampling.ignore_eos else list(ending.stop),
-        "ignore_eos": True,  # vLLM would stop at the teacher's end, too
-        "vllm_xargs": extra_arguments(request),
-    }
+    further = {"seed": seed, **stop_arguments(request, ending), "vllm_xargs": extra_arguments(request)}
     return {
         "prompts": [list(request.prompt_ids)],
         "n": n,
-        "logprobs": COLUMNS,
-        **{
-            name: getattr(sampling, name)
-            for name in ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        },
+        "logprobs": RECORD_COLUMNS,
+        **same_arguments(request),
         "generation_kwargs": further,
     }
 
@@ -100,20 +90,20 @@ def to_rollouts(answer: dict[str, Any], request: Request, pair: Pair) -> list[Ro
 def _to_rollout(
     ids: list[int], names: list[list[int]], values: list[list[float]], request: Request, pair: Pair
 ) -> Rollout:
-    rows = np.zeros((len(ids), 4), dtype=np.float32)
-    extra = pair.engine_vocabulary + np.arange(3)
-    for row, token, *pairs in zip(rows, ids, names, values, strict=True):
+    wanted = column_ids(ids, pair.engine_vocabulary)
+    rows = np.zeros(wanted.shape, dtype=np.float32)
+    for row, columns, *pairs in zip(rows, wanted.tolist(), names, values, strict=True):
         found = dict(zip(*pairs, strict=True))
-        if found.keys() != {token, *extra}:
+        if found.keys() != set(columns):
             raise RuntimeError(
-                f"The server returned log-probabilities of the ids {sorted(found)}; wanted those of {token} and of "
-                f"{extra.tolist()}: another column is in the way of the records."
+                f"The server returned log-probabilities of the ids {sorted(found)}; wanted those of {columns[0]} and "
+                f"of {columns[1:]}: another column is in the way of the records."
             )
-        row[:] = [found[token], *(found[index] for index in extra)]
+        row[:] = [found[column] for column in columns]
     rows[rows <= LEAST] = -np.inf
     text = request.sampling.cut(str(pair.tokenizer.decode(ids, skip_special_tokens=True)))
     reason = "length" if _is_cut_short(ids, request, pair) else "stop"
-    return Rollout.answer(request, ids, to_columns(rows), text, reason)
+    return Rollout.from_request(request, ids, to_columns(rows), text, reason)
 
 
 def _is_cut_short(ids: list[int], request: Request, pair: Pair) -> bool:

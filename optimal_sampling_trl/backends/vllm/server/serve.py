@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from ..backend import engine_settings, platform_settings
+from ..launch import engine_settings, platform_settings
 from ..limits import check_arguments, check_pair, check_platform
 from ..plugin import TRANSFER, require
 from ..requests import check_params
 from ..versions import serve_flags
+from ..wire import wants_record
 from .messages import describe
 
 PROGRAM = "optimal-sampling-serve"
@@ -34,10 +35,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         ImportError: where vLLM is missing, unsuited, or did not load this package's plugin.
         ValueError: on a pair or an argument that the engine refuses (limits.py).
     """
-    own = argparse.ArgumentParser(PROGRAM, description=__doc__, allow_abbrev=False)
-    own.add_argument("--teacher", required=True, help="folder or model id of the teacher")
-    own.add_argument("--theta", required=True, help="folder or model id of the student")
-    ours, rest = own.parse_known_args(argv)
+    models = argparse.ArgumentParser(PROGRAM, description=__doc__, allow_abbrev=False)
+    models.add_argument("--teacher", required=True, help="folder or model id of the teacher")
+    models.add_argument("--theta", required=True, help="folder or model id of the student")
+    named, rest = models.parse_known_args(argv)
     require()
     from vllm.config import WeightTransferConfig
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -48,7 +49,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     given = _given(parser, args)
     check_arguments(given)
     check_platform({})  # several devices are fine: weights come to each of the server's processes
-    pair = check_pair(ours.teacher, ours.theta, given)
+    pair = check_pair(named.teacher, named.theta, given)
     for name, value in engine_settings(pair, given, **describe(pair)).items():
         setattr(args, name, value)
     args.model, args.weight_transfer_config = pair.teacher, WeightTransferConfig(backend=TRANSFER)
@@ -99,8 +100,6 @@ def refuse_early(engine: Any) -> None:
     """
     from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
 
-    from ..worker.row_sampler import RECORD
-
     settings = engine.vllm_config.additional_config["optimal_sampling"]
     generate = engine.generate
 
@@ -109,9 +108,9 @@ def refuse_early(engine: Any) -> None:
         check_params(sampling_params, ids or (), settings)
         ending = settings["ending"]
         if ending["folded"] and not sampling_params.ignore_eos:  # vLLM would stop at the teacher's end alone
-            own = sampling_params.stop_token_ids or []
-            sampling_params.stop_token_ids = [*own, *(token for token in ending["stop"] if token not in own)]
-        if (sampling_params.extra_args or {}).get(RECORD):
+            asked = sampling_params.stop_token_ids or []
+            sampling_params.stop_token_ids = [*asked, *(token for token in ending["stop"] if token not in asked)]
+        if wants_record(sampling_params):
             # A trainer's, which reads ids: no object and no text a token.
             sampling_params.flat_logprobs = True
             sampling_params.detokenize = bool(sampling_params.stop)

@@ -1,7 +1,8 @@
 """Teacher and student as one vLLM model: two submodules that share a schedule, a block table and a batch.
 
 vLLM's own machinery builds, loads, compiles and caches both. This class runs one after the other and keeps the
-student's logits for the sampler, which mixes (see `sampler.py`): `compute_logits` returns the teacher's.
+student's logits for the sampler, which mixes (`row_sampler.py`, `slot_sampler.py`): `compute_logits` returns the
+teacher's.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ THETA = "theta."
 """What the names of the student's weights start with while the engine loads both models from disk."""
 
 COMPUTED = ".rotary_emb.inv_freq"
-"""How the names of buffers end that vLLM computes and leaves out when it loads."""
+"""Suffix of buffers that vLLM computes instead of loading."""
 
 
 class OptimalSamplingForCausalLM(nn.Module):
@@ -55,8 +56,7 @@ class OptimalSamplingForCausalLM(nn.Module):
         settings = additional["optimal_sampling"]
         self.ending = Ending(**{name: tuple(ids) for name, ids in settings["ending"].items()})
         self.default_mixture: dict[str, Any] = settings.get("mixture", {})
-        # A teacher with an FP8 scheme for its cache switches the shared setting while it is built: versions.py.
-        cache_config = copy.copy(vllm_config.cache_config)
+        cache_config = _copy_cache_config(vllm_config)
         with set_model_tag("teacher"):
             # Without a prefix: a quantised checkpoint names the layers that it leaves out by their own names.
             self.teacher = _build(vllm_config, _own_architectures(vllm_config.model_config), "")
@@ -95,37 +95,52 @@ class OptimalSamplingForCausalLM(nn.Module):
     ) -> Tensor:
         """The hidden states of both, (tokens, teacher's size + student's size).
 
-        The teacher's are copied out before the student runs: under piecewise CUDA graphs its buffer returns to the
-        pool that the student's graphs write to. Graphs of one pool must not run at the same time either: the student
-        gets a stream of its own only while a graph of the whole step is captured.
-
         Args:
             input_ids: what the teacher reads.
             positions: the tokens' positions in it.
             theta_ids: what the student reads; None: the same.
             theta_positions: their positions in the student's stream.
         """
-        theirs = (input_ids, positions) if theta_ids is None else (theta_ids, theta_positions)
+        teacher = (input_ids, positions)
+        theta = teacher if theta_ids is None else (theta_ids, theta_positions)
         if self.theta_places is not None:
-            self._write_theta_to(self.theta_places[: len(theirs[0])])
+            self._write_theta_to(self.theta_places[: len(theta[0])])
         hidden = torch.empty(
             len(input_ids), self.teacher_size + self.theta_size, dtype=self.dtype, device=input_ids.device
         )
         of_teacher, of_theta = hidden.split([self.teacher_size, self.theta_size], dim=1)
+        # Graphs of one pool must not run at the same time: only while a graph of the whole step is captured may they.
         if self.side_stream is None or not torch.cuda.is_current_stream_capturing():
-            of_teacher.copy_(self.teacher(input_ids, positions))
-            of_theta.copy_(self.theta(*theirs))
-            return hidden
-        main = torch.cuda.current_stream()
-        self.side_stream.wait_stream(main)
-        with torch.cuda.stream(self.side_stream):
-            of_theta.copy_(self.theta(*theirs))
-        of_teacher.copy_(self.teacher(input_ids, positions))
-        main.wait_stream(self.side_stream)
+            self._run_in_turn(teacher, theta, of_teacher, of_theta)
+        else:
+            self._run_beside(self.side_stream, teacher, theta, of_teacher, of_theta)
         return hidden
 
+    def _run_in_turn(self, teacher: Any, theta: Any, of_teacher: Tensor, of_theta: Tensor) -> None:
+        """Run the teacher, copy its hidden states out, and only then run the student.
+
+        Symptom: wrong tokens in steps that mix prefill and decode, under piecewise CUDA graphs.
+        Cause: the last piece of each compiled submodel frees its output into the pool that the next one writes to.
+        Safe: the teacher's hidden states are copied out before the student runs; joining the two copies anyway.
+        Upstream: vLLM pull request 22282, closed without a merge.
+        Delete when: a compiled submodel may keep its output.
+        """
+        of_teacher.copy_(self.teacher(*teacher))
+        of_theta.copy_(self.theta(*theta))
+
+    def _run_beside(
+        self, stream: torch.cuda.Stream, teacher: Any, theta: Any, of_teacher: Tensor, of_theta: Tensor
+    ) -> None:
+        """Run the student on a stream of its own while the teacher runs."""
+        main = torch.cuda.current_stream()
+        stream.wait_stream(main)
+        with torch.cuda.stream(stream):
+            of_theta.copy_(self.theta(*theta))
+        of_teacher.copy_(self.teacher(*teacher))
+        main.wait_stream(stream)
+
     def _write_theta_to(self, places: Tensor) -> None:
-        """Where this step's keys and values of the student go; in a trial step without caches nowhere."""
+        """Send this step's keys and values of the student to `places`; in a trial step without caches nowhere."""
         planned: Any = get_forward_context().slot_mapping
         if planned:
             planned.update(dict.fromkeys(self.theta_layers, places))
@@ -162,22 +177,41 @@ class OptimalSamplingForCausalLM(nn.Module):
 
     @staticmethod
     def get_model_state_cls() -> type:
-        """What Model Runner V2 asks for its hooks."""
+        """Return the class that Model Runner V2 asks for its hooks."""
         from .model_state import OptimalSamplingModelState
 
         return OptimalSamplingModelState
 
 
 def _own_architectures(config: ModelConfig) -> list[str]:
-    """What the teacher's checkpoint says it is: the engine's configuration names the fused model instead."""
+    """The architectures in the teacher's checkpoint: the engine's configuration names the fused model instead."""
     on_disk = get_config(config.model, config.trust_remote_code, revision=config.revision)
     return list(on_disk.architectures or [])
 
 
 def _build(config: VllmConfig, architectures: list[str], prefix: str) -> nn.Module:
-    """vLLM's own constructor, under the submodel's configuration: versions.py says what goes wrong without."""
+    """Build a submodel with vLLM's constructor, under the submodel's configuration.
+
+    Symptom: the student runs with the teacher's compiled code, FP8 input type or head type.
+    Cause: a submodel that is built by `cls(vllm_config=...)` reads `get_current_vllm_config()`, which is the engine's.
+    Safe: `initialize_model` sets the current configuration while each submodel is built, as vLLM's loader does.
+    Upstream: vLLM issue 55383, the key of the compilation cache ignores the module tree.
+    Delete when: never, it is vLLM's own constructor.
+    """
     model_class, _ = ModelRegistry.resolve_model_cls(architectures, config.model_config)
     return initialize_model(config, prefix=prefix, model_class=model_class)
+
+
+def _copy_cache_config(vllm_config: VllmConfig) -> Any:
+    """Copy the settings of the cache for the student, before the teacher is built.
+
+    Symptom: the student's cache is FP8 with scale 1 beside a quantised teacher.
+    Cause: a checkpoint with `kv_cache_scheme` sets the shared `cache_config.cache_dtype` while it is built.
+    Safe: FP8 caches are refused by limits.py, and the student's settings are taken before the teacher is built.
+    Upstream: none found.
+    Delete when: the setting belongs to a layer.
+    """
+    return copy.copy(vllm_config.cache_config)
 
 
 def _theta_model_config(teacher: ModelConfig, theta: str) -> ModelConfig:
@@ -195,7 +229,14 @@ def _theta_model_config(teacher: ModelConfig, theta: str) -> ModelConfig:
 
 
 def _bind_attention(model: nn.Module, config: VllmConfig) -> None:
-    """Let the attention layers of `model` be planned by its own head counts: builders are handed the engine's."""
+    """Let the attention layers of `model` be planned by its own head counts.
+
+    Symptom: the student's attention is planned with the teacher's head counts.
+    Cause: some builders of attention metadata read them from the engine's `model_config`.
+    Safe: the student's layers carry a subclass of their backend whose builder is handed the student's configuration.
+    Upstream: FlashAttention reads them from the layers since 0.31; others do not. Not seen on the CPU.
+    Delete when: all builders read them from the layers.
+    """
     bound: dict[type, type] = {}
     for module in model.modules():
         if isinstance(module, Attention):

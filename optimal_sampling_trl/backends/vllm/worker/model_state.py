@@ -16,14 +16,15 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from ..requests import theta_prompt_of
-from .model import THETA
+from ..wire import theta_prompt_of
 from .shift import NOWHERE, Prompts, Stream, shift_stream
 from .slot_sampler import SlotSampler
 
 
 class OptimalSamplingModelState(DefaultModelState):
     """vLLM's own state of a decoder, with the mixture before its sampler and a stream for the student."""
+
+    model: Any
 
     def __init__(self, vllm_config: Any, model: Any, encoder_cache: Any, device: torch.device) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
@@ -46,14 +47,14 @@ class OptimalSamplingModelState(DefaultModelState):
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         """vLLM's hook for a new request, or one that was preempted and comes back."""
         super().add_request(req_index, new_req_data)
-        own = theta_prompt_of(new_req_data.sampling_params)
-        shift = 0 if own is None else len(new_req_data.prompt_token_ids) - len(own)
-        if own is not None:
-            self.prompts.stage_write(req_index, 0, own)
-        self.prompt_lengths.stage_write_elem(req_index, 0 if own is None else len(own))
+        prompt = theta_prompt_of(new_req_data.sampling_params)
+        shift = 0 if prompt is None else len(new_req_data.prompt_token_ids) - len(prompt)
+        if prompt is not None:
+            self.prompts.stage_write(req_index, 0, prompt)
+        self.prompt_lengths.stage_write_elem(req_index, 0 if prompt is None else len(prompt))
         self.shifts.stage_write_elem(req_index, shift)
         # The student reads the same tokens later, or others: either way its buffers are no copies.
-        self.shifts_np[req_index] = -1 if own is not None and not shift else shift
+        self.shifts_np[req_index] = -1 if prompt is not None and not shift else shift
 
     def apply_staged_writes(self) -> None:
         """vLLM's hook before a step with new requests."""
@@ -75,16 +76,15 @@ class OptimalSamplingModelState(DefaultModelState):
         """vLLM's hook before the model runs: plans the attention of both models, each by its own stream."""
         block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         theta = self._fill_stream(input_batch, block_tables[0], slot_mappings[0], block_size)
-        is_theta = [group.layer_names[0].startswith(THETA) for group in attn_groups[0]]
-        own, others = (
-            [group for group, mine in zip(attn_groups[0], is_theta) if mine is wanted] for wanted in (True, False)
-        )
+        groups: dict[bool, list[Any]] = {True: [], False: []}
+        for group in attn_groups[0]:
+            groups[group.layer_names[0] in self.model.theta_layers].append(group)
         plan = super().prepare_attn
         theta_batch = replace(input_batch, seq_lens=theta.lengths, positions=theta.positions)
         rest = (kv_cache_config, *args)
         return {
-            **plan(input_batch, cudagraph_mode, block_tables, slot_mappings, [others], *rest, **kwargs),
-            **plan(theta_batch, cudagraph_mode, (theta.blocks,), theta.places[None], [own], *rest, **kwargs),
+            **plan(input_batch, cudagraph_mode, block_tables, slot_mappings, [groups[False]], *rest, **kwargs),
+            **plan(theta_batch, cudagraph_mode, (theta.blocks,), theta.places[None], [groups[True]], *rest, **kwargs),
         }
 
     def _fill_stream(self, batch: Any, blocks: Tensor, places: Tensor, block_size: int) -> Stream:

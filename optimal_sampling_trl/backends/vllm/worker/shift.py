@@ -5,8 +5,8 @@ its token g at the step in which the teacher reads g + d, and nothing before. Bo
 cache, each into its own layers: the student's table of blocks starts d // block_size blocks later than the teacher's,
 so that its token g has the teacher's place less d % block_size. It never needs a block that is not there yet.
 
-Sharing such blocks between requests is safe as long as no completion token of the student falls into them. The first
-one has place `prompt - d % block_size`: blocks that end later belong to one request alone (`shared_end`).
+Such blocks may be shared between requests only as long as no completion token of the student falls into them: see
+`blocks.py`.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def shift_stream(
     position = teacher.positions - shift[row]
     inside = position >= 0
     position = position.clamp(min=0)
-    own = position < prompts.length[slot]
+    is_prompt = position < prompts.length[slot]
     prompt = prompts.ids[slot, position.clamp(max=prompts.ids.shape[1] - 1)]
     skipped = (shift // block_size)[:, None]
     last = teacher.blocks.shape[1] - 1
@@ -82,21 +82,9 @@ def shift_stream(
     blocks = teacher.blocks.gather(1, column.clamp(max=last))
     place = blocks[row, position // block_size].long() * block_size + position % block_size
     return Stream(
-        torch.where(own, prompt, teacher.ids).to(teacher.ids.dtype).masked_fill(~inside, 0),
+        torch.where(is_prompt, prompt, teacher.ids).to(teacher.ids.dtype).masked_fill(~inside, 0),
         position.to(teacher.positions.dtype),
         torch.where(inside, place, NOWHERE).to(teacher.places.dtype),
         (teacher.lengths - shift).clamp(min=0).to(teacher.lengths.dtype),
         blocks,
     )
-
-
-def shared_end(prompt: int, theta_prompt: int, block_size: int) -> int:
-    """Up to where the cache of a request may be shared, in tokens of the teacher's stream: no later block.
-
-    Args:
-        prompt: tokens of the teacher's prompt.
-        theta_prompt: tokens of the student's, as many at most.
-        block_size: tokens in a block of the cache.
-    """
-    first = prompt - (prompt - theta_prompt) % block_size  # the place of the student's first completion token
-    return first // block_size * block_size

@@ -15,7 +15,8 @@ from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 
 from ....mixture import METHODS
 from ....mixture.kernels.launch import mix_logits
-from .row_sampler import RECORD, Mixed, mixture_of, with_records
+from ..wire import RECORD, mixture_of
+from .records import Mixed, with_records
 
 COLUMNS = ("method", "alpha_min", "alpha_max", "fixed_alpha", "epsilon", "temperature")
 """The columns of the table of slots, in the order of `mix_logits`' arguments."""

@@ -40,10 +40,11 @@ from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
 from helpers.servers import MIXED, Server
-from optimal_sampling_trl.backends.vllm.requests import THETA_PROMPT, check_params
+from optimal_sampling_trl.backends.vllm.requests import check_params
 from optimal_sampling_trl.backends.vllm.server import serve
+from optimal_sampling_trl.backends.vllm.server.client import FusedServer, refuse_silence
 from optimal_sampling_trl.backends.vllm.server.messages import pair_of, to_arguments, to_rollouts
-from optimal_sampling_trl.trainers.engines.server import FusedServer, refuse_silence
+from optimal_sampling_trl.backends.vllm.wire import THETA_PROMPT
 from processes.serve_from_files import FileClient
 
 
@@ -69,13 +70,13 @@ def oracle(models: tuple[str, str]) -> Oracle:
     return Oracle(*models)
 
 
-def connect(server: Server, models: tuple[str, str], folder: Path, patience: float = 240.0) -> FusedServer:
+def connect(server: Server, models: tuple[str, str], folder: Path, timeout: float = 240.0) -> FusedServer:
     """A client that sends weights by file, and does not wait long for a server that is gone."""
     client = FileClient(base_url=server.url)
     client.folder = folder
     once = Retry(1, allowed_methods=None)  # a server closes the connection after an error of its own
     client.session.mount("http://", HTTPAdapter(pool_maxsize=64, max_retries=once))
-    return FusedServer(client, models[0], make_tokenizer(), patience)
+    return FusedServer(client, models[0], make_tokenizer(), timeout)
 
 
 def push(served: FusedServer, model: Any) -> None:
@@ -257,7 +258,7 @@ def test_a_push_that_breaks_off_is_noticed_and_mended(
         push(served, oracle.models["theta"])
     with pytest.raises(RuntimeError, match="no weights were sent to it yet"):
         served.sample(asked)
-    assert served._ask("theta_state")[0]["stale"] == "a reload of the student failed half-way"
+    assert served._call_workers("theta_state")[0]["stale"] == "a reload of the student failed half-way"
     served = connect(server, models, tmp_path)
     push(served, oracle.models["theta"])
     oracle.check(served.sample(asked), asked)
@@ -344,7 +345,7 @@ def test_a_server_that_is_gone_or_was_restarted(
 
 def test_a_server_that_hangs(server: Server, models: tuple[str, str], oracle: Oracle, tmp_path: Path) -> None:
     """All its processes are stopped: it takes connections and says nothing. Going on, it is as good as before."""
-    served, asked = connect(server, models, tmp_path, patience=2.0), [request("hello")] * 3
+    served, asked = connect(server, models, tmp_path, timeout=2.0), [request("hello")] * 3
     push(served, oracle.models["theta"])
     silence = r"it did not answer within 2 s\. It hangs, or a completion takes longer: .*`vllm_server_timeout`"
     server.signal(signal.SIGSTOP)
@@ -427,7 +428,7 @@ def test_two_ranks(tmp_path: Path) -> None:
         for parameter in oracle.models["theta"].parameters():
             parameter.data.mul_(1.3)
         push(served, oracle.models["theta"])
-        assert [state["updates"] for state in served._ask("theta_state")] == [1, 1]
+        assert [state["updates"] for state in served._call_workers("theta_state")] == [1, 1]
         asked = [request(TEXTS[i % len(TEXTS)], **MIXED[i % len(MIXED)]) for i in range(28)]
         oracle.check(served.sample(asked), asked)
     finally:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from optimal_sampling_trl.backends.vllm.worker.shift import NOWHERE, Prompts, Stream, shared_end, shift_stream
+from optimal_sampling_trl.backends.vllm.blocks import shared_end
+from optimal_sampling_trl.backends.vllm.worker.shift import NOWHERE, Prompts, Stream, shift_stream
 
 BLOCK = 4
 SLOTS, WIDTH = 8, 24

@@ -65,7 +65,7 @@ def live(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_between_batches(live: Live) -> None:
     """Exact before and after each reload, also with the prompts that were cached under the old weights."""
     live.check()
-    assert live.backend.theta_digest() is None  # the weights are the folder's
+    assert live.backend.weight_digest("theta") is None  # the weights are the folder's
     for step in range(3):
         live.backend.load_theta(live.step() if step else iter(live.step()))
         live.check()
@@ -129,11 +129,11 @@ def test_what_fails_before_a_weight_came_changes_nothing(live: Live) -> None:
 
 def test_the_digest_is_of_the_weights_that_are_in_the_engine(live: Live) -> None:
     live.backend.load_theta(live.step())
-    first = live.backend.theta_digest()
+    first = live.backend.weight_digest("theta")
     live.backend.load_theta(live.step(0.0))
-    assert live.backend.theta_digest() == first
+    assert live.backend.weight_digest("theta") == first
     live.backend.load_theta(live.step())
-    assert live.backend.theta_digest() != first
+    assert live.backend.weight_digest("theta") != first
 
 
 def test_an_engine_that_sleeps_is_named(live: Live) -> None:

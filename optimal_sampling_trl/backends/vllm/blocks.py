@@ -1,0 +1,56 @@
+"""Which blocks of the cache requests may share where teacher and student read different prompts.
+
+vLLM's scheduler decides it, by hashes of the teacher's tokens: this stands outside `worker/`, which runs the models.
+"""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import Any
+
+from .wire import theta_prompt_of
+
+
+def shared_end(prompt: int, theta_prompt: int, block_size: int) -> int:
+    """Up to where the cache of a request may be shared, in tokens of the teacher's stream: no later block.
+
+    The student's first completion token has place `prompt - d % block_size`, where its prompt is d tokens shorter.
+    Blocks that end later belong to one request alone.
+
+    Args:
+        prompt: tokens of the teacher's prompt.
+        theta_prompt: tokens of the student's, as many at most.
+        block_size: tokens in a block of the cache.
+    """
+    first = prompt - (prompt - theta_prompt) % block_size
+    return first // block_size * block_size
+
+
+def private_blocks() -> None:
+    """Let vLLM share blocks only where both streams of tokens are the same. May be called any number of times.
+
+    Symptom: with two prompts the completions of one group overwrite each other's keys in the student's cache.
+    Cause: blocks are shared by the teacher's tokens, and the student's completion lies up to a block earlier.
+    Safe: a block that a completion of the student may reach is hashed with its request.
+    Upstream: none; vLLM knows of one stream of tokens.
+    Delete when: a request can say how much of its prompt may be shared.
+    """
+    from vllm.v1.core import kv_cache_utils
+
+    original = kv_cache_utils.generate_block_hash_extra_keys
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @wraps(original)
+    def extra_keys(request: Any, start: int, end: int, multimodal: int) -> tuple[tuple[Any, ...] | None, int]:
+        keys, multimodal = original(request, start, end, multimodal)
+        theta_prompt = theta_prompt_of(request.sampling_params)
+        if theta_prompt is None:
+            return keys, multimodal
+        prompt = request.num_prompt_tokens
+        further = ("optimal_sampling", prompt, *theta_prompt) if start == 0 else ()
+        if end > shared_end(prompt, len(theta_prompt), end - start):
+            further += (request.request_id,)
+        return (*(keys or ()), *further) or None, multimodal
+
+    setattr(kv_cache_utils, original.__name__, extra_keys)

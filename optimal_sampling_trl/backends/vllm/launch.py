@@ -1,0 +1,61 @@
+"""How vLLM is started on a pair: the settings that this backend gives it, in process and in a server."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from ...pairing import Pair
+from .plugin import ARCHITECTURE
+
+WORKER = "optimal_sampling_trl.backends.vllm.worker.weights.OptimalSamplingWorker"
+"""The class that vLLM adds to the bases of its worker, by its path."""
+
+
+def engine_settings(pair: Pair, engine_arguments: Mapping[str, Any], **further: Any) -> dict[str, Any]:
+    """The engine arguments that this backend sets.
+
+    Args:
+        pair: what the engine is built on.
+        engine_arguments: the user's, which are added to.
+        **further: what else the engine is to tell about itself.
+    """
+    ending = {"stop": pair.ending.stop, "folded": pair.ending.folded}
+    return {
+        "max_model_len": pair.context,
+        "hf_overrides": {**(engine_arguments.get("hf_overrides") or {}), "architectures": [ARCHITECTURE]},
+        "additional_config": {
+            **(engine_arguments.get("additional_config") or {}),
+            "optimal_sampling": {"theta": pair.theta, "ending": ending, **further},
+        },
+        "worker_extension_cls": WORKER,
+        "logprobs_mode": "processed_logprobs",
+    }
+
+
+def platform_settings() -> dict[str, str]:
+    """The variables that vLLM starts under: Model Runner V2 on a GPU."""
+    from vllm.platforms import current_platform
+
+    return {} if current_platform.is_cpu() else {"VLLM_USE_V2_MODEL_RUNNER": "1"}
+
+
+@contextmanager
+def in_this_process() -> Iterator[None]:
+    """While this lasts vLLM starts its core beside the caller, where the student's weights can be reached.
+
+    These variables alone are put back: `patch.dict` would take back what vLLM sets for its own later use, too.
+    """
+    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **platform_settings()}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

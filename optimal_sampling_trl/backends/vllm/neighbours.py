@@ -1,0 +1,134 @@
+"""An engine among others in its process: what vLLM keeps once a process, and its shutdown takes from all of them.
+
+Engines of this package may live side by side, and in a training job whose process group came first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any, ClassVar
+from unittest.mock import patch
+from weakref import WeakSet
+
+import torch.distributed as dist
+
+WORKSPACE = "vllm.v1.worker.workspace"
+"""The module whose global is the scratch memory of the engine that was started last."""
+
+
+class Neighbour:
+    """One engine's part of what all engines of a process share. Made before the engine starts.
+
+    `group` is torch's default process group from before the first of the engines that are open, or None; `workspace`
+    the engine's scratch memory, None on a CPU.
+    """
+
+    _open: ClassVar[WeakSet[Neighbour]] = WeakSet()
+
+    def __init__(self) -> None:
+        first = next(iter(self._open), None)
+        self.group: Any = process_group() if first is None else first.group
+        self.workspace: Any = None
+        start_new_graph_pool()
+
+    def enter(self) -> None:
+        """Take the place of an engine that has just started."""
+        self.workspace = _current_workspace()
+        self._open.add(self)
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """While this lasts the engine has its own scratch memory."""
+        with use_workspace(self.workspace):
+            yield
+
+    @contextmanager
+    def leaving(self) -> Iterator[None]:
+        """While this lasts the engine shuts down, and takes nothing from the others."""
+        self._open.discard(self)
+        with protect_default_group(self.group), keep_parallel_groups(bool(self._open)), use_workspace(self.workspace):
+            yield
+        if _current_workspace() is self.workspace:
+            import_module(WORKSPACE).reset_workspace_manager()
+        self.workspace = None
+
+
+def process_group() -> Any:
+    """Torch's default process group, or None where there is none yet."""
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+
+@contextmanager
+def protect_default_group(group: Any) -> Iterator[None]:
+    """While this lasts nobody destroys torch's default process group, if it is `group`.
+
+    Symptom: after an engine in a training job is closed, the job's next collective fails: no process group.
+    Cause: the shutdown of vLLM's core destroys torch's default group, whoever made it.
+    Safe: a group from before the engine is kept from it; the groups that vLLM made go as ever.
+    Upstream: none found.
+    Delete when: test_a_group_from_before_the_engine_stays passes without this function.
+    """
+    if group is None or process_group() is not group:
+        yield
+        return
+    destroy = dist.destroy_process_group
+
+    def all_but(which: Any = None) -> None:
+        if which is not None and which is not group:
+            destroy(which)
+
+    with patch.object(dist, "destroy_process_group", all_but):
+        yield
+
+
+@contextmanager
+def keep_parallel_groups(has_others: bool) -> Iterator[None]:
+    """While this lasts a core that shuts down leaves the groups of other engines alone, if there are any.
+
+    Symptom: on a GPU, closing one of two engines in a process breaks the other: no pipeline group.
+    Cause: the groups of the parallel ranks are the process's, and each core's shutdown destroys them.
+    Safe: they stay until the last of this package's engines in the process is closed.
+    Upstream: none found.
+    Delete when: test_one_of_two_engines_is_closed passes on a GPU without this function.
+    """
+    if not has_others:
+        yield
+        return
+    from vllm.v1.engine import core
+
+    with patch.object(core, "cleanup_dist_env_and_memory", lambda *_, **__: None):
+        yield
+
+
+@contextmanager
+def use_workspace(workspace: Any) -> Iterator[None]:
+    """While this lasts `workspace` is the scratch memory that an engine writes to.
+
+    Symptom: on a GPU, closing one of two engines breaks the other if it has experts: no workspace.
+    Cause: experts write to one workspace of the process, which a start replaces and a shutdown drops.
+    Safe: each engine keeps the one in its graphs, and has it back while it samples and shuts down.
+    Upstream: none found.
+    Delete when: vLLM's workspace belongs to the engine.
+    """
+    with patch.object(import_module(WORKSPACE), "_manager", workspace):
+        yield
+
+
+def _current_workspace() -> Any:
+    return import_module(WORKSPACE)._manager
+
+
+def start_new_graph_pool() -> None:
+    """Let the next engine capture its graphs into a new pool.
+
+    Symptom: an engine that is started after another was closed fails: `use_count > 0 INTERNAL ASSERT FAILED`.
+    Cause: all engines of a process capture graphs into one pool, which torch frees with the last graph in it.
+    Safe: each engine begins a pool of its own.
+    Upstream: none found.
+    Delete when: tests/backends/vllm/test_gpu.py passes in one process without this function.
+    """
+    from vllm.platforms import current_platform
+
+    type(current_platform)._global_graph_pool = None

@@ -1,0 +1,208 @@
+"""A trainer's side of a server of the fused engine: HTTP, time limits, and which weights it has. Imports no TRL."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from itertools import groupby
+from typing import Any
+
+import requests as http
+import torch
+from requests.adapters import HTTPAdapter
+from urllib3.util.retry import Retry
+
+from ....rollouts.request import Request
+from ....rollouts.rollout import Rollout, check_solved
+from ..requests import check_request
+from .messages import pair_of, to_arguments, to_rollouts
+
+CONCURRENT = 64
+"""Requests that are sent at a time: as many connections as TRL's client keeps."""
+
+
+class FusedServer:
+    """A server of the fused engine, through TRL's client.
+
+    Args:
+        client: TRL's `VLLMClient`, connected.
+        teacher: the teacher that the server must have.
+        tokenizer: the trainer's.
+        timeout: seconds that an answer is waited for.
+
+    Raises:
+        RuntimeError: where the server is another than the trainer needs, saying what to start.
+    """
+
+    def __init__(self, client: Any, teacher: str, tokenizer: Any, timeout: float = 240.0) -> None:
+        self.client, self.teacher, self.timeout = client, teacher, timeout
+        for scheme in ("http://", "https://"):
+            client.session.mount(scheme, TimeoutAdapter(timeout, client.session.adapters[scheme].max_retries))
+        with self._explain_errors("does not fit the trainer"):
+            self.pair = pair_of(client.get_server_info(), tokenizer)
+            if _basename(self.pair.teacher) != _basename(teacher):
+                raise ValueError(f"its teacher is {self.pair.teacher!r}, and the generator's {teacher!r}.")
+        self.pushed: list[dict[str, Any]] | None = None
+
+    def check_two_prompts(self) -> None:
+        """Refuse a server whose models read one prompt.
+
+        Raises:
+            RuntimeError: where it runs on a CPU.
+        """
+        with self._explain_errors("does not fit the trainer"):
+            if not self.pair.two_prompts:
+                raise ValueError("teacher and student are to read different prompts, which takes a server on a GPU.")
+
+    def check_shapes(self, shapes: Sequence[tuple[str, Sequence[int]]]) -> None:
+        """Refuse weights that are no whole set of the server's student: in the middle of sending it would be too late.
+
+        Raises:
+            RuntimeError: naming the weights.
+        """
+        with self._explain_errors("does not fit the trainer"):
+            for answer in self._call_workers("refuse_theta_shapes", json.dumps(shapes)):
+                if answer["reason"]:
+                    raise ValueError(answer["reason"])
+
+    @contextmanager
+    def push(self) -> Iterator[None]:
+        """While this lasts weights are sent.
+
+        Raises:
+            RuntimeError: where they did not arrive in each of the server's processes, or another trainer's did.
+        """
+        with self._explain_errors("did not take the student's weights"):
+            before = self._call_workers("theta_state")
+            if self.pushed is not None:
+                self._check_weights(before, self.pushed)
+            if any(state["stale"] for state in before):
+                self._call_workers("abandon_weight_update")
+            yield
+            if not self._drop_prefix_cache():
+                raise ValueError("it kept what it had cached under the old ones: somebody else samples from it.")
+            self.pushed = [state | {"updates": state["updates"] + 1, "stale": None} for state in before]
+            self._check_weights(self._call_workers("theta_state"), self.pushed)
+
+    def sample(self, requests: Sequence[Request]) -> list[Rollout]:
+        """One rollout for each request, in their order; equal ones that follow each other share an HTTP request.
+
+        Raises:
+            ValueError: on a request that cannot be served, before any is; and where a model returned NaN.
+            RuntimeError: where the server is gone, or the weights are not those that were pushed last.
+        """
+        for index, request in enumerate(requests):
+            check_request(request, self.pair, index)
+        groups = [list(group) for _, group in groupby(requests)]
+        seeds = torch.randint(2**31, (len(groups),)).tolist()
+        with self._explain_errors("did not sample"):
+            self._check_weights(self._call_workers("theta_state"), self.pushed)
+            with ThreadPoolExecutor(max_workers=max(1, min(CONCURRENT, len(groups)))) as pool:
+                answers = list(pool.map(self._sample_group, groups, seeds))
+            self._check_weights(self._call_workers("theta_state"), self.pushed)
+        rollouts = [rollout for answer in answers for rollout in answer]
+        # What `VLLMBackend.clean_caches` does in process; not while somebody else's requests read the caches.
+        if any(bool(rollout.alpha.isnan().any()) for rollout in rollouts) and self._drop_prefix_cache():
+            self._call_workers("zero_caches")
+        check_solved(rollouts)
+        return rollouts
+
+    def _sample_group(self, group: list[Request], seed: int) -> list[Rollout]:
+        answer = self.client.generate(**to_arguments(group[0], self.pair.ending, len(group), seed))
+        return to_rollouts(answer, group[0], self.pair)
+
+    def _drop_prefix_cache(self) -> bool:
+        """Whether the server dropped the blocks that it had cached; TRL asks for it, too, and not for the answer."""
+        return bool(self.client._post(f"{self.client.base_url}/reset_prefix_cache").get("success", True))
+
+    def _call_workers(self, method: str, *arguments: str) -> list[dict[str, Any]]:
+        """What each of the server's processes answers."""
+        url = f"{self.client.base_url}/collective_rpc"
+        return self.client._post(url, json={"method": method, "args": arguments})["results"]
+
+    @staticmethod
+    def _check_weights(states: list[dict[str, Any]], wanted: list[dict[str, Any]] | None) -> None:
+        """Refuse weights other than the pushed ones."""
+        if wanted is None:
+            raise ValueError("no weights were sent to it yet.")
+        for state, want in zip(states, wanted, strict=True):
+            if state["instance"] != want["instance"]:
+                raise ValueError("it was restarted, so that its student has the weights on disk again.")
+            if state["stale"]:
+                raise ValueError(f"its student cannot be sampled from: {state['stale']}.")
+            if state["updates"] != want["updates"]:
+                raise ValueError(
+                    f"its student has weights {state['updates']}, and this trainer sent {want['updates']}: "
+                    "another trainer uses the same server."
+                )
+
+    @contextmanager
+    def _explain_errors(self, what: str) -> Iterator[None]:
+        """Errors of a server name it, and say what to start."""
+        try:
+            yield
+        except Exception as error:
+            raise RuntimeError(
+                f"The server at {self.client.base_url} {what}: {self._cause(error)}\nStart one with "
+                f"`optimal-sampling-serve --teacher {self.teacher} --theta <the student>`, and the trainer anew, from "
+                "its last checkpoint."
+            ) from error
+
+    def _cause(self, error: Exception) -> str:
+        """What happened, in words; an engine that died is told from a server that is gone or refuses."""
+        if isinstance(error, http.Timeout):
+            return _timeout_text(self.timeout)
+        if isinstance(error, ValueError):
+            return str(error)
+        try:
+            is_dead = http.get(f"{self.client.base_url}/health", timeout=min(self.timeout, 10.0)).status_code == 503
+        except http.Timeout:
+            return f"{error} It does not answer any more."
+        except http.RequestException:
+            is_dead = False
+        if is_dead or "EngineCore" in str(error) or "EngineDead" in str(error):
+            return f"its engine died, as it does when memory runs out: see what the server printed last. ({error})"
+        return str(error)
+
+
+class TimeoutAdapter(HTTPAdapter):
+    """Waits a given time for an answer, where TRL's session waits for ever.
+
+    An answer that does not come is not asked for again: the server may still be at work on it. One with status 500 is
+    handed on, for the words in it.
+    """
+
+    def __init__(self, timeout: float, retries: Retry) -> None:
+        once = retries.new(read=False, status_forcelist=[502, 503], raise_on_status=False)
+        super().__init__(pool_maxsize=CONCURRENT, max_retries=once)
+        self.timeout = timeout
+
+    def send(self, request: Any, stream: bool = False, timeout: Any = None, *further: Any, **keywords: Any) -> Any:
+        return super().send(request, stream, self.timeout if timeout is None else timeout, *further, **keywords)
+
+
+def refuse_silence(url: str, timeout: float) -> None:
+    """Refuse a server that takes a connection and then says nothing, on which TRL's client would wait for ever.
+
+    Raises:
+        RuntimeError: naming the server. One that takes no connection is waited for by TRL.
+    """
+    with suppress(http.ConnectionError):
+        try:
+            http.get(f"{url}/health", timeout=timeout)
+        except http.ReadTimeout as error:
+            raise RuntimeError(f"The server at {url} hangs: {_timeout_text(timeout)}") from error
+
+
+def _timeout_text(timeout: float) -> str:
+    return (
+        f"it did not answer within {timeout:g} s. It hangs, or a completion takes longer: then raise "
+        "`vllm_server_timeout`."
+    )
+
+
+def _basename(name: str) -> str:
+    """A model's name without where it lies, which differs from machine to machine."""
+    return name.rstrip("/").split("/")[-1]

@@ -1,0 +1,149 @@
+"""What the three engines of a trainer share: which mixture each completion comes from, and the rollouts of a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from accelerate.utils import gather_object
+
+from ...mixture import Mixture
+from ...options import unknown_option
+from ...rollouts.request import Request, Sampling
+from ...rollouts.rollout import Rollout
+from ..generator import OptimalSamplingGenerator
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class MixturePlan:
+    """Which mixture each completion of a batch is sampled from; asked anew for each batch.
+
+    Args:
+        generator: the user's settings.
+        group: how many completions make a group.
+        theta_count: how many of each group come from the student alone.
+        training: whether the trainer trains; an evaluation samples from the student alone.
+        progress: the share of training that is done, in [0, 1].
+    """
+
+    generator: OptimalSamplingGenerator
+    group: Callable[[], int]
+    theta_count: Callable[[], int]
+    training: Callable[[], bool]
+    progress: Callable[[], float]
+
+    def mixtures(self, rows: int, first: int) -> list[Mixture]:
+        """The mixture of each of `rows` completions, which start at row `first` of the batch of all processes."""
+        if not self.training():
+            return [Mixture.theta_only()] * rows
+        mixture = self.generator.current_mixture(self.progress())
+        group, alone = self.group(), self.theta_count()
+        return [Mixture.theta_only() if (first + row) % group < alone else mixture for row in range(rows)]
+
+
+class MixtureGeneration:
+    """What all engines share: requests from TRL's prompts, and the rollouts of the last call until they are popped.
+
+    Args:
+        plan: which mixture each completion is sampled from.
+        **trl_arguments: what TRL passes to its `VLLMGeneration`.
+    """
+
+    def __init__(self, plan: MixturePlan, **trl_arguments: Any) -> None:
+        self.plan = plan
+        self.sampling = _sampling(trl_arguments)
+        self.teacher_prompts: Sequence[list[int]] | None = None
+        self.rollouts: list[Rollout] = []
+        self.seconds = 0.0
+
+    def pop_rollouts(self) -> list[Rollout]:
+        """The rollouts of the last call, once."""
+        rollouts, self.rollouts = self.rollouts, []
+        return rollouts
+
+    def make_requests(self, prompts: Sequence[list[int]], first: int) -> list[Request]:
+        """A request for each prompt; `first` is the position of the first of them in the batch of all processes."""
+        teacher_prompts = prompts if self.teacher_prompts is None else self.teacher_prompts
+        mixtures = self.plan.mixtures(len(prompts), first)
+        return [
+            Request(list(teacher), list(theta), mixture, self.sampling)
+            for teacher, theta, mixture in zip(teacher_prompts, prompts, mixtures, strict=True)
+        ]
+
+    def close(self) -> None:
+        """Free the engine. Doing so twice is fine."""
+        raise NotImplementedError
+
+
+def on_all_ranks(work: Callable[[], T], accelerator: Any) -> T:
+    """Return what `work` returns in this process; where it raises in one process it raises in all.
+
+    The others would wait for that one for ever.
+
+    Raises:
+        RuntimeError: where it raised in another process, saying which and what.
+    """
+    result, error = None, None
+    try:
+        result = work()
+    except Exception as caught:
+        error = caught
+    message = None if error is None else f"{type(error).__name__}: {error}"
+    messages = gather_object([message]) if accelerator.num_processes > 1 else [message]
+    if error is not None:
+        raise error
+    for process, reason in enumerate(messages):
+        if reason is not None:
+            raise RuntimeError(f"Process {process} could not do its part, and all stop: {reason}")
+    return result  # type: ignore[return-value]
+
+
+def refuse_images(images: list[Any] | None) -> None:
+    if images is not None:
+        raise ValueError("Rollouts from the mixture take text alone; the dataset has images. Drop them.")
+
+
+def as_trl_returns(
+    prompts: list[list[int]], rollouts: Sequence[Rollout]
+) -> tuple[list[list[int]], list[list[int]], list[list[list[float]]], None]:
+    """What TRL's own `generate` returns, with log θ for the log-probabilities of each token.
+
+    TRL corrects the difference between the engine and the trainer with them, and would take q, the mixture or a
+    truncation, for a defect.
+    """
+    completions = [rollout.completion_ids for rollout in rollouts]
+    log_probabilities = [[[value] for value in rollout.log_theta.tolist()] for rollout in rollouts]
+    return prompts, completions, log_probabilities, None
+
+
+def _sampling(trl_arguments: dict[str, Any]) -> Sampling:
+    """TRL's settings of generation as ours; `generation_kwargs` may add or replace some."""
+    if trl_arguments["structured_outputs_regex"] is not None:
+        raise ValueError("`vllm_structured_outputs_regex` is not supported with rollouts from the mixture. Drop it.")
+    sampling = Sampling(
+        max_tokens=trl_arguments["max_completion_length"],
+        temperature=trl_arguments["temperature"],
+        top_p=trl_arguments["top_p"],
+        top_k=trl_arguments["top_k"],
+        min_p=trl_arguments["min_p"] or 0.0,
+        repetition_penalty=trl_arguments["repetition_penalty"],
+    )
+    if sampling.temperature == 0:
+        raise ValueError("`temperature` is 0; a token that was not drawn has no probability to train with. Raise it.")
+    extra = trl_arguments["generation_kwargs"] or {}
+    for name in extra:
+        if name not in Sampling.__dataclass_fields__:
+            raise ValueError(unknown_option("entry of `generation_kwargs`", name, Sampling.__dataclass_fields__))
+        if name == "temperature":
+            raise ValueError(
+                "`generation_kwargs` has a `temperature`. Set the trainer's, which its loss uses as well."
+            )
+        if name == "seed":
+            raise ValueError(
+                "`generation_kwargs` has a `seed`, which would make the completions of a group equal. "
+                "Set the trainer's `seed`."
+            )
+    return replace(sampling, **extra)

@@ -1,0 +1,78 @@
+"""The transformers backend in a trainer: the student is the module that is being trained."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ...backends.transformers import TransformersBackend
+from ...pairing import Source
+from .base import MixtureGeneration, MixturePlan, as_trl_returns, on_all_ranks, refuse_images
+
+
+class LiveGeneration(MixtureGeneration):
+    """Samples from the live module: no copy of it, and nothing to synchronise.
+
+    Args:
+        plan: which mixture each completion is sampled from.
+        teacher: the teacher, or the trainer's own, which is then shared.
+        **trl_arguments: what TRL passes to its `VLLMGeneration`.
+
+    Raises:
+        ValueError: on a model that is split over processes, and on what is the trainer's to set.
+    """
+
+    def __init__(self, plan: MixturePlan, teacher: PreTrainedModel | Source, **trl_arguments: Any) -> None:
+        super().__init__(plan, **trl_arguments)
+        self.sleeps = trl_arguments["enable_sleep_mode"]
+        accelerator = self.accelerator = trl_arguments["accelerator"]
+        if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED"):
+            raise ValueError(
+                f"The transformers backend reads the live model, which {accelerator.distributed_type.value} "
+                'splits. Use `backend="vllm"`, or train with one process or DDP.'
+            )
+        if trl_arguments["tensor_parallel_size"] != 1:
+            raise ValueError(
+                f"`vllm_tensor_parallel_size` is {trl_arguments['tensor_parallel_size']}; the transformers backend "
+                'has no tensor parallelism. Set it to 1 or use `backend="vllm"`.'
+            )
+        given = plan.generator.engine_arguments or {}
+        for name in given.keys() & {"device", "tokenizer"}:
+            raise ValueError(f"`engine_arguments` has `{name}`, which is the trainer's here. Drop it.")
+        options = {name: trl_arguments[name] for name in ("max_num_seqs", "trust_remote_code")} | given
+        if trl_arguments["max_model_length"] is not None:
+            options["max_model_len"] = trl_arguments["max_model_length"]
+        self.backend = TransformersBackend(
+            teacher,
+            trl_arguments["model"],
+            tokenizer=trl_arguments["processing_class"],
+            device=accelerator.device,
+            **options,
+        )
+
+    def sync_weights(self) -> None:
+        """Nothing: the backend reads the live model."""
+
+    def generate(
+        self, prompts: list[list[int]], images: list[Any] | None, num_generations: int, profiler: Any = None
+    ) -> tuple[list[list[int]], list[list[int]], list[list[list[float]]], None]:
+        """Sample a completion of each prompt; see `as_trl_returns` for what comes back."""
+        refuse_images(images)
+        requests = self.make_requests(prompts, self.accelerator.process_index * len(prompts))
+        if self.sleeps:
+            self.backend.wake_up()
+        start = time.perf_counter()
+        with profiler or nullcontext():
+            self.rollouts = on_all_ranks(partial(self.backend.generate, requests), self.accelerator)
+        self.seconds = time.perf_counter() - start
+        if self.sleeps:
+            self.backend.sleep()
+        return as_trl_returns(prompts, self.rollouts)
+
+    def close(self) -> None:
+        """Let go of the teacher. Doing so twice is fine."""
+        self.backend.close()
