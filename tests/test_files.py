@@ -68,10 +68,10 @@ def test_a_name_of_any_length_the_system_takes(tmp_path: Path) -> None:
 
 def test_a_lock_names_its_holder_and_is_free_after(tmp_path: Path) -> None:
     path = tmp_path / "lock"
-    with Lock(path, "the book"):
-        with pytest.raises(
-            RuntimeError, match=rf"\(process {os.getpid()} on .*\) has the book open; wanted one at a time"
-        ):
-            Lock(path, "the book").__enter__()
+    with (
+        Lock(path, "the book"),
+        pytest.raises(RuntimeError, match=rf"\(process {os.getpid()} on .*\) has the book open; wanted one at a time"),
+    ):
+        Lock(path, "the book").__enter__()
     with Lock(path, "the book"):
         pass
