@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .generate import OptimalSamplingOutput, OptimalSamplingV1
     from .mixture import Mixture, mix
+    from .rollouts.dataset import from_dataset, to_dataset
     from .rollouts.folder import iterate_rollouts, load_rollouts
     from .rollouts.request import Sampling
     from .rollouts.rollout import Rollout, UnsolvedError
@@ -42,10 +43,12 @@ _HOME = {
     "Rollout": "rollouts.rollout",
     "Sampling": "rollouts.request",
     "UnsolvedError": "rollouts.rollout",
+    "from_dataset": "rollouts.dataset",
     "iterate_rollouts": "rollouts.folder",
     "load_rollouts": "rollouts.folder",
     "mix": "mixture",
     "sample_to_folder": "sampling_run",
+    "to_dataset": "rollouts.dataset",
 }
 __all__ = [
     "DistillationConfig",
@@ -61,10 +64,12 @@ __all__ = [
     "Rollout",
     "Sampling",
     "UnsolvedError",
+    "from_dataset",
     "iterate_rollouts",
     "load_rollouts",
     "mix",
     "sample_to_folder",
+    "to_dataset",
 ]
 
 

@@ -1,18 +1,58 @@
-"""One writer at a time: a lock on a file, which the system frees however the process that holds it ends."""
+"""Files that appear whole or not at all, and a lock that admits one writer at a time."""
 
 from __future__ import annotations
 
 import os
 import socket
+import uuid
 from pathlib import Path
 
 
+def write_atomically(path: Path, content: bytes, durable: bool = False) -> None:
+    """Replace the file at `path` by `content` in one step, and make its folder. A failure leaves the old file.
+
+    Args:
+        path: the file to write.
+        content: all that it will hold.
+        durable: return only when the content is on the disk. The scratch file is then called `.NAME.tmp`, so that the
+            next writer can remove what a kill left: its caller has to hold a lock. Otherwise two may write at once.
+
+    Raises:
+        OSError: where the file cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Opened by hand, not through `tempfile`, whose files only their owner may read.
+    scratch = path.with_name(f".{path.name}.tmp" if durable else f".{path.name[:100]}.{uuid.uuid4().hex}.tmp")
+    try:
+        with scratch.open("wb") as file:
+            file.write(content)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+    if durable:
+        _flush_folder(path.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Bring the names of a folder's files to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 class Lock:
-    """Held while its context lasts. Two in one process exclude each other, too.
+    """Exclusive right to write, held while its context lasts. The system frees it however its process ends.
+
+    Two locks on one path exclude each other in one process, too.
 
     Args:
         path: the file that is locked; made if need be, and left there.
-        what: what is written to under the lock, for the error.
+        what: names what is written to under the lock, for the error.
     """
 
     def __init__(self, path: Path, what: str) -> None:

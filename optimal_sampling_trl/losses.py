@@ -1,15 +1,16 @@
 """Corrections for having sampled from the mixture q instead of the student θ, as plain functions of tensors (B, T).
 
 B completions of T tokens; `mask` is 1 on tokens and 0 on padding. The ratio of a token is r_i = θ(x_i)/q(x_i). A
-correction is named as TRL names its own, `<level>_<shape>`; the level says which ratios make the weight of token i,
+correction is named `<level>_<shape>`, in the order of TRL's corrections. The level picks the ratios that make the
+weight of token i,
 
-| level      | weight w_i         | what it is                                                                        |
+| level      | weight w_i         | use                                                                               |
 |------------|--------------------|-----------------------------------------------------------------------------------|
 | `token`    | r_i                | biased: corrects the token, but not that q chose the prefix it follows            |
 | `prefix`   | Π_{j≤i} r_j        | exact for a sum over tokens; with a window only the last k ratios: biased, calmer |
 | `sequence` | Π_j r_j            | exact for any function of the completion; the variance grows with its length      |
 
-and the shape how a large weight is tamed, which biases it towards the tokens that q draws more often than θ:
+and the shape tames a large weight, which biases the loss towards the tokens that q draws more often than θ:
 
 | shape      | weight             | source                                                                            |
 |------------|--------------------|-----------------------------------------------------------------------------------|
@@ -17,7 +18,7 @@ and the shape how a large weight is tamed, which biases it towards the tokens th
 | `mask`     | w·1[c ≤ w ≤ C]     | the masked importance sampling of TRL's `vllm_importance_sampling_mode`           |
 | `luffy`    | w / (w + γ)        | Yan et al., "Learning to Reason under Off-Policy Guidance", arXiv:2504.14945      |
 
-`none` is weight 1: the tokens are trained on as if they were the student's own. Without negative advantages the
+`none` is weight 1: the tokens are trained on as if the student had drawn them. Without negative advantages the
 mixture's completions then act as demonstrations that turned out well.
 """
 
@@ -39,14 +40,14 @@ CORRECTIONS = ("none", *(f"{level}_{shape}" for level in LEVELS for shape in SHA
 
 @dataclass(frozen=True)
 class Correction:
-    """Which weight each token of a mixture's completion gets.
+    """Weight of each token of a mixture's completion.
 
     Args:
         name: one of `CORRECTIONS`.
         clip_max: C of the shapes `truncate` and `mask`.
         clip_min: c of the shape `mask`; None is no lower bound.
         gamma: γ of the shape `luffy`.
-        window: how many of the last ratios the level `prefix` multiplies; None is all.
+        window: number of the last ratios that the level `prefix` multiplies; None is all.
         self_normalise: divide the weights by their mean over the mixture's tokens.
 
     Raises:
@@ -80,9 +81,13 @@ class Correction:
         *,
         inclusive: bool = True,
     ) -> Float[Tensor, "B T"]:
-        """The weight of each token; 1 in rows that are no mixture's. Carries no gradient.
+        """Weight of each token; 1 in rows that the student sampled. Carries no gradient.
 
         Args:
+            log_theta: log-probability of each token under the student.
+            log_q: log-probability of each token under the distribution that it was drawn from.
+            mask: 1 on tokens, 0 on padding.
+            mixture_rows: True in rows that the mixture sampled.
             inclusive: see `log_weights`.
         """
         ones = torch.ones_like(log_theta)
@@ -115,13 +120,19 @@ def log_weights(
     window: int | None = None,
     inclusive: bool = True,
 ) -> Float[Tensor, "B T"]:
-    """The logarithm of the weight of each token, before a shape tames it (see the head of this module).
+    """Logarithm of the weight of each token, before a shape tames it (see the head of this module).
 
     Args:
+        log_theta: log-probability of each token under the student.
+        log_q: log-probability of each token under the distribution that it was drawn from.
+        mask: 1 on tokens, 0 on padding.
         level: one of `LEVELS`.
-        window: of the level `prefix`: how many ratios are multiplied at most.
-        inclusive: of the level `prefix`: False leaves token i's own ratio out, Π_{j<i} r_j, which is exact for a
+        window: largest number of ratios that the level `prefix` multiplies; None is all.
+        inclusive: False leaves the ratio of token i out of the level `prefix`, Π_{j<i} r_j, which is exact for a
             function of the prefix, such as a divergence between the two next-token distributions.
+
+    Raises:
+        ValueError: on an unknown level.
     """
     # Padding may hold anything. A ratio of infinity, brought down to 1e30 nats, has a sum with one of 0.
     log_ratio = (log_theta - log_q).masked_fill(mask == 0, 0.0).clamp(max=1e30)
@@ -139,7 +150,7 @@ def log_weights(
 
 
 def keep_positive(advantages: Float[Tensor, " B *T"], rows: Bool[Tensor, " B"]) -> Float[Tensor, " B *T"]:
-    """Advantages with those below 0 set to 0 in the completions that `rows` marks.
+    """Set advantages below 0 to 0 in the completions that `rows` marks.
 
     A failure of the mixture says little about the student, which would often not have gone there.
     """
@@ -155,7 +166,7 @@ def sampled_token_coefficients(
     clip: float | None = None,
     mean: Float[Tensor, " B"] | None = None,
 ) -> Float[Tensor, "B T"]:
-    """The coefficient c of −c·∇log θ(x) that takes the student to the teacher with sampled tokens alone: ℓ(x).
+    """Coefficient c of −c·∇log θ(x) that takes the student to the teacher with sampled tokens alone: ℓ(x).
 
     The log-variance divergence of a sampling distribution q, V_q = Var_q[ℓ]/2 with ℓ = log t − log θ, is 0 only where
     θ = t on q's support (Richter et al., "VarGrad", arXiv:2010.10436). With q held fixed its gradient is
@@ -167,10 +178,12 @@ def sampled_token_coefficients(
     of reverse KL. For any other q subtract the mean (`mean`).
 
     Args:
-        log_teacher, log_theta, mask: of the sampled tokens.
+        log_teacher: log-probability of each token under the teacher.
+        log_theta: log-probability of each token under the student.
+        mask: 1 on tokens, 0 on padding.
         clip: limits ℓ to [−clip, clip], in nats; biased, but one token cannot outweigh a batch. Without it a token
-            that the teacher rules out (ℓ = −inf: an ending of its own that was folded) is left out.
-        mean: of ℓ so limited over the whole batch, the same for each completion; subtracted.
+            that the teacher rules out (ℓ = −inf: an ending of the teacher's that was folded) is left out.
+        mean: mean of ℓ so limited over the whole batch, the same for each completion; subtracted.
     """
     coefficient = (log_teacher - log_theta).detach().masked_fill(mask == 0, 0.0)
     coefficient = coefficient.masked_fill(coefficient.isinf(), 0.0) if clip is None else coefficient.clamp(-clip, clip)
@@ -179,12 +192,15 @@ def sampled_token_coefficients(
     return coefficient * mask
 
 
-def effective_sample_size(weights: Float[Tensor, " *N"]) -> Float[Tensor, ""]:
-    """(Σw)² / Σw²: how many equally weighted samples the weights are worth (Kish, 1965). 0 where there are none."""
-    if not weights.numel():
-        return weights.sum()
-    limits = torch.finfo(weights.dtype)
-    weights = weights.clamp(max=limits.max)
-    weights = weights / weights.amax().clamp(min=limits.tiny)  # so that no square overflows
-    squares = weights.square().sum()
-    return torch.where(squares > 0, weights.sum().square() / squares, 0.0)
+def effective_sample_size(log_weights: Float[Tensor, " *N"]) -> Float[Tensor, ""]:
+    """(Σw)²/Σw²: the number of equally weighted samples that weigh as much together. 0 where every weight is 0.
+
+    Source: Kish, "Survey Sampling", 1965; Liu, "Monte Carlo Strategies in Scientific Computing", 2001, §2.5.3.
+
+    Args:
+        log_weights: log w, of any scale: their exponentials may over- or underflow.
+    """
+    if not log_weights.gt(-torch.inf).any():
+        return log_weights.new_zeros(())
+    shares = log_weights.clamp(max=torch.finfo(log_weights.dtype).max).flatten().softmax(0)
+    return 1 / shares.square().sum()

@@ -1,17 +1,15 @@
-"""Options that a user may misspell: one way to refuse them, which names the nearest that exists."""
+"""Refusals of options in one form: the option, the value that was given, and the values that are known or allowed."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
 from numbers import Integral
 
-LARGEST = 1.7976931348623157e308
-"""The largest finite float."""
-
 
 def unknown_option(what: str, got: str, known: Iterable[str]) -> str:
-    """The message for an option that does not exist: what it was, what was got, what is known, the nearest name."""
+    """Message for an unknown option: its kind, the name that was given, the known names and the nearest of them."""
     names = sorted(known)
     close = get_close_matches(str(got), names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -19,13 +17,20 @@ def unknown_option(what: str, got: str, known: Iterable[str]) -> str:
 
 
 def check_number(owner: str, name: str, value: object, low: float, high: float = float("inf")) -> None:
-    """Refuse what is no finite number in [low, high].
+    """Refuse a value that is not a finite number in [low, high].
+
+    Args:
+        owner: the class or function that takes the option, for the error.
+        name: the option.
+        value: the value that was given.
+        low: the smallest value that is allowed.
+        high: the largest.
 
     Raises:
-        ValueError: naming the option, what was got and what was wanted.
+        ValueError: naming the option, the value and the range.
     """
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not low <= value <= min(high, LARGEST):  # type: ignore[operator]
+    if not number or not low <= value <= min(high, sys.float_info.max):  # type: ignore[operator]
         wanted = f"a number in [{low:g}, {high:g}]" if high != float("inf") else f"a finite number of at least {low:g}"
         raise ValueError(f"{owner}: `{name}` is {shown(value)}; wanted {wanted}. Pass one.")
 
@@ -38,10 +43,18 @@ def check_whole(
     advice: str = "Pass one.",
     high: int | None = None,
 ) -> None:
-    """Refuse what is no whole number in [low, high]; `advice` says what to do.
+    """Refuse a value that is not a whole number in [low, high].
+
+    Args:
+        owner: the class or function that takes the option, for the error.
+        name: the option.
+        value: the value that was given.
+        low: the smallest value that is allowed; None is any.
+        advice: ends the error, and tells the user how to go on.
+        high: the largest value that is allowed; None is any.
 
     Raises:
-        ValueError: naming the option, what was got and what was wanted.
+        ValueError: naming the option, the value and the range.
     """
     whole = isinstance(value, Integral) and not isinstance(value, bool)
     if not whole or (low is not None and int(value) < low) or (high is not None and int(value) > high):  # type: ignore[call-overload]
@@ -51,17 +64,17 @@ def check_whole(
 
 
 def check_flag(owner: str, name: str, value: object) -> None:
-    """Refuse what is neither True nor False: the text 'false' is true.
+    """Refuse a value that is neither True nor False, since the text 'false' would count as true.
 
     Raises:
-        ValueError: naming the option and what was got.
+        ValueError: naming the option and the value.
     """
     if not isinstance(value, bool):
         raise ValueError(f"{owner}: `{name}` is {shown(value)}; wanted True or False. Pass one of them.")
 
 
 def shown(value: object) -> str:
-    """A value as an error shows it: what is long, or cannot be shown, in short."""
+    """Text of a value for an error, cut after 200 characters; a type's name where the value cannot be printed."""
     try:
         text = repr(value)
     except Exception:  # of a user's own class, or a whole number of more digits than Python prints

@@ -1,8 +1,8 @@
 """Rollouts as one HTML file: every token coloured by α, no network, no dependency.
 
-The page is `page.html` beside this module with its gaps filled: title, data, hash of the script. What a model wrote
-never becomes markup: the data is JSON with every `<` escaped, the script builds the page through `textContent` alone,
-and a content security policy admits that one script, by its hash: markup that slipped through would still not run.
+The page is `page.html` beside this module with its gaps filled: title, data, hash of the script. A model's text never
+becomes markup: the data is JSON with every `<` escaped, the script builds the page through `textContent` alone, and a
+content security policy admits that one script, by its hash: markup that slipped through would still not run.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import json
 import math
 import os
 import re
-import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .files import write_atomically
 from .rollouts.rollout import RECORDS
 
 if TYPE_CHECKING:
@@ -30,10 +30,11 @@ if TYPE_CHECKING:
     from .rollouts.rollout import Rollout
 
 DIGITS = 4
+"""Decimals of the records on the page."""
 LARGEST_PAGE = 400_000_000
 """Characters of data that a page may hold: browsers refuse strings from about 500 million on."""
 REPLACEMENT = "\ufffd"
-"""What a tokenizer decodes an incomplete UTF-8 sequence to."""
+"""Text to which a tokenizer decodes an incomplete UTF-8 sequence."""
 LONGEST_RUN = 16
 """Incomplete tokens that are tried together; a run that makes no text within it stays as the tokenizer shows it."""
 
@@ -46,27 +47,25 @@ def write_page(
     title: str = "Rollouts",
     steps: Iterable[int] | None = None,
 ) -> Path:
-    """Writes `rollouts` as a self-contained HTML page and returns its path.
+    """Write rollouts as a self-contained HTML page.
 
     The page filters by reward, mean α and text, sorts, and shows 50 rollouts at a time; a token shows its records on
     hover and on keyboard focus.
 
     Args:
-        path (`str` or `os.PathLike`):
-            File to write. Its folder is made; an existing file is replaced at once: nobody reads half a page.
-        rollouts (`Sequence[Rollout]`):
-            N rollouts, each with its T tokens and four records `(T,)`. NaN is shown as absent, infinities as such.
-        tokenizer (`PreTrainedTokenizerBase`):
-            Turns ids into text; that of the teacher or of θ, since they share it.
-        rewards (`Iterable[float | None]`, *optional*):
-            N rewards; `None` or NaN is shown as absent.
-        title (`str`, *optional*, defaults to `"Rollouts"`):
-            Heading of the page.
-        steps (`Iterable[int]`, *optional*):
-            N training steps; with them the page draws the mean α of each step's tokens over training.
+        path: the file to write. Its folder is made; an existing file is replaced at once: nobody reads half a page.
+        rollouts: N rollouts, each with its T tokens and four records (T,). NaN is shown as absent, infinities as such.
+        tokenizer: turns ids into text; the teacher's or the student's, since they share it.
+        rewards: N rewards; None or NaN is shown as absent.
+        title: heading of the page.
+        steps: N training steps; with them the page draws the mean α of each step's tokens over training.
+
+    Returns:
+        the path.
 
     Raises:
-        ValueError: No rollouts; rewards, steps or a record of another length; more data than a browser can load.
+        ValueError: on no rollouts, on rewards, steps or a record of another length, and on more data than a browser
+            can load.
 
     Example:
         ```python
@@ -92,20 +91,8 @@ def write_page(
     return path
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces the file at `path` by `content` in one step; makes its folder. A failure leaves the old file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Opened by hand, not through `tempfile`, whose files only their owner may read.
-    temporary = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _fill_template(title: str, data: str) -> str:
-    """The page's text. `data` is JSON without `<`; `title` is escaped here."""
+    """Fill the gaps of the page. `data` is JSON without `<`; `title` is escaped here."""
     template = importlib.resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     script = template.split("<script>")[1].split("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -115,7 +102,11 @@ def _fill_template(title: str, data: str) -> str:
 
 
 def _one_per_rollout(name: str, values: Iterable[Any] | None, count: int) -> list[Any]:
-    """`values` as a list of `count` entries, all `None` where there are none."""
+    """List `count` values, all None where `values` is.
+
+    Raises:
+        ValueError: where there are more or fewer.
+    """
     if values is None:
         return [None] * count
     values = list(values)
@@ -130,10 +121,11 @@ def _one_per_rollout(name: str, values: Iterable[Any] | None, count: int) -> lis
 def _page_data(
     rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase, rewards: list[Any], steps: list[Any]
 ) -> dict[str, Any]:
-    """What the script reads. Prompts, mixtures and token texts stand once, and rollouts point at them."""
-    pieces = _Table(lambda token: _piece(tokenizer, token))
-    prompts = _Table(lambda ids: _decode(tokenizer, list(ids)))
-    mixtures = _Table(dict)
+    """Collect the data of the script. Prompts, mixtures and token texts stand once, and rollouts point at them."""
+    tokens = dict.fromkeys(int(token) for rollout in rollouts for token in rollout.completion_ids)
+    pieces = {token: _piece(tokenizer, token) for token in tokens}
+    prompts: dict[tuple[int, ...], int] = {}  # the place of each in the page's list
+    mixtures: dict[tuple[tuple[str, Any], ...], int] = {}
     rows = []
     for index, (rollout, reward, step) in enumerate(zip(rollouts, rewards, steps, strict=True)):
         ids = [int(token) for token in rollout.completion_ids]
@@ -145,9 +137,9 @@ def _page_data(
             "mean": _rounded(records[RECORDS.index("alpha")].nanmean()[None])[0],
             "reward": _rounded(torch.tensor([math.nan if reward is None else float(reward)]).double())[0],
             "step": None if step is None else int(step),
-            "prompt": prompts.index(tuple(rollout.prompt_ids)),
-            "theta_prompt": prompts.index(tuple(rollout.theta_prompt_ids)),
-            "mixture": mixtures.index(tuple(rollout.mixture.to_dict().items())),
+            "prompt": prompts.setdefault(tuple(rollout.prompt_ids), len(prompts)),
+            "theta_prompt": prompts.setdefault(tuple(rollout.theta_prompt_ids), len(prompts)),
+            "mixture": mixtures.setdefault(tuple(rollout.mixture.to_dict().items()), len(mixtures)),
             "temperature": float(rollout.temperature),
             "finish": rollout.finish_reason,
         }
@@ -155,36 +147,17 @@ def _page_data(
         rows.append({**row, "joined": joined} if joined else row)
     return {
         "pieces": {str(token): text for token, text in pieces.items()},
-        "prompts": list(prompts.values()),
-        "mixtures": list(mixtures.values()),
+        "prompts": [_decode(tokenizer, list(ids)) for ids in prompts],
+        "mixtures": [dict(mixture) for mixture in mixtures],
         "rollouts": rows,
     }
 
 
-class _Table(dict[Any, Any]):
-    """A dictionary that computes a missing value, and knows the place of each key."""
-
-    def __init__(self, compute: Callable[[Any], Any]) -> None:
-        super().__init__()
-        self._compute = compute
-        self._places: dict[Any, int] = {}
-
-    def __missing__(self, key: Any) -> Any:
-        self._places[key] = len(self)
-        self[key] = self._compute(key)
-        return self[key]
-
-    def index(self, key: Any) -> int:
-        """Place of `key` in the order of `values()`; adds it first where it is new."""
-        self[key]  # computes what is missing
-        return self._places[key]
-
-
 def _records(rollout: Rollout, index: int) -> torch.Tensor:
-    """The four records of a rollout as one float64 tensor `(4, T)`; a record that is `None` is NaN throughout.
+    """Stack the four records of a rollout as float64 (4, T); a record that is None is NaN throughout.
 
     Raises:
-        ValueError: A record does not have one entry per token.
+        ValueError: where a record does not have one entry for each token.
     """
     tokens = len(rollout.completion_ids)
     rows = []
@@ -201,7 +174,7 @@ def _records(rollout: Rollout, index: int) -> torch.Tensor:
 
 
 def _rounded(values: torch.Tensor) -> list[float | str | None]:
-    """Float64 `(T,)` for JSON: four decimals, NaN as `None`, infinities as `"inf"` and `"-inf"`, which JSON lacks."""
+    """Round float64 (T,) to four decimals for JSON, with NaN as None and infinities, which JSON lacks, as texts."""
     scale = 10.0**DIGITS
     rounded: list[float] = ((values * scale).round() / scale + 0.0).tolist()  # + 0.0 turns -0.0 into 0.0
     if bool(values.isfinite().all()):

@@ -1,7 +1,7 @@
 """Figures of training runs and of rollouts: success, α, effective sample size, divergences. matplotlib is an extra.
 
-`plot_*` write a PNG and return its path, `draw_*` return a matplotlib `Figure`, which a logger or a notebook takes.
-Nothing global is touched: neither matplotlib's backend nor `pyplot`'s list of figures.
+`plot_*` write a PNG and return its path, `draw_*` return a matplotlib `Figure` for a logger or a notebook. Nothing
+global is touched: neither matplotlib's backend nor `pyplot`'s list of figures.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
-from .page import write_atomically
+from . import metrics
+from .files import write_atomically
 from .rollouts.rollout import Rollout
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
@@ -22,8 +23,6 @@ PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#0
 MARKERS = "os^Dvp*"
 STYLES = ("-", "--", "-.", ":")
 MARKERS_PER_CURVE = 25
-MOST_VALUES = 2**24
-"""`Tensor.nanquantile` refuses more at once."""
 BAND_LABEL = "10 % to 90 % of tokens"
 
 
@@ -38,25 +37,22 @@ def plot_learning(
     band_label: str = BAND_LABEL,
     title: str | None = None,
 ) -> Path:
-    """Draws the success of several runs and, below on the same x, α over training; writes a PNG and returns its path.
+    """Draw the success of several runs and, below on the same x, α over training, as a PNG.
 
     Args:
-        path (`str` or `os.PathLike`):
-            File to write, a PNG whatever its name. Its folder is made; an existing file is replaced at once.
-        curves (`Mapping[str, Sequence[tuple[float, float]]]`):
-            Points (x, success) of each run by name, in the order of the legend. A NaN leaves a gap.
-        alpha (`Sequence[tuple[float, float]]`, *optional*):
-            Points (x, mean α); without them there is no lower panel.
-        alpha_band (`Sequence[tuple[float, float, float]]`, *optional*):
-            Points (x, low, high): the quantiles of α that `band_label` names, drawn as a band.
-        x_label, y_label, band_label (`str`, *optional*):
-            What the axes and the band show, with the unit.
-        title (`str`, *optional*):
-            Heading of the figure.
+        path: the file to write, a PNG whatever its name. Its folder is made; an existing file is replaced at once.
+        curves: points (x, success) of each run by name, in the order of the legend. A NaN leaves a gap.
+        alpha: points (x, mean α); without them there is no lower panel.
+        alpha_band: points (x, low, high), the quantiles of α that `band_label` names, drawn as a band.
+        x_label, y_label, band_label: labels of the axes and of the band, with the unit.
+        title: heading of the figure.
+
+    Returns:
+        the path.
 
     Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: No curves, a curve without points, a point of another length, or a band without `alpha`.
+        ImportError: where matplotlib is not installed.
+        ValueError: on no curves, a curve without points, a point of another length, or a band without `alpha`.
 
     Example:
         ```python
@@ -77,7 +73,7 @@ def plot_learning(
 
 
 def plot_training(path: str | os.PathLike[str], log_history: Sequence[Mapping[str, Any]]) -> Path:
-    """Writes `draw_training` as a PNG, whose folder is made, and returns its path.
+    """Write `draw_training` as a PNG, make its folder, and return its path.
 
     Example:
         ```python
@@ -89,19 +85,19 @@ def plot_training(path: str | os.PathLike[str], log_history: Sequence[Mapping[st
 
 
 def draw_training(log_history: Sequence[Mapping[str, Any]]) -> Any:
-    """What the trainers log of the mixture, over training: a panel each for what the log holds of
+    """Draw the trainers' metrics of the mixture over training, a panel for each kind that the log holds:
 
-    - the mean reward of the two halves of the groups, the student's own and the mixture's;
+    - the mean reward of the two halves of the groups, the student's and the mixture's;
     - α, mean and 10 % to 90 % of tokens;
     - the effective sample size of the mixture's tokens for the student, as a share of their number;
     - KL(q‖θ) and KL(q‖t), estimated on the sampled tokens, in nats a token.
 
     Args:
-        log_history: entries as `trainer.state.log_history` holds them, each with a `step`.
+        log_history: entries of `trainer.state.log_history`, each with a `step`.
 
     Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: no entry holds a metric of the mixture.
+        ImportError: where matplotlib is not installed.
+        ValueError: where no entry holds a metric of the mixture.
     """
     logged = [entry for entry in log_history if "step" in entry]
 
@@ -109,10 +105,10 @@ def draw_training(log_history: Sequence[Mapping[str, Any]]) -> Any:
         found = [entry for entry in logged if all(entry.get(name) is not None for name in names)]
         return [(entry["step"], *(entry[name] for name in names)) for entry in found]
 
-    rewards = {"the student's own": curve("mixture/reward_theta"), "the mixture's": curve("mixture/reward_mixture")}
-    distances = {"KL(q‖θ)": curve("mixture/kl_theta"), "KL(q‖t)": curve("mixture/kl_teacher")}
-    sizes, alpha = {"of the mixture's tokens": curve("mixture/ess")}, curve("alpha/mean")
-    band = curve("alpha/q10", "alpha/q90")
+    rewards = {"the student's own": curve(metrics.REWARD_THETA), "the mixture's": curve(metrics.REWARD_MIXTURE)}
+    distances = {"KL(q‖θ)": curve(metrics.KL_THETA), "KL(q‖t)": curve(metrics.KL_TEACHER)}
+    sizes, alpha = {"of the mixture's tokens": curve(metrics.SAMPLE_SIZE)}, curve(metrics.ALPHA_MEAN)
+    band = curve(*metrics.ALPHA_BAND)
     shown: list[tuple[str, Mapping[str, Sequence[tuple[float, ...]]]]] = [
         (label, {name: points for name, points in curves.items() if points})
         for label, curves in (("Mean reward", rewards), ("α", {"": alpha}), ("ESS ÷ tokens", sizes))
@@ -121,7 +117,7 @@ def draw_training(log_history: Sequence[Mapping[str, Any]]) -> Any:
     shown = [(label, curves) for label, curves in shown if curves]
     if not shown:
         raise ValueError(
-            "draw_training found no metric of the mixture in the log, such as 'alpha/mean'; pass "
+            f"draw_training found no metric of the mixture in the log, such as {metrics.ALPHA_MEAN!r}; pass "
             "`trainer.state.log_history` of one of this package's trainers."
         )
     figure, panels = _empty_figure([2.2] * len(shown))
@@ -135,7 +131,7 @@ def draw_training(log_history: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def plot_tokens(path: str | os.PathLike[str], rollouts: Sequence[Rollout]) -> Path:
-    """Writes `draw_tokens` as a PNG, whose folder is made, and returns its path.
+    """Write `draw_tokens` as a PNG, make its folder, and return its path.
 
     Example:
         ```python
@@ -147,25 +143,24 @@ def plot_tokens(path: str | os.PathLike[str], rollouts: Sequence[Rollout]) -> Pa
 
 
 def draw_tokens(rollouts: Sequence[Rollout]) -> Any:
-    """α by position in the completion, mean and 10 % to 90 %, above how many completions are that long.
+    """Draw α by position in the completion, mean and 10 % to 90 %, above the number of completions that are so long.
 
     Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: there is no rollout with a token.
+        ImportError: where matplotlib is not installed.
+        ValueError: where no rollout has a token.
     """
     longest = max((len(rollout.completion_ids) for rollout in rollouts), default=0)
     if not longest:
         raise ValueError("draw_tokens got no rollout with a token; pass at least one.")
-    alpha = torch.full((len(rollouts), longest), torch.nan, dtype=torch.float64)  # (N, T)
+    alpha = np.full((len(rollouts), longest), np.nan)  # (N, T)
     for row, rollout in enumerate(rollouts):
         alpha[row, : len(rollout.alpha)] = rollout.alpha
     places = range(1, longest + 1)
-    shares, columns = torch.tensor([0.1, 0.9], dtype=torch.float64), max(1, MOST_VALUES // len(rollouts))
-    low, high = torch.cat([part.nanquantile(shares, dim=0) for part in alpha.split(columns, dim=1)], dim=1).tolist()
-    count = (~alpha.isnan()).sum(0).tolist()
+    low, high = np.nanquantile(alpha, [0.1, 0.9], axis=0).tolist()
+    count = (~np.isnan(alpha)).sum(0).tolist()
     figure, panels = _empty_figure([3.0, 1.5])
     band = list(zip(places, low, high, strict=True))
-    _draw_alpha(panels[0], list(zip(places, alpha.nanmean(0).tolist(), strict=True)), band, "10 % to 90 %")
+    _draw_alpha(panels[0], list(zip(places, np.nanmean(alpha, axis=0).tolist(), strict=True)), band, "10 % to 90 %")
     panels[1].step(places, count, where="mid", color=PALETTE[0], linewidth=1.8, label="completions")
     panels[1].set_ylim(bottom=0)
     panels[1].set_ylabel("Completions")
@@ -174,7 +169,7 @@ def draw_tokens(rollouts: Sequence[Rollout]) -> Any:
 
 
 def _empty_figure(heights: Sequence[float]) -> tuple[Any, Any]:
-    """A figure of panels below one another with one x, `heights` in inches."""
+    """Make a figure of panels below one another with one x; `heights` are in inches."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -227,7 +222,11 @@ def _draw_alpha(panel: Any, alpha: Sequence[Any], band: Sequence[Any] | None, ba
 
 
 def _columns(name: str, points: Sequence[Sequence[float]], width: int) -> list[list[float]]:
-    """`points` as `width` lists of numbers of one length."""
+    """Split points of `width` numbers into as many lists.
+
+    Raises:
+        ValueError: on no points, or a point of another length.
+    """
     if len(points) == 0:
         raise ValueError(f"{name} has no points; leave it out, or pass at least one.")
     for place, point in enumerate(points):

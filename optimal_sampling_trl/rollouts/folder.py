@@ -1,12 +1,12 @@
 """A folder of rollouts on disk: Parquet shards that appear whole or not at all, under the lock of one writer.
 
-    folder/run.json                       what is sampled, and how: see `sampling_run`
+    folder/run.json                       settings, prompts and versions of the run: see `sampling_run`
     folder/README.md                      the dataset card, once all is there: see `card`
     folder/data/rollouts-000000.parquet   rollouts in order of (prompt_index, sample), so many in each shard
     folder/.lock                          held while a process writes
 
-A file is written beside its place, flushed to the disk and renamed. What a killed process leaves is a file that ends
-in `.tmp`, which nothing reads and the next writer removes.
+A file is written beside its place, flushed to the disk and renamed. A killed process leaves a file that ends in
+`.tmp`, which nothing reads and the next writer removes.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..files import Lock
-from .rollout import Rollout, from_dataset, to_dataset
+from ..files import Lock, write_atomically
+from .dataset import from_dataset, to_dataset
+from .rollout import Rollout
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -36,7 +37,7 @@ LEFTOVER = re.compile(r"\.(rollouts-\d{6,}\.parquet|run\.json|README\.md)\.tmp")
 
 
 class Key(NamedTuple):
-    """Which rollout of a run: the sample-th of the prompt with this number."""
+    """The place of a rollout in a run: the sample-th of the prompt with this number."""
 
     prompt_index: int
     sample: int
@@ -99,7 +100,7 @@ class RolloutFolder:
             ValueError: where it holds files, but no run.
         """
         try:
-            self._check_own()
+            self._refuse_foreign_files()
             (self.path / DATA).mkdir(parents=True, exist_ok=True)
             self._lock.__enter__()
         except OSError as error:
@@ -120,8 +121,8 @@ class RolloutFolder:
     def __exit__(self, *exception: object) -> None:
         self._lock.__exit__()
 
-    def _check_own(self) -> None:
-        """Refuse a folder of somebody else's files, in which a card would replace their README.md."""
+    def _refuse_foreign_files(self) -> None:
+        """Refuse a folder with files but no run: a card would replace their README.md."""
         if not self.path.exists() or (self.path / RUN).exists():
             return
         found = [path for path in self.path.iterdir() if path.name not in (DATA, LOCK)]
@@ -139,21 +140,9 @@ class RolloutFolder:
         Raises:
             OSError: saying what could not be written and what is kept.
         """
-        path = self.path / name
-        scratch = path.with_name(f".{path.name}.tmp")
         try:
-            with scratch.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            scratch.replace(path)
-            directory = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
+            write_atomically(self.path / name, content, durable=True)
         except OSError as error:
-            scratch.unlink(missing_ok=True)
             raise OSError(
                 error.errno,
                 f"{name} ({len(content):,} bytes) could not be written to {str(self.path)!r}: {error.strerror}. "
@@ -162,7 +151,7 @@ class RolloutFolder:
             ) from error
 
     def read_run(self) -> dict[str, Any]:
-        """What run.json says.
+        """The content of run.json.
 
         Raises:
             ValueError: where there is none, or it cannot be read.
@@ -184,8 +173,8 @@ class RolloutFolder:
         """Write shard `number` with these rollouts.
 
         Args:
-            failed: those of the shard that have no rollout, and why; kept in the file's metadata, so that both appear
-                at once.
+            failed: places of the shard that have no rollout, with the reason of each; kept in the file's metadata, so
+                that both appear at once.
 
         Raises:
             OSError: saying what could not be written and what is kept.
@@ -225,12 +214,12 @@ class RolloutFolder:
             ) from error
 
     def keys(self, path: Path) -> list[Key]:
-        """Which rollouts a shard holds."""
+        """The places of a shard's rollouts, in their order."""
         columns = self.read_shard(path, Key._fields)
         return [Key(*pair) for pair in zip(*(columns[name].to_pylist() for name in Key._fields), strict=True)]
 
     def failed(self, path: Path) -> dict[Key, str]:
-        """Which rollouts of a shard could not be sampled, and why.
+        """The places of a shard's rollouts that could not be sampled, with the reason of each.
 
         Raises:
             ValueError: where it cannot be read.

@@ -1,4 +1,4 @@
-"""A bar over rollouts: how many are done, tokens/s, the mean of α so far, and the time left."""
+"""A bar over rollouts: their number, tokens/s, the mean of α so far, and the time left."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Progress:
     """A tqdm bar of rollouts.
 
     Args:
-        total: how many there will be.
+        total: number of rollouts at the end.
         shown: False is quiet: nothing is printed, counted or waited for.
-        done: how many were there before.
+        done: number of rollouts before the start.
     """
 
     def __init__(self, total: int, shown: bool = True, done: int = 0) -> None:
@@ -32,7 +32,7 @@ class Progress:
 
     @property
     def due(self) -> bool:
-        """Whether it is time for another `peek`."""
+        """True when it is time for another `peek`."""
         return self.shown and time.monotonic() - self._looked > EVERY
 
     def peek(self, rollouts: int, tokens: int, alpha: float) -> None:
@@ -40,7 +40,7 @@ class Progress:
         self._show(self.done + rollouts, self.tokens + tokens, self.alpha + alpha)
 
     def add(self, rollouts: Iterable[Rollout]) -> None:
-        """Count rollouts that are done."""
+        """Count finished rollouts."""
         if self.shown:
             for rollout in rollouts:
                 self.done += 1

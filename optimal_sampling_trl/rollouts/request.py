@@ -1,4 +1,4 @@
-"""What a backend is asked for: one completion of one prompt under one mixture, and how it is sampled."""
+"""Request to a backend: one completion of one prompt, its mixture and its settings of sampling."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from ..mixture import Mixture
 from ..options import check_flag, check_number, check_whole
 
 LAST_SEED = 2**63 - 1
-"""The engines' generators take no larger one, and vLLM reads -1 as none."""
+"""Largest seed that both engines accept."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn from the mixture, in vLLM's words and with vLLM's meaning.
+    """Settings by which tokens are drawn from the mixture, in vLLM's words and with vLLM's meaning.
 
     Args:
         max_tokens: most tokens to generate; a context that ends earlier ends the completion too.
@@ -67,12 +67,12 @@ class Sampling:
             )
 
     def cut(self, text: str) -> str:
-        """A text before the first of the stop texts in it."""
+        """Cut a text before the first stop text in it."""
         return text[: min([text.find(stop) for stop in self.stop if stop in text], default=len(text))]
 
     @property
     def keeps_all(self) -> bool:
-        """Whether no token is cut off or penalised, so that log q is the mixture's own."""
+        """True where no token is cut off or penalised, so that log q is that of the mixture itself."""
         return self.top_p == 1.0 and self.top_k <= 0 and self.min_p == 0.0 and self.repetition_penalty == 1.0
 
 
@@ -81,10 +81,10 @@ class Request:
     """One completion to sample.
 
     Args:
-        prompt_ids: what the teacher reads.
-        theta_prompt_ids: what the student reads; equal to `prompt_ids` unless the two have prompts of their own.
-        mixture: how α is chosen.
-        sampling: how tokens are drawn.
+        prompt_ids: token ids that the teacher reads.
+        theta_prompt_ids: token ids that the student reads; equal to `prompt_ids` unless the two prompts differ.
+        mixture: rule by which α is chosen.
+        sampling: settings by which tokens are drawn.
     """
 
     prompt_ids: list[int]

@@ -1,23 +1,21 @@
-"""A sampled completion with the record of how each of its tokens was drawn, and its way to a dataset and back."""
+"""A sampled completion with the record of how each of its tokens was drawn."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..losses import effective_sample_size
 from ..mixture import Mixture
 from .request import Request
 
-if TYPE_CHECKING:
-    from datasets import Dataset, Features
-
 RECORDS = ("alpha", "log_q", "log_theta", "log_teacher")
-"""The numbers that each sampled token carries."""
+"""Numbers that each sampled token carries, in the order of an engine's records."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,8 +25,8 @@ class Rollout:
     T counts the sampled tokens, an end-of-sequence token included. The records are float32 tensors on the CPU.
 
     Args:
-        prompt_ids: what the teacher read.
-        theta_prompt_ids: what the student read.
+        prompt_ids: token ids that the teacher read.
+        theta_prompt_ids: token ids that the student read.
         completion_ids: the T sampled tokens.
         alpha: (T,) weight of the teacher at each token.
         log_q: (T,) log-probability of the token under the distribution that it was drawn from, in nats: after
@@ -37,7 +35,7 @@ class Rollout:
         log_teacher: (T,) under the teacher, likewise.
         text: the completion without special tokens.
         finish_reason: `"stop"` (an end-of-sequence token or a stop text) or `"length"`.
-        mixture: how α was chosen.
+        mixture: rule by which α was chosen.
         temperature: the sampling temperature.
 
     Raises:
@@ -100,7 +98,7 @@ class Rollout:
 
     @property
     def weight_theta(self) -> Float[Tensor, " T"]:
-        """θ(x)/q(x) of each token: what turns an expectation under q into one under the student.
+        """θ(x)/q(x) of each token, the weight that turns an expectation under q into one under the student.
 
         Where top_p, top_k or min_p cut q, E_q[θ/q] is below 1 by the student's mass that was cut off.
         """
@@ -108,7 +106,7 @@ class Rollout:
 
     @property
     def weight_teacher(self) -> Float[Tensor, " T"]:
-        """t(x)/q(x) of each token: what turns an expectation under q into one under the teacher."""
+        """t(x)/q(x) of each token, the weight that turns an expectation under q into one under the teacher."""
         return torch.exp(self._log_weight(self.log_teacher))
 
     def _log_weight(self, log_target: Tensor) -> Tensor:
@@ -126,73 +124,16 @@ class Rollout:
 
     @property
     def effective_sample_size(self) -> float:
-        """(Σw)²/Σw² of the T weights θ/q: how many of the student's own tokens these T are worth.
-
-        Source: Kish, "Survey Sampling", 1965; Liu, "Monte Carlo Strategies in Scientific Computing", 2001, §2.5.3.
-        """
-        weights = self._log_weight(self.log_theta).double().softmax(0)  # of any scale: exp alone over- or underflows
-        return float(1 / weights.square().sum()) if self.log_theta.gt(-torch.inf).any() else 0.0
-
-
-def to_dataset(rollouts: Iterable[Rollout]) -> Dataset:
-    """The rollouts as a `datasets.Dataset`, a row each; float32 stays float32, so nothing is lost."""
-    from datasets import Dataset
-
-    rows, columns = [_to_row(rollout) for rollout in rollouts], features()
-    return Dataset.from_dict({name: [row[name] for row in rows] for name in columns}, features=columns)
-
-
-def from_dataset(dataset: Iterable[dict[str, Any]]) -> list[Rollout]:
-    """The rollouts that `to_dataset` wrote.
-
-    Raises:
-        ValueError: where a column is missing.
-    """
-    return [_from_row(row) for row in dataset]
-
-
-def features() -> Features:
-    """The columns of `to_dataset`."""
-    from datasets import Features, List, Value
-
-    ids, record = List(Value("int64")), List(Value("float32"))
-    numbers = ("alpha_min", "alpha_max", "fixed_alpha", "epsilon")
-    return Features(
-        {
-            **{name: ids for name in ("prompt_ids", "theta_prompt_ids", "completion_ids")},
-            **{name: record for name in RECORDS},
-            "text": Value("string"),
-            "finish_reason": Value("string"),
-            "mixture": {"method": Value("string"), **{name: Value("float64") for name in numbers}},
-            "temperature": Value("float64"),
-        }
-    )
-
-
-def _to_row(rollout: Rollout) -> dict[str, Any]:
-    row = dict(vars(rollout))
-    return row | {name: row[name].numpy() for name in RECORDS} | {"mixture": rollout.mixture.to_dict()}
-
-
-def _from_row(row: dict[str, Any]) -> Rollout:
-    names = Rollout.__dataclass_fields__
-    missing = [name for name in names if name not in row]
-    if missing:
-        raise ValueError(
-            f"A row of rollouts lacks {', '.join(missing)}; it has {', '.join(row)}. "
-            "Wanted the columns that `to_dataset` writes."
-        )
-    records = {name: torch.tensor(row[name], dtype=torch.float32) for name in RECORDS}
-    mixture = Mixture.from_dict(row["mixture"])
-    return Rollout(**{**{name: row[name] for name in names}, **records, "mixture": mixture})
+        """Number of tokens drawn by the student that these T are worth; see `losses.effective_sample_size`."""
+        return float(effective_sample_size(self._log_weight(self.log_theta).double()))
 
 
 class UnsolvedError(ValueError):
     """A model returned NaN, or the two share no token, in some requests of a call; the others were sampled.
 
     Args:
-        rollouts: those of the call in their order, None in the place of each request that failed.
-        failed: the number of each request that failed, and why.
+        rollouts: the call's rollouts in their order, None in the place of each request that failed.
+        failed: the reason of each failure, by the request's number.
 
     Example:
         ```python
@@ -231,7 +172,7 @@ def check_solved(rollouts: Sequence[Rollout]) -> None:
 
 
 def _unsolved(rollout: Rollout) -> str | None:
-    """The first token of a rollout whose α had no solution and what is to blame, or None where all have one."""
+    """Name the first token of a rollout whose α had no solution, and the model to blame; None where all have one."""
     broken = rollout.alpha.isnan()
     if not broken.any():
         return None

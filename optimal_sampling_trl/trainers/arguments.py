@@ -1,4 +1,4 @@
-"""The settings of `OptimalSamplingGenerator` as flags and YAML, for TRL's parser."""
+"""Settings of `OptimalSamplingV1` and `OptimalSamplingGenerator` as flags and YAML, for TRL's parser."""
 
 from __future__ import annotations
 
@@ -13,17 +13,24 @@ from .generator import OptimalSamplingGenerator
 
 @dataclass
 class SamplerArguments:
-    """The teacher, the mixture and the engine; see `OptimalSamplingV1` and `Mixture`."""
+    """Flags of the teacher, the mixture and the engine; see `OptimalSamplingV1` and `Mixture`."""
 
     teacher: str = field(default="", metadata={"help": "Folder or model id of the teacher."})
     alpha_method: str = field(
-        default="kl_symmetry", metadata={"help": f"Equation that alpha solves: {', '.join(METHODS)}."}
+        default=Mixture.method, metadata={"help": f"Equation that alpha solves: {', '.join(METHODS)}."}
     )
-    alpha_min: float = field(default=0.0, metadata={"help": "Smallest weight of the teacher."})
-    alpha_max: float = field(default=1.0, metadata={"help": "Largest weight of the teacher."})
-    fixed_alpha: float = field(default=0.5, metadata={"help": "alpha of the method 'fixed'."})
+    alpha_min: float | None = field(
+        default=None,
+        metadata={
+            "help": f"Smallest weight of the teacher; by default {Mixture.alpha_min:g} in a trainer, and in sampling "
+            "that of `OptimalSamplingV1`."
+        },
+    )
+    alpha_max: float = field(default=Mixture.alpha_max, metadata={"help": "Largest weight of the teacher."})
+    fixed_alpha: float = field(default=Mixture.fixed_alpha, metadata={"help": "alpha of the method 'fixed'."})
     mixture_epsilon: float = field(
-        default=0.05, metadata={"help": "Budget KL(q||theta) of the method 'trust_region', in nats a token."}
+        default=Mixture.epsilon,
+        metadata={"help": "Budget KL(q||theta) of the method 'trust_region', in nats a token."},
     )
     teacher_system_prompt: str | None = field(default=None, metadata={"help": "Put before each teacher's prompt."})
     theta_system_prompt: str | None = field(default=None, metadata={"help": "Put before each student's prompt."})
@@ -33,7 +40,7 @@ class SamplerArguments:
     )
 
     def engine(self) -> dict[str, Any]:
-        """The engine's arguments.
+        """Read the engine's arguments.
 
         Raises:
             ValueError: where they are no JSON object.
@@ -52,7 +59,7 @@ class SamplerArguments:
         return arguments
 
     def check_teacher(self) -> str:
-        """The teacher's name.
+        """Return the teacher's name.
 
         Raises:
             ValueError: where there is none.
@@ -62,7 +69,10 @@ class SamplerArguments:
         return self.teacher
 
     def sampler(self, theta: str) -> OptimalSamplingV1:
-        """The sampler that the flags describe, with a student.
+        """Build the sampler that the flags describe.
+
+        Args:
+            theta: the student, a folder or a model id.
 
         Raises:
             ValueError: where no teacher is named, or a setting is out of range.
@@ -84,7 +94,7 @@ class SamplerArguments:
 
 @dataclass
 class GeneratorArguments(SamplerArguments):
-    """Where a trainer's rollouts come from; see `OptimalSamplingGenerator` and `Mixture`."""
+    """Flags of a trainer's generator; see `OptimalSamplingGenerator` and `Mixture`."""
 
     theta_fraction: float | None = field(
         default=None, metadata={"help": "Share of each group that the student samples alone; 0.5 in GRPO and RLOO."}
@@ -94,14 +104,15 @@ class GeneratorArguments(SamplerArguments):
     )
 
     def generator(self) -> OptimalSamplingGenerator:
-        """The generator that the flags describe.
+        """Build the generator that the flags describe.
 
         Raises:
             ValueError: where no teacher is named, or a setting is out of range.
         """
+        alpha_min = Mixture.alpha_min if self.alpha_min is None else self.alpha_min
         return OptimalSamplingGenerator(
             teacher=self.check_teacher(),
-            mixture=Mixture(self.alpha_method, self.alpha_min, self.alpha_max, self.fixed_alpha, self.mixture_epsilon),
+            mixture=Mixture(self.alpha_method, alpha_min, self.alpha_max, self.fixed_alpha, self.mixture_epsilon),
             theta_fraction=self.theta_fraction,
             schedule=self.schedule,
             teacher_system_prompt=self.teacher_system_prompt,

@@ -1,4 +1,4 @@
-"""TRL's configurations with the fields of the correction, and nothing else."""
+"""TRL's configurations with the fields of the correction and of our losses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ POSITIVE_ONLY = ("mixture", "all", "none")
 
 @dataclass
 class CorrectionConfig:
-    """How the loss is corrected for completions that were sampled from the mixture; see `losses.Correction`."""
+    """Correction of the loss for completions that the mixture sampled; see `losses.Correction`."""
 
     correction: str = field(
         default="none",
@@ -33,7 +33,7 @@ class CorrectionConfig:
     )
     correction_gamma: float = field(default=0.1, metadata={"help": "gamma of the shape 'luffy', w / (w + gamma)."})
     correction_window: int | None = field(
-        default=None, metadata={"help": "How many of the last ratios the level 'prefix' multiplies; None is all."}
+        default=None, metadata={"help": "Number of the last ratios that the level 'prefix' multiplies; None is all."}
     )
     correction_self_normalise: bool = field(
         default=False, metadata={"help": "Divide the weights by their mean over the mixture's tokens."}
@@ -51,8 +51,8 @@ class PolicyGradientConfig(CorrectionConfig):
     positive_only: str = field(
         default="all",
         metadata={
-            "help": "Which completions are trained on only where their advantage is above 0: 'all' (the default), "
-            "those of the 'mixture' (the student's own keep their negatives, as in TRL), or 'none'."
+            "help": "Completions that are trained on only where their advantage is above 0: 'all' (the default), "
+            "those of the 'mixture' (the student's keep their negatives, as in TRL), or 'none'."
         },
     )
 
@@ -66,7 +66,7 @@ class PolicyGradientConfig(CorrectionConfig):
 class GRPOConfig(PolicyGradientConfig, trl.GRPOConfig):
     """TRL's `GRPOConfig` with the correction for completions of the mixture.
 
-    The defaults are those that were seen to teach best: half of each group from the student
+    The defaults taught best in our measurements: half of each group from the student
     (`OptimalSamplingGenerator.theta_fraction`), the other half from the mixture with weight 1, and of both halves the
     positive advantages only. The best learning rate may differ from the one with negatives: see recipes/README.md.
 
@@ -133,7 +133,7 @@ class DistillationConfig(CorrectionConfig, trl.DistillationConfig):
 
 
 def correction_of(args: Any) -> Correction:
-    """The correction that a configuration asks for; the default where it is TRL's own.
+    """Read the correction of a configuration; the default where the configuration is TRL's, which has none.
 
     Raises:
         ValueError: on an unknown name, a number out of range, or a detail that the correction does not read.
@@ -155,4 +155,4 @@ _DETAILS = {
     "clip_max": ("truncate", "mask"), "clip_min": ("mask",), "gamma": ("luffy",), "window": ("prefix",),
     "self_normalise": LEVELS,
 }  # fmt: skip
-"""The details of a correction, and the levels and shapes that read them."""
+"""Details of a correction, with the levels and shapes that read them."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 import warnings
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
@@ -16,25 +18,46 @@ from trl.trainer.utils import add_fused_lm_head
 from ..losses import sampled_token_coefficients
 from ..pairing import end_of_sequence
 from .config import LOSSES, DistillationConfig
-from .mixin import MixtureTrainerMixin
+from .generator import check_generator
+from .mixture_trainer import MixtureTrainer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftConfig, PeftModel
+    from transformers import (
+        BitsAndBytesConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        ProcessorMixin,
+        TrainerCallback,
+    )
+
+    from .generator import OptimalSamplingGenerator
 
 _TRL_MODULE = sys.modules[trl.DistillationTrainer.__module__]
 _DIVERGENCE = "ChunkedDivergenceFunction"
-"""The name in TRL's module under which its loss finds the divergence of each position."""
+"""Name in TRL's module under which its loss finds the divergence of each position."""
 
 
-class DistillationTrainer(MixtureTrainerMixin, trl.DistillationTrainer):
+class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
     """TRL's `DistillationTrainer` with `generator=`: rollouts from the mixture of the teacher and the model.
 
-    Takes all that TRL's takes. The loss is TRL's divergence from the teacher, computed over the whole vocabulary, or
-    with `DistillationConfig(loss="sampled_token")` one that uses the recorded log t of the sampled tokens and needs no
+    The loss is TRL's divergence from the teacher, computed over the whole vocabulary, or with
+    `DistillationConfig(loss="sampled_token")` one that uses the recorded log t of the sampled tokens and needs no
     teacher in the trainer. `theta_fraction` is 0 by default: all rollouts come from the mixture.
 
     Args:
-        teacher_model: as in TRL; by default the generator's teacher, and no other. Not needed by the loss of sampled
-            tokens.
-        generator: where rollouts come from; see `OptimalSamplingGenerator`.
+        model, train_dataset, eval_dataset, processing_class, callbacks, optimizers, quantization_config, peft_config:
+            as TRL's.
+        teacher_model: the generator's teacher, which is the default; no other is taken. The loss of sampled tokens
+            needs none.
         args: our `DistillationConfig`, or TRL's, which gets the divergence without weights.
+        tools: refused, since completions would hold tokens that were not sampled.
+        generator: source of the rollouts; has to be passed.
+
+    Raises:
+        ValueError: on a generator that is none, on another teacher than the generator's, and on settings that would do
+            nothing, before anything is loaded.
 
     Example:
         ```python
@@ -52,40 +75,71 @@ class DistillationTrainer(MixtureTrainerMixin, trl.DistillationTrainer):
     default_theta_fraction = 0.0
 
     def __init__(
-        self, model: Any, teacher_model: Any = None, args: Any = None, *positional: Any, **keywords: Any
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        teacher_model: str | PreTrainedModel | None = None,
+        args: trl.DistillationConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+        tools: list[Callable] | None = None,
+        *,
+        generator: OptimalSamplingGenerator | None = None,
     ) -> None:
         self.sampled_token = getattr(args, "loss", "divergence") == "sampled_token"
-        if self.sampled_token and teacher_model is not None:
+        with _advice_on_vocabularies():
+            super().__init__(
+                model=model,
+                generator=generator,
+                args=args,
+                teacher_model=self._teacher_of_loss(teacher_model, check_generator(generator)),
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                tools=tools,
+            )
+        if self.is_fsdp_enabled and self._loaded_teacher() is not None:
+            self._place_teacher()
+        if self.sampled_token:
+            self._read_head_in_tiles()
+        else:
+            self._warn_of_endings()
+
+    def _teacher_of_loss(self, teacher_model: Any, generator: OptimalSamplingGenerator) -> Any:
+        """Teacher that TRL loads for its loss; None where the loss reads the rollouts.
+
+        Raises:
+            ValueError: where a teacher was passed that the loss does not read, or another than the generator's.
+        """
+        if not self.sampled_token:
+            return one_teacher(teacher_model, generator.named_teacher)
+        if teacher_model is not None:
             raise ValueError(
                 "`loss` is 'sampled_token', which reads the teacher from the rollouts, and a `teacher_model` was "
                 "given as well. Drop it, or set `loss='divergence'`."
             )
-        if not self.sampled_token:
-            teacher_model = one_teacher(teacher_model, getattr(keywords.get("generator"), "named_teacher", None))
-        try:
-            super().__init__(model, teacher_model, args, *positional, **keywords)
-        except ValueError as error:
-            if "vocab_size" not in str(error):
-                raise
-            raise ValueError(
-                f"{error} (One that is padded to another size will do for `loss='sampled_token'`, which reads the "
-                "teacher from the rollouts.)"
-            ) from error
-        if self.is_fsdp_enabled and self._loaded_teacher() is not None:
-            self._place_teacher()
-        if self.sampled_token:  # as TRL's GRPO: log-probabilities in tiles, no logits (B, T, V)
-            own: Any = self.model
-            own = own.get_base_model() if is_peft_model(own) else own
-            add_fused_lm_head(own, temperature=self.temperature, outputs=("log_probs", "entropy"))
-        else:
-            self._warn_of_endings()
+        return None
+
+    def _read_head_in_tiles(self) -> None:
+        """Compute log-probabilities without logits (B, T, V), as TRL's GRPO does."""
+        student: Any = self.model
+        student = student.get_base_model() if is_peft_model(student) else student
+        add_fused_lm_head(student, temperature=self.temperature, outputs=("log_probs", "entropy"))
 
     def _warn_of_endings(self) -> None:
-        """The rollouts fold the teacher's endings into the student's; TRL's divergence reads the teacher as it is."""
+        """Warn where the rollouts fold endings of the teacher that TRL's divergence reads as they are."""
         models: Any = (self.teacher_model, self.model)
-        teacher, own = (self.accelerator.unwrap_model(model).generation_config for model in models)
+        teacher, theta = (self.accelerator.unwrap_model(model).generation_config for model in models)
         tokenizer: Any = self.processing_class
-        ending = end_of_sequence(teacher, own, tokenizer.eos_token_id)
+        ending = end_of_sequence(teacher, theta, tokenizer.eos_token_id)
         if ending.folded:
             warnings.warn(
                 f"The teacher also ends with the tokens {list(ending.folded)}, and the student does not stop there. "
@@ -98,13 +152,16 @@ class DistillationTrainer(MixtureTrainerMixin, trl.DistillationTrainer):
         return getattr(self, "teacher_model", None)
 
     def _place_teacher(self) -> None:
-        """Bring the teacher to this process's GPU, whole: under FSDP TRL leaves it on the host (its issue 2580), and
-        transformers loads zeros in all processes but the first. Nothing splits it over the processes."""
+        """Bring the whole teacher to this process's GPU.
+
+        Under FSDP TRL leaves it on the host (its issue 2580) and does not split it over the processes, and
+        transformers loads its weights on the first process only, zeros on the others.
+        """
         self.teacher_model.to(self.accelerator.device)
         broadcast([value.detach() for value in self.teacher_model.state_dict().values()])
 
     def _group_size(self) -> int:
-        """Distillation has no groups: the share is one of each process's batch."""
+        """Number of completions in a process's batch, which stands for the group that distillation does not have."""
         return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
 
     def _check_settings(self) -> None:
@@ -123,7 +180,7 @@ class DistillationTrainer(MixtureTrainerMixin, trl.DistillationTrainer):
             )
 
     def _check_read(self) -> None:
-        """Refuse what the loss does not read, and a teacher of two revisions."""
+        """Refuse settings that the loss does not read, and different revisions of the teacher in loss and rollouts."""
         of_tokens = ("sampled_token_clip", "sampled_token_centre")
         for name in ("beta", "teacher_model_revision") if self.sampled_token else of_tokens:
             default = getattr(DistillationConfig, name)
@@ -143,11 +200,11 @@ class DistillationTrainer(MixtureTrainerMixin, trl.DistillationTrainer):
     def _correct(self, output: dict[str, Any]) -> None:
         if self.sampled_token and self.args.sampled_token_centre:
             mask = output["completion_mask"].float()
-            apart = sampled_token_coefficients(
+            log_ratio = sampled_token_coefficients(
                 output["log_teacher"], output["log_theta"], mask, clip=self.args.sampled_token_clip
             )
-            total, count = self.accelerator.reduce(torch.stack([apart.sum(), mask.sum()]))
-            output["mean_apart"] = (total / count.clamp(min=1)).expand(len(mask))  # TRL shuffles and splits rows
+            total, count = self.accelerator.reduce(torch.stack([log_ratio.sum(), mask.sum()]))
+            output["mean_log_ratio"] = (total / count.clamp(min=1)).expand(len(mask))  # TRL shuffles and splits rows
         output["weights"] = self.correction.weights(
             output["log_theta"],
             output["log_q"],
@@ -166,8 +223,11 @@ class DistillationTrainer(MixtureTrainerMixin, trl.DistillationTrainer):
             return super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
 
     def _sampled_token_loss(self, student: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
-        """Σ −c·log θ(x) over the sampled tokens, with c from `losses.sampled_token_coefficients`; what TRL's returns:
-        the loss, the sum of the student's entropies, the number of tokens."""
+        """Σ −c·log θ(x) over the sampled tokens, with c from `losses.sampled_token_coefficients`.
+
+        Returns:
+            as TRL's: the loss, the sum of the student's entropies, the number of tokens.
+        """
         ids, mask = inputs["completion_ids"], inputs["completion_mask"]
         T = ids.shape[1]
         output = student(
@@ -182,7 +242,7 @@ class DistillationTrainer(MixtureTrainerMixin, trl.DistillationTrainer):
             log_theta.detach(),
             mask.float(),
             clip=self.args.sampled_token_clip,
-            mean=inputs.get("mean_apart"),
+            mean=inputs.get("mean_log_ratio"),
         )
         weights = inputs.get("weights", torch.ones_like(log_theta))
         total = -(coefficients * weights * log_theta * mask).sum()
@@ -193,7 +253,11 @@ class DistillationTrainer(MixtureTrainerMixin, trl.DistillationTrainer):
 
 
 def one_teacher(in_loss: Any, in_rollouts: Any) -> Any:
-    """The teacher of the loss: the generator's, or the one that was passed, which must be the same.
+    """Pick the teacher of the loss: the generator's, or the one that was passed, which must be the same.
+
+    Args:
+        in_loss: the `teacher_model` that was passed, or None.
+        in_rollouts: the generator's teacher.
 
     Raises:
         ValueError: where they differ.
@@ -213,8 +277,22 @@ def one_teacher(in_loss: Any, in_rollouts: Any) -> Any:
     )
 
 
+@contextmanager
+def _advice_on_vocabularies() -> Iterator[None]:
+    """Add to TRL's refusal of a teacher with a padded vocabulary the loss that takes it."""
+    try:
+        yield
+    except ValueError as error:
+        if "vocab_size" not in str(error):
+            raise
+        raise ValueError(
+            f"{error} (One that is padded to another size will do for `loss='sampled_token'`, which reads the teacher "
+            "from the rollouts.)"
+        ) from error
+
+
 class _WeightedDivergence:
-    """Stands where TRL's loss finds its autograd function: the divergence of each position times its weight."""
+    """Stands where TRL's loss finds its autograd function; multiplies the divergence of each position by a weight."""
 
     def __init__(self, function: Any, weights: Tensor, mask: Tensor) -> None:
         self.function, self.weights, self.valid = function, weights.reshape(-1), mask.reshape(-1) != 0

@@ -1,16 +1,19 @@
-"""What a user passes as `generator=`: where rollouts come from, and which of a group come from the mixture."""
+"""The source of a trainer's rollouts, which a user passes as `generator=`."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from ..backends import BACKENDS
+from ..backends.transformers.backend import ENGINE_OPTIONS
 from ..mixture import Mixture
-from ..options import check_number, unknown_option
+from ..options import check_number, shown, unknown_option
 from ..pairing import reads_two_prompts
 
 
@@ -20,10 +23,10 @@ class OptimalSamplingGenerator:
 
     Args:
         teacher: a folder, a model id, or (with the transformers backend) a loaded model.
-        mixture: how α is chosen.
-        theta_fraction: the share of each prompt's group that is sampled from the student alone, in [0, 1]; None is
-            0.5 in GRPO and RLOO, whose groups then hold on-policy samples, and 0 in distillation.
-        schedule: the share of training, in (0, 1], over which the mixture is annealed to the student (linear in ε and
+        mixture: rule by which α is chosen.
+        theta_fraction: share of each prompt's group that is sampled from the student alone, in [0, 1]; None is 0.5 in
+            GRPO and RLOO, whose groups then hold on-policy samples, and 0 in distillation.
+        schedule: share of training, in (0, 1], over which the mixture is annealed to the student (linear in ε and
             alpha_min for `trust_region`, in the range of α otherwise); None keeps it. It follows the trainer's step,
             so a resumed run goes on where it was.
         teacher_system_prompt: put before each prompt for the teacher: as a system message, or as text.
@@ -33,7 +36,7 @@ class OptimalSamplingGenerator:
         engine_arguments: go to the backend, as in `OptimalSamplingV1`.
 
     Raises:
-        ValueError: on an unknown backend or a number out of range.
+        ValueError: on a mixture that is none, an unknown backend or a number out of range.
 
     Example:
         ```python
@@ -54,6 +57,11 @@ class OptimalSamplingGenerator:
     def __post_init__(self) -> None:
         if not isinstance(self.mixture, Mixture):
             raise ValueError(f"`mixture` is {self.mixture!r}; wanted a `Mixture`, for example `Mixture()`.")
+        if self.engine_arguments is not None and not isinstance(self.engine_arguments, Mapping):
+            raise ValueError(
+                f"`engine_arguments` is {shown(self.engine_arguments)}; wanted a dictionary, for example "
+                "{'max_num_seqs': 64}."
+            )
         if self.theta_fraction is not None:
             check_number("OptimalSamplingGenerator", "theta_fraction", self.theta_fraction, 0.0, 1.0)
         if self.schedule is not None:
@@ -65,16 +73,20 @@ class OptimalSamplingGenerator:
 
     @property
     def named_teacher(self) -> str | PreTrainedModel:
-        """The teacher as TRL and vLLM know it: a path as a text."""
+        """Teacher as TRL and vLLM take it: a path is a text."""
         return os.fspath(self.teacher) if isinstance(self.teacher, os.PathLike) else self.teacher
 
     @property
     def two_prompts(self) -> bool:
-        """Whether the teacher and the student read different prompts."""
+        """True where the teacher and the student read different prompts."""
         return reads_two_prompts(self.teacher_system_prompt, self.theta_system_prompt)
 
     def theta_count(self, group: int, default: float) -> int:
-        """How many of a group's completions come from the student alone.
+        """Number of a group's completions that the student samples alone.
+
+        Args:
+            group: number of completions in the group.
+            default: share that counts where `theta_fraction` is None.
 
         Raises:
             ValueError: where a share strictly between 0 and 1 rounds to none or all of the group.
@@ -90,5 +102,45 @@ class OptimalSamplingGenerator:
         return count
 
     def current_mixture(self, progress: float) -> Mixture:
-        """The mixture at a share of training in [0, 1]."""
+        """Mixture at a share of training in [0, 1]."""
         return self.mixture if self.schedule is None else self.mixture.anneal(min(progress / self.schedule, 1.0))
+
+    def check_engine_arguments(self) -> None:
+        """Refuse engine arguments that the backend does not know, before a model or an engine is loaded.
+
+        Raises:
+            ValueError: naming the argument and the nearest known one.
+        """
+        arguments = dict(self.engine_arguments or {})
+        unknown = [name for name in arguments if name not in ENGINE_OPTIONS]
+        if self.backend == "vllm" or (self.backend == "auto" and unknown and find_spec("vllm") is not None):
+            if find_spec("vllm") is not None:  # its absence is told by the choice of the engine
+                from ..backends.vllm.limits import check_arguments
+
+                check_arguments(arguments)
+        elif unknown:
+            raise ValueError(unknown_option("argument of the transformers backend", unknown[0], ENGINE_OPTIONS))
+
+
+class GeneratorError(TypeError, ValueError):
+    """A trainer got no `OptimalSamplingGenerator`: a TypeError as for any missing argument, a ValueError as for any
+    refusal of this package."""
+
+
+def check_generator(generator: object) -> OptimalSamplingGenerator:
+    """Return a trainer's generator.
+
+    Raises:
+        GeneratorError: on anything else, such as a forgotten one, a teacher's name or a mixture.
+    """
+    if isinstance(generator, OptimalSamplingGenerator):
+        return generator
+    example = "OptimalSamplingGenerator(teacher=...)"
+    if isinstance(generator, str | os.PathLike):
+        example = f"OptimalSamplingGenerator(teacher={os.fspath(generator)!r})"
+    elif isinstance(generator, Mixture):
+        example = "OptimalSamplingGenerator(teacher=..., mixture=...)"
+    raise GeneratorError(
+        f"`generator` is {shown(generator)}; wanted an `{example}`, from which the trainer samples. "
+        "Pass one, or use TRL's own trainer for rollouts from the model alone."
+    )

@@ -3,28 +3,50 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import trl
 
 from ..losses import sampled_token_coefficients
 from .config import GRPOConfig
-from .policy_gradient import PolicyGradientMixin
+from .policy_gradient import PolicyGradientTrainer
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+    from peft import PeftConfig, PeftModel
+    from transformers import (
+        BitsAndBytesConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        ProcessorMixin,
+        TrainerCallback,
+    )
+    from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
+
+    from .generator import OptimalSamplingGenerator
 
 VESPO = ("none", "token_truncate", "token_mask")
-"""The corrections that the loss of this name can take: a weight of each token, and 1 on padding."""
+"""Corrections that the loss of this name takes: a weight of each token, and 1 on padding."""
 
 
-class GRPOTrainer(PolicyGradientMixin, trl.GRPOTrainer):
+class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
     """TRL's `GRPOTrainer` with `generator=`: rollouts from the mixture of a teacher and the model.
 
-    Takes all that TRL's takes. By default half of each group is sampled from the student, the other half from the
-    mixture, with weight 1; they share the group's baseline, and a completion is trained on where its advantage is
-    positive (`GRPOConfig.positive_only`). An evaluation samples from the student alone.
+    By default half of each group is sampled from the student, the other half from the mixture, with weight 1; they
+    share the group's baseline, and a completion is trained on where its advantage is positive
+    (`GRPOConfig.positive_only`). An evaluation samples from the student alone.
 
     Args:
-        generator: where rollouts come from; see `OptimalSamplingGenerator`.
+        model, reward_funcs, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks,
+            optimizers, quantization_config, peft_config: as TRL's.
         args: our `GRPOConfig`, or TRL's, which gets the default correction.
+        tools, rollout_func, environment_factory: refused, since completions would hold tokens that were not sampled.
+        generator: source of the rollouts; has to be passed.
+
+    Raises:
+        ValueError: on a generator that is none, and on settings that would do nothing, before anything is loaded.
 
     Example:
         ```python
@@ -40,6 +62,48 @@ class GRPOTrainer(PolicyGradientMixin, trl.GRPOTrainer):
 
     args: Any
     config_class = GRPOConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        reward_funcs: RewardFunc | list[RewardFunc] | None = None,
+        args: trl.GRPOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset
+        | IterableDataset
+        | DatasetDict
+        | IterableDatasetDict
+        | dict[str, Dataset | IterableDataset]
+        | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+        tools: list[Callable] | None = None,
+        rollout_func: RolloutFunc | None = None,
+        environment_factory: EnvironmentFactory | dict[str, EnvironmentFactory] | None = None,
+        *,
+        generator: OptimalSamplingGenerator | None = None,
+    ) -> None:
+        super().__init__(
+            model=model,
+            generator=generator,
+            args=args,
+            reward_funcs=reward_funcs,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            reward_processing_classes=reward_processing_classes,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            tools=tools,
+            rollout_func=rollout_func,
+            environment_factory=environment_factory,
+        )
 
     def _check_settings(self) -> None:
         super()._check_settings()
@@ -58,19 +122,19 @@ class GRPOTrainer(PolicyGradientMixin, trl.GRPOTrainer):
                 "`loss_type='vespo'` on completions of the mixture: in a study of 4-digit addition it collapsed "
                 "(exact match .045 -> .000), on the embedded pair (recipes/README.md) it did not (0.43). "
                 "Watch the evaluation.",
-                stacklevel=3,
+                stacklevel=4,
             )
         if self.args.beta != 0 or self.args.off_policy_mask_threshold is not None:
             warnings.warn(
                 f"`beta` is {self.args.beta} and `off_policy_mask_threshold` {self.args.off_policy_mask_threshold}: "
-                "TRL computes both on the mixture's tokens as if they were the student's own. "
+                "TRL computes both on the mixture's tokens as if the student had sampled them. "
                 "Leave them at 0 and None.",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _correct(self, output: dict[str, Any]) -> None:
         mask = output["completion_mask"].float()
-        if "importance_sampling_ratio" in output:  # (B, T) or (B, 1): TRL's own, of the trainer against the engine
+        if "importance_sampling_ratio" in output:  # TRL's (B, T) or (B, 1), of the trainer against the engine
             weights = self.correction.weights(output["log_theta"], output["log_q"], mask, output["mixture_rows"])
             output["importance_sampling_ratio"] = output["importance_sampling_ratio"] * weights
         output["advantages"] = self._advantages(output)

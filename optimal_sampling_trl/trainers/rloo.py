@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trl
 
 from .config import RLOOConfig
-from .policy_gradient import PolicyGradientMixin
+from .policy_gradient import PolicyGradientTrainer
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+    from peft import PeftConfig, PeftModel
+    from transformers import (
+        BitsAndBytesConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        ProcessorMixin,
+        TrainerCallback,
+    )
+    from trl.trainer.rloo_trainer import RewardFunc
+
+    from .generator import OptimalSamplingGenerator
 
 
-class RLOOTrainer(PolicyGradientMixin, trl.RLOOTrainer):
+class RLOOTrainer(PolicyGradientTrainer, trl.RLOOTrainer):
     """TRL's `RLOOTrainer` with `generator=`: rollouts from the mixture of a teacher and the model.
 
-    Takes all that TRL's takes, and samples as our `GRPOTrainer` does. RLOO's loss has one ratio for a completion and
-    no place for a weight, so a correction scales the advantage, in which the clipped objective is homogeneous for
-    weights of at least 0: only the corrections of the level `sequence` can be chosen.
+    It samples as our `GRPOTrainer` does. RLOO's loss has one ratio for a completion and no place for a weight, so a
+    correction scales the advantage, in which the clipped objective is homogeneous for weights of at least 0: only the
+    corrections of the level `sequence` can be chosen.
 
     Args:
-        generator: where rollouts come from; see `OptimalSamplingGenerator`.
+        model, reward_funcs, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks,
+            optimizers, quantization_config, peft_config: as TRL's.
         args: our `RLOOConfig`, or TRL's, which gets the default correction.
+        generator: source of the rollouts; has to be passed.
+
+    Raises:
+        ValueError: on a generator that is none, and on settings that would do nothing, before anything is loaded.
 
     Example:
         ```python
@@ -35,6 +55,42 @@ class RLOOTrainer(PolicyGradientMixin, trl.RLOOTrainer):
     """
 
     config_class = RLOOConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        reward_funcs: RewardFunc | list[RewardFunc],
+        args: trl.RLOOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset
+        | IterableDataset
+        | DatasetDict
+        | IterableDatasetDict
+        | dict[str, Dataset | IterableDataset]
+        | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+        *,
+        generator: OptimalSamplingGenerator | None = None,
+    ) -> None:
+        super().__init__(
+            model=model,
+            generator=generator,
+            args=args,
+            reward_funcs=reward_funcs,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            reward_processing_classes=reward_processing_classes,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
 
     def _check_settings(self) -> None:
         super()._check_settings()

@@ -40,7 +40,7 @@ from optimal_sampling_trl import (
 )
 from optimal_sampling_trl.losses import Correction
 from optimal_sampling_trl.page import write_page
-from optimal_sampling_trl.rollouts.rollout import from_dataset, to_dataset
+from optimal_sampling_trl.rollouts.dataset import from_dataset, to_dataset
 from optimal_sampling_trl.trainers.arguments import GeneratorArguments
 
 NAN, INF = float("nan"), float("inf")

@@ -21,8 +21,8 @@ from helpers.strategies import assert_same, mixtures, rollouts
 from optimal_sampling_trl import DistillationConfig, GRPOConfig, Mixture, OptimalSamplingGenerator, Rollout, Sampling
 from optimal_sampling_trl import mix as solve
 from optimal_sampling_trl.losses import Correction
+from optimal_sampling_trl.rollouts.dataset import from_dataset
 from optimal_sampling_trl.rollouts.folder import Key, RolloutFolder
-from optimal_sampling_trl.rollouts.rollout import from_dataset
 from optimal_sampling_trl.trainers.config import correction_of
 
 

@@ -94,7 +94,7 @@ def test_the_name_under_which_a_trainer_builds_its_engine(name: str) -> None:
     need(
         "vllm_generation" in attributes(TRAINERS[name].__init__),
         f"{name}Trainer does not keep its engine as `vllm_generation`",
-        "trainers/mixin.py",
+        "trainers/mixture_trainer.py",
     )
 
 
@@ -205,12 +205,12 @@ def test_is_vllm_available_can_be_answered_for_the_trainers() -> None:
     need(hasattr(MODULES["Distillation"], "is_vllm_available"), "DistillationTrainer does not ask any more", ours)
 
 
-# trainers/mixin.py: the one override, and what it takes from the trainer.
+# trainers/mixture_trainer.py: the one override, and what it takes from the trainer.
 
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_the_batch_of_a_generation(name: str) -> None:
-    trainer, ours = TRAINERS[name], "trainers/mixin.py (_generate_and_score_completions)"
+    trainer, ours = TRAINERS[name], "trainers/mixture_trainer.py (_generate_and_score_completions)"
     made = trainer._generate_and_score_completions
     need(parameters(made) == ["self", "inputs"], f"{name}: it takes {parameters(made)}", ours)
     prepare = inspect.unwrap(trainer._prepare_inputs)
@@ -237,7 +237,7 @@ def test_the_batch_of_a_generation(name: str) -> None:
 
 
 def test_shuffle_and_split_carry_every_key() -> None:
-    ours = "trainers/mixin.py (records in the batch)"
+    ours = "trainers/records.py"
     batch = {
         "ids": torch.arange(12).view(6, 2),
         "alpha": torch.arange(12.0).view(6, 2) / 10,
@@ -311,7 +311,7 @@ def test_the_configs_have_no_field_of_ours(name: str) -> None:
     clash = [name for name in own if name in theirs]
     need(not clash, f"{name}Config has fields {clash} of its own now", "trainers/config.py")
     for needed in ("use_vllm", "vllm_mode", "vllm_max_model_length", "generation_kwargs"):
-        need(needed in theirs, f"{name}Config has no `{needed}`", "trainers/mixin.py, generation.py")
+        need(needed in theirs, f"{name}Config has no `{needed}`", "trainers/mixture_trainer.py, generation.py")
 
 
 # trainers/distillation.py.

@@ -1,4 +1,4 @@
-"""What the loggers of `report_to` get beside scalars: histograms of α and of the weights, figures at the end."""
+"""Histograms and figures for the loggers of `report_to`, which get the scalars from TRL."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
+from .. import metrics
 from ..plots import draw_tokens, draw_training
 from ..rollouts.rollout import Rollout
 
@@ -20,13 +21,13 @@ RUNS = ("wandb", "trackio")
 
 
 def send_histograms(trainer: Any, histograms: Mapping[str, Tensor]) -> None:
-    """Histograms to each logger of `report_to` that has them, under TRL's prefix `train/`, at the trainer's step.
+    """Send histograms to each logger of `report_to` that has them, under TRL's prefix `train/`, at the trainer's step.
 
-    The scalars go through TRL's `log`; as TRL's tables of completions, these go to the loggers directly. Loggers
-    without histograms get nothing.
+    They go to the loggers directly, as TRL's tables of completions do. Loggers without histograms get nothing.
 
     Args:
-        histograms: the values (N,) by name.
+        trainer: the trainer that logs.
+        histograms: values (N,) by name.
     """
     writer = _writer(trainer)
     for name, values in histograms.items():
@@ -37,9 +38,9 @@ def send_histograms(trainer: Any, histograms: Mapping[str, Tensor]) -> None:
 
 
 class FigureCallback(TrainerCallback):
-    """At the end of training, sends the figures of `plots` to the loggers; needs matplotlib, without it does nothing.
+    """Sends the figures of `plots` to the loggers at the end of training, where matplotlib is installed.
 
-    It has to come before transformers' own callbacks, which close the loggers.
+    It has to come before the callbacks of transformers, which close the loggers.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -57,7 +58,7 @@ class FigureCallback(TrainerCallback):
         if writer is None and not runs:
             return
         figures = {}
-        if any("alpha/mean" in entry for entry in state.log_history):
+        if any(metrics.ALPHA_MEAN in entry for entry in state.log_history):
             figures["training"] = draw_training(state.log_history)
         if self.rollouts:
             figures["alpha_over_tokens"] = draw_tokens(self.rollouts)
@@ -69,13 +70,13 @@ class FigureCallback(TrainerCallback):
 
 
 def _writer(trainer: Any) -> Any:
-    """TensorBoard's writer while a run is open, on the process that logs."""
+    """Find TensorBoard's writer, which exists while a run is open, on the process that logs."""
     callbacks = trainer.callback_handler.callbacks
     return next((each.tb_writer for each in callbacks if isinstance(each, TensorBoardCallback)), None)
 
 
 def _runs(trainer: Any) -> list[Any]:
-    """The modules of `report_to` that log to a run of their own, on the process that logs; imported by then."""
+    """Find the modules of `report_to` that log to a run, on the process that logs; transformers imported them."""
     if not trainer.accelerator.is_main_process:
         return []
     wanted = [sys.modules[name] for name in RUNS if name in (trainer.args.report_to or ()) and name in sys.modules]
@@ -83,6 +84,6 @@ def _runs(trainer: Any) -> list[Any]:
 
 
 def _pixels(figure: Any) -> Any:
-    """A drawn figure as (height, width, 4) bytes."""
+    """Draw a figure as (height, width, 4) bytes."""
     figure.canvas.draw()
     return np.asarray(figure.canvas.buffer_rgba())

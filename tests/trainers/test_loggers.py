@@ -16,21 +16,20 @@ import torch
 from datasets import Dataset
 
 from helpers.training import TEXTS, Watch, make_trainer, make_untrained_pair, one_batch
-from optimal_sampling_trl.trainers.report import FigureCallback, send_histograms
+from optimal_sampling_trl import metrics
+from optimal_sampling_trl.trainers.loggers import FigureCallback, send_histograms
 
 METRICS = (
-    "alpha/mean",
-    "alpha/q10",
-    "alpha/q50",
-    "alpha/q90",
-    "mixture/ess",
-    "mixture/kl_theta",
-    "mixture/kl_teacher",
-    "mixture/reward_theta",
-    "mixture/reward_mixture",
-    "mixture/groups_with_signal",
-    "mixture/tokens_per_second",
-    "engine/log_theta_difference",
+    metrics.ALPHA_MEAN,
+    *metrics.ALPHA_QUANTILES,
+    metrics.SAMPLE_SIZE,
+    metrics.KL_THETA,
+    metrics.KL_TEACHER,
+    metrics.REWARD_THETA,
+    metrics.REWARD_MIXTURE,
+    metrics.GROUPS_WITH_SIGNAL,
+    metrics.TOKENS_PER_SECOND,
+    metrics.LOG_THETA_DIFFERENCE,
 )
 
 
@@ -146,7 +145,7 @@ sys.path[:0] = {sys.path!r}
 from pathlib import Path
 from helpers.training import make_trainer
 make_trainer("grpo", {pair!r}, Path({str(tmp_path)!r}), max_steps=1).train()
-assert "optimal_sampling_trl.trainers.report" in sys.modules and "matplotlib.figure" not in sys.modules
+assert "optimal_sampling_trl.trainers.loggers" in sys.modules and "matplotlib.figure" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=300)
 

@@ -1,0 +1,111 @@
+"""Numbers that the trainers log of a batch, and the names under which they are logged.
+
+q is the mixture, θ the student, t the teacher, x a sampled token. Each function takes the values of all processes and
+returns floats by name, so that a trainer only has to gather and to append.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from .losses import effective_sample_size
+
+ALPHA_MEAN = "alpha/mean"
+"""Mean of α over the mixture's tokens."""
+ALPHA_QUANTILES = {"alpha/q10": 0.1, "alpha/q50": 0.5, "alpha/q90": 0.9}
+"""Quantiles of α over the mixture's tokens, and their shares."""
+ALPHA_BAND = ("alpha/q10", "alpha/q90")
+"""Ends of the band that the figures draw around the mean."""
+KL_THETA = "mixture/kl_theta"
+"""KL(q‖θ), estimated on the mixture's tokens, in nats a token."""
+KL_TEACHER = "mixture/kl_teacher"
+"""KL(q‖t), likewise."""
+SAMPLE_SIZE = "mixture/ess"
+"""Effective sample size of the mixture's tokens for the student, as a share of their number."""
+REWARD_THETA = "mixture/reward_theta"
+"""Mean reward of the completions that the student sampled."""
+REWARD_MIXTURE = "mixture/reward_mixture"
+"""Mean reward of the completions that the mixture sampled."""
+GROUPS_WITH_SIGNAL = "mixture/groups_with_signal"
+"""Share of the groups whose rewards differ, and which therefore have advantages other than 0."""
+TOKENS_PER_SECOND = "mixture/tokens_per_second"
+"""Sampled tokens of all processes, by the seconds of the slowest."""
+LOG_THETA_DIFFERENCE = "engine/log_theta_difference"
+"""Mean of |log θ in the trainer − log θ in the engine|, in nats a token."""
+
+ALPHA_TOKENS = "alpha/tokens"
+"""Histogram of α over the mixture's tokens."""
+LOG_WEIGHT = "mixture/log_weight"
+"""Histogram of log θ(x) − log q(x) over the mixture's tokens, in nats."""
+
+
+def of_mixture(
+    alpha: Float[Tensor, " N"],
+    log_q: Float[Tensor, " N"],
+    log_theta: Float[Tensor, " N"],
+    log_teacher: Float[Tensor, " N"],
+) -> dict[str, float]:
+    """Summarise the records of the N tokens that the mixture sampled; empty where there are none."""
+    if not len(alpha):
+        return {}
+    return {
+        ALPHA_MEAN: float(alpha.mean()),
+        **dict(zip(ALPHA_QUANTILES, quantiles(alpha, list(ALPHA_QUANTILES.values())), strict=True)),
+        KL_THETA: float((log_q - log_theta).mean()),
+        KL_TEACHER: float((log_q - log_teacher).mean()),
+        SAMPLE_SIZE: float(effective_sample_size(log_theta - log_q) / len(alpha)),
+    }
+
+
+def histograms_of_mixture(
+    alpha: Float[Tensor, " N"], log_q: Float[Tensor, " N"], log_theta: Float[Tensor, " N"]
+) -> dict[str, Float[Tensor, " N"]]:
+    """Values of the histograms over the N tokens that the mixture sampled, by name; empty where there are none."""
+    return {ALPHA_TOKENS: alpha, LOG_WEIGHT: log_theta - log_q} if len(alpha) else {}
+
+
+def of_speed(tokens: Float[Tensor, " P"], seconds: Float[Tensor, " P"]) -> dict[str, float]:
+    """Compute the speed of sampling from the tokens and the seconds of each of P processes."""
+    return {TOKENS_PER_SECOND: float(tokens.sum() / seconds.max().clamp(min=1e-9))}
+
+
+def of_rewards(rewards: Float[Tensor, "G N"], theta_count: int) -> dict[str, float]:
+    """Summarise the rewards of G groups of N completions; NaN stands where no function could score a completion.
+
+    Args:
+        rewards: the first `theta_count` of each group are of the student's completions, the others of the mixture's.
+        theta_count: number of each group's completions that the student sampled.
+    """
+    largest, smallest = rewards.nan_to_num(nan=-torch.inf).amax(1), rewards.nan_to_num(nan=torch.inf).amin(1)
+    halves = {REWARD_THETA: rewards[:, :theta_count], REWARD_MIXTURE: rewards[:, theta_count:]}
+    return {
+        GROUPS_WITH_SIGNAL: float((largest > smallest).float().mean()),
+        **{name: float(half.nanmean()) for name, half in halves.items() if half.numel()},
+    }
+
+
+def token_differences(trainer: Float[Tensor, "B T"], engine: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """|log θ in the trainer − log θ in the engine| of each token."""
+    return (trainer - engine).abs()
+
+
+def completion_differences(
+    trainer: Float[Tensor, " B"], engine: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+) -> Float[Tensor, " B"]:
+    """Compute the same a token of each completion, from the trainer's log θ of the whole completion."""
+    return ((engine * mask).sum(1) - trainer).abs() / mask.sum(1).clamp(min=1)
+
+
+def of_differences(differences: Float[Tensor, " N"]) -> dict[str, float]:
+    """Average the differences of N tokens or completions."""
+    return {LOG_THETA_DIFFERENCE: float(differences.mean())}
+
+
+def quantiles(values: Float[Tensor, " N"], shares: Sequence[float]) -> list[float]:
+    """Compute quantiles by numpy, linear between neighbours: `Tensor.quantile` refuses more than 2^24 values."""
+    return np.quantile(values.double().cpu().numpy(), shares).tolist()

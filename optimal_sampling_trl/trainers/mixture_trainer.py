@@ -1,0 +1,189 @@
+"""The part that all trainers of this package share: engine, records in the batch, correction, metrics."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import metrics
+from ..pairing import with_system_prompt
+from ..rollouts.rollout import RECORDS, Rollout
+from .checkpoints import last_whole_checkpoint, lock_folder
+from .config import correction_of
+from .engines.base import MixtureGeneration, MixturePlan, on_all_ranks
+from .engines.seam import build_generation, engine_replaced_by
+from .generator import OptimalSamplingGenerator, check_generator
+from .loggers import FigureCallback, send_histograms
+from .records import stack_records
+
+REFUSED = ("tools", "rollout_func", "environment_factory")
+"""Arguments of TRL's trainers with which completions hold tokens that were not sampled."""
+
+TrlTrainer: Any = object
+"""The TRL trainer that follows in the method resolution order; Any, so that mypy lets its attributes pass."""
+
+
+class MixtureTrainer(TrlTrainer):
+    """Base of the trainers: it stands before one of TRL's trainers among the bases of a class.
+
+    A subclass names its configuration (`config_class`), the share of a group that the student samples unless the user
+    sets one (`default_theta_fraction`), and uses the records in its loss (`_correct`).
+
+    Attributes:
+        rollouts: the rollouts of the last batch, for callbacks.
+        histograms: values (N,) over the mixture's tokens in the last batch, of all processes, until they are logged.
+    """
+
+    config_class: type
+    default_theta_fraction: float
+    rollouts: Sequence[Rollout] = ()
+
+    def __init__(self, *, model: Any, generator: OptimalSamplingGenerator | None, args: Any, **trl_arguments: Any):
+        self.generator = check_generator(generator)
+        for name in REFUSED:
+            if trl_arguments.pop(name, None) is not None:
+                raise ValueError(
+                    f"`{name}` is not supported with rollouts from the mixture: the records would not match the "
+                    "tokens. Drop it, or use TRL's own trainer."
+                )
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = self.config_class(f"{name.rstrip('/').split('/')[-1]}-{self._name}")
+        self.correction = correction_of(args)
+        args = copy.copy(args)
+        args.use_vllm = True  # TRL's word for any engine beside the trainer
+        self.args = args
+        self._check_settings()
+        with engine_replaced_by(type(self), self._build_generation):
+            super().__init__(model=model, args=args, **trl_arguments)
+        self.histograms: dict[str, Tensor] = {}
+        self.callback_handler.callbacks.insert(0, FigureCallback(self))  # before those that close the loggers
+
+    def _build_generation(self, **trl_arguments: Any) -> MixtureGeneration:
+        """Build the engine; TRL calls this once, while its `__init__` runs."""
+        plan = MixturePlan(
+            generator=self.generator,
+            group=self._group_size,
+            theta_count=self._theta_count,
+            training=lambda: self.model.training,
+            progress=lambda: self.state.global_step / max(self.state.max_steps, 1),
+        )
+        return build_generation(plan, self._loaded_teacher(), **trl_arguments)
+
+    def _loaded_teacher(self) -> Any:
+        """Teacher that the trainer has loaded, for the transformers backend to share; None where it has none."""
+        return None
+
+    def train(self, resume_from_checkpoint: Any = None, *positional: Any, **keywords: Any) -> Any:
+        """Train as TRL does, while no other trainer writes to `output_dir`: two would mix their checkpoints.
+
+        Args:
+            resume_from_checkpoint: as TRL's; True takes the last checkpoint that is whole, where TRL takes the last,
+                even one that a kill left without its end.
+
+        Raises:
+            RuntimeError: where another trainer trains into the folder, in all processes.
+            ValueError: where no checkpoint is whole.
+        """
+        with ExitStack() as stack:
+            on_all_ranks(lambda: self._lock_folder(stack), self.accelerator)
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+            return super().train(resume_from_checkpoint, *positional, **keywords)
+
+    def _lock_folder(self, stack: ExitStack) -> None:
+        if self.args.should_save and self.args.output_dir is not None:
+            lock_folder(Path(self.args.output_dir), stack)
+
+    def close(self) -> None:
+        """Free the engine. Afterwards the trainer can do all but sample."""
+        self.vllm_generation.close()
+
+    def _group_size(self) -> int:
+        """Number of completions in a group, of which `theta_fraction` is a share."""
+        raise NotImplementedError
+
+    def _theta_count(self) -> int:
+        return self.generator.theta_count(self._group_size(), self.default_theta_fraction)
+
+    def _check_settings(self) -> None:
+        """Refuse settings that would do nothing, before anything is loaded; a subclass adds its refusals."""
+        self._theta_count()
+        self.generator.check_engine_arguments()
+        if getattr(self.args, "use_transformers_continuous_batching", False):
+            raise ValueError("`use_transformers_continuous_batching` is for TRL's own rollouts. Drop it.")
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """Add the records of `stack_records` to TRL's batch, whose shuffle and split carry them with their rows."""
+        self._dataset_rows = inputs
+        output = super()._generate_and_score_completions(self._with_system_prompts(inputs))
+        rollouts = self.rollouts = self.vllm_generation.pop_rollouts()
+        output.update(stack_records(rollouts, output["completion_ids"]))
+        if self.model.training:
+            self._correct(output)
+        self._log_batch(output)
+        return output
+
+    def _with_system_prompts(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Give TRL the student's prompts and the engine the teacher's, tokenized as TRL would."""
+        generator = self.generator
+        self.vllm_generation.teacher_prompts = None
+        if generator.two_prompts:
+            prompts = [with_system_prompt(example["prompt"], generator.teacher_system_prompt) for example in inputs]
+            self.vllm_generation.teacher_prompts = self._tokenize_prompts(prompts)[0]
+        system_prompt = generator.theta_system_prompt
+        return [{**example, "prompt": with_system_prompt(example["prompt"], system_prompt)} for example in inputs]
+
+    def _correct(self, output: dict[str, Any]) -> None:
+        """Put the weights or advantages into the batch that the loss of the subclass reads."""
+        raise NotImplementedError
+
+    def _append_metrics(self, numbers: dict[str, float]) -> None:
+        """Add numbers of this batch to those that TRL averages until it logs them."""
+        log = self._metrics["train" if self.model.training else "eval"]
+        for name, value in numbers.items():
+            log[name].append(value)
+
+    def _log_batch(self, output: dict[str, Any]) -> None:
+        """Log the batch of all processes; α, the ratios and the divergences over the mixture's tokens alone."""
+        mask = output["completion_mask"].bool()
+        tokens = sum(len(rollout.completion_ids) for rollout in self.rollouts)
+        work = torch.tensor([tokens, self.vllm_generation.seconds], device=mask.device)
+        self._append_metrics(metrics.of_speed(*self.accelerator.gather(work).view(-1, 2).unbind(1)))
+        self._log_difference(output, mask)
+        if not self.model.training:
+            return
+        mixed = mask & output["mixture_rows"][:, None]
+        alpha, log_q, log_theta, log_teacher = (self._gathered(output[name], mixed) for name in RECORDS)
+        if len(alpha):  # there are none where the schedule has arrived at the student, or `theta_fraction` is 1
+            self._append_metrics(metrics.of_mixture(alpha, log_q, log_theta, log_teacher))
+            self.histograms = metrics.histograms_of_mixture(alpha, log_q, log_theta)
+
+    def _log_difference(self, output: dict[str, Any], mask: Tensor) -> None:
+        """Log the distance between the engine's log θ and the trainer's, where TRL computed the latter."""
+        if (of_tokens := output.get("old_per_token_logps")) is not None:  # GRPO's (B, T)
+            differences = self._gathered(metrics.token_differences(of_tokens, output["log_theta"]), mask)
+        elif (of_completions := output.get("old_logps")) is not None:  # RLOO's (B,)
+            per_token = metrics.completion_differences(of_completions, output["log_theta"], mask)
+            differences = self._gathered(per_token[:, None], mask.any(1, keepdim=True))
+        else:
+            return
+        self._append_metrics(metrics.of_differences(differences))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as TRL does, and then send the histograms of the last batch to the loggers that have them."""
+        super().log(logs, start_time)
+        send_histograms(self, self.histograms)
+        self.histograms = {}
+
+    def _gathered(self, values: Tensor, mask: Tensor) -> Tensor:
+        """Values (B, T) of all processes where `mask` holds, in one dimension."""
+        marked = values.float().masked_fill(~mask, torch.nan)
+        every = self.accelerator.gather(self.accelerator.pad_across_processes(marked, dim=1, pad_index=torch.nan))
+        return every[~every.isnan()]

@@ -1,0 +1,69 @@
+"""Rollouts to a dataset and to a Parquet file and back, without loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpers.rollouts import empty, rollout
+from helpers.strategies import EDGES, assert_same, rollouts
+from optimal_sampling_trl.mixture import Mixture
+from optimal_sampling_trl.rollouts.dataset import features, from_dataset, to_dataset
+from optimal_sampling_trl.rollouts.rollout import RECORDS, Rollout
+
+
+@settings(max_examples=100)
+@given(st.lists(rollouts(), max_size=3))
+def test_dataset_and_back_loses_nothing(wanted: list[Rollout]) -> None:
+    dataset = to_dataset(wanted)
+    assert dataset.features == features()
+    found = from_dataset(dataset)
+    assert len(found) == len(wanted)
+    for got, want in zip(found, wanted):
+        assert_same(got, want)
+
+
+def test_parquet_and_back_loses_nothing(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    edges = torch.tensor(EDGES)
+    tokens = list(range(len(EDGES)))
+    wanted = [
+        rollout(
+            text="“ein\n\0🦜 Satz\u200d”", mixture=Mixture("trust_region", 0.1, 1 / 3, 0.2, 1e-9), temperature=0.1
+        ),
+        empty(),
+        rollout(completion_ids=tokens, **{name: edges.roll(n) for n, name in enumerate(RECORDS)}),
+        rollout(completion_ids=[9], **{name: torch.tensor([torch.nan]) for name in RECORDS}),
+    ]
+    path = str(tmp_path / "rollouts.parquet")
+    to_dataset(wanted).to_parquet(path)
+    dataset = Dataset.from_parquet(path, cache_dir=str(tmp_path / "cache"))
+    assert dataset.features == features()
+    for got, want in zip(from_dataset(dataset), wanted, strict=True):
+        assert_same(got, want)
+
+
+def test_no_rollouts_are_a_dataset_too() -> None:
+    dataset = to_dataset([])
+    assert dataset.features == features()
+    assert from_dataset(dataset) == []
+
+
+def test_a_dataset_without_a_column_is_refused() -> None:
+    dataset = to_dataset([rollout()]).remove_columns(["log_theta", "temperature"])
+    with pytest.raises(
+        ValueError, match=r"lacks log_theta, temperature; it has prompt_ids, .* that `to_dataset` writes"
+    ):
+        from_dataset(dataset)
+
+
+def test_a_dataset_with_another_mixture_is_refused() -> None:
+    row = to_dataset([rollout()])[0]
+    row["mixture"]["alpha_minimum"] = 0.5
+    with pytest.raises(ValueError, match=r"Unknown field of a mixture 'alpha_minimum'.*Did you mean 'alpha_min'"):
+        from_dataset([row])

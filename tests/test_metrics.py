@@ -1,0 +1,87 @@
+"""The numbers that are logged of a batch, from tensors alone, against numpy and by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from optimal_sampling_trl import metrics
+from optimal_sampling_trl.metrics import quantiles
+
+SHARES = list(metrics.ALPHA_QUANTILES.values())
+
+
+def test_the_mixtures_tokens_against_numpy() -> None:
+    chance = torch.Generator().manual_seed(0)
+    alpha, log_q, log_theta, log_teacher = (-torch.rand(4, 1001, generator=chance)).unbind(0)
+    alpha = -alpha
+    ratio = np.exp((log_theta - log_q).double().numpy())
+    assert metrics.of_mixture(alpha, log_q, log_theta, log_teacher) == pytest.approx(
+        {
+            "alpha/mean": alpha.double().mean().item(),
+            "alpha/q10": np.quantile(alpha.numpy(), 0.1),
+            "alpha/q50": np.quantile(alpha.numpy(), 0.5),
+            "alpha/q90": np.quantile(alpha.numpy(), 0.9),
+            "mixture/kl_theta": (log_q - log_theta).double().mean().item(),
+            "mixture/kl_teacher": (log_q - log_teacher).double().mean().item(),
+            "mixture/ess": ratio.sum() ** 2 / (ratio**2).sum() / 1001,
+        },
+        rel=1e-5,
+    )
+    drawn = metrics.histograms_of_mixture(alpha, log_q, log_theta)
+    assert drawn.keys() == {"alpha/tokens", "mixture/log_weight"}
+    assert torch.equal(drawn["alpha/tokens"], alpha)
+    assert torch.equal(drawn["mixture/log_weight"], log_theta - log_q)
+
+
+def test_weights_beyond_a_float_have_a_sample_size() -> None:
+    """exp(200) is no float32: the ratio of a token that the mixture hardly draws."""
+    nothing = torch.zeros(4)
+    log_theta = torch.tensor([200.0, 200.0, 0.0, -torch.inf])
+    assert metrics.of_mixture(nothing, nothing, log_theta, nothing)["mixture/ess"] == pytest.approx(0.5)
+
+
+def test_no_token_of_the_mixture_has_no_number() -> None:
+    none = torch.zeros(0)
+    assert metrics.of_mixture(none, none, none, none) == {}
+    assert metrics.histograms_of_mixture(none, none, none) == {}
+
+
+def test_quantiles_of_many_values() -> None:
+    """As torch's own, which refuses as many values as a large batch has."""
+    values = torch.rand(1001, generator=torch.Generator().manual_seed(0))
+    assert quantiles(values, SHARES) == pytest.approx(values.quantile(torch.tensor(SHARES)).tolist(), abs=1e-6)
+    many = torch.arange(2**24 + 1, dtype=torch.float32)
+    assert quantiles(many, [0.5]) == [2.0**23]
+
+
+def test_the_speed_is_that_of_the_slowest_process() -> None:
+    assert metrics.of_speed(torch.tensor([30.0, 10.0]), torch.tensor([2.0, 4.0])) == {
+        "mixture/tokens_per_second": 10.0
+    }
+    assert metrics.of_speed(torch.tensor([30.0]), torch.tensor([0.0]))["mixture/tokens_per_second"] > 0
+
+
+def test_the_rewards_of_each_half_of_the_groups() -> None:
+    rewards = torch.tensor([[0.0, 1.0, 1.0, 1.0], [0.5, 0.5, 0.5, 0.5], [torch.nan, 0.5, torch.nan, torch.nan]])
+    assert metrics.of_rewards(rewards, 2) == pytest.approx(
+        {
+            "mixture/groups_with_signal": 1 / 3,
+            "mixture/reward_theta": (0 + 1 + 0.5 + 0.5 + 0.5) / 5,
+            "mixture/reward_mixture": (1 + 1 + 0.5 + 0.5) / 4,
+        }
+    )
+    assert metrics.of_rewards(rewards, 0).keys() == {"mixture/groups_with_signal", "mixture/reward_mixture"}
+    assert metrics.of_rewards(rewards, 4).keys() == {"mixture/groups_with_signal", "mixture/reward_theta"}
+
+
+def test_the_difference_between_trainer_and_engine() -> None:
+    engine, mask = (
+        torch.tensor([[-1.0, -2.0, 0.0], [-1.0, 0.0, 0.0]]),
+        torch.tensor([[True, True, False], [True, False, False]]),
+    )
+    assert metrics.token_differences(engine + 0.25, engine).unique().tolist() == [0.25]
+    per_token = metrics.completion_differences(torch.tensor([-3.5, -0.75]), engine, mask)
+    assert per_token.tolist() == [0.25, 0.25]
+    assert metrics.of_differences(per_token) == {"engine/log_theta_difference": 0.25}

@@ -1,0 +1,41 @@
+"""Flags describe the same generator and sampler as the classes do, with the same defaults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from trl import TrlParser
+
+from helpers.models import make_model
+from optimal_sampling_trl import Mixture, OptimalSamplingGenerator, OptimalSamplingV1
+from optimal_sampling_trl.trainers import GeneratorArguments, SamplerArguments
+
+
+def test_without_flags_the_generator_is_the_default() -> None:
+    (flags,) = TrlParser((GeneratorArguments,)).parse_args_and_config(["--teacher", "large"])
+    assert flags.generator() == OptimalSamplingGenerator("large")
+
+
+@pytest.mark.parametrize("method", ["kl_symmetry", "trust_region"])
+def test_without_flags_the_sampler_is_the_default(tmp_path: Path, method: str) -> None:
+    """One mixture under one name: the same call samples the same from Python and from `recipes/sample.py`."""
+    for seed, name in enumerate(("large", "small")):
+        make_model(tmp_path / name, "llama", seed)
+    flags = ["--teacher", str(tmp_path / "large"), "--backend", "transformers", "--alpha_method", method]
+    (arguments,) = TrlParser((SamplerArguments,)).parse_args_and_config(flags)
+    pair = str(tmp_path / "large"), str(tmp_path / "small")
+    with (
+        arguments.sampler(pair[1]) as by_flags,
+        OptimalSamplingV1(*pair, alpha_method=method, backend="transformers") as by_hand,
+    ):
+        assert by_flags.mixture == by_hand.mixture
+
+
+def test_flags_reach_the_mixture() -> None:
+    flags = (
+        "--teacher large --alpha_method fixed --alpha_min 0.2 --alpha_max 0.7 --fixed_alpha 0.3 --theta_fraction 0.25"
+    )
+    (arguments,) = TrlParser((GeneratorArguments,)).parse_args_and_config(flags.split())
+    wanted = OptimalSamplingGenerator("large", Mixture("fixed", 0.2, 0.7, 0.3), theta_fraction=0.25)
+    assert arguments.generator() == wanted
