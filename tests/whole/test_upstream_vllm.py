@@ -179,9 +179,7 @@ def test_model_runner_v2() -> None:
     for name, texts in expected.items():
         source = (root / name).read_text()
         gone = [text for text in texts if text not in source]
-        assert not gone, (
-            f"vllm/v1/worker/gpu/{name} does not say {gone} any more: see {ROOM}/worker/model_state.py"
-        )
+        assert not gone, f"vllm/v1/worker/gpu/{name} does not say {gone} any more: see {ROOM}/worker/model_state.py"
 
 
 def test_blocks_are_hashed_with_their_request() -> None:
