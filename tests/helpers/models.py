@@ -108,6 +108,14 @@ def make_model(
     return str(folder)
 
 
+def copy_with(model: str, folder: Path, **config: Any) -> str:
+    """Copy a model's folder with further entries in its configuration, and return the copy."""
+    shutil.copytree(model, folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    return str(folder)
+
+
 def publish(cache: Path, name: str, **revisions: str) -> str:
     """Put model folders into a cache of the Hub as revisions of one model, and return its name.
 

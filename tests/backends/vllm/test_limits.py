@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 
 from helpers.engines import request, start
-from helpers.models import make_model, publish
+from helpers.models import copy_with, make_model, publish
 from optimal_sampling_trl.mixture import Mixture
 from optimal_sampling_trl.rollouts.request import Request
 
@@ -34,16 +33,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     plugin.require()  # vLLM's plugins are loaded once in a process, which takes longer than any refusal
     check_arguments({})
     return teacher, theta
-
-
-def copy_with(model: str, folder: Path, **config: Any) -> str:
-    """A model's folder with another configuration: the weights are never read."""
-    folder.mkdir()
-    for file in Path(model).iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
-    return str(folder)
 
 
 HYBRID = {"model_type": "qwen3_next", "architectures": ["Qwen3NextForCausalLM"], "num_hidden_layers": 4}

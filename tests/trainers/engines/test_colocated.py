@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
 
+import common
 from helpers.engines import TOLERANCE  # the engine's environment is set before vLLM is imported
+from helpers.models import copy_with, publish
 from helpers.training import TEXTS, Watch, load, make_trainer, make_untrained_pair, train_and_check
+from optimal_sampling_trl.pairing import source
 from optimal_sampling_trl.trainers.engines import colocated, live
 
 pytestmark = pytest.mark.engine
@@ -89,3 +93,40 @@ def test_auto_says_why_it_does_not_take_vllm(
     assert re.fullmatch(f"Rollouts are sampled with transformers: {reason}", message)
     with pytest.raises(ValueError, match=f"^`backend` is 'vllm', but {reason}. Use backend='transformers', or 'auto'"):
         make_trainer("grpo", pair, tmp_path, generator=change | {"backend": "vllm"})
+
+
+def test_the_pair_is_judged_by_the_engines_arguments(
+    pair: tuple[str, str], tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine would read the teacher's old revision, so that one says whether vLLM can serve the pair."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    old = copy_with(pair[0], tmp_path / "old", kv_lora_rank=8)  # which transformers does not read
+    teacher = publish(tmp_path, "me/teacher", main=pair[0], old=old)
+    settings = {"teacher": teacher, "engine_arguments": {"revision": "old"}}
+    with caplog.at_level(logging.INFO, logger=LOGGER):
+        trainer = make_trainer("grpo", pair, tmp_path, generator=settings | {"backend": "auto"})
+    assert trainer.vllm_generation.backend.name == "transformers"
+    assert "Rollouts are sampled with transformers: The teacher" in caplog.text
+    assert "has latent attention (MLA)" in caplog.text
+    with pytest.raises(ValueError, match=r"^`backend` is 'vllm', but The teacher .* has latent attention"):
+        make_trainer("grpo", pair, tmp_path, generator=settings | {"backend": "vllm"})
+
+
+def test_a_recipe_ends_with_its_engine(pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its scratch memory goes, which a GPU's worker makes when it starts; on a CPU the test does. From the choice of the
+    engine to its start the pair is read once."""
+    from vllm.v1.worker import workspace
+
+    if not torch.cuda.is_available():
+        workspace.init_workspace_manager(torch.device("cpu"))
+    read = []
+    load_config = source.load_config
+    monkeypatch.setattr(
+        source, "load_config", lambda *args, **more: [read.append(args), load_config(*args, **more)][1]
+    )
+    trainer = make_trainer("grpo", pair, tmp_path, generator=ENGINE | {"backend": "auto"}, max_steps=1)
+    assert [role for _, role in read] == ["teacher", "student"]
+    common.run(trainer)
+    assert not workspace.is_workspace_manager_initialized()
+    with pytest.raises(RuntimeError, match="This engine was closed"):
+        trainer.vllm_generation.sync_weights()

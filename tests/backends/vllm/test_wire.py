@@ -1,0 +1,72 @@
+"""The wire format: what a request carries, and the columns in which the record of a token comes back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from optimal_sampling_trl.backends.vllm import wire
+from optimal_sampling_trl.mixture import Mixture
+from optimal_sampling_trl.pairing import Ending
+from optimal_sampling_trl.rollouts.request import Request, Sampling
+from optimal_sampling_trl.rollouts.rollout import RECORDS
+
+REQUEST = Request([1, 2, 3], [1, 2, 3], Mixture("trust_region", epsilon=0.2), Sampling(top_k=5, stop=("a",)))
+
+
+def flat(rows: np.ndarray, ids: np.ndarray) -> Any:
+    """What vLLM hands back: the columns of all tokens behind each other."""
+    return SimpleNamespace(token_ids=ids.ravel().tolist(), logprobs=rows.ravel().tolist())
+
+
+def test_every_column_arrives_under_its_name() -> None:
+    rows = np.arange(8, dtype=np.float32).reshape(2, 4) / 16 - 1
+    read = dict(zip(RECORDS, wire.read_records(flat(rows, wire.column_ids([5, 6], 320)), [5, 6], 320), strict=True))
+    for column, name in enumerate(("log_q", *wire.RECORD_NAMES)):
+        assert read[name].tolist() == rows[:, column].tolist(), name
+
+
+def test_the_code_for_nan_is_undone() -> None:
+    rows = np.array([[-1.0, wire.NO_NUMBER, -np.inf, wire.NO_NUMBER]], dtype=np.float32)
+    alpha, log_q, log_theta, log_teacher = wire.to_columns(rows)
+    assert alpha.isnan().all()
+    assert log_teacher.isnan().all()
+    assert (log_q.tolist(), log_theta.tolist()) == ([-1.0], [-torch.inf])
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_columns_of_another_token_are_refused(shift: int) -> None:
+    answer = flat(np.zeros((1, 4), dtype=np.float32), wire.column_ids([5], 320))
+    with pytest.raises(RuntimeError, match="another column is in its way"):
+        wire.read_records(answer, [6] if shift == 0 else [5], 320 + shift)
+
+
+def test_a_mixture_travels_flat_and_comes_back() -> None:
+    extra = wire.extra_arguments(REQUEST)
+    assert wire.mixture_of(extra, {}) == REQUEST.mixture
+    assert wire.wants_record(SimpleNamespace(extra_args=extra))  # type: ignore[arg-type]
+    assert not wire.wants_record(SimpleNamespace(extra_args=None))  # type: ignore[arg-type]
+    assert wire.mixture_of(None, Mixture("entropy").to_dict()) == Mixture("entropy")
+
+
+def test_the_students_prompt_travels_where_it_is_another() -> None:
+    same, other = (SimpleNamespace(extra_args=wire.extra_arguments(one)) for one in (
+        REQUEST, replace(REQUEST, theta_prompt_ids=[2, 3])
+    ))  # fmt: skip
+    assert wire.theta_prompt_of(same) is None  # type: ignore[arg-type]
+    assert wire.theta_prompt_of(other) == [2, 3]  # type: ignore[arg-type]
+    assert wire.theta_prompt_of(None) is None
+
+
+def test_every_setting_has_a_word() -> None:
+    """Those of `Sampling` that are left out here have another word: see `to_sampling_params`."""
+    words = wire.same_arguments(REQUEST) | wire.stop_arguments(REQUEST, Ending((7, 8), (9,)))
+    assert set(Sampling.__dataclass_fields__) - set(words) == {"seed"}
+    assert (words["top_k"], words["stop"], words["stop_token_ids"], words["ignore_eos"]) == (5, ["a"], [7, 8], True)
+    ignoring = replace(REQUEST, sampling=replace(REQUEST.sampling, ignore_eos=True))
+    assert wire.stop_arguments(ignoring, Ending((7, 8), (9,)))["stop_token_ids"] == []
