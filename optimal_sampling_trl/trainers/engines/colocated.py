@@ -19,8 +19,6 @@ from ...rollouts.rollout import Rollout
 from .base import MixtureGeneration, MixturePlan, on_all_ranks, refuse_images
 
 if TYPE_CHECKING:
-    from vllm import RequestOutput
-
     from ...backends.vllm.backend import VLLMBackend
 
 CPU_CACHE = 1 << 30
@@ -125,9 +123,7 @@ class FusedLLM:
         self.rollouts: list[Rollout] = []
         self.seconds = 0.0
 
-    def generate(
-        self, prompts: list[dict[str, Any]], sampling_params: Any, use_tqdm: bool = False
-    ) -> list[RequestOutput]:
+    def generate(self, prompts: list[dict[str, Any]], sampling_params: Any, use_tqdm: bool = False) -> list[Any]:
         """vLLM's outputs with what TRL reads of each token; `sampling_params` stand in the requests already."""
         from ...backends.vllm.requests import with_log_theta
 

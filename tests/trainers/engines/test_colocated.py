@@ -113,8 +113,8 @@ def test_the_pair_is_judged_by_the_engines_arguments(
 
 
 def test_a_recipe_ends_with_its_engine(pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its scratch memory goes, which a GPU's worker makes when it starts; on a CPU the test does. From the choice of the
-    engine to its start the pair is read once."""
+    """Its scratch memory goes, which a GPU's worker makes when it starts; on a CPU the test does. Before
+    that, the pair is read once from the choice of the engine to its start."""
     from vllm.v1.worker import workspace
 
     if not torch.cuda.is_available():
