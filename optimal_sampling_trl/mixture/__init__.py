@@ -30,10 +30,12 @@ that either model gives no mass has none under q and takes no part in an expecta
 from __future__ import annotations
 
 from .mixing import blend, fold_eos, log_distributions, mix
-from .settings import METHODS, SAME_DIVERGENCE, Mixture, MixtureRows, precision
+from .settings import CERTAIN_LOGIT, FIELDS, METHODS, SAME_DIVERGENCE, Mixture, MixtureRows, precision
 from .solver import solve_alpha
 
 __all__ = [
+    "CERTAIN_LOGIT",
+    "FIELDS",
     "METHODS",
     "SAME_DIVERGENCE",
     "Mixture",

@@ -1,4 +1,4 @@
-"""The mixture of a batch of rows: both models' logits to α and log q. Symbols and equations: `mixture`."""
+"""The mixture of a batch of rows: from both models' logits to α and log q. `mixture` has the symbols and equations."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def mix(
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, "N V"]]:
     """Solve α in each row and return the mixture.
 
-    The vocabularies of one family are padded to different sizes: V is the smaller, and both models are taken as
-    distributions over those first V tokens. The inputs may be of any float type; the solution is computed in
-    float64, on a GPU by the kernels (α within 1e-4). Waits for no device but the CPU.
+    The vocabularies of one family are padded to different sizes. V is the smaller size, and both models are taken as
+    distributions over those first V tokens. The logits may be of any float type. α is solved in float64; on a GPU by
+    the kernels, within 1e-4. The call does not wait for a GPU.
 
     Args:
         theta_logits: the student's raw logits; -inf where a token is masked.
-        teacher_logits: the teacher's raw logits; `fold_eos` comes before, where the two models end differently.
+        teacher_logits: the teacher's raw logits. Call `fold_eos` on them before, where the two models end differently.
         mixture: one for all rows, or one for each.
-        temperature: above 0, one for all rows or one for each; acts on both models before α is solved.
+        temperature: above 0; one for all rows, or one for each. It acts on both models before α is solved.
 
     Returns:
         alpha: (N,) float32; NaN in a row without a solution: a NaN among its logits, or no token with mass under both.
@@ -65,7 +65,7 @@ def _mix_on_a_gpu(
 
     if not isinstance(temperature, Tensor):
         temperature = torch.full((len(theta_logits),), temperature, device=theta_logits.device)
-    mixed = mix_logits(theta_logits, teacher_logits, *rows[1:], temperature)
+    mixed = mix_logits(theta_logits, teacher_logits, rows, temperature)
     V = min(theta_logits.shape[1], teacher_logits.shape[1])
     log_q = torch.log_softmax(mixed.logits[:, :V] / temperature[:, None], dim=-1)
     return mixed.alpha, log_q.masked_fill(mixed.alpha.isnan()[:, None], torch.nan)
@@ -74,7 +74,7 @@ def _mix_on_a_gpu(
 def _check_rows(
     theta_logits: Tensor, teacher_logits: Tensor, mixture: Mixture | Sequence[Mixture] | MixtureRows, temperature: Any
 ) -> None:
-    """Refuse what would broadcast, or solve a wrong problem, without a word; looks at nothing on a device."""
+    """Refuse arguments that would silently broadcast or pose another problem, without reading from a device."""
     N = len(theta_logits)
     if len(teacher_logits) != N:
         raise ValueError(
@@ -98,7 +98,7 @@ def log_distributions(
     teacher_logits: Float[Tensor, "N V_teacher"],
     temperature: float | Float[Tensor, " N"] = 1.0,
 ) -> tuple[Float[Tensor, "N V"], Float[Tensor, "N V"]]:
-    """log θ and log t over the common vocabulary at the sampling temperature, in the solver's precision."""
+    """Return log θ and log t over the common vocabulary at the sampling temperature, in the solver's precision."""
     V = min(theta_logits.shape[-1], teacher_logits.shape[-1])
     dtype = precision(theta_logits.device)
     scale = temperature[:, None].to(dtype) if isinstance(temperature, Tensor) else temperature
@@ -110,9 +110,10 @@ def log_distributions(
 def blend(
     theta: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"], alpha: Float[Tensor, " N"]
 ) -> Float[Tensor, "N V"]:
-    """(1-α)·θ + α·t of logits or log-probabilities: log q up to a constant. At α = 0 and 1 one model's row, exactly.
+    """Return (1-α)·θ + α·t of logits or log-probabilities: log q up to a constant of the row.
 
-    Of raw logits it is what an engine's own sampler divides by the temperature: θ^((1-α)/T) t^(α/T) is q_α at T.
+    At α = 0 and α = 1 it is one model's row, exactly. Blended raw logits may be handed to an engine, whose sampler
+    divides them by the temperature T afterwards: θ^((1-α)/T) t^(α/T) is q_α at T.
     """
     weight = alpha[:, None].to(theta.dtype)
     mixed = (1 - weight) * theta + weight * teacher
@@ -120,15 +121,18 @@ def blend(
 
 
 def fold_eos(teacher_logits: Float[Tensor, "N V"], teacher_eos: Sequence[int], theta_eos: int) -> Float[Tensor, "N V"]:
-    """Count the mass that the teacher gives to its own end-of-sequence tokens for the student's.
+    """Move the mass of the teacher's end-of-sequence tokens to the student's.
 
     Models of one family may end with different tokens (Qwen3 and Qwen3-Base). Unfolded, the two distributions never
-    agree that a sequence is over. Acts on raw logits, before the temperature.
+    agree that a sequence is over. The function acts on raw logits, before the temperature.
 
     Args:
         teacher_logits: the teacher's raw logits.
-        teacher_eos: the teacher's end-of-sequence ids that are none of the student's.
-        theta_eos: the student's end-of-sequence id that takes their mass.
+        teacher_eos: the teacher's end-of-sequence ids that the student does not end with.
+        theta_eos: the student's end-of-sequence id, which takes their mass.
+
+    Returns:
+        The folded logits, -inf at `teacher_eos`; the given tensor itself where `teacher_eos` is empty.
     """
     if not teacher_eos:
         return teacher_logits

@@ -1,4 +1,8 @@
-"""The oracle: the mixture in float64, a row at a time, by bisection. Slow; every faster path is tested against it."""
+"""The oracle: the mixture in float64, one row at a time, by bisection on the equations at the head of `mixture`.
+
+It shares no line with the solver and the kernels, which are tested against it: of this package it imports the settings
+alone.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .mixing import Mixture
-from .settings import SAME_DIVERGENCE
+from .settings import SAME_DIVERGENCE, Mixture
 
 
 def reference(
@@ -18,9 +21,17 @@ def reference(
     mixture: Mixture | Iterable[Mixture],
     temperature: float = 1.0,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, "N V"]]:
-    """What `mix` must return, in float64: each row by itself, bisection to 1e-12 on the defining equation.
+    """Return what `mix` must return, in float64: bisection to 1e-12 on the defining equation of each row.
 
-    Slow, and the only oracle: every faster path is tested against it.
+    Args:
+        theta_logits: the student's raw logits; -inf where a token is masked.
+        teacher_logits: the teacher's raw logits.
+        mixture: one for all rows, or one for each.
+        temperature: above 0; acts on both models before α is solved.
+
+    Returns:
+        alpha: (N,) float64; NaN in a row without a solution.
+        log_q: (N, V) float64, normalised; NaN throughout a row without a solution.
     """
     V = min(theta_logits.shape[-1], teacher_logits.shape[-1])
     mixtures = [mixture] * len(theta_logits) if isinstance(mixture, Mixture) else list(mixture)

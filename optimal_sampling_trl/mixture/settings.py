@@ -1,4 +1,4 @@
-"""How α is chosen, as a user sets it and as a batch of rows reads it."""
+"""The settings of a mixture: as a user writes them, and as the columns that a batch of rows is solved from."""
 
 from __future__ import annotations
 
@@ -15,14 +15,20 @@ from ..options import check_number, unknown_option
 METHODS = ("kl_symmetry", "ess_balance", "trust_region", "entropy", "fixed")
 SAME_DIVERGENCE = 1e-9
 """Jeffreys divergence, in nats, below which two rows count as the same distribution."""
+CERTAIN_LOGIT = 1e4
+"""The logit of the end-of-sequence token in a row without a solution, whose other logits are 0.
+
+Sampling then ends that sequence at any temperature: the number is certain, and stays finite when it is divided."""
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """How α is chosen at each token.
+    """Say how α is chosen at each token.
+
+    The order of the fields and their defaults stand here alone: `FIELDS` and `Mixture()` hand them on.
 
     Args:
-        method: the equation that α solves, one of `METHODS` (see the head of this module).
+        method: the equation that α solves, one of `METHODS` (see the head of `mixture`).
         alpha_min: the smallest weight of the teacher, in [0, alpha_max].
         alpha_max: the largest weight of the teacher, in [alpha_min, 1].
         fixed_alpha: α of the method `fixed`; no other method reads it.
@@ -64,68 +70,79 @@ class Mixture:
 
     @classmethod
     def theta_only(cls) -> Mixture:
-        """The student alone: α = 0 at every token."""
+        """Return the student alone: α = 0 at every token."""
         return cls(alpha_min=0.0, alpha_max=0.0)
 
     @classmethod
     def teacher_only(cls) -> Mixture:
-        """The teacher alone: α = 1 at every token."""
+        """Return the teacher alone: α = 1 at every token."""
         return cls(alpha_min=1.0, alpha_max=1.0)
 
     @property
     def is_theta_only(self) -> bool:
-        """Whether no token can be drawn from anything but the student."""
-        spent = (self.method == "trust_region" and self.epsilon == 0) or (
-            self.method == "fixed" and not self.fixed_alpha
-        )
-        return self.alpha_max == 0.0 or (spent and self.alpha_min == 0.0)
+        """True if every token is drawn from the student alone."""
+        no_budget = self.method == "trust_region" and self.epsilon == 0
+        no_weight = self.method == "fixed" and self.fixed_alpha == 0
+        return self.alpha_max == 0.0 or (self.alpha_min == 0.0 and (no_budget or no_weight))
 
     def anneal(self, share: float) -> Mixture:
-        """The mixture a share of the way to the student: linear in ε and alpha_min for `trust_region`, in the range of
-        α otherwise.
+        """Return the mixture at a share of the way to the student alone.
+
+        `trust_region` is annealed in ε and alpha_min, every other method in the range of α; both linearly.
 
         Args:
             share: 0 is this mixture, 1 the student alone.
+
+        Raises:
+            ValueError: where `share` is no number in [0, 1].
         """
         check_number("Mixture.anneal", "share", share, 0.0, 1.0)
         if share == 1.0:
             return Mixture.theta_only()
-        left = 1.0 - share
-        if self.method == "trust_region":  # alpha_min overrules the budget, so it goes along
-            return replace(self, epsilon=self.epsilon * left, alpha_min=self.alpha_min * left)
+        rest = 1.0 - share
+        if self.method == "trust_region":  # alpha_min overrules the budget, so it shrinks with it
+            return replace(self, epsilon=self.epsilon * rest, alpha_min=self.alpha_min * rest)
         return replace(
             self,
-            alpha_min=self.alpha_min * left,
-            alpha_max=self.alpha_max * left,
-            fixed_alpha=self.fixed_alpha * left,
+            alpha_min=self.alpha_min * rest,
+            alpha_max=self.alpha_max * rest,
+            fixed_alpha=self.fixed_alpha * rest,
         )
 
+    def numbers(self) -> tuple[float, ...]:
+        """Return the fields in the order of `FIELDS` as numbers; the method as its place in `METHODS`."""
+        return tuple(METHODS.index(self.method) if name == "method" else getattr(self, name) for name in FIELDS)
+
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values, for JSON, Parquet and the extra arguments of a request."""
+        """Return the fields as plain values, for JSON, Parquet and the extra arguments of a request."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Mixture:
-        """The mixture that `to_dict` described.
+        """Return the mixture that `to_dict` described.
 
         Raises:
             ValueError: on a key that is no field of `Mixture`.
         """
-        known = [field.name for field in fields(cls)]
         for key in values:
-            if key not in known:
-                raise ValueError(unknown_option("field of a mixture", key, known))
+            if key not in FIELDS:
+                raise ValueError(unknown_option("field of a mixture", key, FIELDS))
         return cls(**values)
 
 
-class MixtureRows(NamedTuple):
-    """The mixtures of N rows, as tensors on the device that solves them.
+FIELDS = tuple(field.name for field in fields(Mixture))
+"""The names of a mixture's fields, in the order in which every table of mixtures has its columns."""
 
-    `present` says on the host which methods occur, so that none is computed in vain and nothing is read back.
+
+class MixtureRows(NamedTuple):
+    """The mixtures of N rows: one column a field, on the device that solves them.
+
+    `present` holds the methods that occur. It is kept on the host, so that no other method is computed and nothing is
+    read back from the device.
     """
 
     present: frozenset[str]
-    method: Int[Tensor, " N"]
+    method: Int[Tensor, " N"] | Float[Tensor, " N"]
     alpha_min: Float[Tensor, " N"]
     alpha_max: Float[Tensor, " N"]
     fixed_alpha: Float[Tensor, " N"]
@@ -133,18 +150,24 @@ class MixtureRows(NamedTuple):
 
     @classmethod
     def of(cls, mixtures: Sequence[Mixture], device: torch.device | str = "cpu") -> MixtureRows:
-        """One row for each of `mixtures`."""
-        numbers = torch.tensor(
-            [[m.alpha_min, m.alpha_max, m.fixed_alpha, m.epsilon] for m in mixtures], dtype=precision(device)
-        ).reshape(len(mixtures), 4)
-        method = torch.tensor([METHODS.index(m.method) for m in mixtures], dtype=torch.int64)
-        return cls(frozenset(m.method for m in mixtures), method.to(device), *numbers.to(device).unbind(1))
+        """Return one row for each of `mixtures`."""
+        numbers = torch.tensor([mixture.numbers() for mixture in mixtures], dtype=precision(device))
+        rows = cls.from_table(numbers.reshape(len(mixtures), len(FIELDS)).to(device))
+        return rows._replace(present=frozenset(mixture.method for mixture in mixtures), method=rows.method.long())
+
+    @classmethod
+    def from_table(cls, numbers: Float[Tensor, "N F"]) -> MixtureRows:
+        """Return the rows of a table of `Mixture.numbers`; any method may be present."""
+        return cls(frozenset(METHODS), **dict(zip(FIELDS, numbers.unbind(1), strict=True)))
 
     def rows(self, index: Int[Tensor, " K"]) -> MixtureRows:
-        """The rows at `index`."""
-        return MixtureRows(self.present, *(column[index] for column in self[1:]))
+        """Return the rows at `index`."""
+        return self._replace(**{name: getattr(self, name)[index] for name in FIELDS})
 
 
 def precision(device: torch.device | str) -> torch.dtype:
-    """What α is solved in: float64, for near-equal distributions drown in float32's rounding; Metal has none."""
+    """Return the type that α is solved in.
+
+    That is float64, because float32 cannot resolve nearly equal distributions; float32 on Metal, which has no float64.
+    """
     return torch.float32 if torch.device(device).type == "mps" else torch.float64

@@ -1,29 +1,35 @@
-"""α of each row of a batch: Newton's method in float64 on the equations that stand at the head of `mixture`."""
+"""α of each row of a batch: Newton's method in float64 on the equations at the head of `mixture`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .settings import METHODS, SAME_DIVERGENCE
-
-if TYPE_CHECKING:
-    from .settings import MixtureRows
+from .settings import METHODS, SAME_DIVERGENCE, MixtureRows
 
 SOLVER_STEPS = 48
-"""Most passes of the solver over a row; it needs 4 to 8, and bisection from 1 to 1e-9 would need 30."""
+"""The most passes over a row. The solver needs 4 to 8; bisection from 1 to 1e-9 would need 30."""
 SOLVER_TOLERANCE = 1e-9
-"""The solver stops (where it can look without waiting for a device) once no α moves further than this."""
+"""The solver stops once no α moves further than this. On a GPU it makes every pass: to look, it would have to wait."""
 
 
 def solve_alpha(
     log_theta: Float[Tensor, "N V"], log_teacher: Float[Tensor, "N V"], rows: MixtureRows
 ) -> Float[Tensor, " N"]:
-    """α of each row; NaN where a row has no solution (see `mix`), never an error on the device."""
+    """Solve α in each row.
+
+    Args:
+        log_theta: the student's log-probabilities, in the solver's precision.
+        log_teacher: the teacher's log-probabilities, likewise.
+        rows: how each row's α is chosen.
+
+    Returns:
+        α in the solver's precision; NaN in a row without a solution (see `mix`). No row raises an error.
+    """
     support = torch.isfinite(log_theta) & torch.isfinite(log_teacher)
     log_ratio = torch.where(support, log_teacher - log_theta, 0.0)
     family = _Family(log_theta.masked_fill(~support, -torch.inf), log_ratio)
@@ -46,11 +52,14 @@ def _unsolvable(
     support: Bool[Tensor, "N V"],
     alpha: Float[Tensor, " N"],
 ) -> Bool[Tensor, " N"]:
+    """Return the rows that have a NaN, or no token with mass under both where α needs one."""
     broken = log_theta.isnan().any(-1) | log_teacher.isnan().any(-1)
     return broken | (~support.any(-1) & (alpha != 0) & (alpha != 1))
 
 
 class _Moments(NamedTuple):
+    """Hold log Σθe^(sℓ), and the mean and variance of ℓ under p_s, of each row."""
+
     log_sum: Float[Tensor, " N"]
     mean: Float[Tensor, " N"]
     variance: Float[Tensor, " N"]
@@ -63,13 +72,13 @@ class _Family(NamedTuple):
     log_ratio: Float[Tensor, "N V"]
 
     def moments(self, power: Float[Tensor, " N"] | float) -> _Moments:
-        """log Σθe^(sℓ), and the mean and variance of ℓ under p_s, at s = `power`."""
+        """Return the moments at s = `power`."""
         if isinstance(power, Tensor):
             log_weights = torch.addcmul(self.log_theta, self.log_ratio, power[:, None])
         else:
             log_weights = torch.add(self.log_theta, self.log_ratio, alpha=power)
         top = log_weights.amax(-1, keepdim=True)
-        weights = log_weights.sub_(top).exp_()  # in place from here: the solver's time is that of its passes
+        weights = log_weights.sub_(top).exp_()  # in place from here on: the passes over memory are the solver's time
         total = weights.sum(-1)
         weights.mul_(self.log_ratio)
         mean = weights.sum(-1) / total
@@ -78,6 +87,8 @@ class _Family(NamedTuple):
 
 
 class _Residual(NamedTuple):
+    """Hold an equation's residual, a function of α that rises through 0 at the solution, and its slope in α."""
+
     value: Float[Tensor, " N"]
     slope: Float[Tensor, " N"]
 
@@ -102,11 +113,11 @@ _RESIDUALS: dict[str, Callable[[_Family, Tensor, Tensor], _Residual]] = {
     "ess_balance": _ess_balance,
     "trust_region": _trust_region,
 }
-"""For each equation a function of α that rises through 0 at the solution, and its slope."""
+"""The methods that are an equation, and the residual of each."""
 
 
 def _solve_roots(family: _Family, rows: MixtureRows, alpha: Tensor, middle: Tensor) -> Float[Tensor, " N"]:
-    """The roots of the rows whose method is an equation; the other rows keep their `alpha`."""
+    """Return the roots of the rows whose method is an equation, and `alpha` of the other rows."""
     theta, teacher = family.moments(0.0), family.moments(1.0)
     divergence = teacher.mean - theta.mean
     for name in sorted(rows.present & _RESIDUALS.keys()):
@@ -125,10 +136,13 @@ def _solve_roots(family: _Family, rows: MixtureRows, alpha: Tensor, middle: Tens
 def _find_root(
     residual: Callable[[_Family, Tensor, Tensor], _Residual], family: _Family, rows: MixtureRows, alpha: Tensor
 ) -> Float[Tensor, " N"]:
-    """Newton's method from `alpha` in the bracket [alpha_min, alpha_max]; bisection where a step does not halve the
-    last one. A step beyond an end of the range tries that end, once, which is the answer where the root lies outside:
-    bisection would only creep towards it, and α = 1 - 1e-9 has another support than 1. A row that is solved stays
-    where it is while others go on: its last step is rounding, which the next need not halve."""
+    """Find the root in [alpha_min, alpha_max] by Newton's method from `alpha`.
+
+    A step that does not halve the last one is replaced by a bisection of the bracket. The first step beyond an end of
+    the range tries that end, which is the answer where the root lies outside: bisection would only creep towards it,
+    and α = 1 - 1e-9 has another support than α = 1. A solved row does not move while others go on: steps below the
+    tolerance are accepted, though rounding need not halve from one to the next.
+    """
     low, high = rows.alpha_min.clone(), rows.alpha_max.clone()
     last = high - low
     untried = torch.ones_like(low, dtype=torch.bool)

@@ -121,8 +121,8 @@ def median_ms(work: Callable[..., object], sets: list, rounds: int) -> float:
 
 
 def time_kernels(method: str, sets: list, rounds: int, chunk: int, warps: int) -> float:
-    columns = MixtureRows.of([Mixture(method)] * len(sets[0][0]), "cuda")[1:]
-    return median_ms(lambda *pair: mix_logits(*pair, *columns, chunk=chunk, warps=warps), sets, rounds)
+    rows = MixtureRows.of([Mixture(method)] * len(sets[0][0]), "cuda")
+    return median_ms(lambda *pair: mix_logits(*pair, rows, chunk=chunk, warps=warps), sets, rounds)
 
 
 def time_torch(method: str, sets: list) -> float:
@@ -140,7 +140,8 @@ def find_error(methods: Sequence[str], sets: list, checked: int) -> float:
     theta, teacher = (side[:checked] for side in sets[0])
     errors = []
     for method in methods:
-        alpha = mix_logits(theta, teacher, *MixtureRows.of([Mixture(method)] * len(theta), "cuda")[1:]).alpha.cpu()
+        rows = MixtureRows.of([Mixture(method)] * len(theta), "cuda")
+        alpha = mix_logits(theta, teacher, rows).alpha.cpu()
         want, _ = reference(theta.cpu(), teacher.cpu(), Mixture(method))
         errors.append(float((alpha - want).abs().max()))
     return max(errors)

@@ -95,6 +95,11 @@ def inside(log_theta: Tensor, log_teacher: Tensor, alpha: Tensor) -> Tensor:
     return torch.log_softmax(torch.where(both, mixed, -torch.inf), -1)
 
 
+def kl(log_p: Tensor, log_other: Tensor) -> Tensor:
+    """KL(p‖other) of rows; a token without mass under p adds nothing."""
+    return torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_other), 0.0).sum(-1)
+
+
 @st.composite
 def rollouts(draw: st.DrawFn) -> Rollout:
     T = draw(st.integers(0, 5))

@@ -15,6 +15,32 @@ from helpers.paths import PROCESSES, ROOT, python_path
 CASES = PROCESSES / "kernel_cases.py"
 
 
+KEYS = """
+import importlib
+import triton.language as tl
+from optimal_sampling_trl.mixture.kernels import blend, layout, nodes, steps
+
+def keys():
+    return [nodes.begin.cache_key, steps.step.cache_key, blend.blend.cache_key]
+
+before = keys()
+layout.ROW_ALPHA = tl.constexpr(31)
+for module in (nodes, steps, blend):
+    importlib.reload(module)
+print([old != new for old, new in zip(before, keys())])
+"""
+
+
+def test_a_kernel_compiled_for_other_slots_is_not_loaded() -> None:
+    """The key of Triton's cache on disk holds the globals that a kernel names, and no attribute of a module."""
+    pytest.importorskip("triton", reason="no build of Triton for this system")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = python_path()
+    done = subprocess.run([sys.executable, "-c", KEYS], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split("\n")[-2] == "[True, True, True]"
+
+
 def test_the_kernels_compiled_or_interpreted() -> None:
     pytest.importorskip("triton", reason="no build of Triton for this system")
     environment = (

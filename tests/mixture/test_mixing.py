@@ -1,4 +1,4 @@
-"""The mixture against its float64 reference, against identities of the mathematics, and against arithmetic by hand.
+"""`mix`, `blend` and `fold_eos`: rows against the float64 reference, ends, broken rows, padding, and refusals.
 
 Both `mix` and `reference` turn the same values into float64 first, so that bfloat16 logits get float32's tolerances:
 α within 1e-5 and log q within 1e-5 plus float32's own rounding of it (6e-8 of its size).
@@ -11,7 +11,6 @@ one distribution: as d(residual)/dα = Var_q[ℓ], residuals below r leave a tot
 from __future__ import annotations
 
 import math
-from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
@@ -26,24 +25,21 @@ from helpers.strategies import (
     ROOTS,
     Pair,
     inside,
+    kl,
     make_row,
     mixtures,
     pairs,
     random_pair,
-    share,
     temperatures,
 )
 from optimal_sampling_trl.mixture import (
     METHODS,
-    SAME_DIVERGENCE,
     Mixture,
     MixtureRows,
     blend,
     fold_eos,
     log_distributions,
     mix,
-    solve_alpha,
-    solver,
 )
 from optimal_sampling_trl.mixture.reference import reference
 
@@ -52,11 +48,6 @@ LOG_Q_TOLERANCE = 1e-5
 FLOAT32_ROUNDING = 6e-8
 RESIDUAL_TOLERANCE = 1e-12
 """Of the largest |ℓ|, log θ or log t of the row (at least 1): what float64 leaves of a sum that should be 0."""
-
-
-def kl(log_p: Tensor, log_other: Tensor) -> Tensor:
-    """KL(p‖other) of rows; a token without mass under p adds nothing."""
-    return torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_other), 0.0).sum(-1)
 
 
 def ess_inverse(log_target: Tensor, log_q: Tensor) -> Tensor:
@@ -155,160 +146,6 @@ def test_one_token_is_certain() -> None:
     alpha, log_q = mix(*random_pair(len(rows), 1), rows)
     assert alpha.tolist() == pytest.approx([0.5, 0.5, 0.8, 0.5, 0.5])
     assert log_q.abs().max() == 0
-
-
-# By hand. θ = (1/2, 1/2) and t = (4/5, 1/5): q = (x, 1-x) has log x/(1-x) = α·log 4, so that α = log(x/(1-x)) / log 4.
-LOG_HALVES, LOG_FIFTHS = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.8, 0.2]]).log()
-BY_HAND = {
-    # x·log(8/5) + (1-x)·log(2/5) = 0
-    "kl_symmetry": (Mixture(), math.log(2.5) / math.log(4)),
-    # (1/4)(1/x + 1/(1-x)) = (16/25)/x + (1/25)/(1-x), so that 0.21x = 0.39(1-x)
-    "ess_balance": (Mixture("ess_balance"), 0.65),
-    # the ε of q = (3/5, 2/5)
-    "trust_region": (Mixture("trust_region", epsilon=0.6 * math.log(1.2) + 0.4 * math.log(0.8)), 0.6),
-    # √(1/2·4/5) : √(1/2·1/5) = 2 : 1
-    "fixed": (Mixture("fixed"), 2 / 3),
-}
-
-
-@pytest.mark.parametrize("method", BY_HAND)
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_two_tokens_by_hand(method: str, temperature: float) -> None:
-    mixture, x = BY_HAND[method]
-    logits = (temperature * LOG_HALVES + 3.0, temperature * LOG_FIFTHS - 5.0)  # θ and t at the sampling temperature
-    for alpha, log_q in (mix(*logits, mixture, temperature), reference(*logits, mixture, temperature)):
-        assert log_q.exp()[0].tolist() == pytest.approx([x, 1 - x], abs=1e-6)
-        assert float(alpha) == pytest.approx(math.log(x / (1 - x)) / math.log(4), abs=1e-6)
-
-
-def test_entropy_by_hand() -> None:
-    theta = torch.zeros(1, 4)  # H = log 4
-    teacher = torch.tensor([[0.0, 0.0, -torch.inf, -torch.inf]])  # H = log 2
-    for alpha, log_q in (mix(theta, teacher, Mixture("entropy")), reference(theta, teacher, Mixture("entropy"))):
-        assert float(alpha) == pytest.approx(2 / 3, abs=1e-6)
-        assert log_q[0].tolist() == pytest.approx([-math.log(2), -math.log(2), -math.inf, -math.inf])
-
-
-@pytest.mark.parametrize(
-    "mixture",
-    [
-        Mixture(),
-        Mixture("ess_balance"),
-        Mixture("entropy"),
-        # KL of the uniform q to (4/5, 1/5) is ½·log(1/(4·4/5·1/5))
-        Mixture("trust_region", epsilon=0.5 * math.log(1 / 0.64)),
-    ],
-)
-def test_mirrored_pair_meets_in_the_middle(mixture: Mixture) -> None:
-    alpha, log_q = mix(LOG_FIFTHS, LOG_FIFTHS.flip(1), mixture)
-    assert float(alpha) == pytest.approx(0.5, abs=1e-6)
-    assert log_q[0].tolist() == pytest.approx([-math.log(2)] * 2, abs=1e-6)
-
-
-def test_same_distribution_takes_the_middle_of_the_range() -> None:
-    theta, _ = random_pair(5, 6)
-    rows = [Mixture(method, alpha_min=0.1, alpha_max=0.5, fixed_alpha=0.3) for method in METHODS]
-    alpha, log_q = mix(theta, theta.clone(), rows)
-    wanted = {"kl_symmetry": 0.3, "ess_balance": 0.3, "trust_region": 0.5, "entropy": 0.5, "fixed": 0.3}
-    assert alpha.tolist() == pytest.approx([wanted[method] for method in METHODS])
-    assert (log_q - torch.log_softmax(theta, -1)).abs().max() < 1e-6
-
-
-@pytest.mark.parametrize("method", ["kl_symmetry", "ess_balance"])
-def test_near_equal_rows_are_solved_down_to_the_stated_divergence(method: str) -> None:
-    """Above `SAME_DIVERGENCE` the equation is solved, below it the middle is taken: α tells which."""
-    ratio = torch.tensor([[3.0, -1.0]], dtype=torch.float64)
-    theta = torch.tensor([[0.1, 0.9]], dtype=torch.float64).log()
-    variance = 0.1 * 0.9 * 4.0**2  # the Jeffreys divergence of θ and θ·e^(sℓ) is s²·Var[ℓ] for small s
-    for factor, solved in ((4.0, True), (0.25, False)):
-        teacher = theta + math.sqrt(factor * SAME_DIVERGENCE / variance) * ratio
-        alpha, _ = mix(theta, teacher, Mixture(method, alpha_max=0.2))
-        assert float(alpha) == pytest.approx(0.2 if solved else 0.1)
-        assert float(reference(theta, teacher, Mixture(method, alpha_max=0.2))[0]) == pytest.approx(float(alpha))
-
-
-def solved_pair(mixture: Mixture, N: int = 40) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """log θ, log t, α and log q of N random rows in float64."""
-    log_theta, log_teacher = log_distributions(*random_pair(N, 9))
-    alpha = solve_alpha(log_theta, log_teacher, MixtureRows.of([mixture] * N))
-    return log_theta, log_teacher, alpha, inside(log_theta, log_teacher, alpha)
-
-
-def test_kl_symmetry_is_as_far_from_the_student_as_from_the_teacher() -> None:
-    log_theta, log_teacher, alpha, log_q = solved_pair(Mixture())
-    assert bool(((alpha > 0) & (alpha < 1)).all())
-    assert (kl(log_q, log_theta) - kl(log_q, log_teacher)).abs().max() < 1e-8
-
-
-def test_ess_balance_gives_both_weights_one_effective_sample_size() -> None:
-    log_theta, log_teacher, alpha, log_q = solved_pair(Mixture("ess_balance"))
-    inverse_theta, inverse_teacher = ((2 * row - log_q).exp().sum(-1) for row in (log_theta, log_teacher))
-    inner = (alpha > 0) & (alpha < 1)
-    assert inner.sum() >= 30
-    assert (inverse_theta / inverse_teacher - 1)[inner].abs().max() < 1e-8
-    # At an end the root lies beyond it: the sums still differ, in the direction that the end is for.
-    assert bool((inverse_theta > inverse_teacher)[alpha == 0].all())
-    assert bool((inverse_theta < inverse_teacher)[alpha == 1].all())
-
-
-@pytest.mark.parametrize("epsilon", [1e-4, 0.05, 1.0, 5.0])
-def test_trust_region_spends_its_budget_or_is_the_teacher(epsilon: float) -> None:
-    log_theta, _, alpha, log_q = solved_pair(Mixture("trust_region", epsilon=epsilon))
-    spent = kl(log_q, log_theta)
-    assert (spent - epsilon)[alpha < 1].abs().max() < 1e-8 if bool((alpha < 1).any()) else epsilon == 5.0
-    assert bool((spent[alpha == 1] <= epsilon).all())
-
-
-def test_trust_region_rises_with_its_budget() -> None:
-    pair = random_pair(20, 9)
-    budgets = [0.0, 1e-6, 1e-3, 0.01, 0.05, 0.2, 1.0, 3.0, 50.0]
-    alphas = torch.stack([mix(*pair, Mixture("trust_region", epsilon=epsilon))[0] for epsilon in budgets])
-    assert bool((alphas.diff(dim=0) >= 0).all())
-    assert alphas[0].max() < 1e-6
-    assert bool((alphas[-1] == 1).all())
-    assert bool((alphas[4] > alphas[2]).all())
-
-
-@settings(max_examples=60)
-@given(pairs(kinds=("random",), scale=3.0), st.sampled_from(["kl_symmetry", "ess_balance", "entropy"]), share, share)
-def test_teacher_and_student_change_places(pair: Pair, method: str, one: float, other: float) -> None:
-    low, high = min(one, other), max(one, other)
-    alpha, log_q = mix(pair.theta, pair.teacher, Mixture(method, low, high))
-    swapped, swapped_log_q = mix(pair.teacher, pair.theta, Mixture(method, 1 - high, 1 - low))
-    assert (alpha - (1 - swapped)).abs().max() < 1e-6
-    assert (log_q - swapped_log_q).abs().max() < LOG_Q_TOLERANCE
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_root_outside_of_the_range_is_its_nearer_end(method: str) -> None:
-    pair = random_pair(20, 9)
-    free = mix(*pair, Mixture(method))[0]
-    for low, high in ((0.0, 0.01), (0.99, 1.0), (0.4, 0.6), (0.3, 0.3)):
-        fixed = min(max(0.5, low), high)
-        alpha, _ = mix(*pair, Mixture(method, low, high, fixed))
-        assert (alpha - free.clamp(low, high)).abs().max() < 1e-6
-        assert bool((alpha[free < low] == torch.tensor(low)).all())
-        assert bool((alpha[free > high] == torch.tensor(high)).all())
-
-
-@pytest.mark.parametrize("method", ROOTS)
-@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.5, 1.0), (0.0, 0.2)])
-def test_the_solver_takes_few_passes(method: str, low: float, high: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the root lies outside of the range, to whose end bisection would creep in 30, and where a row is
-    solved long before others, which it must not leave again (a GPU makes a fixed number of passes)."""
-    passes, residual_of = 0, solver._RESIDUALS[method]
-
-    def counted(*arguments: Any) -> Any:
-        nonlocal passes
-        passes += 1
-        return residual_of(*arguments)
-
-    monkeypatch.setitem(solver._RESIDUALS, method, counted)
-    for scale in (0.3, 2.0, 8.0):
-        for epsilon in (0.05, 2.0):
-            passes = 0
-            mix(*random_pair(200, 50, scale=scale), Mixture(method, low, high, high, epsilon))
-            assert 1 <= passes <= 16
 
 
 @settings(max_examples=60)
@@ -473,96 +310,6 @@ def test_folding_nothing_and_masked_endings() -> None:
 def test_mix_refuses_what_it_would_solve_wrongly(arguments: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         mix(*random_pair(3, 5), **({"mixture": Mixture()} | arguments))
-
-
-@pytest.mark.parametrize(
-    ("fields", "text"),
-    [
-        ({"method": "kl_symetry"}, r"Unknown mixture method 'kl_symetry'\. Known: .*Did you mean 'kl_symmetry'\?"),
-        ({"method": None}, r"Unknown mixture method None\. Known: entropy, ess_balance, fixed"),
-        ({"alpha_min": -0.1}, r"Mixture: `alpha_min` is -0\.1; wanted a number in \[0, 1\]"),
-        ({"alpha_max": 1.5}, r"Mixture: `alpha_max` is 1\.5; wanted a number in \[0, 1\]"),
-        ({"alpha_min": True}, r"Mixture: `alpha_min` is True; wanted a number"),
-        ({"alpha_max": "0.5"}, r"Mixture: `alpha_max` is '0\.5'; wanted a number"),
-        ({"alpha_max": math.nan}, r"Mixture: `alpha_max` is nan; wanted a number"),
-        ({"fixed_alpha": None}, r"Mixture: `fixed_alpha` is None; wanted a number"),
-        ({"fixed_alpha": 2}, r"Mixture: `fixed_alpha` is 2; wanted a number in \[0, 1\]"),
-        ({"epsilon": -1.0}, r"Mixture: `epsilon` is -1\.0; wanted a finite number of at least 0"),
-        ({"epsilon": math.inf}, r"Mixture: `epsilon` is inf; wanted a finite number"),
-        ({"epsilon": math.nan}, r"Mixture: `epsilon` is nan; wanted a finite number"),
-        (
-            {"alpha_min": 0.8, "alpha_max": 0.2},
-            r"`alpha_min` is 0\.8 and `alpha_max` is 0\.2; wanted alpha_min <= alpha_max\. Lower the first or raise",
-        ),
-        (
-            {"method": "fixed", "alpha_min": 0.6},
-            r"`fixed_alpha` is 0\.5, outside of \[alpha_min, alpha_max\] = \[0\.6, 1\.0\].*Widen the range",
-        ),
-    ],
-)
-def test_mixture_refuses(fields: dict[str, Any], text: str) -> None:
-    with pytest.raises(ValueError, match=text):
-        Mixture(**fields)
-
-
-def test_mixture_is_frozen_and_accepts_whole_numbers() -> None:
-    mixture = Mixture(alpha_min=0, alpha_max=1)
-    assert mixture == Mixture()
-    assert len({mixture, Mixture()}) == 1
-    with pytest.raises(FrozenInstanceError):
-        mixture.alpha_min = 0.5  # type: ignore[misc]
-
-
-@given(mixtures())
-def test_mixture_as_values_and_back(mixture: Mixture) -> None:
-    values = mixture.to_dict()
-    assert Mixture.from_dict(values) == mixture
-    assert set(values) == {"method", "alpha_min", "alpha_max", "fixed_alpha", "epsilon"}
-    columns = MixtureRows.of([mixture])
-    assert METHODS[int(columns.method)] == mixture.method
-    assert [float(column) for column in columns[2:]] == [values[name] for name in MixtureRows._fields[2:]]
-
-
-def test_a_key_that_no_mixture_has_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"Unknown field of a mixture 'alpha_mn'\. .*Did you mean 'alpha_min'\?"):
-        Mixture.from_dict({"method": "fixed", "alpha_mn": 0.1})
-    with pytest.raises(ValueError, match=r"`alpha_min` is 0\.9 and `alpha_max` is 0\.1"):
-        Mixture.from_dict({"alpha_min": 0.9, "alpha_max": 0.1})
-
-
-def test_theta_only_and_teacher_only() -> None:
-    assert Mixture.theta_only().is_theta_only
-    assert not Mixture.teacher_only().is_theta_only
-    assert not Mixture().is_theta_only
-    assert (Mixture.teacher_only().alpha_min, Mixture.teacher_only().alpha_max) == (1.0, 1.0)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_anneal_is_linear_and_ends_at_the_student(method: str) -> None:
-    mixture = Mixture(method, alpha_min=0.3, alpha_max=0.8, fixed_alpha=0.6, epsilon=0.4)
-    assert mixture.anneal(0.0) == mixture
-    assert mixture.anneal(0) == mixture
-    assert mixture.anneal(1.0) == Mixture.theta_only()
-    for gone in (0.25, 0.5, 0.75):
-        annealed = mixture.anneal(gone)
-        if method == "trust_region":
-            assert annealed.epsilon == pytest.approx(0.4 * (1 - gone))
-            assert annealed.alpha_min == pytest.approx(
-                0.3 * (1 - gone)
-            )  # else α would stay at it, and jump at the end
-            assert (annealed.alpha_max, annealed.fixed_alpha) == (0.8, 0.6)
-        else:
-            alpha_max = 0.8 * (1 - gone)
-            assert annealed.alpha_max == pytest.approx(alpha_max)
-            assert annealed.alpha_min == pytest.approx(0.3 * (1 - gone))
-            assert annealed.fixed_alpha == pytest.approx(0.6 * (1 - gone))
-            assert (annealed.method, annealed.epsilon) == (method, 0.4)
-
-
-@pytest.mark.parametrize("gone", [-0.1, 1.1, math.nan, "0.5", True, None])
-def test_anneal_refuses_what_is_no_share(gone: Any) -> None:
-    with pytest.raises(ValueError, match=r"Mixture\.anneal: `share` is .*; wanted a number in \[0, 1\]"):
-        Mixture().anneal(gone)
 
 
 def test_shapes_are_checked_in_tests() -> None:

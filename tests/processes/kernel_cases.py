@@ -44,11 +44,10 @@ VARIATION_TOLERANCE = 1e-5
 def run(
     pair: Pair, rows: list[Mixture], temperature: list[float] | None = None, chunk: int = SMALL, **more: Any
 ) -> MixedLogits:
-    columns = MixtureRows.of(rows, DEVICE)[1:]
     if temperature is not None:
         more["temperature"] = torch.tensor(temperature, device=DEVICE)
     chunk = chunk if pair.theta.shape[1] < 10_000 else CHUNK
-    out = mix_logits(*(side.to(DEVICE) for side in pair), *columns, chunk=chunk, **more)
+    out = mix_logits(*(side.to(DEVICE) for side in pair), MixtureRows.of(rows, DEVICE), chunk=chunk, **more)
     return MixedLogits(*(value.cpu() for value in out))
 
 
@@ -255,10 +254,9 @@ def test_rows_may_lie_apart_and_padding_is_ignored() -> None:
     got = run(Pair(wide[::2], teacher), rows)
     for one, other in zip(want, got):
         assert torch.equal(one, other)
-    columns = torch.stack([column.double() for column in MixtureRows.of(rows)[1:]], 1).to(DEVICE).unbind(1)
-    out = mix_logits(
-        theta.to(DEVICE), teacher.to(DEVICE), columns[0].long().repeat_interleave(2)[::2], *columns[1:], chunk=SMALL
-    )
+    table = torch.tensor([mixture.numbers() for mixture in rows], dtype=torch.float64, device=DEVICE)
+    apart = MixtureRows.from_table(table.repeat_interleave(2, 0)[::2])
+    out = mix_logits(theta.to(DEVICE), teacher.to(DEVICE), apart, chunk=SMALL)
     assert torch.equal(out.alpha.cpu(), want.alpha)
 
 
@@ -294,14 +292,14 @@ def test_mix_on_a_gpu_is_the_reference(method: str) -> None:
 def test_a_graph_replays_on_other_logits() -> None:
     """No step waits for the host: a capture would refuse it."""
     theta, teacher = (side.to(DEVICE) for side in random_pair(4, 5000))
-    columns = MixtureRows.of([Mixture(method) for method in METHODS[:4]], DEVICE)[1:]
-    mix_logits(theta, teacher, *columns, stop=(3,), folded=(5,))
+    rows = MixtureRows.of([Mixture(method) for method in METHODS[:4]], DEVICE)
+    mix_logits(theta, teacher, rows, stop=(3,), folded=(5,))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = mix_logits(theta, teacher, *columns, stop=(3,), folded=(5,))
+        out = mix_logits(theta, teacher, rows, stop=(3,), folded=(5,))
     for seed in (1, 2):
         for side, new in zip((theta, teacher), random_pair(4, 5000, seed=seed)):
             side.copy_(new)
         graph.replay()
-        for got, want in zip(out, mix_logits(theta, teacher, *columns, stop=(3,), folded=(5,))):
+        for got, want in zip(out, mix_logits(theta, teacher, rows, stop=(3,), folded=(5,))):
             assert torch.equal(got, want)

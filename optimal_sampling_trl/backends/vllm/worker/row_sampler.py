@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ....mixture import Mixture, MixtureRows, blend, log_distributions, solve_alpha
+from ....mixture import CERTAIN_LOGIT, Mixture, MixtureRows, blend, log_distributions, solve_alpha
 from ....pairing import Ending
 from ..wire import mixture_of, wants_record
 from .records import Mixed, with_records
@@ -23,8 +23,6 @@ from .records import Mixed, with_records
 _CACHED = 1 << 16
 """Logits that the CPU solves at a time: half a MiB in float64, of which the solver holds a few; 4 times as fast as 32
 rows of 32 768 at once."""
-_CERTAIN = 1e4
-"""The logit by which a row without a solution ends its sequence: a number that stays finite at any temperature."""
 
 
 class BatchMixtures(NamedTuple):
@@ -100,7 +98,7 @@ def _solve(theta: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"], mixtures:
 def _last_words(V: int, ending: Ending, like: Tensor) -> Float[Tensor, " V"]:
     logits = like.new_zeros(V)
     if ending.stop:
-        logits[ending.stop[0]] = _CERTAIN
+        logits[ending.stop[0]] = CERTAIN_LOGIT
     return logits
 
 

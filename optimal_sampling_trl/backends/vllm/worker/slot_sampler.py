@@ -1,7 +1,7 @@
 """The mixture before the sampler of Model Runner V2, vLLM's on GPUs, which numbers requests by slots.
 
-What a request asks for is written once, when it arrives, into a table on the host whose copy on the device the steps
-read: no step waits for the host.
+A request's settings are written once, when it arrives, into a table on the host. The steps read the table's copy on
+the device, so that no step waits for the host.
 """
 
 from __future__ import annotations
@@ -13,81 +13,79 @@ import torch
 from torch import Tensor
 from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 
-from ....mixture import METHODS
+from ....mixture import FIELDS, Mixture, MixtureRows
 from ....mixture.kernels.launch import mix_logits
 from ..wire import RECORD, mixture_of
 from .records import Mixed, with_records
 
-COLUMNS = ("method", "alpha_min", "alpha_max", "fixed_alpha", "epsilon", "temperature")
-"""The columns of the table of slots, in the order of `mix_logits`' arguments."""
+SLOT_COLUMNS = (*FIELDS, "temperature")
+"""The columns of the table of slots."""
 
 
 class SlotSampler:
-    """Stands before the sampler of Model Runner V2; whatever it does not define is that sampler's.
+    """Stand before the sampler of Model Runner V2, to which every other attribute is handed on.
 
     Args:
         base: vLLM's sampler.
         model: the fused model.
-        slots: most requests at a time.
+        slots: the most requests at a time.
         device: where the steps run.
     """
 
     def __init__(self, base: Any, model: Any, slots: int, device: torch.device) -> None:
         self.base, self.model = base, model
-        self.staged = UvaBackedTensor((slots, len(COLUMNS)), dtype=torch.float32)
-        self.staged.np[:] = (0.0, 0.0, 1.0, 0.5, 0.05, 1.0)  # what vLLM's trial steps read
-        self.table = torch.empty(slots, len(COLUMNS), device=device)
+        self.staged = UvaBackedTensor((slots, len(SLOT_COLUMNS)), dtype=torch.float32)
+        self.staged.np[:] = (*Mixture().numbers(), 1.0)  # vLLM's trial steps read slots without a request
+        self.table = torch.empty(slots, len(SLOT_COLUMNS), device=device)
         self.has_changed = True
         self.wanted_np, self.masked_np = np.zeros(slots, dtype=bool), np.zeros(slots, dtype=bool)
         self.wanted = UvaBackedTensor(slots, dtype=torch.bool)
-        self.apply_own_writes()
+        self.copy_table()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.base, name)
 
     def add_request(self, slot: int, *args: Any) -> None:
-        """vLLM's hook for a new request; its parameters come last in every version."""
+        """Note a new request's settings. vLLM's hook; the request's parameters come last in every version."""
         self.base.add_request(slot, *args)
         params = args[-1]
         mixture = mixture_of(params.extra_args, self.model.default_mixture)
-        numbers = [getattr(mixture, name) for name in COLUMNS[1:-1]]
-        self.staged.np[slot] = [METHODS.index(mixture.method), *numbers, params.temperature or 1.0]
+        self.staged.np[slot] = (*mixture.numbers(), params.temperature or 1.0)
         self.wanted.np[slot] = self.wanted_np[slot] = bool((params.extra_args or {}).get(RECORD))
         self.masked_np[slot] = params.structured_outputs is not None
-        if self.wanted_np[slot]:  # our columns need none of the likeliest tokens
+        if self.wanted_np[slot]:  # a record's columns need none of the likeliest tokens
             self.base.sampling_states.num_logprobs[slot] = 0
         self.has_changed = True
 
     def apply_staged_writes(self) -> None:
-        """vLLM's hook before a step."""
+        """Bring to the device what was noted since the last step. vLLM's hook before a step."""
         self.base.apply_staged_writes()
         if self.has_changed:
-            self.apply_own_writes()
+            self.copy_table()
 
-    def apply_own_writes(self) -> None:
+    def copy_table(self) -> None:
         """Bring the table to the device."""
         self.table.copy_(self.staged.copy_to_uva(), non_blocking=True)
         self.wanted.copy_to_uva()
         self.has_changed = False
 
     def __call__(self, logits: Tensor, batch: Any) -> Any:
-        """What vLLM's sampler returns, drawn from the mixture; `logits` are the teacher's."""
+        """Return what vLLM's sampler returns, drawn from the mixture; `logits` are the teacher's."""
         slots, slots_np = batch.expanded_idx_mapping, batch.idx_mapping_np
-        method, low, high, fixed, epsilon, temperature = self.table[slots].unbind(1)
+        table = self.table[slots]
+        rows, temperature = MixtureRows.from_table(table[:, :-1]), table[:, -1]
         masked = self._masked(slots_np, slots.device)
         theta, ending = self.model.theta_logits, self.model.ending
-        mixed = mix_logits(
-            theta, logits, method, low, high, fixed, epsilon, temperature, masked, ending.stop, ending.folded
-        )
+        mixed = mix_logits(theta, logits, rows, temperature, masked, ending.stop, ending.folded)
         step = Mixed(mixed.logits, mixed.alpha, theta, logits, mixed.theta_sum, mixed.teacher_sum, temperature, ending)
         output = self.base(step.logits, batch)
         wanted = self.wanted_np[slots_np]
         if wanted.any():
-            rows = None if wanted.all() else self.wanted.gpu[slots][:, None]
-            output.logprobs_tensors = with_records(output.logprobs_tensors, output.sampled_token_ids[:, 0], step, rows)
+            some = None if wanted.all() else self.wanted.gpu[slots][:, None]
+            output.logprobs_tensors = with_records(output.logprobs_tensors, output.sampled_token_ids[:, 0], step, some)
         return output
 
     def _masked(self, slots_np: np.ndarray, device: torch.device) -> Tensor | None:
-        """The rows whose logits a grammar masks; None where there are none."""
+        """Return the rows whose logits a grammar masks; None where there are none."""
         masked = self.masked_np[slots_np]
         return torch.from_numpy(masked).pin_memory().to(device, non_blocking=True) if masked.any() else None

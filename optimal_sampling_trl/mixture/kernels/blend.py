@@ -1,0 +1,44 @@
+"""The last launch: blend the two models' raw logits with the α of each row."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..settings import CERTAIN_LOGIT
+from .layout import NOWHERE, ROW_ALPHA, ROW_MASKED, ROW_SLOTS
+from .sums import fold_endings, load_tile
+
+CERTAIN = tl.constexpr(CERTAIN_LOGIT)
+
+
+@triton.jit
+def blend(
+    theta, teacher, theta_stride, teacher_stride, endings, V, chunk, chunks, rows, alphas, out, V_teacher, out_chunks,
+    STOP: tl.constexpr, FOLDED: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """Write (1-α)·θ + α·t of one chunk of the teacher's V, and the row's α with the first chunk.
+
+    At α = 0 and α = 1 it is one model's row. Beyond the common V it is -inf. In a row without a solution, whose α is
+    NaN, it is 0, and `CERTAIN` at the student's ending if `STOP` says that there is one.
+    """
+    row, piece = (tl.program_id(0) // out_chunks).to(tl.int64), tl.program_id(0) % out_chunks
+    theta += row * theta_stride
+    teacher += row * teacher_stride
+    out += row * V_teacher
+    alpha = tl.load(rows + row * ROW_SLOTS + ROW_ALPHA).to(tl.float32)
+    masked = tl.load(rows + row * ROW_SLOTS + ROW_MASKED)
+    folded = fold_endings(teacher, endings, V, FOLDED)
+    for start in range(piece * chunk, tl.minimum(piece * chunk + chunk, V_teacher), OUTER * INNER):
+        s, t, index = load_tile(theta, teacher, endings, folded, start, V, FOLDED, OUTER, INNER)
+        mixed = (1 - alpha) * s + alpha * t
+        mixed = tl.where(alpha == 0, s, tl.where(alpha == 1, t, mixed))  # 0·(-inf) is NaN
+        if masked != 0:
+            mixed = tl.where(t == NOWHERE, NOWHERE, mixed)
+        if alpha != alpha:
+            mixed = tl.where(index < V, 0.0, NOWHERE)
+            if STOP:
+                mixed = tl.where(index == tl.load(endings), CERTAIN, mixed)
+        tl.store(out + index, mixed, mask=index < V_teacher)
+    if piece == 0:
+        tl.store(alphas + row, alpha)

@@ -1,0 +1,113 @@
+"""The settings of a mixture: refusals, values and back, annealing, and the one order of the fields."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import FrozenInstanceError
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+
+from helpers.strategies import mixtures
+from optimal_sampling_trl.mixture import FIELDS, METHODS, Mixture, MixtureRows
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"method": "kl_symetry"}, r"Unknown mixture method 'kl_symetry'\. Known: .*Did you mean 'kl_symmetry'\?"),
+        ({"method": None}, r"Unknown mixture method None\. Known: entropy, ess_balance, fixed"),
+        ({"alpha_min": -0.1}, r"Mixture: `alpha_min` is -0\.1; wanted a number in \[0, 1\]"),
+        ({"alpha_max": 1.5}, r"Mixture: `alpha_max` is 1\.5; wanted a number in \[0, 1\]"),
+        ({"alpha_min": True}, r"Mixture: `alpha_min` is True; wanted a number"),
+        ({"alpha_max": "0.5"}, r"Mixture: `alpha_max` is '0\.5'; wanted a number"),
+        ({"alpha_max": math.nan}, r"Mixture: `alpha_max` is nan; wanted a number"),
+        ({"fixed_alpha": None}, r"Mixture: `fixed_alpha` is None; wanted a number"),
+        ({"fixed_alpha": 2}, r"Mixture: `fixed_alpha` is 2; wanted a number in \[0, 1\]"),
+        ({"epsilon": -1.0}, r"Mixture: `epsilon` is -1\.0; wanted a finite number of at least 0"),
+        ({"epsilon": math.inf}, r"Mixture: `epsilon` is inf; wanted a finite number"),
+        ({"epsilon": math.nan}, r"Mixture: `epsilon` is nan; wanted a finite number"),
+        (
+            {"alpha_min": 0.8, "alpha_max": 0.2},
+            r"`alpha_min` is 0\.8 and `alpha_max` is 0\.2; wanted alpha_min <= alpha_max\. Lower the first or raise",
+        ),
+        (
+            {"method": "fixed", "alpha_min": 0.6},
+            r"`fixed_alpha` is 0\.5, outside of \[alpha_min, alpha_max\] = \[0\.6, 1\.0\].*Widen the range",
+        ),
+    ],
+)
+def test_mixture_refuses(fields: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        Mixture(**fields)
+
+
+def test_mixture_is_frozen_and_accepts_whole_numbers() -> None:
+    mixture = Mixture(alpha_min=0, alpha_max=1)
+    assert mixture == Mixture()
+    assert len({mixture, Mixture()}) == 1
+    with pytest.raises(FrozenInstanceError):
+        mixture.alpha_min = 0.5  # type: ignore[misc]
+
+
+@given(mixtures())
+def test_mixture_as_values_and_back(mixture: Mixture) -> None:
+    values = mixture.to_dict()
+    assert Mixture.from_dict(values) == mixture
+    assert set(values) == {"method", "alpha_min", "alpha_max", "fixed_alpha", "epsilon"}
+    columns = MixtureRows.of([mixture])
+    assert METHODS[int(columns.method)] == mixture.method
+    assert [float(column) for column in columns[2:]] == [values[name] for name in MixtureRows._fields[2:]]
+
+
+def test_a_key_that_no_mixture_has_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Unknown field of a mixture 'alpha_mn'\. .*Did you mean 'alpha_min'\?"):
+        Mixture.from_dict({"method": "fixed", "alpha_mn": 0.1})
+    with pytest.raises(ValueError, match=r"`alpha_min` is 0\.9 and `alpha_max` is 0\.1"):
+        Mixture.from_dict({"alpha_min": 0.9, "alpha_max": 0.1})
+
+
+def test_theta_only_and_teacher_only() -> None:
+    assert Mixture.theta_only().is_theta_only
+    assert not Mixture.teacher_only().is_theta_only
+    assert not Mixture().is_theta_only
+    assert (Mixture.teacher_only().alpha_min, Mixture.teacher_only().alpha_max) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_anneal_is_linear_and_ends_at_the_student(method: str) -> None:
+    mixture = Mixture(method, alpha_min=0.3, alpha_max=0.8, fixed_alpha=0.6, epsilon=0.4)
+    assert mixture.anneal(0.0) == mixture
+    assert mixture.anneal(0) == mixture
+    assert mixture.anneal(1.0) == Mixture.theta_only()
+    for gone in (0.25, 0.5, 0.75):
+        annealed = mixture.anneal(gone)
+        if method == "trust_region":
+            assert annealed.epsilon == pytest.approx(0.4 * (1 - gone))
+            assert annealed.alpha_min == pytest.approx(
+                0.3 * (1 - gone)
+            )  # else α would stay at it, and jump at the end
+            assert (annealed.alpha_max, annealed.fixed_alpha) == (0.8, 0.6)
+        else:
+            alpha_max = 0.8 * (1 - gone)
+            assert annealed.alpha_max == pytest.approx(alpha_max)
+            assert annealed.alpha_min == pytest.approx(0.3 * (1 - gone))
+            assert annealed.fixed_alpha == pytest.approx(0.6 * (1 - gone))
+            assert (annealed.method, annealed.epsilon) == (method, 0.4)
+
+
+@pytest.mark.parametrize("gone", [-0.1, 1.1, math.nan, "0.5", True, None])
+def test_anneal_refuses_what_is_no_share(gone: Any) -> None:
+    with pytest.raises(ValueError, match=r"Mixture\.anneal: `share` is .*; wanted a number in \[0, 1\]"):
+        Mixture().anneal(gone)
+
+
+def test_the_order_of_the_fields_is_that_of_every_table() -> None:
+    assert MixtureRows._fields == ("present", *FIELDS)
+    mixtures = [Mixture(method, 0.1, 0.9, 0.3, 0.2) for method in METHODS]
+    rows, table = MixtureRows.of(mixtures), torch.tensor([mixture.numbers() for mixture in mixtures])
+    for name, column, want in zip(FIELDS, MixtureRows.from_table(table)[1:], rows[1:], strict=True):
+        assert torch.equal(column, want.float()), name
+    assert rows.present == frozenset(METHODS)
