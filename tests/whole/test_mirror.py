@@ -14,8 +14,6 @@ from helpers.paths import ROOT, TESTS
 PACKAGE = ROOT / "optimal_sampling_trl"
 ELSEWHERE = {
     "__init__.py": ("whole/test_rooms.py", "loads a name when it is first used"),
-    "files.py": ("test_sampling_run.py", "writers and kills meet in a folder of rollouts"),
-    "options.py": ("whole/test_bad_inputs.py", "refusals of every option"),
     "backends/__init__.py": ("test_generate.py", "the choice of an engine is seen at the front door"),
     "backends/transformers/decoding.py": ("backends/transformers/test_backend.py", "the rows of its batches"),
     "backends/vllm/plugin.py": ("whole/test_upstream_vllm.py", "vLLM calls it by name"),
@@ -39,13 +37,14 @@ ELSEWHERE = {
     "rollouts/folder.py": ("test_sampling_run.py", "shards are written by a run"),
     "rollouts/progress.py": ("test_sampling_run.py", "the bar of a run"),
     "rollouts/request.py": ("whole/test_bad_inputs.py", "what a request refuses"),
-    "trainers/arguments.py": ("recipes/test_recipes.py", "flags and YAML of the recipes"),
+    "trainers/checkpoints.py": ("whole/test_faults.py", "kills between two checkpoints, two trainers in one folder"),
     "trainers/config.py": ("trainers/test_trainers.py", "a configuration is tested where it trains"),
     "trainers/distillation.py": ("trainers/test_trainers.py", "three trainers, one set of checks"),
     "trainers/generator.py": ("trainers/test_trainers.py", "what it refuses when a trainer is made"),
     "trainers/grpo.py": ("trainers/test_trainers.py", "three trainers, one set of checks"),
-    "trainers/mixin.py": ("trainers/test_trainers.py", "the records of every batch"),
+    "trainers/mixture_trainer.py": ("trainers/test_trainers.py", "the records of every batch"),
     "trainers/policy_gradient.py": ("trainers/test_trainers.py", "what GRPO and RLOO share"),
+    "trainers/records.py": ("trainers/test_trainers.py", "each micro-batch of a training is held against the oracle"),
     "trainers/rloo.py": ("trainers/test_trainers.py", "three trainers, one set of checks"),
     "trainers/engines/seam.py": ("trainers/engines/test_colocated.py", "live and colocated engines in a trainer"),
     "trainers/engines/server.py": ("backends/vllm/server/test_server.py", "trainers with a server"),
@@ -59,6 +58,7 @@ OTHERS = {
     "backends/vllm/server/test_server.py": "the folder as a whole, from outside",
     "mixture/test_kernels.py": "the folder `kernels` as a whole",
     "pairing/test_pairing.py": "the folder as a whole",
+    "trainers/test_signatures.py": "the arguments of the trainers against TRL's",
     "trainers/test_trainers.py": "three trainers on the transformers backend",
     "trainers/engines/test_colocated.py": "three trainers on the fused engine",
 }
