@@ -21,6 +21,7 @@ import torch
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from transformers import AutoModelForCausalLM
 
+from helpers.children import wait_until
 from helpers.models import make_model
 from helpers.oracle import check_rollout
 from optimal_sampling_trl import (
@@ -384,11 +385,10 @@ def start(target: Callable[..., None], *arguments: Any) -> BaseProcess:
     return process
 
 
-def wait_for(path: Path) -> None:
-    end = time.monotonic() + 60
-    while not path.exists():
-        assert time.monotonic() < end, f"{path} did not appear"
-        time.sleep(0.001)
+def join(process: BaseProcess) -> int | None:
+    """Wait for a process, as long as it shows a sign of life; returns its exit code."""
+    wait_until(lambda: process.exitcode is not None, process.pid or 0, pause=0.1)
+    return process.exitcode
 
 
 def check_prefix(folder: Path, whole: Path) -> None:
@@ -405,7 +405,9 @@ def test_killed_at_any_moment(whole: Path, root: Path, tmp_path: Path) -> None:
     folder, left = tmp_path / "run", []
     for shard in (0, 1, 2, 4, 5, 6):
         process = start(work, root, folder)
-        wait_for(folder / "data" / f"rollouts-{shard:06}.parquet")
+        path = folder / "data" / f"rollouts-{shard:06}.parquet"
+        wait_until(lambda: path.exists() or process.exitcode is not None, process.pid or 0, pause=0.001)  # noqa: B023
+        assert path.exists(), f"{path} did not appear"
         time.sleep(chance.uniform(0, 0.05))
         process.kill()
         process.join()
@@ -413,8 +415,7 @@ def test_killed_at_any_moment(whole: Path, root: Path, tmp_path: Path) -> None:
         check_prefix(folder, whole)
     print("shards after each kill:", left)
     process = start(work, root, folder)
-    process.join(60)
-    assert process.exitcode == 0
+    assert join(process) == 0
     assert content(folder) == content(whole)
 
 
@@ -425,8 +426,7 @@ def test_killed_at_each_moment(
     """Before the file is made, half-way through it, before it gets its name, and after."""
     folder = tmp_path / "run"
     process = start(work, root, folder, moment)
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
+    assert join(process) == -signal.SIGKILL
     names = {path.name for path in (folder / "data").iterdir()}
     assert len([name for name in names if not name.startswith(".")]) == (4 if moment == "fsync of the folder" else 3)
     assert (".rollouts-000003.parquet.tmp" in names) == (moment in ("fsync", "replace"))
@@ -441,7 +441,7 @@ def test_a_full_disk(whole: Path, root: Path, sampler: OptimalSamplingV1, tmp_pa
     sizes = [len(content(whole)[name]) for name in names]
     full, folder = sizes.index(max(sizes)), tmp_path / "run"
     assert full > 0
-    start(work, root, folder, None, max(sizes[:full])).join(60)
+    join(start(work, root, folder, None, max(sizes[:full])))
     message = Path(f"{folder}.error").read_text()
     for words in (
         f"{names[full]} ({sizes[full]:,} bytes) could not be written",

@@ -1,4 +1,4 @@
-"""Is it right on several GPUs? Two of them, and some minutes: a table says what was seen.
+"""Check the package on several GPUs: two of them, and some minutes. A table says what was seen.
 
     python tests/checks/check_gpus.py                          # all steps, each with a time of its own
     python tests/checks/check_gpus.py --only tensor nccl       # some of them
@@ -29,7 +29,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,10 +37,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")  # what TRL's client and vLLM tell each other to meet at
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "recipes")]  # helpers, and pairs
 
-import psutil
 import torch
 
 from checks.check_server import Report, Steps
+from helpers.children import TWO_RANKS as TORCHRUN
+from helpers.children import end
 from helpers.engines import TOLERANCE
 from helpers.models import make_model
 from helpers.paths import PROCESSES, RECIPES, ROOT, python_path
@@ -50,7 +50,6 @@ from helpers.training import KINDS as LOSSES
 from helpers.training import make_untrained_pair
 
 GPUS = torch.cuda.device_count()
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 FSDP = (
     *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--mixed_precision", "no"),
     *("--config_file", str(RECIPES / "accelerate" / "fsdp2.yaml")),
@@ -96,16 +95,6 @@ def start(home: Path, name: str, *command: str, **variables: str) -> None:
         errors = [line for line in text.splitlines() if "Error" in line and "ChildFailed" not in line]
         raise RuntimeError(f"ended with {code}: {' / '.join(errors[-2:])}")
     print("\n".join(line for line in text.splitlines() if line.startswith(("oracle", "rank"))))
-
-
-def end(process: subprocess.Popen[bytes], by: int = signal.SIGKILL) -> None:
-    """End a process with all that it started, those that torchrun gave sessions of their own among them."""
-    with suppress(psutil.NoSuchProcess):
-        here = psutil.Process(process.pid)
-        for one in (*here.children(recursive=True), here):
-            with suppress(psutil.NoSuchProcess):
-                one.send_signal(by)
-    process.wait()
 
 
 def answers(folder: Path, pattern: str, ranks: int = 2) -> list[dict[str, Any]]:

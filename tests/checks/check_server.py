@@ -53,8 +53,6 @@ BOUNDS = {"float32": TOLERANCE, "bfloat16": 0.1}
 """The largest error of a record, in nats and in α. bfloat16 has 8 bits of mantissa: logits near 5 are 0.03 apart."""
 BUDGET = 480.0
 """Seconds after which no step is begun."""
-START = 240
-"""Seconds that a server may take to start: the first one on a machine compiles."""
 NCCL = 90.0
 """Seconds that a trainer may take to send its weights three times."""
 SCALE = 0.8
@@ -237,9 +235,7 @@ class Steps:
     def start(self) -> None:
         program = ("-m", "optimal_sampling_trl.backends.vllm.server.serve")
         log = self.root / "log"
-        self.servers.append(
-            Server(*self.pair, log, *self.flags, patience=START, program=program, environment=self.server)
-        )
+        self.servers.append(Server(*self.pair, log, *self.flags, program=program, environment=self.server))
 
     def records(self) -> str:
         client = VLLMClient(base_url=self.servers[0].url)
@@ -265,9 +261,7 @@ class Steps:
         return state
 
     def start_another(self) -> None:
-        self.servers.append(
-            Server(*self.pair, self.root / "log2", *self.flags, patience=START, environment=self.server)
-        )
+        self.servers.append(Server(*self.pair, self.root / "log2", *self.flags, environment=self.server))
 
     def file(self) -> str:
         client = FileClient(base_url=self.servers[-1].url)

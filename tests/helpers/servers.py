@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import psutil
 import requests
 
+from helpers.children import StuckError, end, start, wait_until
 from helpers.paths import PROCESSES, python_path
 from optimal_sampling_trl import Mixture
 
@@ -41,7 +41,6 @@ class Server:
         log: a file for what it prints.
         flags: further ones of `optimal-sampling-serve`.
         program: what serves; by default one whose weights come from a file.
-        patience: seconds that it may take to start.
         environment: further variables of its process.
     """
 
@@ -52,14 +51,13 @@ class Server:
         log: Path,
         *flags: str,
         program: Sequence[str] = (str(PROCESSES / "serve_from_files.py"),),
-        patience: int = 300,
         environment: Mapping[str, str] | None = None,
     ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.log, self.patience, self.environment = log, patience, dict(environment or {})
+        self.log, self.environment = log, dict(environment or {})
         self.command = [
             sys.executable,
             *program,
@@ -75,25 +73,20 @@ class Server:
         self.start()
 
     def start(self) -> None:
-        """Start it, and wait until it answers."""
-        environment = os.environ | {"PYTHONPATH": python_path(), "VLLM_LOGGING_LEVEL": "ERROR"}
-        environment["PYTHONFAULTHANDLER"] = "1"
-        environment |= self.environment
+        """Start it, and wait until it answers, as long as it shows a sign of life."""
+        environment = {"PYTHONPATH": python_path(), "VLLM_LOGGING_LEVEL": "ERROR"} | self.environment
         with self.log.open("a") as output:
-            self.process = subprocess.Popen(
-                self.command, stdout=output, stderr=output, env=environment, start_new_session=True
-            )
-        for _ in range(self.patience):
-            if self.process.poll() is not None:
-                break
-            if self.is_up():
+            self.process = start(self.command, output, output, environment=environment)
+        reason = "it ended by itself"
+        try:
+            wait_until(lambda: self.process.poll() is not None or self.is_up(), self.process.pid, self.log)
+            if self.process.poll() is None:
                 return
-            time.sleep(1)
-        else:
-            self.signal(signal.SIGABRT)  # each of its processes says where it stands
-            time.sleep(2)
+        except StuckError as error:
+            reason = str(error)
+            end(self.process, signal.SIGABRT)  # each of its processes says where it stands
         self.stop()
-        raise RuntimeError(f"The server did not start:\n{self.log.read_text()[-6000:]}")
+        raise RuntimeError(f"The server did not start, {reason}:\n{self.log.read_text()[-6000:]}")
 
     def is_up(self) -> bool:
         try:
@@ -116,6 +109,4 @@ class Server:
             self.process.terminate()
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(30)
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        end(self.process)

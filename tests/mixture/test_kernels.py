@@ -3,13 +3,12 @@ imported, and vLLM on a CPU puts a placeholder in its place."""
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
 
+from helpers.children import run
 from helpers.paths import PROCESSES, ROOT, python_path
 
 CASES = PROCESSES / "kernel_cases.py"
@@ -43,9 +42,7 @@ def test_a_kernel_compiled_for_other_slots_is_not_loaded() -> None:
 
 def test_the_kernels_compiled_or_interpreted() -> None:
     pytest.importorskip("triton", reason="no build of Triton for this system")
-    environment = (
-        os.environ | {"PYTHONPATH": python_path()} | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})
-    )
+    environment = {"PYTHONPATH": python_path()} | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(CASES)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = run(command, cwd=ROOT, environment=environment)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

@@ -4,7 +4,6 @@ of α and of the weights, and the figures."""
 from __future__ import annotations
 
 import math
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +14,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from helpers.children import run
 from helpers.training import TEXTS, Watch, make_trainer, make_untrained_pair, one_batch
 from optimal_sampling_trl import metrics
 from optimal_sampling_trl.trainers.loggers import FigureCallback, send_histograms
@@ -147,7 +147,8 @@ from helpers.training import make_trainer
 make_trainer("grpo", {pair!r}, Path({str(tmp_path)!r}), max_steps=1).train()
 assert "optimal_sampling_trl.trainers.loggers" in sys.modules and "matplotlib.figure" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=300)
+    done = run([sys.executable, "-c", code])
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_rloo_measures_the_engines_difference_per_token(pair: tuple[str, str], tmp_path: Path) -> None:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import warnings
 from collections import defaultdict
 from functools import partial
@@ -24,8 +21,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 import pair as embedded
+from helpers.children import run_two_ranks
 from helpers.oracle import check_rollout
-from helpers.paths import PROCESSES, python_path
 from helpers.training import (
     KINDS,
     TEXTS,
@@ -911,14 +908,7 @@ TWO = ("grpo", "rloo", "divergence")
 def two_ranks(pair: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """What each of two ranks saw, for each kind; one run, since most of it is starting up."""
     folder = tmp_path_factory.mktemp("ranks")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    process = subprocess.run(
-        [*launch, str(PROCESSES / "two_processes.py"), *pair, str(folder), *TWO],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    process = run_two_ranks("two_processes.py", *pair, folder, *TWO)
     wanted = sorted(f"{kind}-{rank}.json" for kind in TWO for rank in (0, 1))
     assert sorted(file.name for file in folder.glob("*.json")) == wanted, process.stderr[-3000:]
     return {kind: [json.loads((folder / f"{kind}-{rank}.json").read_text()) for rank in (0, 1)] for kind in TWO}

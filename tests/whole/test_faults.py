@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from helpers.children import run_two_ranks, wait_until
 from helpers.engines import Oracle, request, start
 from helpers.models import make_model
 from helpers.oracle import check_rollout
@@ -154,14 +155,7 @@ def test_a_trainer_stops_by_name_and_its_checkpoint_is_whole(pair: tuple[str, st
 
 def test_a_failure_of_one_process_stops_both(pair: tuple[str, str], tmp_path: Path) -> None:
     """One of two ranks meets a NaN, and later one of two raises in its engine: neither waits in a collective."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    process = subprocess.run(
-        [*launch, str(PROCESSES / "one_rank_fails.py"), *pair, str(tmp_path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    process = run_two_ranks("one_rank_fails.py", *pair, tmp_path)
     files = [tmp_path / f"{rank}.json" for rank in (0, 1)]
     assert all(file.exists() for file in files), process.stderr[-3000:]
     other, failed = (json.loads(file.read_text()) for file in files)
@@ -284,16 +278,15 @@ def test_a_trainer_killed_at_any_moment(pair: tuple[str, str], tmp_path: Path) -
     chance, folder = random.Random(1), tmp_path / "run"
     for step in (3, 7):
         process = train_in_a_process(pair, folder)
-        end = time.monotonic() + 120
-        while not (folder / f"checkpoint-{step}").exists():
-            assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
-            assert time.monotonic() < end
-            time.sleep(0.001)
+        checkpoint = folder / f"checkpoint-{step}"
+        wait_until(lambda: checkpoint.exists() or process.poll() is not None, process.pid, pause=0.001)  # noqa: B023
+        assert checkpoint.exists(), (tmp_path / "log").read_text()[-3000:]
         time.sleep(chance.uniform(0, 0.03))
         process.send_signal(signal.SIGKILL)
         process.wait()
     process = train_in_a_process(pair, folder)
-    assert process.wait(300) == 0, (tmp_path / "log").read_text()[-3000:]
+    wait_until(lambda: process.poll() is not None, process.pid, tmp_path / "log")
+    assert process.returncode == 0, (tmp_path / "log").read_text()[-3000:]
     whole = make_trainer("grpo", pair, tmp_path / "whole", max_steps=10)
     whole.train()
     weights = load_file(folder / "checkpoint-10" / "model.safetensors")

@@ -7,13 +7,13 @@ are not installed.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from functools import cache
 from importlib.util import find_spec
 
 import pytest
 
+from helpers.children import run as run_to_its_end
 from helpers.paths import ROOT, SEARCHED
 
 PACKAGE = ROOT / "optimal_sampling_trl"
@@ -125,12 +125,7 @@ except Exception as error:
 def run(code: str, hidden: tuple[str, ...]) -> str:
     """Run code in a fresh process where the libraries are hidden; its output."""
     head = f"import sys\nsys.path[:0] = {[str(folder) for folder in SEARCHED]!r}\n"
-    process = subprocess.run(
-        [sys.executable, "-c", head + HIDE.format(hidden=sorted(hidden)) + code],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    process = run_to_its_end([sys.executable, "-c", head + HIDE.format(hidden=sorted(hidden)) + code])
     assert process.returncode == 0, process.stderr[-3000:]
     return process.stdout
 

@@ -5,8 +5,6 @@ It is installed alone into a folder that goes before the checkout; `make wheel` 
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -14,16 +12,15 @@ from pathlib import Path
 import pytest
 
 import optimal_sampling_trl
+from helpers.children import run as run_to_its_end
 from helpers.paths import ROOT, TESTS
 
 PACKAGE = ROOT / "optimal_sampling_trl"
 
 
 def run(*command: object, cwd: Path, path: str = "") -> str:
-    settings = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=cwd, env=settings, capture_output=True, text=True, timeout=600
-    )
+    settings = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = run_to_its_end([sys.executable, *command], cwd=cwd, environment=settings)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

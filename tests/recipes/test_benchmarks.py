@@ -1,0 +1,79 @@
+"""The benchmarks: each runs on the smallest models that it takes, and prints the table that its README shows."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from helpers.recipes import need_vllm, run, run_failing
+
+TINY = "--batches 2 --tokens 2 --rounds 1 --teacher 64 1 --theta 64 1 --vocabulary 300".split()  # noqa: SIM905
+
+
+def check_benchmark(script: str, columns: int) -> None:
+    output = run(script, *TINY)
+    (row,) = re.findall(r"^\| +2 \|.*$", output, re.MULTILINE)
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert len(cells) == columns, row
+    assert all(float(cell) > 0 for cell in cells[:5])
+    assert re.search(r"torch [\d.]+\S*, 1 thread\(s\), \w+", output)
+
+
+def test_transformers_backend() -> None:
+    check_benchmark("benchmarks/transformers_backend.py", columns=5)
+
+
+def test_triton_kernels() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    output = run("benchmarks/triton_kernels.py", "--batches", "4", "--rounds", "3", "--checked", "1")
+    rows = re.findall(r"^\| +4 \|.*$", output, re.MULTILINE)
+    assert len(rows) == 3
+    assert all(float(row.split("|")[-2]) < 1e-4 for row in rows), output
+
+
+@pytest.mark.engine
+def test_engine() -> None:
+    need_vllm()
+    check_benchmark("benchmarks/engine.py", columns=10)
+
+
+@pytest.mark.engine
+def test_http_server() -> None:
+    need_vllm()
+    output = run("benchmarks/http_server.py", "--requests", "4", "--tokens", "3", "--rounds", "1")
+    rows = [line.split("|")[1:-1] for line in output.splitlines() if re.match(r"\| (plain|mixture)", line)]
+    assert [row[0].strip() for row in rows] == ["plain", "mixture, no records", "mixture"], output
+    assert all(float(cell) > 0 for row in rows for cell in row[1:])
+
+
+@pytest.mark.engine
+def test_many_gpus() -> None:
+    need_vllm()
+    output = run("benchmarks/many_gpus.py", *TINY, "--processes", "2")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in re.findall(r"^\| \d.*", output, re.MULTILINE)]
+    assert [row[0] for row in rows] == ["1", "2"], output
+    assert all(float(row[1]) > 0 for row in rows)
+
+
+@pytest.mark.engine
+def test_weight_sync() -> None:
+    need_vllm()
+    if torch.cuda.device_count() < 2:
+        assert "here are fewer than 2" in run_failing("benchmarks/weight_sync.py")
+        return
+    assert "over NCCL" in run("benchmarks/weight_sync.py", *TINY)
+
+
+def test_soak() -> None:
+    flags = "--backend transformers --cycles 20 --warmup 2 --looks 2 --batch 2 --tokens 2".split()  # noqa: SIM905
+    output = run("benchmarks/soak.py", *flags)
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines() if re.match(r"\| \d", line)
+    ]
+    assert [row[0] for row in rows] == ["0", "10", "20"], output
+    assert all(len(row) == 8 for row in rows)
+    assert len({row[2] for row in rows}) == 1, "open files"
+    assert len(re.findall(r"first tenth .* tokens, last tenth .*%", output)) == 3

