@@ -35,7 +35,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from optimal_sampling_trl.backends import make_backend
+from optimal_sampling_trl.backends import Backend, make_backend
 from optimal_sampling_trl.mixture import Mixture
 from optimal_sampling_trl.rollouts.request import Request, Sampling
 from optimal_sampling_trl.rollouts.rollout import Rollout
@@ -61,18 +61,13 @@ def main() -> None:
     args = parse()
     with tempfile.TemporaryDirectory(prefix="noise-") as home:
         teacher, theta = args.pair or make_random_pair(home, args)
-        options = {"enforce_eager": True} if args.backend == "vllm" else {}
-        longest = args.prompt + max(args.lengths) + 1
+        longest, rows = args.prompt + max(args.lengths) + 1, 2 * args.rows
         backend = make_backend(
-            args.backend, teacher, theta, dtype=args.dtype, max_model_len=longest, max_num_seqs=args.rows, **options
+            args.backend, teacher, theta, dtype=args.dtype, max_model_len=longest, max_num_seqs=rows
         )
         print(f"engine {backend.name}, {args.dtype}, torch {torch.__version__}, {processor()}\n")
         print("| " + " | ".join(HEAD) + " |\n|" + "---:|" * len(HEAD))
-        rollouts = {
-            (half, length): sample(backend, mixture, length, args)
-            for length in args.lengths
-            for half, mixture in HALVES.items()
-        }
+        rollouts = {(half, length): rows for length in args.lengths for half, rows in sample(backend, length, args)}
         backend.close()
         for trainer in ("bfloat16", "float32 under autocast"):
             model = AutoModelForCausalLM.from_pretrained(theta, dtype=trainer.split()[0]).to(device()).eval()
@@ -94,11 +89,13 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def sample(backend: object, mixture: Mixture, length: int, args: argparse.Namespace) -> list[Rollout]:
-    """Completions of exactly `length` tokens."""
+def sample(backend: Backend, length: int, args: argparse.Namespace) -> list[tuple[str, list[Rollout]]]:
+    """Completions of exactly `length` tokens, of each half."""
     sampling = Sampling(length, ignore_eos=True)
     prompts = torch.randint(1, 1000, (args.rows, args.prompt), generator=torch.Generator().manual_seed(0)).tolist()
-    return backend.generate([Request(ids, ids, mixture, sampling) for ids in prompts])  # type: ignore[attr-defined]
+    requests = [Request(ids, ids, mixture, sampling) for mixture in HALVES.values() for ids in prompts]
+    rollouts = backend.generate(requests)
+    return [(half, rollouts[i * args.rows : (i + 1) * args.rows]) for i, half in enumerate(HALVES)]
 
 
 @torch.no_grad()
