@@ -14,15 +14,18 @@ from helpers.paths import ROOT, TESTS
 PACKAGE = ROOT / "optimal_sampling_trl"
 ELSEWHERE = {
     "__init__.py": ("whole/test_rooms.py", "loads a name when it is first used"),
-    "backends/__init__.py": ("test_generate.py", "the choice of an engine is seen at the front door"),
     "backends/transformers/decoding.py": ("backends/transformers/test_backend.py", "the rows of its batches"),
+    "backends/vllm/blocks.py": ("backends/vllm/worker/test_shift.py", "beside the stream that the blocks hold"),
+    "backends/vllm/launch.py": ("backends/vllm/test_limits.py", "settings of the user pass through"),
     "backends/vllm/plugin.py": ("whole/test_upstream_vllm.py", "vLLM calls it by name"),
     "backends/vllm/requests.py": ("backends/vllm/test_backend.py", "each live batch goes in and out by it"),
     "backends/vllm/versions.py": ("backends/vllm/test_limits.py", "a version that was never run is refused"),
+    "backends/vllm/server/client.py": ("backends/vllm/server/test_server.py", "against a server, live and gone"),
     "backends/vllm/server/messages.py": ("backends/vllm/server/test_server.py", "every request over HTTP goes by it"),
     "backends/vllm/server/serve.py": ("backends/vllm/server/test_server.py", "the server's command"),
     "backends/vllm/worker/model.py": ("backends/vllm/test_families.py", "both models of every family in one"),
     "backends/vllm/worker/model_state.py": ("backends/vllm/test_gpu.py", "vLLM asks for it on a GPU alone"),
+    "backends/vllm/worker/records.py": ("backends/vllm/test_backend.py", "every record against the oracle"),
     "backends/vllm/worker/row_sampler.py": ("backends/vllm/test_backend.py", "records of live rows"),
     "backends/vllm/worker/slot_sampler.py": ("backends/vllm/test_gpu.py", "vLLM's runner on GPUs has slots"),
     "backends/vllm/worker/transfer.py": ("backends/vllm/server/test_server.py", "weights that a trainer sends"),
@@ -46,6 +49,8 @@ ELSEWHERE = {
     "trainers/policy_gradient.py": ("trainers/test_trainers.py", "what GRPO and RLOO share"),
     "trainers/records.py": ("trainers/test_trainers.py", "each micro-batch of a training is held against the oracle"),
     "trainers/rloo.py": ("trainers/test_trainers.py", "three trainers, one set of checks"),
+    "trainers/engines/base.py": ("trainers/test_trainers.py", "which mixture each completion comes from"),
+    "trainers/engines/live.py": ("trainers/test_trainers.py", "the engine of those trainers"),
     "trainers/engines/seam.py": ("trainers/engines/test_colocated.py", "live and colocated engines in a trainer"),
     "trainers/engines/server.py": ("backends/vllm/server/test_server.py", "trainers with a server"),
 }
@@ -53,14 +58,12 @@ ELSEWHERE = {
 OTHERS = {
     "backends/vllm/test_families.py": "families of models, tied and untied",
     "backends/vllm/test_gpu.py": "the fused engine on a GPU; skipped without one",
-    "backends/vllm/test_neighbours.py": "engines in one process, and a training job's group",
     "backends/vllm/worker/test_schedule.py": "vLLM's scheduler: prefix cache, chunked prefill, preemption",
     "backends/vllm/server/test_server.py": "the folder as a whole, from outside",
     "mixture/test_kernels.py": "the folder `kernels` as a whole",
     "pairing/test_pairing.py": "the folder as a whole",
     "trainers/test_signatures.py": "the arguments of the trainers against TRL's",
     "trainers/test_trainers.py": "three trainers on the transformers backend",
-    "trainers/engines/test_colocated.py": "three trainers on the fused engine",
 }
 """Tests in a mirrored folder that are named by no module, and what they are about."""
 

