@@ -14,7 +14,7 @@ HELD_OUT = 1024
 
 
 class Job(NamedTuple):
-    """What a student is to learn: tokens of a completion (EOS included), prompts, reward, and how it is measured."""
+    """The task of a student: tokens of a completion (EOS included), prompts, reward, and how it is measured."""
 
     length: int
     dataset: Callable[..., Any]

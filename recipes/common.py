@@ -1,4 +1,4 @@
-"""What the training recipes share: the data and the model that the flags name, and the end of a run."""
+"""Shared by the training recipes: the data and the model that the flags name, and the end of a run."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ def load_options(model: ModelConfig, training: Any) -> dict[str, Any]:
     }
 
 
-def checkpoint(said: str | bool | None) -> str | bool | None:
-    """What a trainer takes for `--resume_from_checkpoint`, which TRL's parser reads as a text, `True` among them."""
-    return True if said in ("True", "true") else said
+def checkpoint(given: str | bool | None) -> str | bool | None:
+    """Returns what a trainer takes for the flag `--resume_from_checkpoint`: TRL's parser reads `True` as a text."""
+    return True if given in ("True", "true") else given
 
 
 def run(trainer: Any) -> None:

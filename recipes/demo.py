@@ -46,7 +46,7 @@ def speed(pair: Pair, backend: str) -> float:
 
 
 def train_all(pair: Pair, steps: int, backend: str, output: Path) -> tuple[dict[str, Watch], list[dict[str, float]]]:
-    """What was watched of each run, and the log of the mixture's."""
+    """Returns what was watched of each run, and the log of the mixture's."""
     watched: dict[str, Watch] = {}
     logs: list[dict[str, float]] = []
     for name, rate in RATES.items():

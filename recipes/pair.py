@@ -46,7 +46,7 @@ class Pair(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """How one model is built, for how many steps it is trained, and how often it must be right in the end."""
+    """The build of one model, its steps of training, and the range in which its exact match must end."""
 
     hidden: int  # in heads of size 32, which vLLM's attention on CPU needs
     layers: int

@@ -57,7 +57,7 @@ def questions(split: str) -> list[str]:
 
 @dataclass
 class RoleArguments(ScriptArguments):
-    """What is measured."""
+    """Settings of the measurement."""
 
     marks: str = field(
         default=r"\b(arr+|ahoy|aye|matey?s?|ye|yer|lass|lads?|landlubbers?|captain|cap'n|pirates?|treasures?|booty)\b",

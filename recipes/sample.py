@@ -33,7 +33,7 @@ from optimal_sampling_trl.trainers import SamplerArguments
 
 @dataclass
 class SampleArguments(ScriptArguments):
-    """What to sample, how much of it, and where it goes; see `sample_to_folder` and `Sampling`."""
+    """The prompts to sample, their number, and the folder; see `sample_to_folder` and `Sampling`."""
 
     model_name_or_path: str = field(default="", metadata={"help": "Folder or model id of the student."})
     output_dir: str = field(default="output/rollouts", metadata={"help": "Folder of the shards; made if need be."})
@@ -58,7 +58,7 @@ class SampleArguments(ScriptArguments):
         return [row["prompt"] for row in islice(data.select_columns("prompt"), self.max_samples)]
 
     def sampling(self) -> Sampling:
-        """How tokens are drawn."""
+        """Settings of the draws."""
         return Sampling(
             max_tokens=self.max_tokens,
             temperature=self.temperature,

@@ -32,7 +32,7 @@ from common import RewardArguments, load_data, load_options
 
 @dataclass
 class RolloutArguments(RewardArguments):
-    """Which rollouts to learn from."""
+    """The rollouts to learn from."""
 
     rollouts: str = field(default="output/rollouts", metadata={"help": "Folder that sample.py wrote."})
     min_reward: float = field(
@@ -60,7 +60,7 @@ def rewards(rows: Dataset, script: RolloutArguments, tokenizer: Any) -> list[flo
 
 
 def training_data(script: RolloutArguments, tokenizer: Any) -> Dataset:
-    """What the student read and was to say: token ids as they were sampled, and labels on the completion alone."""
+    """Returns prompts and completions: token ids as they were sampled, and labels on the completion alone."""
     shards = str(Path(script.rollouts) / "data" / "*.parquet")
     rows = load_dataset("parquet", data_files=shards, split="train")
     count = len(rows)

@@ -1,4 +1,4 @@
-"""What holds for every test: no network, one thread, an environment that no other file has changed, and the shapes in
+"""Holds for every test: no network, one thread, an environment that no other file has changed, and the shapes in
 annotations are checked at each call."""
 
 from __future__ import annotations

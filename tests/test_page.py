@@ -6,20 +6,16 @@ The browser is driven over Chromium's own debugging pipe, so the tests press rea
 
 from __future__ import annotations
 
-import base64
 import itertools
 import json
 import math
 import os
 import re
-import select
-import shutil
+import resource
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,21 +24,17 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from helpers.browser import ARGUMENTS, CHROMIUM, Browser
+from helpers.children import run
 from optimal_sampling_trl import page
 from optimal_sampling_trl.mixture import Mixture
 from optimal_sampling_trl.page import write_page
 from optimal_sampling_trl.plots import plot_learning
 from optimal_sampling_trl.rollouts.rollout import Rollout
 
-CHROMIUM = shutil.which("chromium")
 needs_browser = pytest.mark.skipif(
     CHROMIUM is None, reason="no `chromium` on the path: the page is not seen by a browser"
 )
-ARGUMENTS = [
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
-    *("--disable-background-networking", "--disable-component-update", "--window-size=1200,900"),
-]
-PIPE = "--remote-debugging-pipe"
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"><!--"
 CORPUS = ["We add 24 and 48.\nThe answer is 72.", "What is 24 + 48?", "Be brief."]
 
@@ -86,108 +78,6 @@ def rollout(
 
 
 # ---- the browser --------------------------------------------------------------------------------------------------
-class Browser:
-    """A page in headless Chromium, spoken to over the debugging pipe: JSON messages that end in a zero byte."""
-
-    def __init__(self, folder: str) -> None:
-        command_read, self._command = os.pipe()
-        self._answer, answer_write = os.pipe()
-        # The pipe's ends must be the descriptors 3 and 4 of the browser: the shell moves them there.
-        redirect = f'exec "$@" 3<&{command_read} 4>&{answer_write}'
-        self.process = subprocess.Popen(
-            ["bash", "-c", redirect, "bash", str(CHROMIUM), *ARGUMENTS, PIPE, f"--user-data-dir={folder}"],
-            pass_fds=(command_read, answer_write),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        os.close(command_read)
-        os.close(answer_write)
-        self._rest, self._session, self._numbers = b"", None, itertools.count(1)
-        self.events: list[dict[str, Any]] = []
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Network", "Log"):
-            self.call(f"{domain}.enable")
-
-    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        number = next(self._numbers)
-        message = {"id": number, "method": method, "params": parameters}
-        if self._session is not None:
-            message["sessionId"] = self._session
-        os.write(self._command, json.dumps(message).encode() + b"\0")
-        while True:
-            answer = self._read()
-            if answer.get("id") == number:
-                assert "error" not in answer, answer
-                return answer["result"]
-            self.events.append(answer)
-
-    def _read(self) -> dict[str, Any]:
-        while b"\0" not in self._rest:
-            assert select.select([self._answer], [], [], 60)[0], "Chromium did not answer within a minute"
-            chunk = os.read(self._answer, 1 << 20)
-            assert chunk, "Chromium closed its debugging pipe"
-            self._rest += chunk
-        message, self._rest = self._rest.split(b"\0", 1)
-        return json.loads(message)
-
-    def open(self, path: Path, dark: bool = False) -> None:
-        self.events.clear()
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.call("Emulation.setEmulatedMedia", features=[scheme])
-        self.call("Page.navigate", url=path.as_uri())
-        # The script stands last in the page, so a complete document has run it.
-        self.wait(f"document.readyState === 'complete' && location.href === {path.as_uri()!r}")
-
-    def js(self, expression: str) -> Any:
-        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
-        assert "exceptionDetails" not in result, result
-        return result["result"].get("value")
-
-    def wait(self, condition: str, seconds: float = 60) -> None:
-        deadline = time.monotonic() + seconds
-        while not self.js(condition):
-            assert time.monotonic() < deadline, f"never true: {condition}"
-            time.sleep(0.02)
-
-    def press(self, key: str) -> None:
-        for kind in ("rawKeyDown", "keyUp"):
-            code = {"Tab": 9, "Escape": 27}.get(key, 0)
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
-
-    def fill(self, field: str, value: str) -> str:
-        """Sets a control as a user would, waits for its effect, and returns the pager's text."""
-        self.js("document.getElementById('status').textContent = ''")
-        self.js(
-            f"(e => {{ e.value = {value!r}; e.dispatchEvent(new Event('input', {{bubbles: true}})); }})"
-            f"(document.getElementById({field!r}))"
-        )
-        self.wait("document.getElementById('status').textContent !== ''")
-        return self.js("document.getElementById('status').textContent")
-
-    def texts(self, selector: str) -> list[str]:
-        return self.js(f"Array.from(document.querySelectorAll({selector!r}), e => e.textContent)")
-
-    def problems(self) -> list[Any]:
-        """Exceptions, blocked loads and requests other than for the page itself, since the page was opened."""
-        self.call("Runtime.evaluate", expression="0")  # what happened before this answer is in `events` now
-        return [
-            event
-            for event in self.events
-            if event["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")
-            or (event["method"] == "Network.requestWillBeSent" and event["params"]["type"] != "Document")
-        ]
-
-    def screenshot(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
-
-    def close(self) -> None:
-        self.process.terminate()
-        self.process.wait(timeout=30)
-        os.close(self._command)
-        os.close(self._answer)
-
-
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     # Chromium may still write while it ends: what is left of its folder is the system's to clean.
@@ -424,7 +314,7 @@ def test_steps_draw_alpha_over_training(browser, tokenizer, tmp_path):
 
 @needs_browser
 def test_ten_thousand_rollouts_load(browser, tokenizer, tmp_path):
-    """600 000 tokens: one dump of the DOM in a minute at the most, and a filter in five seconds."""
+    """600 000 tokens: one dump of the DOM in a minute of the processor's work, a filter in five seconds."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, len(tokenizer), (10_000, 60), generator=generator)
     records = {name: torch.rand(10_000, 60, generator=generator) for name in page.RECORDS}
@@ -436,14 +326,19 @@ def test_ten_thousand_rollouts_load(browser, tokenizer, tmp_path):
     path = write_page(tmp_path / "page.html", rollouts, tokenizer, [float(i) for i in range(10_000)])
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         command = [str(CHROMIUM), *ARGUMENTS, f"--user-data-dir={folder}", "--dump-dom", path.as_uri()]
-        dom = subprocess.run(command, capture_output=True, timeout=60, check=True).stdout.decode()
+        begin = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = run(command)
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    assert used.ru_utime + used.ru_stime - begin.ru_utime - begin.ru_stime < 60
+    dom = done.stdout
     assert "Page 1 of 200 · 10,000 rollouts" in dom
     assert len(re.findall(r'class="token[^"]*"[^>]*style="background-color: rgb\(', dom)) == 50 * 60
 
     browser.open(path)
-    start = time.monotonic()
+    start = browser.spent()
     assert browser.fill("reward-min", "9990").endswith("10 of 10,000 rollouts")
-    assert time.monotonic() - start < 5
+    assert browser.spent() - start < 5
 
 
 # ---- the file, without a browser ----------------------------------------------------------------------------------

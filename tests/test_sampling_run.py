@@ -466,7 +466,7 @@ def test_one_writer_at_a_time(sampler: OptimalSamplingV1, tmp_path: Path) -> Non
     """Another process is refused, also in this process, until the holder dies; readers are not."""
     folder = sample_to_folder(sampler, ["a"], tmp_path / "run", use_tqdm=False)
     process = start(hold, folder)
-    wait_for(folder / "held")
+    wait_until((folder / "held").exists, process.pid or 0, pause=0.001)
     with pytest.raises(RuntimeError, match=rf"Another writer \(process {process.pid} on .*\) has the folder"):
         sample_to_folder(sampler, ["a"], folder, use_tqdm=False)
     assert len(load_rollouts(folder)) == 1

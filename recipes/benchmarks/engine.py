@@ -1,7 +1,7 @@
 # /// script
 # dependencies = ["optimal-sampling-trl[vllm]"]
 # ///
-"""What the mixture costs: the fused engine against its teacher alone and its student alone, each in plain vLLM.
+"""Measure the cost of the mixture: the fused engine against teacher and student alone, each in plain vLLM.
 
     python recipes/benchmarks/engine.py --shapes 7b 1.5b  # on a GPU with 80 GB, sizes of Qwen2.5
     OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind python recipes/benchmarks/engine.py  # on a CPU, small ones
@@ -156,7 +156,7 @@ def row(batch: int, took: dict[str, float], bandwidth: float, args: argparse.Nam
 
 
 def reload(fused: VLLMBackend, theta: str, args: argparse.Namespace) -> str:
-    """What replacing the student's weights takes, against a copy of their bytes on the same device."""
+    """Measure replacing the student's weights, against a copy of their bytes on the same device."""
     model = Qwen2ForCausalLM.from_pretrained(theta, dtype=getattr(torch, args.dtype))
     model = model.cuda() if torch.cuda.is_available() else model
     weights = [(name, weight.detach()) for name, weight in model.named_parameters()]

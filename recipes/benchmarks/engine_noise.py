@@ -1,7 +1,7 @@
 # /// script
 # dependencies = ["optimal-sampling-trl[vllm]"]
 # ///
-"""What rounding makes of a completion's weight: the engine's log θ against the trainer's, in bfloat16.
+"""Measure what rounding makes of a completion's weight: the engine's log θ against the trainer's, in bfloat16.
 
     python recipes/benchmarks/engine_noise.py --lengths 512 2048 8192                # on a GPU
     python recipes/benchmarks/engine_noise.py --lengths 64 --rows 4                   # on a CPU
@@ -92,7 +92,8 @@ def device() -> str:
 def sample(backend: Backend, length: int, args: argparse.Namespace) -> list[tuple[str, list[Rollout]]]:
     """Completions of exactly `length` tokens, of each half."""
     sampling = Sampling(length, ignore_eos=True)
-    prompts = torch.randint(1, 1000, (args.rows, args.prompt), generator=torch.Generator().manual_seed(0)).tolist()
+    most = min(1000, backend.pair.vocabulary)
+    prompts = torch.randint(1, most, (args.rows, args.prompt), generator=torch.Generator().manual_seed(0)).tolist()
     requests = [Request(ids, ids, mixture, sampling) for mixture in HALVES.values() for ids in prompts]
     rollouts = backend.generate(requests)
     return [(half, rollouts[i * args.rows : (i + 1) * args.rows]) for i, half in enumerate(HALVES)]

@@ -1,7 +1,7 @@
 # /// script
 # dependencies = ["optimal-sampling-trl[vllm]", "psutil", "requests"]
 # ///
-"""What records over HTTP cost: a server of the pair against a plain vLLM server of its teacher, under the same load.
+"""Measure the cost of records over HTTP: the pair's server against a plain vLLM server of the teacher, under one load.
 
     OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind python recipes/benchmarks/http_server.py
 
@@ -93,10 +93,10 @@ def load(url: str, process: psutil.Process, work: Work, args: argparse.Namespace
     """Seconds of a round, and of the processor in the server's processes and in this one."""
     client = VLLMClient(base_url=url)
     asked = make_requests(args.requests, args)
-    before, own, began = spent(process), time.process_time(), time.perf_counter()
+    before, before_here, began = spent(process), time.process_time(), time.perf_counter()
     with ThreadPoolExecutor(AT_A_TIME) as pool:
         list(pool.map(lambda one: work(client, one), asked))
-    return time.perf_counter() - began, spent(process) - before, time.process_time() - own
+    return time.perf_counter() - began, spent(process) - before, time.process_time() - before_here
 
 
 def spent(process: psutil.Process) -> float:
@@ -105,7 +105,7 @@ def spent(process: psutil.Process) -> float:
 
 
 def ask(client: VLLMClient, request: Request) -> object:
-    """What TRL asks a server for: the tokens and their log-probabilities."""
+    """Ask a server for what TRL does: the tokens and their log-probabilities."""
     return client.generate(
         [request.prompt_ids],
         max_tokens=request.sampling.max_tokens,
@@ -115,7 +115,7 @@ def ask(client: VLLMClient, request: Request) -> object:
 
 
 def ask_for_records(client: VLLMClient, request: Request, pair: Pair) -> object:
-    """What this package's trainers ask for, as rollouts."""
+    """Ask for what this package's trainers do, as rollouts."""
     return to_rollouts(client.generate(**to_arguments(request, pair.ending, 1, seed=0)), request, pair)
 
 

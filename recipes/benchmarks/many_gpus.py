@@ -1,7 +1,7 @@
 # /// script
 # dependencies = ["optimal-sampling-trl[vllm]"]
 # ///
-"""What further GPUs bring: rollouts by as many processes as there are GPUs.
+"""Measure the gain of further GPUs: rollouts by as many processes as there are GPUs.
 
     python recipes/benchmarks/many_gpus.py --shapes 3b 1.5b              # `TMPDIR` must hold the models (10 GB)
     export OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind

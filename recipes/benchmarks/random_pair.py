@@ -1,4 +1,4 @@
-"""What the benchmarks share: their flags, a pair of random models with requests for it, and the stopwatch."""
+"""Shared by the benchmarks: their flags, a pair of random models with requests for it, and the stopwatch."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def synchronize() -> None:
 
 
 def describe(args: argparse.Namespace, versions: str) -> str:
-    """What was measured, and where."""
+    """Returns what was measured, and on which machine."""
     models = shapes(args)
     names = args.shapes or [f"{shape.hidden}x{shape.layers}" for shape in models.values()]
     return (

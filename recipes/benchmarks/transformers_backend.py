@@ -1,7 +1,7 @@
 # /// script
 # dependencies = ["optimal-sampling-trl"]
 # ///
-"""What the mixture costs on the transformers backend: against `generate` of its teacher alone and its student alone.
+"""Measure the transformers backend's mixture against `generate` of its teacher alone and its student alone.
 
     OMP_NUM_THREADS=1 python recipes/benchmarks/transformers_backend.py
 

@@ -1,7 +1,7 @@
 # /// script
 # dependencies = ["optimal-sampling-trl[vllm]"]
 # ///
-"""What mixing costs on a GPU: the Triton kernels, in ms, against the bound of the memory.
+"""Measure the cost of mixing on a GPU: the Triton kernels, in ms, against the bound of the memory.
 
     python recipes/benchmarks/triton_kernels.py            # each method, on each kind of logits
     python recipes/benchmarks/triton_kernels.py --torch    # and the solver in torch, of the same rows

@@ -1,7 +1,7 @@
 # /// script
 # dependencies = ["optimal-sampling-trl[vllm]", "psutil", "requests"]
 # ///
-"""What sending the student's weights to a server takes: over NCCL, from one GPU to another, as a trainer does it.
+"""Measure sending the student's weights to a server: over NCCL, from one GPU to another, as a trainer does it.
 
     python recipes/benchmarks/weight_sync.py --shapes 0.5b 1.5b  # two GPUs; `TMPDIR` must hold the models (5 GB)
 

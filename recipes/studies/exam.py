@@ -1,4 +1,4 @@
-"""How well a chat model answers held-out questions, and how far it is from its teacher, taken while it trains."""
+"""Measure a chat model while it trains: right answers to held-out questions, and its divergence from the teacher."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ class Exam:
             total += float((divergence * self.mask[part]).sum())
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            own = answers(model, self.inputs)
-        return self.right(own), total / float(self.mask.sum())
+            ids = answers(model, self.inputs)
+        return self.right(ids), total / float(self.mask.sum())
 
 
 class Watch(TrainerCallback):

@@ -1,7 +1,7 @@
 # /// script
 # dependencies = ["optimal-sampling-trl[plots]"]
 # ///
-"""Which loss teaches on a tiny pair: each arm from the same start with the same number of samples, on CPUs.
+"""Compare losses on a tiny pair: each arm from the same start with the same number of samples, on CPUs.
 
     OMP_NUM_THREADS=1 python recipes/studies/losses.py --jobs 2 --steps 300 --seeds 3 --learning_rates 3e-4 1e-3
 

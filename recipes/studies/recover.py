@@ -110,12 +110,12 @@ def run(name: str, rate: float, seed: int, folder: str, options: argparse.Namesp
         "logging_steps": 10, "bf16": False, "use_cpu": options.cpu, "gradient_checkpointing": False,
         "disable_tqdm": True, "log_level": "error",
     }  # fmt: skip
-    own = {"num_generations": 8} if arm.is_grpo else {}
+    groups = {"num_generations": 8} if arm.is_grpo else {}
     generator = OptimalSamplingGenerator(teacher, backend="transformers", **arm.generator)
     build = partial(GRPOTrainer, reward_funcs=reward) if arm.is_grpo else DistillationTrainer
     config = GRPOConfig if arm.is_grpo else DistillationConfig
     trainer = build(
-        student, args=config(**shared, **own, **arm.settings), generator=generator, processing_class=tokenizer,
+        student, args=config(**shared, **groups, **arm.settings), generator=generator, processing_class=tokenizer,
         train_dataset=questions("train", options.steps * options.batch, seed=seed + 1), callbacks=[watch],
     )  # fmt: skip
     watch.trainer = trainer

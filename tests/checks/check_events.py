@@ -1,4 +1,4 @@
-"""Whether records stay the oracle's whatever happens in the engine: six families under eight events, a table.
+"""Compare records with the oracle's under events in the engine: six families, eight events, a table.
 
     OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind python tests/checks/check_events.py  # on a GPU without the two
 
@@ -56,7 +56,7 @@ EVENTS: dict[str, dict[str, Any]] = {
     "reload between batches": {},
     "mixed settings": {},
 }
-"""What happens, and the arguments of the engine that it takes."""
+"""An event, and the arguments of the engine that it takes."""
 GPU_ALONE = "sleep and wake"
 
 

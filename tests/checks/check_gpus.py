@@ -98,7 +98,7 @@ def start(home: Path, name: str, *command: str, **variables: str) -> None:
 
 
 def answers(folder: Path, pattern: str, ranks: int = 2) -> list[dict[str, Any]]:
-    """What the ranks wrote.
+    """Returns what the ranks wrote.
 
     Raises:
         RuntimeError: where one wrote nothing.
@@ -191,7 +191,7 @@ def server_trainers(home: Path, name: str) -> str:
 
 
 def trained(ranks: list[dict[str, Any]], kind: str) -> str:
-    """What a run of a kind came to."""
+    """Returns what a run of a kind came to."""
     require({rank["processes"] for rank in ranks} == {len(ranks)}, f"{kind}: not {len(ranks)} processes")
     require(len({rank["parameters"] for rank in ranks}) == 1, f"{kind}: the ranks have other weights")
     require(all(len(rank["generations"]) == 3 for rank in ranks), f"{kind}: not three batches")

@@ -56,11 +56,11 @@ BUDGET = 480.0
 NCCL = 90.0
 """Seconds that a trainer may take to send its weights three times."""
 SCALE = 0.8
-"""What the student's weights are multiplied by before they are sent, so that old ones would be seen."""
+"""Factor of the student's weights before they are sent, so that old ones would be seen."""
 
 
 class Report:
-    """What each step came to, and the time that is left of `budget` seconds."""
+    """The results of the steps, and the seconds that remain of `budget`."""
 
     def __init__(self, budget: float = BUDGET) -> None:
         self.start, self.budget = time.perf_counter(), budget
@@ -193,7 +193,7 @@ def main() -> None:
 
 
 class Steps:
-    """What is tried, in the order of the methods; each says what it saw.
+    """The steps, in the order of the methods; each says what it saw.
 
     Args:
         root: a folder for models and logs.

@@ -1,4 +1,4 @@
-"""Whether tokens are drawn from q, independently: a million of each method from a live engine, against the oracle.
+"""Test that tokens are drawn from q, independently: a million of each method from a live engine, against the oracle.
 
     OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind python tests/checks/exactness.py --tokens 1000000
 
@@ -39,7 +39,7 @@ from optimal_sampling_trl.mixture.reference import reference
 from optimal_sampling_trl.rollouts.request import Request, Sampling
 
 FALSE_ALARM = 1e-6
-"""How often a correct sampler fails a whole run: shared out among its tests (Bonferroni)."""
+"""The rate at which a correct sampler fails a whole run: shared out among its tests (Bonferroni)."""
 BINS, LENGTH, TEMPERATURE = 8, 100, 0.25
 ENGINES: dict[str, dict[str, Any]] = {
     "transformers": {"device": "cpu", "max_num_seqs": 2048},
@@ -91,7 +91,7 @@ class Chi:
 
     @property
     def p(self) -> float:
-        """How often a correct sampler gives as much or more."""
+        """The probability that a correct sampler gives as much or more."""
         half = torch.tensor([self.freedom / 2, self.statistic / 2], dtype=torch.float64)
         return float(torch.special.gammaincc(half[0], half[1]))
 
@@ -119,7 +119,7 @@ def of_transitions(walks: Tensor, q: Tensor, least: float = 10.0) -> Chi:
 
 
 def places(walks: Tensor, q: Tensor) -> Tensor:
-    """Where each token (R, L) lies in the cumulative sum of its own q, jittered within its mass: uniform in [0, 1]."""
+    """The place of each token (R, L) in the cumulative sum of its q, jittered within its mass: uniform in [0, 1]."""
     rows = q[walks[:, :-1]]  # (R, L, V)
     mass = rows.gather(2, walks[:, 1:, None])[..., 0]
     below = rows.cumsum(2).gather(2, walks[:, 1:, None])[..., 0] - mass

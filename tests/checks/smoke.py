@@ -1,4 +1,4 @@
-"""What an installed package must do, in a Python with its dependencies and nothing else: python tests/checks/smoke.py
+"""Try an installed package, in a Python with its dependencies and nothing else: python tests/checks/smoke.py
 
 Tiny models are built on the spot. Prints where the package was loaded from, and fails with a traceback.
 """

@@ -1,8 +1,9 @@
-"""Sixty bad inputs through the public surface, each with what its error must say; `test_bad_inputs.py` tries them.
+"""Bad inputs through the public surface, each with what its error must say; `test_bad_inputs.py` tries them.
 
     python tests/helpers/bad_inputs.py
 
-prints how long each takes to be refused, as a table, and the memory that is left taken. None of them loads a model.
+prints the table of docs/robustness.md, how long each takes to be refused, and the memory that stays taken. None of
+them loads a model.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 16),
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
 }
-"""What each family's configuration needs beyond its sizes."""
+"""Settings that each family's configuration needs beyond its sizes."""
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

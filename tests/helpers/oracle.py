@@ -1,4 +1,4 @@
-"""What the record of any rollout must be: both models read prompt and completion anew, whole, in float32, without a
+"""The record that any rollout must have: both models read prompt and completion anew, whole, in float32, without a
 cache; α and q come from `mixture.reference`, and folding, penalty and truncation are written out here in float64."""
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def expected_records(
     ending: Ending | None = None,
     sampling: Sampling | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """What each record (T,) of a rollout must be, and log q (T, V) of the distribution that each token came from.
+    """Returns each record (T,) that a rollout must have, and log q (T, V) of the distribution of each token.
 
     Args:
         sampling: how it was sampled; None where no token was cut off or penalised.

@@ -1,4 +1,4 @@
-"""Where things lie in a checkout, and the path that a program started by a test needs to find them."""
+"""Paths in a checkout, and the path that a program started by a test needs to find them."""
 
 from __future__ import annotations
 

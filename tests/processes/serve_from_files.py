@@ -20,7 +20,7 @@ from optimal_sampling_trl.backends.vllm.worker.transfer import ThetaTransfer
 
 @dataclass
 class FileUpdate(WeightTransferUpdateInfo):
-    """What TRL's client announces, and where the tensors lie."""
+    """Announced by TRL's client: the names, and the file that holds the tensors."""
 
     names: list[str]
     dtype_names: list[str]

@@ -29,8 +29,9 @@ ASKED = [
 
 
 def in_one_engine(teacher: str, theta: str, rank: int, graphs: bool) -> dict[str, Any]:
-    """What this rank of an engine over two sees: at first, after each of two reloads, and where it slept; its own
-    random numbers are another's."""
+    """Returns what this rank of an engine over two sees: at first, after each of two reloads, and where it slept.
+
+    Its random numbers are another's."""
     sleeps = {"enable_sleep_mode": True} if ON_A_GPU else {}
     both = {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": 2}
     mode = {"dtype": "bfloat16", "enforce_eager": False} if graphs else {}

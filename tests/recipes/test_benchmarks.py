@@ -67,6 +67,17 @@ def test_weight_sync() -> None:
     assert "over NCCL" in run("benchmarks/weight_sync.py", *TINY)
 
 
+def test_engine_noise() -> None:
+    """A line for each trainer and half: what rounding makes of 6 tokens, measured and small."""
+    flags = [*TINY[6:], "--lengths", "6", "--rows", "2", "--backend", "transformers"]
+    output = run("benchmarks/engine_noise.py", *flags)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines() if "| 6 |" in line]
+    assert [row[:2] for row in rows] == [
+        [trainer, half] for trainer in ("bfloat16", "float32 under autocast") for half in ("student", "mixture")
+    ], output
+    assert all(0 < float(row[3]) < 0.1 for row in rows[2:]), output  # the other two compute the same, bit by bit
+
+
 def test_soak() -> None:
     flags = "--backend transformers --cycles 20 --warmup 2 --looks 2 --batch 2 --tokens 2".split()  # noqa: SIM905
     output = run("benchmarks/soak.py", *flags)

@@ -1,4 +1,4 @@
-"""What holds for every recipe: it is run by a test of its name, and its head and its README say how to run it.
+"""Holds for every recipe: it is run by a test of its name, and its head and its README say how to run it.
 
 A script `engine.py` of a folder is run by `test_engine` of that folder's file in `TESTED_IN`.
 """
@@ -37,7 +37,7 @@ MODULES = {
     "studies/exam.py": "recover.py imports it: its measurements",
     "studies/runs.py": "the studies import it: test_studies.py",
 }
-"""What is no script, and why."""
+"""Files that are no scripts, with the reason."""
 SCRIPTS = [name for name in FOUND if name not in MODULES]
 
 
@@ -77,17 +77,17 @@ def test_every_field_of_the_recipes_has_a_help() -> None:
     """TRL's parser shows it; an argument without one says nothing but its name."""
     from optimal_sampling_trl import trainers
 
-    own = [kind for kind in vars(trainers).values() if is_dataclass(kind)]
+    kinds = [kind for kind in vars(trainers).values() if is_dataclass(kind)]
     for name in FOUND:
-        own += [kind for kind in vars(import_module(Path(name).stem)).values() if is_dataclass(kind)]
-    parsed = {kind for kind in own if any("help" in each.metadata for each in fields(kind))}
+        kinds += [kind for kind in vars(import_module(Path(name).stem)).values() if is_dataclass(kind)]
+    parsed = {kind for kind in kinds if any("help" in each.metadata for each in fields(kind))}
     assert {"SampleArguments", "RoleArguments", "GeneratorArguments", "GRPOConfig"} <= {
         kind.__name__ for kind in parsed
     }
     for kind in parsed:
-        theirs = {each.name for base in kind.__mro__[1:] if is_dataclass(base) for each in fields(base)}
+        inherited = {each.name for base in kind.__mro__[1:] if is_dataclass(base) for each in fields(base)}
         for each in fields(kind):
-            assert each.name in theirs or each.metadata.get("help"), f"{kind.__name__}.{each.name}"
+            assert each.name in inherited or each.metadata.get("help"), f"{kind.__name__}.{each.name}"
 
 
 @pytest.mark.parametrize("given", ["{max_num_seqs: 8, dtype: float32}", '\'{"max_num_seqs": 8, "dtype": "float32"}\''])
@@ -132,7 +132,7 @@ OWN = {
     "transformers",
     "trl",
 }
-"""What comes with the package: its dependencies, and what those need themselves."""
+"""Packages that come with this one: its dependencies, and what those need themselves."""
 NEEDED_FOR = {
     "optimal_sampling_trl.plots": "optimal-sampling-trl[plots]",
     "load_options": "peft",
@@ -142,7 +142,7 @@ NEEDED_FOR = {
     "import vllm": "optimal-sampling-trl[vllm]",
     "import triton": "optimal-sampling-trl[vllm]",
 }
-"""What a script's own text shows that it needs beyond."""
+"""Signs in a script's text of a package that it needs beyond."""
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

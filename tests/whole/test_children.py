@@ -1,4 +1,4 @@
-"""What tests wait for: a slow process is waited for, a hanging one is not."""
+"""Tests wait for a slow process, and not for one that hangs."""
 
 from __future__ import annotations
 

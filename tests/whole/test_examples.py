@@ -79,13 +79,13 @@ def small(code: str) -> str:
     if trainer := re.search(r"(\w+)Trainer\(", code):
         assert code.count("trainer.train()") == 1
         if "args=" not in code:
-            own = f"{trainer[1]}Config('output/run', per_device_train_batch_size=8)"
-            code = code.replace("\n)\n", f"\n    args={own},\n)\n", 1)
+            config = f"{trainer[1]}Config('output/run', per_device_train_batch_size=8)"
+            code = code.replace("\n)\n", f"\n    args={config},\n)\n", 1)
     return re.sub(r"(\w+Config\([^)]*)\)", rf"\1, **{SMALL!r})", code)
 
 
 def test_the_predecessors_names_are_answered() -> None:
-    """What the README's table of renamed arguments says."""
+    """The README's table of renamed arguments is true."""
     for old, new in re.findall(r"^\| `(model_\w+)` \| `(model_\w+)` \|", README, re.MULTILINE):
         with pytest.raises(ValueError, match=f"`{old}=` is the name of an older version. Write `{new}=`"):
             optimal_sampling_trl.OptimalSamplingV1(**{old: "a"})

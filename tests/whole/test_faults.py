@@ -1,4 +1,4 @@
-"""What breaks in the middle of a run: nothing is lost, nothing is doubled, and no number is wrong without a word.
+"""Faults in the middle of a run: nothing is lost, nothing is doubled, and no number is wrong without a word.
 
 Kills and full disks while sampling are in test_sampling_run.py, reloads in test_engine_reload.py, servers in
 test_server.py.
@@ -82,7 +82,7 @@ def test_the_others_come_with_the_error(broken: tuple[str, str]) -> None:
 def test_a_run_leaves_them_out_and_names_them(
     broken: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What was sampled is kept in the same shard as the names of what was not; a second run samples nothing."""
+    """Rollouts are kept in the same shard as the names of those that failed; a second run samples nothing."""
     sampler = OptimalSamplingV1(*broken, backend="transformers", device="cpu")
     run: dict[str, Any] = {"n": 2, "batch_size": 4, "sampling": Sampling(max_tokens=6), "use_tqdm": False}
     folder = sample_to_folder(sampler, PROMPTS, tmp_path / "run", **run)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import optimal_sampling_trl
+from helpers.bad_inputs import CASES
 from helpers.paths import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -94,3 +95,24 @@ def test_the_tests_that_the_documents_name_exist() -> None:
     assert len(named) > 40
     for path, function in named:
         assert not function or f"def {function}(" in (ROOT / path).read_text(), f"{path} has no {function}"
+
+
+def test_the_bad_inputs_of_the_document_are_those_that_are_tried() -> None:
+    text = (ROOT / "docs" / "robustness.md").read_text()
+    table = text.split("<details>")[1].split("</details>")[0]
+    shown = re.findall(r"^\| (.+?) \| (?:\w*Error): ", table, re.MULTILINE)
+    assert shown == list(CASES), (
+        "Put the table that `python tests/helpers/bad_inputs.py` prints into docs/robustness.md"
+    )
+    counts = re.findall(r"(\d+) inputs", text)
+    assert counts == [str(len(CASES))] * 2, counts
+
+
+def test_the_examples_of_the_document_are_as_many_as_are_tried() -> None:
+    """A number before a test of hypothesis is the number of its examples."""
+    text = (ROOT / "docs" / "robustness.md").read_text()
+    rows = re.findall(r"^\| .*?, (\d+)(?: examples| requests)? \| `(tests/[\w/]+\.py)::(\w+)` \|", text, re.MULTILINE)
+    assert len(rows) >= 5
+    for number, path, function in rows:
+        decorators = (ROOT / path).read_text().split(f"def {function}(")[0].rsplit("\n\n", 1)[1]
+        assert f"max_examples={number}" in decorators, f"{path}::{function} does not try {number} examples"

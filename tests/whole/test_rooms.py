@@ -43,7 +43,7 @@ for name in HIDDEN:
 """
 HEAVY = ("accelerate", "datasets", "matplotlib", "transformers", "triton", "trl", "vllm")
 MODELS = tuple(name for name in HEAVY if name != "transformers")
-"""What a room that reads models does without."""
+"""Libraries that a room which reads models does without."""
 BARE = (*HEAVY, "torch", "jaxtyping")
 ROOMS = {
     "": HEAVY,
@@ -62,14 +62,14 @@ ROOMS = {
 """The libraries that a folder's modules, or one module, must do without: the longest entry that a module's name opens
 with decides. With a dot at its end an entry is for the files in a folder, not for the folder's own `__init__`."""
 NEEDED = {"mixture.kernels.": "triton", "backends.vllm.worker.": "vllm"}
-"""What the machine must have to import a room at all."""
+"""The library that a machine must have to import a room at all."""
 FIRST = {
     "torch": ("torch",),
     "transformers": ("transformers.models.auto.modeling_auto",),
     "trl": ("transformers.trainer", "trl.trainer.grpo_trainer"),
     "vllm": ("vllm.model_executor.models",),
 }
-"""What takes long to import of a library, once for all modules of a room that may use it."""
+"""Modules that take long to import, loaded once for all modules of a room that may use them."""
 MODULES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
     for path in PACKAGE.rglob("*.py")

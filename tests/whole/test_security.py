@@ -1,4 +1,4 @@
-"""What a checkpoint, a data set or a model's output could do to the machine, and must not.
+"""A checkpoint, a data set or a model's output runs nothing and writes nowhere else.
 
 A rollout in a page is tried in a real browser in test_page.py; prompts that look like paths are in
 test_sampling_run.py, and the server's address in test_server.py.

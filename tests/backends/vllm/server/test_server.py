@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from helpers.engines import TEXTS, Oracle, request
+from helpers.engines import TEXTS, TOLERANCE, Oracle, request
 from helpers.models import make_model, make_tokenizer
 from helpers.training import TEXTS as PROMPTS
 from helpers.training import Watch, load, make_trainer, make_untrained_pair, train_and_check
@@ -70,7 +70,7 @@ def oracle(models: tuple[str, str]) -> Oracle:
     return Oracle(*models)
 
 
-def connect(server: Server, models: tuple[str, str], folder: Path, timeout: float = 240.0) -> FusedServer:
+def connect(server: Server, models: tuple[str, str], folder: Path, timeout: float = 3600.0) -> FusedServer:
     """A client that sends weights by file, and does not wait long for a server that is gone."""
     client = FileClient(base_url=server.url)
     client.folder = folder
@@ -88,11 +88,11 @@ def push(served: FusedServer, model: Any) -> None:
 
 @cache
 def server_model(server: Server) -> str:
-    return http.get(f"{server.url}/v1/models", timeout=60).json()["data"][0]["id"]
+    return http.get(f"{server.url}/v1/models").json()["data"][0]["id"]
 
 
 def post(server: Server, path: str = "/v1/completions", **body: Any) -> http.Response:
-    return http.post(server.url + path, json={"model": server_model(server), "max_tokens": 3} | body, timeout=60)
+    return http.post(server.url + path, json={"model": server_model(server), "max_tokens": 3} | body)
 
 
 def test_records_through_trls_own_client(server: Server, oracle: Oracle) -> None:
@@ -189,9 +189,9 @@ def test_any_fields_give_an_answer_or_a_refusal(server: Server, fields: dict[str
     if isinstance(body.get("n"), int) and not isinstance(body["n"], bool):
         body["n"] = min(body["n"], 3)
     text = json.dumps({"model": server_model(server), "max_tokens": 3} | body)  # NaN as Python does
-    answer = http.post(f"{server.url}/v1/completions", data=text.encode(), timeout=60)
+    answer = http.post(f"{server.url}/v1/completions", data=text.encode())
     assert answer.status_code == 200 or 400 <= answer.status_code < 500, (body, answer.status_code, answer.text[:500])
-    assert http.get(f"{server.url}/health", timeout=60).status_code == 200
+    assert http.get(f"{server.url}/health").status_code == 200
 
 
 def test_after_all_bad_requests_the_records_are_right(server: Server, models: tuple[str, str], oracle: Oracle) -> None:
@@ -203,7 +203,7 @@ def test_after_all_bad_requests_the_records_are_right(server: Server, models: tu
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"\xff\xfe", b'{"prompt": "x"', b"null"])
 def test_what_is_no_json_is_refused(server: Server, raw: bytes) -> None:
-    answer = http.post(f"{server.url}/v1/completions", data=raw, timeout=60)
+    answer = http.post(f"{server.url}/v1/completions", data=raw)
     assert 400 <= answer.status_code < 500, (answer.status_code, answer.text[:300])
 
 
@@ -270,7 +270,7 @@ def test_no_cache_of_old_weights_is_kept(
     """A stranger's running request holds blocks that the old weights filled: vLLM then keeps all it has cached."""
     served, asked = connect(server, models, tmp_path), [request("hello")]
     body = {"model": served.client.model, "prompt": "a" * 64, "max_tokens": 190, "ignore_eos": True, "stream": True}
-    with http.post(f"{server.url}/v1/completions", json=body, stream=True, timeout=60) as answer:
+    with http.post(f"{server.url}/v1/completions", json=body, stream=True) as answer:
         assert b"text" in next(lines := answer.iter_lines(chunk_size=1))
         with pytest.raises(RuntimeError, match="it kept what it had cached under the old ones: somebody else samples"):
             push(served, oracle.models["theta"])
@@ -367,7 +367,7 @@ def test_an_engine_that_died(server: Server, models: tuple[str, str], oracle: Or
     served._sample_group = lambda group, seed: [ask(group, seed), first.set()][0]
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(served.sample, asked)
-        assert first.wait(60)
+        assert first.wait(3600)
         server.kill_engine()
         with pytest.raises(RuntimeError, match=f"^The server at {server.url} did not sample: its engine died, as it"):
             running.result()

@@ -1,0 +1,77 @@
+"""The configurations: TRL's with our fields, and what is left to the trainer."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trl
+
+from helpers.training import (
+    KINDS,
+    TEXTS,
+    Watch,
+    make_trainer,
+    one_batch,
+    reward,
+)
+from optimal_sampling_trl import GRPOConfig, GRPOTrainer, RLOOConfig
+
+RL = ("grpo", "rloo")
+
+
+@pytest.mark.parametrize("config", [GRPOConfig, RLOOConfig])
+def test_positive_only_names_completions(tmp_path: Path, config: Any) -> None:
+    for got in (True, False, None, 0, "mixtures"):
+        wanted = rf"^Unknown value of `positive_only` {got!r}\. Known: all, mixture, none\."
+        with pytest.raises(ValueError, match=wanted):
+            config(str(tmp_path), use_cpu=True, bf16=False, positive_only=got)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo", "divergence"])
+def test_trls_own_config_gets_our_defaults(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
+    plain = {"grpo": trl.GRPOConfig, "rloo": trl.RLOOConfig, "divergence": trl.DistillationConfig}[kind]
+    prompts = [text for text in TEXTS[:4] for _ in range(4)]
+    theirs = make_trainer(kind, pair, tmp_path, config=plain, mixin=Watch)
+    ours = make_trainer(kind, pair, tmp_path)
+    batches = [one_batch(trainer, prompts) for trainer in (theirs, ours)]
+    assert batches[0].keys() == batches[1].keys()
+    for name, value in batches[0].items():
+        assert torch.equal(value, batches[1][name]), name
+    assert theirs.args.use_vllm  # TRL's word for any engine
+    theirs.train()
+    assert theirs.state.global_step == 3
+
+
+def test_the_users_config_is_left_as_it_was(pair: tuple[str, str], tmp_path: Path) -> None:
+    trainer = make_trainer("grpo", pair, tmp_path)
+    args = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    GRPOTrainer(pair[1], reward, args=args, generator=trainer.generator, train_dataset=trainer.train_dataset)
+    assert args.use_vllm is False
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo", "divergence"])
+def test_arguments_by_position_are_trls(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
+    like = make_trainer(kind, pair, tmp_path)
+    second = reward if kind in RL else None
+    trainer = KINDS[kind][0](pair[1], second, like.args, like.train_dataset, generator=like.generator)
+    assert trainer.args.max_completion_length == 10
+    assert trainer.train_dataset is like.train_dataset
+    one_batch(trainer, TEXTS[:1] * 4)
+
+
+def test_no_config_at_all(pair: tuple[str, str], tmp_path: Path) -> None:
+    """Our configuration, under TRL's name; on a CPU it has to be told so, or TRL's own default bf16 refuses it."""
+    for kind, name in (("grpo", "student-GRPO"), ("rloo", "student-RLOO"), ("divergence", "student-Distillation")):
+        trainer_class, config, _ = KINDS[kind]
+        assert trainer_class.config_class is config
+
+        class OnCPU:
+            config_class = staticmethod(partial(config, use_cpu=True, bf16=False))
+
+        trainer = make_trainer(kind, pair, tmp_path, mixin=OnCPU, trainer={"args": None})
+        assert type(trainer.args) is config
+        assert trainer.args.output_dir == name

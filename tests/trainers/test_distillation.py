@@ -1,0 +1,52 @@
+"""Distillation by TRL's divergence: the teacher and the prompts that it can take."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from helpers.training import (
+    load,
+    make_trainer,
+)
+
+
+def test_the_divergence_warns_of_endings_of_the_teachers_own(pair: tuple[str, str], tmp_path: Path) -> None:
+    other = shutil.copytree(pair[0], tmp_path / "other")
+    (other / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 1]}))
+    with pytest.warns(UserWarning, match=r"also ends with the tokens \[3\], .*or set `loss='sampled_token'`"):
+        make_trainer("divergence", pair, tmp_path, generator={"teacher": str(other)})
+
+
+def test_the_divergence_takes_the_generators_teacher_alone(
+    pair: tuple[str, str], tmp_path: Path, teacher: Any
+) -> None:
+    trainer = make_trainer("divergence", pair, tmp_path, trainer={"teacher_model": pair[0] + "/"})
+    assert trainer.vllm_generation.backend.teacher is trainer.accelerator.unwrap_model(trainer.teacher_model)
+    make_trainer("divergence", pair, tmp_path, generator={"teacher": teacher}, trainer={"teacher_model": teacher})
+    with pytest.raises(ValueError, match="wanted one teacher"):
+        make_trainer(
+            "divergence", pair, tmp_path, generator={"teacher": teacher}, trainer={"teacher_model": load(pair[0])}
+        )
+
+
+def test_a_padded_vocabulary_is_told_of_the_loss_that_takes_it(pair: tuple[str, str], tmp_path: Path) -> None:
+    wide = load(pair[0])
+    wide.resize_token_embeddings(wide.config.vocab_size + 16)
+    wide.save_pretrained(tmp_path / "wide")
+    AutoTokenizer.from_pretrained(pair[0]).save_pretrained(tmp_path / "wide")
+    own = {"teacher": str(tmp_path / "wide")}
+    with pytest.raises(ValueError, match=r"vocab_size .*padded to another size will do for `loss='sampled_token'`"):
+        make_trainer("divergence", pair, tmp_path, generator=own)
+    make_trainer("sampled_token", pair, tmp_path, generator=own)
+
+
+def test_the_divergence_refuses_two_prompts(pair: tuple[str, str], tmp_path: Path) -> None:
+    """TRL's loss reads both models on one prompt: the teacher's own would be ignored without a word."""
+    with pytest.raises(ValueError, match=r"reads both models on the student's prompt.*`loss='sampled_token'`"):
+        make_trainer("divergence", pair, tmp_path, generator={"teacher_system_prompt": "sort"})

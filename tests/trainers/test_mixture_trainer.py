@@ -1,0 +1,241 @@
+"""Every trainer: metrics, two prompts, adapters, and what is refused before anything is loaded."""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from helpers.oracle import check_rollout
+from helpers.training import (
+    KINDS,
+    TEXTS,
+    Watch,
+    check_batch,
+    digits,
+    load,
+    make_trainer,
+    one_batch,
+    rows_of,
+)
+from optimal_sampling_trl import Mixture
+from optimal_sampling_trl.rollouts.rollout import RECORDS
+
+RL = ("grpo", "rloo")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_metrics_by_recomputation(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
+    trainer = make_trainer(kind, pair, tmp_path, mixin=Watch)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "alpha/mean" in entry]
+    assert len(logs) == len(trainer.generations) == 3
+    for log, (_, output, rollouts) in zip(logs, trainer.generations, strict=True):
+        mixed = [r for r, chosen in zip(rollouts, output["mixture_rows"].tolist(), strict=True) if chosen]
+        assert len(mixed) == (4 if kind in RL else 8)
+        alpha, log_q, log_theta, log_teacher = (
+            np.concatenate([getattr(r, name).double().numpy() for r in mixed]) for name in RECORDS
+        )
+        weights = np.exp(log_theta - log_q)
+        wanted = {
+            "alpha/mean": alpha.mean(),
+            "alpha/q10": np.quantile(alpha, 0.1),
+            "alpha/q50": np.quantile(alpha, 0.5),
+            "alpha/q90": np.quantile(alpha, 0.9),
+            "mixture/kl_theta": (log_q - log_theta).mean(),
+            "mixture/kl_teacher": (log_q - log_teacher).mean(),
+            "mixture/ess": weights.sum() ** 2 / (weights**2).sum() / len(weights),
+        }
+        if kind in RL:
+            scores = np.array([digits(rollout.text) for rollout in rollouts]).reshape(-1, 4)
+            wanted |= {
+                "mixture/reward_theta": scores[:, :2].mean(),
+                "mixture/reward_mixture": scores[:, 2:].mean(),
+                "mixture/groups_with_signal": (scores.max(1) > scores.min(1)).mean(),
+                "reward": scores.mean(),
+            }
+        assert {name: log[name] for name in wanted} == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+        assert log["mixture/tokens_per_second"] > 0
+        if kind == "grpo":
+            assert 0 <= log["engine/log_theta_difference"] < 1e-5
+            assert log["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-4)
+
+
+def test_the_engines_difference_is_measured_against_the_trainer(pair: tuple[str, str], tmp_path: Path) -> None:
+    """A log θ that is 0.01 off in the engine's record shows as 0.01."""
+    trainer = make_trainer("grpo", pair, tmp_path)
+    take = trainer.vllm_generation.pop_rollouts
+
+    def off() -> Any:
+        rollouts = take()
+        for rollout in rollouts:
+            rollout.log_theta.add_(0.01)
+        return rollouts
+
+    trainer.vllm_generation.pop_rollouts = off
+    one_batch(trainer, TEXTS[:1] * 4)
+    assert trainer._metrics["train"]["engine/log_theta_difference"] == pytest.approx([0.01], abs=1e-5)
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["text", "chat"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "divergence"])
+def test_two_system_prompts(pair: tuple[str, str], teacher: Any, tmp_path: Path, kind: str, chat: bool) -> None:
+    """The records are those of a teacher that read its own system prompt; the student trains on its own."""
+    from datasets import Dataset
+
+    texts = TEXTS[:8]
+    prompts = [[{"role": "user", "content": text}] for text in texts] if chat else texts
+    generator = {"teacher_system_prompt": "sort the digits", "theta_system_prompt": "go"}
+    trainer = make_trainer(
+        kind,
+        pair,
+        tmp_path,
+        generator=generator,
+        mixin=Watch,
+        max_steps=1,
+        trainer={"train_dataset": Dataset.from_dict({"prompt": prompts * 2})},
+    )
+    trainer.train()
+    tokenizer, theta = AutoTokenizer.from_pretrained(pair[0]), load(pair[1])
+    between = "\n" if chat else "\n\n"
+    known = {tuple(tokenizer(f"go{between}{text}").input_ids): text for text in texts}
+    (_, _, rollouts) = trainer.generations[0]
+    for rollout in rollouts:
+        text = known[tuple(rollout.theta_prompt_ids)]
+        assert rollout.prompt_ids == tokenizer(f"sort the digits{between}{text}").input_ids
+        check_rollout(rollout, teacher, theta, tolerance=2e-5)
+    by_ids = defaultdict(list)
+    for rollout in rollouts:
+        by_ids[tuple(rollout.theta_prompt_ids), tuple(rollout.completion_ids)].append(rollout)
+    for inputs in trainer.micro_batches:
+        for prompt, completion, records in rows_of(inputs):
+            same = by_ids[tuple(prompt), tuple(completion)]
+            assert any(torch.equal(records["log_teacher"], rollout.log_teacher) for rollout in same)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lora(pair: tuple[str, str], teacher: Any, tmp_path: Path, kind: str) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = make_trainer(kind, pair, tmp_path, mixin=Watch, trainer={"peft_config": config})
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, before[name]) != ("lora_" in name), name
+    # The last generation was sampled by the adapted student, not by the base.
+    theta = peft.get_peft_model(load(pair[1]), config).eval()
+    theta.load_state_dict(trainer.weights[-1], strict=False)
+    check_batch(trainer.generations[-1][1], teacher, theta, Mixture(), tolerance=2e-5)
+    with pytest.raises(AssertionError, match="off by"):
+        check_batch(trainer.generations[-1][1], teacher, load(pair[1]), Mixture(), tolerance=2e-5)
+
+
+def refused(message: str, kind: str, pair: tuple[str, str], tmp_path: Path, **build: Any) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_trainer(kind, pair, tmp_path, **build)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo", "divergence"])
+def test_refusals_of_every_trainer(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
+    def refuse(message: str, **build: Any) -> None:
+        refused(message, kind, pair, tmp_path, **build)
+
+    refuse(
+        r"`generator` is 'large'; wanted an `OptimalSamplingGenerator\(.*TRL's own trainer",
+        trainer={"generator": "large"},
+    )
+    refuse(r"`generator` is None; wanted an `OptimalSamplingGenerator", trainer={"generator": None})
+    for name, value in (("tools", [len]), ("rollout_func", len), ("environment_factory", dict)):
+        if name in inspect.signature(KINDS[kind][0]).parameters:
+            refuse(rf"`{name}` is not supported .*records would not match the tokens\. Drop it", trainer={name: value})
+    refuse("`vllm_mode` is 'server' and `backend` 'transformers'; wanted 'vllm' or 'auto'", vllm_mode="server")
+    refuse(r"`temperature` is 0; .*no probability to train with\. Raise it", temperature=0.0)
+    refuse(r"`vllm_structured_outputs_regex` is not supported .*Drop it", vllm_structured_outputs_regex="[0-9]+")
+    refuse(r"`generation_kwargs` has a `seed`, .*equal\. Set the trainer's `seed`", generation_kwargs={"seed": 1})
+    refuse(
+        r"Unknown entry of `generation_kwargs` 'top_kk'\. Known: .*Did you mean 'top_k'\?",
+        generation_kwargs={"top_kk": 1},
+    )
+    refuse(r"Unknown correction 'prefix_trunc'\. .*Did you mean 'prefix_truncate'\?", correction="prefix_trunc")
+    refuse(r"`vllm_tensor_parallel_size` is 2; .*Set it to 1 or use `backend=\"vllm\"`", vllm_tensor_parallel_size=2)
+    refuse(
+        r"`theta_fraction` is 0\.01 of a group of \d+, which rounds to 0; wanted .*Raise the group",
+        generator={"theta_fraction": 0.01},
+    )
+    refuse(
+        r"`theta_fraction` is 0\.99 of a group of \d+, which rounds to \d+; wanted", generator={"theta_fraction": 0.99}
+    )
+
+
+def test_refusals_of_one_trainer(pair: tuple[str, str], tmp_path: Path) -> None:
+    refused(
+        r"`correction` is 'token_mask' and `vllm_importance_sampling_correction` is False, .*Leave the latter True",
+        "grpo",
+        pair,
+        tmp_path,
+        correction="token_mask",
+        vllm_importance_sampling_correction=False,
+    )
+    for name in ("token_truncate", "prefix_luffy"):
+        refused(
+            rf"`correction` is '{name}'; RLOO weighs whole completions, so wanted 'none' or .*'sequence_truncate'",
+            "rloo",
+            pair,
+            tmp_path,
+            correction=name,
+        )
+    for name in ("token_truncate", "sequence_mask"):
+        refused(
+            rf"`correction` is '{name}'; the divergence at a position is exact .*'prefix_truncate'",
+            "divergence",
+            pair,
+            tmp_path,
+            correction=name,
+        )
+    refused(
+        r"`loss` is 'sampled_token', .*`teacher_model` was given as well\. Drop it, or set `loss='divergence'`",
+        "sampled_token",
+        pair,
+        tmp_path,
+        trainer={"teacher_model": pair[0]},
+    )
+    other = str(tmp_path / "other")
+    cases: list[tuple[str, dict[str, Any], str]] = [
+        (
+            "grpo",
+            {"loss_type": "vespo", "correction": "sequence_mask"},
+            r"'sequence_mask' and `loss_type` 'vespo', .*wanted one of none, token_truncate, token_mask",
+        ),
+        (
+            "grpo",
+            {"correction": "token_mask", "correction_window": 3},
+            r"`correction_window` is 3, and `correction='token_mask'` does not read it; wanted it with 'prefix'",
+        ),
+        ("rloo", {"correction_self_normalise": True}, r"is True, and `correction='none'` does not read it"),
+        ("grpo", {"use_transformers_continuous_batching": True}, r"is for TRL's own rollouts\. Drop it"),
+        ("grpo", {"generator": {"engine_arguments": {"device": "cpu"}}}, r"has `device`, which is the trainer's"),
+        ("sampled_token", {"beta": 0.5}, r"`beta` is 0\.5, and `loss='sampled_token'` does not read it"),
+        ("sampled_token", {"teacher_model_revision": "v2"}, r"`teacher_model_revision` is 'v2', and"),
+        ("divergence", {"sampled_token_clip": 1.0}, r"is 1\.0, and `loss='divergence'` does not read it"),
+        ("divergence", {"teacher_model_revision": "v2"}, r"is 'v2' and the `revision` among .* None; wanted one"),
+        (
+            "divergence",
+            {"trainer": {"teacher_model": other}},
+            rf"`teacher_model` is '{other}' and the generator's `teacher` .*Drop `teacher_model`",
+        ),
+    ]
+    for kind, settings, words in cases:
+        refused(words, kind, pair, tmp_path, **settings)
+    refused(
+        r"Unknown loss of distillation 'sample_token'\. Known: .*Did you mean 'sampled_token'\?",
+        "divergence",
+        pair,
+        tmp_path,
+        loss="sample_token",
+    )

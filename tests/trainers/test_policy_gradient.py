@@ -1,0 +1,113 @@
+"""GRPO and RLOO: corrections of the mixture's rows, and advantages that are dropped."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.training import (
+    TEXTS,
+    make_trainer,
+    one_batch,
+    rows_of,
+)
+from optimal_sampling_trl.losses import CORRECTIONS
+
+RL = ("grpo", "rloo")
+
+
+@pytest.mark.parametrize("name", CORRECTIONS)
+def test_grpo_multiplies_trls_ratio_on_mixture_rows(pair: tuple[str, str], tmp_path: Path, name: str) -> None:
+    level, _, shape = name.partition("_")
+    settings: dict[str, Any] = {"truncate": {"clip_max": 1.3}, "mask": {"clip_max": 1.3, "clip_min": 0.2}}.get(
+        shape, {}
+    )
+    settings |= ({"gamma": 0.5} if shape == "luffy" else {}) | ({"window": 2} if level == "prefix" else {})
+    details = {f"correction_{detail}": value for detail, value in settings.items()}
+    trainer = make_trainer("grpo", pair, tmp_path, correction=name, **details)
+    batch = one_batch(trainer, [text for text in TEXTS[:4] for _ in range(4)])
+    for row, (_, _, records) in enumerate(rows_of(batch)):
+        ratios = (records["log_theta"].double() - records["log_q"].double()).exp().tolist()
+        for i in range(len(ratios)):
+            product = {"token": ratios[i], "prefix": np.prod(ratios[max(0, i - 1) : i + 1]), "none": 1.0}
+            w = product.get(level, np.prod(ratios))
+            w = {"truncate": min(w, 1.3), "mask": w * (0.2 <= w <= 1.3), "luffy": w / (w + 0.5)}.get(shape, w)
+            wanted = w if batch["mixture_rows"][row] else 1.0
+            assert float(batch["importance_sampling_ratio"][row, -1 if level == "none" else i]) == pytest.approx(
+                wanted, rel=1e-3, abs=1e-4
+            )
+    if name != "none":
+        mixed = batch["importance_sampling_ratio"][batch["mixture_rows"]]
+        assert float((mixed - 1).abs().max()) > 0.05
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 5}, {"top_p": 0.8}, {"repetition_penalty": 1.3}])
+def test_a_truncation_is_no_defect_of_the_engine(pair: tuple[str, str], tmp_path: Path, settings: Any) -> None:
+    """TRL's ratio is of the trainer against the engine; of the truncated q it would drop the student's rows."""
+    trainer = make_trainer("grpo", pair, tmp_path, **settings)
+    batch = one_batch(trainer, [text for text in TEXTS[:4] for _ in range(4)])
+    assert set(batch["mixture_rows"].tolist()) == {True, False}
+    assert float((batch["importance_sampling_ratio"] - 1).abs().max()) < 1e-4
+
+
+def test_completions_that_no_function_scores_count_for_nothing(pair: tuple[str, str], tmp_path: Path) -> None:
+    def some(completions: list[str], **columns: Any) -> list[float | None]:
+        return [None if row % 4 in (0, 3) else 1.0 + row // 4 for row in range(len(completions))]
+
+    def none(completions: list[str], **columns: Any) -> list[None]:
+        return [None] * len(completions)
+
+    for rewards, wanted in ((some, [1.5, 1.5, 0.0]), (none, [np.nan, np.nan, 0.0])):
+        trainer = make_trainer("grpo", pair, tmp_path, trainer={"reward_funcs": rewards})
+        one_batch(trainer, [text for text in TEXTS[:2] for _ in range(4)])
+        log = trainer._metrics["train"]
+        names = ("mixture/reward_theta", "mixture/reward_mixture", "mixture/groups_with_signal")
+        assert [log[name][0] for name in names] == pytest.approx(wanted, nan_ok=True)
+
+
+@pytest.mark.parametrize("kind", RL)
+def test_positive_only(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
+    """The same rollouts: "none", TRL's advantages; "mixture", its negatives are 0; the default, all are."""
+    prompts = [text for text in TEXTS[:4] for _ in range(4)]
+    off = one_batch(make_trainer(kind, pair, tmp_path, positive_only="none"), prompts)
+    on, everywhere = (
+        one_batch(make_trainer(kind, pair, tmp_path, **settings), prompts)
+        for settings in ({"positive_only": "mixture"}, {})
+    )
+    assert torch.equal(on["completion_ids"], off["completion_ids"])
+    assert torch.equal(everywhere["completion_ids"], off["completion_ids"])
+    mixed = off["mixture_rows"]
+    assert bool((off["advantages"][mixed] < 0).any())
+    assert bool((off["advantages"][~mixed] < 0).any())
+    wanted = torch.where(mixed & (off["advantages"] < 0), 0.0, off["advantages"])
+    assert torch.equal(on["advantages"], wanted)
+    assert torch.equal(everywhere["advantages"], off["advantages"].clamp(min=0))
+
+
+def test_settings_that_collapsed_are_warned_of_once(pair: tuple[str, str], tmp_path: Path) -> None:
+    negatives = {"correction": "token_truncate", "positive_only": "none"}
+    vespo = {"loss_type": "vespo", "vllm_importance_sampling_mode": "token_truncate"}
+    cases: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
+        ("grpo", negatives, {"theta_fraction": 0.0}, r"match of 0\.14, .* 0\.44\. Leave `positive_only` at 'all'"),
+        ("grpo", {"correction": "prefix_truncate"}, {}, r"prefix ratios to 0\.13 at most"),
+        ("rloo", {"correction": "sequence_mask"}, {}, r"exact match of 0\.00 at every learning rate.*Use 'none'"),
+        ("grpo", vespo, {}, r"`loss_type='vespo'` .*\.045 -> \.000.*\(0\.43\)"),
+        ("grpo", {"beta": 0.1}, {}, r"`beta` is 0\.1 .*Leave them at 0 and None"),
+    ]
+    for kind, settings, generator, message in cases:
+        with pytest.warns(UserWarning, match=message) as caught:
+            make_trainer(kind, pair, tmp_path, generator=generator, **settings)
+        ours = [w for w in caught if re.search(message, str(w.message))]
+        assert len(ours) == 1
+        assert Path(ours[0].filename).name == "training.py", ours[0].filename  # the line that builds the trainer
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_trainer("grpo", pair, tmp_path, correction="token_truncate")
+        make_trainer("grpo", pair, tmp_path, correction="token_truncate", generator={"theta_fraction": 0.0})
+    assert not [w for w in caught if "recipes/README.md" in str(w.message)]

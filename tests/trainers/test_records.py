@@ -1,0 +1,170 @@
+"""The records of a batch: they stay with their rows in training and evaluation, from the student or the mixture."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.oracle import check_rollout
+from helpers.training import (
+    KINDS,
+    TEXTS,
+    Watch,
+    check_batch,
+    digits,
+    load,
+    make_trainer,
+    one_batch,
+    rows_of,
+)
+from optimal_sampling_trl import Mixture, OptimalSamplingGenerator
+from optimal_sampling_trl.trainers.engines.base import MixturePlan
+from optimal_sampling_trl.trainers.records import stack_records
+
+RL = ("grpo", "rloo")
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("grpo", {}),
+        ("grpo", {"num_iterations": 2}),
+        ("grpo", {"steps_per_generation": 4}),
+        ("grpo", {"num_iterations": 2, "steps_per_generation": 1}),
+        ("rloo", {"num_iterations": 2}),
+        ("rloo", {"steps_per_generation": 4}),
+        ("divergence", {}),
+        ("divergence", {"correction": "prefix_truncate", "correction_window": 3}),
+        ("sampled_token", {}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(f"{k}={v}" for k, v in value.items()),
+)
+def test_three_steps(pair: tuple[str, str], teacher: Any, tmp_path: Path, kind: str, settings: dict[str, Any]) -> None:
+    """Through shuffle, split, accumulation and repeated use of a batch: each micro-batch is held against the oracle,
+    which reads each row alone, with the weights of the moment of sampling."""
+    trainer = make_trainer(kind, pair, tmp_path, mixin=Watch, **settings)
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        assert not torch.equal(parameter, before[name]), f"{name} did not move"
+
+    steps, accumulation = trainer.args.max_steps, trainer.args.gradient_accumulation_steps
+    per_generation = getattr(trainer.args, "steps_per_generation", accumulation)
+    repeats = getattr(trainer, "num_iterations", 1)
+    assert len(trainer.micro_batches) == steps * accumulation
+    assert len(trainer.generations) == -(-steps * accumulation // (per_generation * repeats))
+    theta = load(pair[1])
+    shuffled = 0
+    for index, inputs in enumerate(trainer.micro_batches):
+        generation = index // (per_generation * repeats)
+        training, output, _ = trainer.generations[generation]
+        assert training
+        theta.load_state_dict(trainer.weights[generation], strict=False)
+        theta.tie_weights()
+        check_batch(inputs, teacher, theta, Mixture(), tolerance=2e-5)
+        micro = index % per_generation
+        rows = slice(micro * 4, micro * 4 + 4)
+        shuffled += not torch.equal(inputs["log_teacher"], output["log_teacher"][rows])
+    assert shuffled  # the test means something: TRL did change the order of rows
+    lengths = {int(n) for inputs in trainer.micro_batches for n in inputs["completion_mask"].sum(1)}
+    assert len(lengths) > 1  # and padding was there to be got wrong
+
+
+@pytest.mark.parametrize("kind", RL)
+def test_advantages_belong_to_their_rows(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
+    """From the micro-batches alone: rewards from the completions, groups from the prompts, advantages by hand."""
+    settings = {"positive_only": "mixture"} | ({"beta": 0.0} if kind == "rloo" else {})
+    trainer = make_trainer(kind, pair, tmp_path, mixin=Watch, max_steps=2, **settings)
+    trainer.train()
+    decode = trainer.processing_class.decode
+    for step in range(2):
+        groups: dict[tuple[int, ...], list[tuple[float, bool, float]]] = defaultdict(list)
+        for inputs in trainer.micro_batches[2 * step : 2 * step + 2]:
+            for row, (prompt, completion, _) in enumerate(rows_of(inputs)):
+                scored = digits(decode(completion, skip_special_tokens=True))
+                groups[tuple(prompt)].append(
+                    (scored, bool(inputs["mixture_rows"][row]), float(inputs["advantages"][row]))
+                )
+        assert len(groups) == 2
+        for rows in groups.values():
+            assert [mixed for _, mixed, _ in rows].count(True) == 2
+            rewards = np.array([scored for scored, _, _ in rows])
+            if kind == "grpo":
+                wanted = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-4)
+            else:
+                wanted = rewards - (rewards.sum() - rewards) / 3
+            mixed = np.array([mixed for _, mixed, _ in rows])
+            wanted = np.where(mixed, np.maximum(wanted, 0.0), wanted)
+            assert [advantage for _, _, advantage in rows] == pytest.approx(wanted.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_samples_from_the_student_alone(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
+    from datasets import Dataset
+
+    trainer = make_trainer(
+        kind, pair, tmp_path, mixin=Watch, trainer={"eval_dataset": Dataset.from_dict({"prompt": TEXTS[:4]})}
+    )
+    metrics = trainer.evaluate()
+    assert metrics["eval_mixture/tokens_per_second"] > 0
+    assert not [name for name in metrics if "alpha" in name or "mixture/kl" in name]
+    assert trainer.generations
+    theta = load(pair[1])
+    for training, output, rollouts in trainer.generations:
+        assert not training
+        assert bool((output["alpha"] == 0).all())
+        assert not output["mixture_rows"].any()
+        assert torch.allclose(output["log_q"], output["log_theta"], atol=1e-5)
+        for rollout in rollouts:
+            check_rollout(rollout, load(pair[0]), theta, tolerance=2e-5)
+    one_batch(trainer, TEXTS[:1] * 4)  # and training goes on with the mixture
+    assert trainer.generations[-1][1]["mixture_rows"].any()
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.25, 0.5, 0.75, 1.0])
+@pytest.mark.parametrize(("processes", "rows"), [(1, 24), (2, 12), (3, 8), (4, 6), (8, 3), (24, 1)])
+def test_a_group_may_span_processes(fraction: float, processes: int, rows: int) -> None:
+    generator, group = OptimalSamplingGenerator(teacher="t", theta_fraction=fraction), 4
+    plan = MixturePlan(generator, lambda: group, lambda: generator.theta_count(group, 0.5), lambda: True, lambda: 0.0)
+    drawn = [mixture for rank in range(processes) for mixture in plan.mixtures(rows, rank * rows)]
+    alone = round(4 * fraction)
+    assert [mixture.is_theta_only for mixture in drawn] == ([True] * alone + [False] * (4 - alone)) * 6
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_theta_fraction_of_each_group(pair: tuple[str, str], tmp_path: Path, kind: str, fraction: float) -> None:
+    trainer = make_trainer(kind, pair, tmp_path, generator={"theta_fraction": fraction})
+    prompts = [text for text in TEXTS[:4] for _ in range(4)]
+    batch = one_batch(trainer, prompts)
+    group = 4 if kind in RL else 8
+    alone = int(group * fraction)
+    assert batch["mixture_rows"].tolist() == ([False] * alone + [True] * (group - alone)) * (16 // group)
+    tokens = batch["completion_mask"].bool()
+    own = tokens & ~batch["mixture_rows"][:, None]
+    assert bool((batch["alpha"][own] == 0).all())
+    assert bool((batch["alpha"][tokens & batch["mixture_rows"][:, None]] > 0).all())
+    assert torch.allclose(batch["log_q"][own], batch["log_theta"][own], atol=1e-5)
+
+
+def test_default_shares(pair: tuple[str, str], tmp_path: Path) -> None:
+    for kind, share in (("grpo", 0.5), ("rloo", 0.5), ("divergence", 0.0)):
+        trainer = make_trainer(kind, pair, tmp_path)
+        batch = one_batch(trainer, TEXTS[:1] * 8)
+        assert float((~batch["mixture_rows"]).float().mean()) == share
+
+
+def test_a_record_of_another_completion_is_refused(pair: tuple[str, str], tmp_path: Path) -> None:
+    trainer = make_trainer("grpo", pair, tmp_path)
+    batch = one_batch(trainer, TEXTS[:1] * 4)
+    rollouts = list(trainer.rollouts)
+    stack_records(rollouts, batch["completion_ids"])
+    with pytest.raises(RuntimeError, match=r"Completion 1 of the batch is not the one that was sampled for it"):
+        stack_records([rollouts[0], rollouts[2], rollouts[1], rollouts[3]], batch["completion_ids"])
+    with pytest.raises(RuntimeError, match=r"The batch has 4 completions, but 3 were sampled for it"):
+        stack_records(rollouts[:3], batch["completion_ids"])

@@ -1,0 +1,110 @@
+"""The form of the package and the recipes: docstrings open with a verb or a thing, and what is read fits a screen."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from helpers.paths import RECIPES, ROOT
+
+PACKAGE = ROOT / "optimal_sampling_trl"
+FILES = sorted(PACKAGE.rglob("*.py"))
+READ = [*FILES, *sorted(RECIPES.rglob("*.py"))]
+QUESTIONS = {"What", "Whether", "Where", "Why", "How", "Which", "When", "Who"}
+VAGUE = {"own", "theirs", "said", "left", "apart", "tails"}
+"""Words that say nothing as the name of a variable."""
+LONGEST_FILE, LONGEST_FUNCTION = 400, 80
+EXCEPTIONS: set[str] = {
+    "optimal_sampling_trl/backends/__init__.py",
+    "optimal_sampling_trl/backends/transformers/decoding.py",
+    "optimal_sampling_trl/backends/vllm/blocks.py",
+    "optimal_sampling_trl/backends/vllm/launch.py",
+    "optimal_sampling_trl/backends/vllm/limits.py",
+    "optimal_sampling_trl/backends/vllm/plugin.py",
+    "optimal_sampling_trl/backends/vllm/server/client.py",
+    "optimal_sampling_trl/backends/vllm/server/messages.py",
+    "optimal_sampling_trl/backends/vllm/versions.py",
+    "optimal_sampling_trl/backends/vllm/wire.py",
+    "optimal_sampling_trl/backends/vllm/worker/destinations.py",
+    "optimal_sampling_trl/backends/vllm/worker/model.py",
+    "optimal_sampling_trl/backends/vllm/worker/model_state.py",
+    "optimal_sampling_trl/backends/vllm/worker/row_sampler.py",
+    "optimal_sampling_trl/backends/vllm/worker/shift.py",
+    "optimal_sampling_trl/backends/vllm/worker/weights.py",
+    "optimal_sampling_trl/generate.py",
+    "optimal_sampling_trl/mixture/kernels/layout.py",
+    "optimal_sampling_trl/mixture/kernels/sums.py",
+    "optimal_sampling_trl/pairing/pair.py",
+    "optimal_sampling_trl/pairing/prompts.py",
+    "optimal_sampling_trl/pairing/source.py",
+    "optimal_sampling_trl/trainers/engines/__init__.py",
+    "optimal_sampling_trl/trainers/engines/base.py",
+    "optimal_sampling_trl/trainers/engines/seam.py",
+    "recipes/studies/horizon.py",
+    "recipes/studies/horizon_arms.py",
+    "recipes/studies/horizon_report.py",
+    "recipes/studies/horizon_train.py",
+    "recipes/studies/ladder.py",
+    "recipes/studies/stack.py",
+}
+"""Files whose words are still to be mended."""
+
+
+def short(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def docstrings(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and text of each docstring: of modules, classes and functions, and those below a constant or a field."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        for each in node.body:
+            match each:
+                case ast.Expr(value=ast.Constant(value=str(text))):
+                    yield each.lineno, text.strip()
+
+
+def names(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and name of each variable that is assigned, and of each parameter."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        match node:
+            case ast.Name(id=name, ctx=ast.Store()) | ast.arg(arg=name):
+                yield node.lineno, name
+
+
+@pytest.mark.parametrize("path", READ, ids=short)
+def test_a_docstring_opens_with_no_question_word(path: Path) -> None:
+    asked = [
+        f"{short(path)}:{line}: {text.splitlines()[0]}"
+        for line, text in docstrings(path)
+        if text and text.split()[0].strip(",:") in QUESTIONS
+    ]
+    if short(path) in EXCEPTIONS:
+        pytest.skip("stands in EXCEPTIONS")
+    assert not asked, "Begin these with a verb, or with the thing that is returned:\n" + "\n".join(asked)
+
+
+@pytest.mark.parametrize("path", READ, ids=short)
+def test_a_variable_is_named_for_what_it_holds(path: Path) -> None:
+    vague = [f"{short(path)}:{line}: {name}" for line, name in names(path) if name in VAGUE]
+    if short(path) in EXCEPTIONS:
+        pytest.skip("stands in EXCEPTIONS")
+    assert not vague, "Name these for what they hold:\n" + "\n".join(vague)
+
+
+@pytest.mark.parametrize("path", FILES, ids=short)
+def test_a_file_and_its_functions_fit(path: Path) -> None:
+    text = path.read_text()
+    lines = len(text.splitlines())
+    assert lines <= LONGEST_FILE, f"{short(path)} has {lines} lines, wanted {LONGEST_FILE} at most: split it by noun"
+    lengths = {
+        f"{short(path)}:{node.lineno}: {node.name}": (node.end_lineno or 0) - node.lineno + 1
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    long = {name: length for name, length in lengths.items() if length > LONGEST_FUNCTION}
+    assert not long, f"Functions of more than {LONGEST_FUNCTION} lines do more than one thing: {long}"
