@@ -45,6 +45,7 @@ ELSEWHERE = {
     "trainers/mixture_trainer.py": ("trainers/test_trainers.py", "the records of every batch"),
     "trainers/policy_gradient.py": ("trainers/test_trainers.py", "what GRPO and RLOO share"),
     "trainers/records.py": ("trainers/test_trainers.py", "each micro-batch of a training is held against the oracle"),
+    "trainers/rewarded.py": ("trainers/test_raft.py", "rewards of the student's and the mixture's completions"),
     "trainers/rloo.py": ("trainers/test_trainers.py", "three trainers, one set of checks"),
     "trainers/engines/seam.py": ("trainers/engines/test_colocated.py", "live and colocated engines in a trainer"),
     "trainers/engines/server.py": ("backends/vllm/server/test_server.py", "trainers with a server"),
