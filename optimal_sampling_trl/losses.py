@@ -20,6 +20,9 @@ and the shape tames a large weight, which biases the loss towards the tokens tha
 
 `none` is weight 1: the tokens are trained on as if the student had drawn them. Without negative advantages the
 mixture's completions then act as demonstrations that turned out well.
+
+Filtered imitation needs no correction: the completions that a reward accepts are imitated, whoever sampled them
+(Dong et al., "RAFT", arXiv:2304.06767; Xiong et al., "A Minimalist Approach to LLM Reasoning", arXiv:2504.11343).
 """
 
 from __future__ import annotations
@@ -190,6 +193,38 @@ def sampled_token_coefficients(
     if mean is not None:
         coefficient = coefficient - mean[:, None]
     return coefficient * mask
+
+
+def accept_rewards(rewards: Float[Tensor, " B"], least: float | None = None) -> Bool[Tensor, " B"]:
+    """Decide which completions a reward accepts.
+
+    Args:
+        rewards: reward of each completion; NaN, of one that could not be scored, is not accepted.
+        least: smallest reward that is accepted; None accepts rewards above 0.
+    """
+    return rewards > 0 if least is None else rewards >= least
+
+
+def imitation_loss(
+    log_theta: Float[Tensor, "B T"],
+    weights: Float[Tensor, " B"],
+    mask: Float[Tensor, "B T"],
+    count: Float[Tensor, ""],
+) -> Float[Tensor, ""]:
+    """Compute −Σ w·log θ(x)/N, the loss of imitating completions of weight w; 0 where every weight is.
+
+    With q held fixed and w the acceptance of a verifier, its gradient is −P(accepted)·E[∇log θ(y) | y accepted], so it
+    takes θ towards q conditioned on success. A divisor of all tokens shrinks the step while few are accepted; one of
+    the accepted tokens keeps its length.
+
+    Args:
+        log_theta: log-probability of each token under the student.
+        weights: weight of each completion.
+        mask: 1 on tokens, 0 on padding.
+        count: N; where it is 0, so is the loss.
+    """
+    total = (weights[:, None] * log_theta * mask).sum()
+    return -total / torch.where(count > 0, count, 1.0)
 
 
 def effective_sample_size(log_weights: Float[Tensor, " *N"]) -> Float[Tensor, ""]:

@@ -31,6 +31,12 @@ REWARD_THETA = "mixture/reward_theta"
 """Mean reward of the completions that the student sampled."""
 REWARD_MIXTURE = "mixture/reward_mixture"
 """Mean reward of the completions that the mixture sampled."""
+ACCEPTED_THETA = "accepted/theta"
+"""Share of the student's completions that the reward accepts."""
+ACCEPTED_MIXTURE = "accepted/mixture"
+"""Share of the mixture's completions that the reward accepts."""
+ACCEPTED_PROMPTS = "accepted/prompts"
+"""Share of the prompts with a completion that the reward accepts."""
 GROUPS_WITH_SIGNAL = "mixture/groups_with_signal"
 """Share of the groups whose rewards differ, and which therefore have advantages other than 0."""
 TOKENS_PER_SECOND = "mixture/tokens_per_second"
@@ -74,19 +80,46 @@ def of_speed(tokens: Float[Tensor, " P"], seconds: Float[Tensor, " P"]) -> dict[
     return {TOKENS_PER_SECOND: float(tokens.sum() / seconds.max().clamp(min=1e-9))}
 
 
-def of_rewards(rewards: Float[Tensor, "G N"], theta_count: int) -> dict[str, float]:
-    """Summarise the rewards of G groups of N completions; NaN stands where no function could score a completion.
+def of_rewards(rewards: Float[Tensor, " N"], theta_rows: Bool[Tensor, " N"]) -> dict[str, float]:
+    """Average the rewards of the student's completions and of the mixture's.
 
     Args:
-        rewards: the first `theta_count` of each group are of the student's completions, the others of the mixture's.
-        theta_count: number of each group's completions that the student sampled.
+        rewards: reward of each completion; NaN where no function could score it.
+        theta_rows: True where the student sampled the completion alone.
     """
+    return _of_halves(rewards, theta_rows, (REWARD_THETA, REWARD_MIXTURE))
+
+
+def of_groups(rewards: Float[Tensor, "G N"]) -> dict[str, float]:
+    """Count the groups of N completions whose rewards differ; NaN stands where no function could score one."""
     largest, smallest = rewards.nan_to_num(nan=-torch.inf).amax(1), rewards.nan_to_num(nan=torch.inf).amin(1)
-    halves = {REWARD_THETA: rewards[:, :theta_count], REWARD_MIXTURE: rewards[:, theta_count:]}
+    return {GROUPS_WITH_SIGNAL: float((largest > smallest).float().mean())}
+
+
+def of_acceptance(
+    rewards: Float[Tensor, "G N"], accepted: Bool[Tensor, "G N"], theta_rows: Bool[Tensor, "G N"]
+) -> dict[str, float]:
+    """Compute the shares of completions and of prompts that a reward accepts.
+
+    Args:
+        rewards: rewards of the N completions of each of G prompts; NaN, where no function could score one, leaves the
+            completion out of its share.
+        accepted: True where the completion is accepted.
+        theta_rows: True where the student sampled the completion alone.
+    """
+    shares = accepted.float().masked_fill(rewards.isnan(), torch.nan)
     return {
-        GROUPS_WITH_SIGNAL: float((largest > smallest).float().mean()),
-        **{name: float(half.nanmean()) for name, half in halves.items() if half.numel()},
+        **_of_halves(shares.flatten(), theta_rows.flatten(), (ACCEPTED_THETA, ACCEPTED_MIXTURE)),
+        ACCEPTED_PROMPTS: float(accepted.any(1).float().mean()),
     }
+
+
+def _of_halves(
+    values: Float[Tensor, " N"], theta_rows: Bool[Tensor, " N"], names: tuple[str, str]
+) -> dict[str, float]:
+    """Average the values of the student's completions and of the mixture's; without a name where there is no row."""
+    halves = zip(names, (values[theta_rows], values[~theta_rows]), strict=True)
+    return {name: float(half.nanmean()) for name, half in halves if len(half)}
 
 
 def token_differences(trainer: Float[Tensor, "B T"], engine: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:

@@ -30,8 +30,10 @@ def check_number(owner: str, name: str, value: object, low: float, high: float =
         ValueError: naming the option, the value and the range.
     """
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not low <= value <= min(high, sys.float_info.max):  # type: ignore[operator]
-        wanted = f"a number in [{low:g}, {high:g}]" if high != float("inf") else f"a finite number of at least {low:g}"
+    largest = sys.float_info.max
+    if not number or not max(low, -largest) <= value <= min(high, largest):  # type: ignore[operator]
+        wanted = "a finite number" if low == float("-inf") else f"a finite number of at least {low:g}"
+        wanted = wanted if high == float("inf") else f"a number in [{low:g}, {high:g}]"
         raise ValueError(f"{owner}: `{name}` is {shown(value)}; wanted {wanted}. Pass one.")
 
 

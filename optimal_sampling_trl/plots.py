@@ -88,6 +88,7 @@ def draw_training(log_history: Sequence[Mapping[str, Any]]) -> Any:
     """Draw the trainers' metrics of the mixture over training, a panel for each kind that the log holds:
 
     - the mean reward of the two halves of the groups, the student's and the mixture's;
+    - the share of completions and of prompts that the reward accepts;
     - α, mean and 10 % to 90 % of tokens;
     - the effective sample size of the mixture's tokens for the student, as a share of their number;
     - KL(q‖θ) and KL(q‖t), estimated on the sampled tokens, in nats a token.
@@ -106,12 +107,22 @@ def draw_training(log_history: Sequence[Mapping[str, Any]]) -> Any:
         return [(entry["step"], *(entry[name] for name in names)) for entry in found]
 
     rewards = {"the student's own": curve(metrics.REWARD_THETA), "the mixture's": curve(metrics.REWARD_MIXTURE)}
+    accepted = {
+        "the student's completions": curve(metrics.ACCEPTED_THETA),
+        "the mixture's completions": curve(metrics.ACCEPTED_MIXTURE),
+        "prompts with one": curve(metrics.ACCEPTED_PROMPTS),
+    }
     distances = {"KL(q‖θ)": curve(metrics.KL_THETA), "KL(q‖t)": curve(metrics.KL_TEACHER)}
     sizes, alpha = {"of the mixture's tokens": curve(metrics.SAMPLE_SIZE)}, curve(metrics.ALPHA_MEAN)
     band = curve(*metrics.ALPHA_BAND)
     shown: list[tuple[str, Mapping[str, Sequence[tuple[float, ...]]]]] = [
         (label, {name: points for name, points in curves.items() if points})
-        for label, curves in (("Mean reward", rewards), ("α", {"": alpha}), ("ESS ÷ tokens", sizes))
+        for label, curves in (
+            ("Mean reward", rewards),
+            ("Share accepted", accepted),
+            ("α", {"": alpha}),
+            ("ESS ÷ tokens", sizes),
+        )
     ]
     shown.append(("Nats a token", {name: points for name, points in distances.items() if points}))
     shown = [(label, curves) for label, curves in shown if curves]

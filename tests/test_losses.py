@@ -18,7 +18,9 @@ from optimal_sampling_trl.losses import (
     LEVELS,
     SHAPES,
     Correction,
+    accept_rewards,
     effective_sample_size,
+    imitation_loss,
     keep_positive,
     log_weights,
     sampled_token_coefficients,
@@ -194,6 +196,45 @@ def test_positive_only_touches_the_mixtures_negatives_alone() -> None:
     assert keep_positive(advantages, mixed).tolist() == [0.0, 2.0, -3.0, 4.0]
     per_token = torch.stack([advantages, -advantages], dim=1)
     assert keep_positive(per_token, mixed).tolist() == [[0.0, 1.0], [2.0, 0.0], [-3.0, 3.0], [4.0, -4.0]]
+
+
+def test_rewards_are_accepted_from_a_least_one_on() -> None:
+    rewards = torch.tensor([0.0, 0.3, 1.0, -1.0, torch.nan])
+    assert accept_rewards(rewards).tolist() == [False, True, True, False, False]
+    assert accept_rewards(rewards, 0.3).tolist() == [False, True, True, False, False]
+    assert accept_rewards(rewards, 1.0).tolist() == [False, False, True, False, False]
+    assert accept_rewards(rewards, -2.0).tolist() == [True, True, True, True, False]
+
+
+def test_imitation_by_hand() -> None:
+    log_theta = torch.tensor([[-1.0, -2.0, 9.0], [-4.0, 9.0, 9.0], [-8.0, -8.0, -8.0]])
+    mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+    weights = torch.tensor([1.0, 0.5, 0.0])
+    assert float(imitation_loss(log_theta, weights, mask, mask.sum())) == pytest.approx((1 + 2 + 0.5 * 4) / 6)
+    nothing = imitation_loss(log_theta.requires_grad_(), torch.zeros(3), mask, torch.tensor(0.0))
+    nothing.backward()
+    assert float(nothing) == 0
+    assert log_theta.grad is not None
+    assert bool((log_theta.grad == 0).all())
+
+
+def test_imitation_is_the_gradient_towards_the_accepted_samples() -> None:
+    """By enumeration of all completions of two tokens: the expected loss over q's samples, divided by the tokens, has
+    the gradient −P(accepted)·E_q[∇log θ(y) | accepted]/T."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, generator=generator, dtype=torch.float64, requires_grad=True)  # (T, V), independent
+    log_q = torch.randn(2, 3, generator=generator, dtype=torch.float64).log_softmax(-1)
+    completions = list(itertools.product(range(3), repeat=2))
+    accepted = torch.tensor([float(a >= b) for a, b in completions], dtype=torch.float64)
+    log_theta = torch.stack([logits.log_softmax(-1)[range(2), list(pair)] for pair in completions])  # (9, 2)
+    chance = torch.stack([log_q[range(2), list(pair)].sum() for pair in completions]).exp()
+    mask = torch.ones(9, 2, dtype=torch.float64)
+    loss = imitation_loss(log_theta, accepted * chance, mask, torch.tensor(2.0, dtype=torch.float64))
+    (got,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    share = (chance * accepted).sum()
+    conditional = (chance * accepted / share * log_theta.sum(1)).sum()
+    (wanted,) = torch.autograd.grad(-share * conditional / 2, logits)
+    assert torch.allclose(got, wanted, atol=1e-12)
 
 
 def test_effective_sample_size_of_kish() -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.paths import ROOT
 from optimal_sampling_trl import metrics
 from optimal_sampling_trl.metrics import quantiles
 
@@ -63,17 +64,43 @@ def test_the_speed_is_that_of_the_slowest_process() -> None:
     assert metrics.of_speed(torch.tensor([30.0]), torch.tensor([0.0]))["mixture/tokens_per_second"] > 0
 
 
-def test_the_rewards_of_each_half_of_the_groups() -> None:
-    rewards = torch.tensor([[0.0, 1.0, 1.0, 1.0], [0.5, 0.5, 0.5, 0.5], [torch.nan, 0.5, torch.nan, torch.nan]])
-    assert metrics.of_rewards(rewards, 2) == pytest.approx(
-        {
-            "mixture/groups_with_signal": 1 / 3,
-            "mixture/reward_theta": (0 + 1 + 0.5 + 0.5 + 0.5) / 5,
-            "mixture/reward_mixture": (1 + 1 + 0.5 + 0.5) / 4,
-        }
+NAN = torch.nan
+
+
+def test_the_rewards_of_the_student_and_of_the_mixture() -> None:
+    rewards = torch.tensor([0.0, 1.0, 1.0, NAN, 0.5])
+    theta_rows = torch.tensor([True, True, False, False, False])
+    wanted = {"mixture/reward_theta": 0.5, "mixture/reward_mixture": 0.75}
+    assert metrics.of_rewards(rewards, theta_rows) == wanted
+    assert metrics.of_rewards(rewards, ~theta_rows) == {
+        "mixture/reward_theta": 0.75,
+        "mixture/reward_mixture": 0.5,
+    }
+    assert metrics.of_rewards(rewards, torch.ones(5).bool()).keys() == {"mixture/reward_theta"}
+    assert metrics.of_rewards(rewards, torch.zeros(5).bool()).keys() == {"mixture/reward_mixture"}
+
+
+def test_a_group_whose_rewards_differ_has_a_signal() -> None:
+    rewards = [[0.0, 1.0, 1.0], [0.5, 0.5, 0.5], [NAN, 0.5, NAN], [NAN, NAN, NAN], [NAN, 0.0, 1.0]]
+    assert metrics.of_groups(torch.tensor(rewards)) == pytest.approx({"mixture/groups_with_signal": 2 / 5})
+
+
+def test_the_acceptance_of_completions_and_of_prompts() -> None:
+    """A completion that no function could score is in no share; its prompt has no accepted one by it."""
+    rewards = torch.tensor([[1.0, 0.0], [0.0, 0.0], [NAN, 1.0], [NAN, NAN]])
+    theta_rows = torch.tensor([[True, False]] * 4)
+    assert metrics.of_acceptance(rewards, rewards > 0, theta_rows) == pytest.approx(
+        {"accepted/theta": 1 / 2, "accepted/mixture": 1 / 3, "accepted/prompts": 2 / 4}
     )
-    assert metrics.of_rewards(rewards, 0).keys() == {"mixture/groups_with_signal", "mixture/reward_mixture"}
-    assert metrics.of_rewards(rewards, 4).keys() == {"mixture/groups_with_signal", "mixture/reward_theta"}
+
+
+def test_the_readme_lists_every_metric() -> None:
+    table = (ROOT / "README.md").read_text()
+    names = [value for name, value in vars(metrics).items() if name.isupper() and isinstance(value, str)]
+    assert len(names) > 8
+    histograms = (metrics.ALPHA_TOKENS, metrics.LOG_WEIGHT)
+    missing = [name for name in (*names, *metrics.ALPHA_QUANTILES) if f"`{name}`" not in table]
+    assert missing == list(histograms), "the README's table of metrics lacks some"
 
 
 def test_the_difference_between_trainer_and_engine() -> None:

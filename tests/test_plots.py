@@ -47,6 +47,16 @@ def test_training_has_a_panel_for_each_kind_of_metric() -> None:
     assert lines(distances)["KL(q‖t)"] == [(e["step"], e[metrics.KL_TEACHER]) for e in LOG]
 
 
+def test_acceptance_has_a_panel_where_it_was_logged() -> None:
+    share = {metrics.ACCEPTED_MIXTURE: 0.25, metrics.ACCEPTED_PROMPTS: 0.5}
+    panels = draw_training([entry | share for entry in LOG]).axes
+    assert [panel.get_ylabel() for panel in panels][:2] == ["Mean reward", "Share accepted"]
+    assert lines(panels[1]) == {
+        "the mixture's completions": [(e["step"], 0.25) for e in LOG],
+        "prompts with one": [(e["step"], 0.5) for e in LOG],
+    }
+
+
 def test_training_leaves_out_what_was_not_logged() -> None:
     """Distillation has no rewards; an evaluation's and the last entry of a run hold nothing of the mixture."""
     distillation = [{key: value for key, value in entry.items() if "reward" not in key} for entry in LOG]

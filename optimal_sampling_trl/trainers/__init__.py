@@ -1,10 +1,11 @@
 """TRL's trainers with rollouts from the mixture. TRL is imported here and nowhere else in the package."""
 
 from .arguments import GeneratorArguments, SamplerArguments
-from .config import DistillationConfig, GRPOConfig, RLOOConfig
+from .config import DistillationConfig, GRPOConfig, RAFTConfig, RLOOConfig
 from .distillation import DistillationTrainer
 from .generator import OptimalSamplingGenerator
 from .grpo import GRPOTrainer
+from .raft import RAFTTrainer
 from .rloo import RLOOTrainer
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "GRPOTrainer",
     "GeneratorArguments",
     "OptimalSamplingGenerator",
+    "RAFTConfig",
+    "RAFTTrainer",
     "RLOOConfig",
     "RLOOTrainer",
     "SamplerArguments",

@@ -97,7 +97,10 @@ class GeneratorArguments(SamplerArguments):
     """Flags of a trainer's generator; see `OptimalSamplingGenerator` and `Mixture`."""
 
     theta_fraction: float | None = field(
-        default=None, metadata={"help": "Share of each group that the student samples alone; 0.5 in GRPO and RLOO."}
+        default=None,
+        metadata={
+            "help": "Share of each group that the student samples alone; by default 0.5 in GRPO and RLOO, else 0."
+        },
     )
     schedule: float | None = field(
         default=None, metadata={"help": "Share of training over which the mixture is annealed to the student."}

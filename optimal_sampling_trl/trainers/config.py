@@ -8,9 +8,11 @@ from typing import Any
 import trl
 
 from ..losses import LEVELS, Correction
-from ..options import unknown_option
+from ..options import check_number, check_whole, unknown_option
 
 LOSSES = ("divergence", "sampled_token")
+WEIGHTS = ("accepted", "reward")
+DENOMINATORS = ("all", "accepted")
 POSITIVE_ONLY = ("mixture", "all", "none")
 
 
@@ -97,6 +99,67 @@ class RLOOConfig(PolicyGradientConfig, trl.RLOOConfig):
         RLOOConfig("output/rloo", positive_only="none")  # the mixture's failures count as well
         ```
     """
+
+
+@dataclass
+class RAFTConfig(trl.GRPOConfig):
+    """TRL's `GRPOConfig` with the fields of filtered imitation; fields that the loss does not read are refused.
+
+    By default each prompt of a batch has one completion, sampled from the mixture, since a batch of many prompts
+    teaches more than one of few prompts with many completions. A completion that the reward accepts is imitated, and
+    all tokens of the batch stand in the denominator: the step shrinks while few are accepted.
+
+    Raises:
+        ValueError: on an unknown weight or denominator, a number out of range, and as TRL's.
+
+    Example:
+        ```python
+        RAFTConfig("output/raft", accept=0.5)  # imitates completions with a reward of at least 0.5
+        RAFTConfig("output/raft", completion_weight="reward", denominator="accepted")
+        ```
+    """
+
+    num_generations: int | None = field(
+        default=1, metadata={"help": "Completions of each prompt; 1 spends a batch on as many prompts as it holds."}
+    )
+    accept: float | None = field(
+        default=None, metadata={"help": "Smallest reward of a completion that is imitated; by default any above 0."}
+    )
+    completion_weight: str = field(
+        default="accepted",
+        metadata={"help": "'accepted': each accepted completion weighs 1; 'reward': its reward, which is in [0, 1]."},
+    )
+    denominator: str = field(
+        default="all",
+        metadata={
+            "help": "Tokens by which the loss is divided: 'all' of the batch (the default), or the 'accepted' ones, "
+            "each with its completion's weight."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        check_whole("RAFTConfig", "num_generations", self.num_generations, 1)
+        if self.accept is not None:
+            check_number("RAFTConfig", "accept", self.accept, float("-inf"))
+        if self.completion_weight not in WEIGHTS:
+            raise ValueError(unknown_option("value of `completion_weight`", self.completion_weight, WEIGHTS))
+        if self.denominator not in DENOMINATORS:
+            raise ValueError(unknown_option("value of `denominator`", self.denominator, DENOMINATORS))
+        number = int(self.num_generations or 1)
+        self.num_generations = _GroupOfAnySize(number)
+        super().__post_init__()
+        self.num_generations = number
+
+
+class _GroupOfAnySize(int):
+    """Number of completions of a prompt that passes TRL's check for at least 2.
+
+    TRL makes the check at the end of `GRPOConfig.__post_init__`, for advantages, which need a group. It is the only
+    comparison there, so all else that TRL derives from the number is derived from its true value.
+    """
+
+    def __lt__(self, other: int) -> bool:
+        return False if other == 2 else super().__lt__(other)
 
 
 @dataclass

@@ -25,7 +25,7 @@ class OptimalSamplingGenerator:
         teacher: a folder, a model id, or (with the transformers backend) a loaded model.
         mixture: rule by which α is chosen.
         theta_fraction: share of each prompt's group that is sampled from the student alone, in [0, 1]; None is 0.5 in
-            GRPO and RLOO, whose groups then hold on-policy samples, and 0 in distillation.
+            GRPO and RLOO, whose groups then hold on-policy samples, and 0 in RAFT and distillation.
         schedule: share of training, in (0, 1], over which the mixture is annealed to the student (linear in ε and
             alpha_min for `trust_region`, in the range of α otherwise); None keeps it. It follows the trainer's step,
             so a resumed run goes on where it was.
@@ -96,8 +96,8 @@ class OptimalSamplingGenerator:
         if 0 < fraction < 1 and count in (0, group):
             raise ValueError(
                 f"`theta_fraction` is {fraction} of a group of {group}, which rounds to {count}; wanted at least one "
-                "completion of each kind. Raise the group (`num_generations`; in distillation a process's batch), or "
-                "set `theta_fraction` to 0 or 1."
+                "completion of each kind. Raise the group (`num_generations`; where a prompt has one completion, a "
+                "process's batch), or set `theta_fraction` to 0 or 1."
             )
         return count
 

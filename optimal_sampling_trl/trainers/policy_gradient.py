@@ -1,4 +1,4 @@
-"""The part that GRPO and RLOO share: groups with a reward, whose advantages make use of the records."""
+"""The part that GRPO and RLOO share: advantages that make use of the records."""
 
 from __future__ import annotations
 
@@ -8,38 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import metrics
 from ..losses import keep_positive
 from .config import PolicyGradientConfig
-from .mixture_trainer import MixtureTrainer
-
-
-class RewardedTrainer(MixtureTrainer):
-    """Base of the trainers with rewards: logs the reward of each half of the groups."""
-
-    def _group_size(self) -> int:
-        return self.args.num_generations
-
-    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
-        """Compute TRL's rewards (rows of all processes, functions), and log the mean of each half of the groups.
-
-        The functions read prompts without the student's system prompt, as they stand in the dataset.
-        """
-        inputs = self._dataset_rows
-        prompts = [example["prompt"] for example in inputs]
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        if self.model.training:
-            self._log_rewards(self._totals(rewards).view(-1, self._group_size()))
-        return rewards
-
-    def _totals(self, rewards: Tensor) -> Tensor:
-        """Weighted sum of each row's rewards; NaN where no function could score it, as in TRL."""
-        totals = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
-        return totals.masked_fill(rewards.isnan().all(dim=1), torch.nan)
-
-    def _log_rewards(self, grouped: Tensor) -> None:
-        """Log the rewards (groups, completions) of all processes."""
-        self._append_metrics(metrics.of_rewards(grouped, self._theta_count()))
+from .rewarded import RewardedTrainer
 
 
 class PolicyGradientTrainer(RewardedTrainer):

@@ -20,7 +20,7 @@ from helpers.paths import RECIPES, ROOT
 FOUND = sorted(str(path.relative_to(RECIPES)) for path in RECIPES.rglob("*.py"))
 HOME = {Path(name).stem: name for name in FOUND}
 """Of each recipe its path, by the name that it is imported by."""
-TRAINING = ("grpo", "rloo", "distill")
+TRAINING = ("grpo", "rloo", "raft", "distill")
 PYTHON = (sys.executable,)
 LAUNCHERS = {
     "torchrun": TWO_RANKS,

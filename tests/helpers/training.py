@@ -23,6 +23,8 @@ from optimal_sampling_trl import (
     GRPOTrainer,
     Mixture,
     OptimalSamplingGenerator,
+    RAFTConfig,
+    RAFTTrainer,
     RLOOConfig,
     RLOOTrainer,
     Rollout,
@@ -35,6 +37,7 @@ KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "rloo": (RLOOTrainer, RLOOConfig, {"num_generations": 4}),
     "divergence": (DistillationTrainer, DistillationConfig, {}),
     "sampled_token": (DistillationTrainer, DistillationConfig, {"loss": "sampled_token"}),
+    "raft": (RAFTTrainer, RAFTConfig, {}),
 }
 """Each loss: its trainer, its configuration, and what the configuration needs."""
 
@@ -119,7 +122,7 @@ def make_trainer(
         "args": (config or own_config)(output_dir=str(folder), **BASE | needed | settings),
         "train_dataset": Dataset.from_dict({"prompt": PROMPTS}),
     }
-    if kind in ("grpo", "rloo"):
+    if kind in ("grpo", "rloo", "raft"):
         keywords["reward_funcs"] = reward
     return trainer_class(**keywords | (trainer or {}))
 

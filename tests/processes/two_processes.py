@@ -87,6 +87,7 @@ def run(kind: str, args: argparse.Namespace) -> None:
                     for (prompt, ids, records), mixed in zip(rows_of(output), output["mixture_rows"].tolist())
                 ],
                 "advantages": output["advantages"].tolist() if "advantages" in output else None,
+                "weights": output["imitation_weights"].tolist() if "imitation_weights" in output else None,
             }
             for _, output, _ in trainer.generations
         ],

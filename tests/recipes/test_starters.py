@@ -24,7 +24,9 @@ def check_training(name: str, made: embedded.Pair, tmp_path: Path) -> None:
     assert len(entries) == 2, output
     assert all(float(entry["alpha/mean"]) > 0 for entry in entries)
     assert any("eval_loss" in entry for entry in logs(output))
-    if name != "distill":  # half of each group is the student's own: its reward is beside the mixture's
+    if name == "raft":  # all completions are the mixture's
+        assert all("accepted/mixture" in entry and "mixture/reward_theta" not in entry for entry in entries)
+    elif name != "distill":  # half of each group is the student's own: its reward is beside the mixture's
         assert all("mixture/reward_theta" in entry and "mixture/reward_mixture" in entry for entry in entries)
     saved = tmp_path / "trained"
     assert f"The model is in {saved}, trained by 1 process(es)." in output
@@ -42,6 +44,10 @@ def test_grpo(made: embedded.Pair, tmp_path: Path) -> None:
 
 def test_rloo(made: embedded.Pair, tmp_path: Path) -> None:
     check_training("rloo", made, tmp_path)
+
+
+def test_raft(made: embedded.Pair, tmp_path: Path) -> None:
+    check_training("raft", made, tmp_path)
 
 
 def test_distill(made: embedded.Pair, tmp_path: Path) -> None:

@@ -41,6 +41,9 @@ RL = ("grpo", "rloo")
         ("divergence", {}),
         ("divergence", {"correction": "prefix_truncate", "correction_window": 3}),
         ("sampled_token", {}),
+        ("raft", {}),
+        ("raft", {"num_iterations": 2}),
+        ("raft", {"steps_per_generation": 4, "num_generations": 2}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(f"{k}={v}" for k, v in value.items()),
 )

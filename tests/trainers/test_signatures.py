@@ -23,6 +23,7 @@ from optimal_sampling_trl import (
     GRPOTrainer,
     Mixture,
     OptimalSamplingGenerator,
+    RAFTTrainer,
     RLOOTrainer,
 )
 
@@ -30,6 +31,7 @@ PAIRS = {
     "GRPO": (GRPOTrainer, trl.GRPOTrainer),
     "RLOO": (RLOOTrainer, trl.RLOOTrainer),
     "Distillation": (DistillationTrainer, trl.DistillationTrainer),
+    "RAFT": (RAFTTrainer, trl.GRPOTrainer),
 }
 """Each of our trainers, and the one of TRL whose arguments it takes."""
 
@@ -147,15 +149,20 @@ def test_a_misspelt_argument_names_the_trainer(name: str) -> None:
             "Unknown argument of the transformers backend 'max_num_seq'.*Did you mean 'max_num_seqs'",
         ),
         ({"generator": {"theta_fraction": 0.01}}, "`theta_fraction` is 0.01 of a group of"),
-        ({"correction": "token_trunc"}, "Unknown correction 'token_trunc'.*Did you mean 'token_truncate'"),
     ],
-    ids=["engine", "share", "correction"],
+    ids=["engine", "share"],
 )
 def test_a_typo_is_answered_before_a_model_is_looked_for(
     kind: str, build: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
         make_trainer(kind, ("no-such-teacher", "no-such-student"), tmp_path, **build)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "raft"])
+def test_a_typo_of_a_correction_is_answered_before_a_model_is_looked_for(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Unknown correction 'token_trunc'.*Did you mean 'token_truncate'"):
+        make_trainer(kind, ("no-such-teacher", "no-such-student"), tmp_path, correction="token_trunc")
 
 
 def test_a_typo_of_an_argument_of_vllm_is_answered_before_a_model_is_looked_for(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ SCORE: dict[str, tuple[dict[str, Any], float]] = {
     "rloo": ({"num_generations": 8, "max_steps": 80}, 0.03),
     "divergence": ({"max_steps": 50}, 0.1),
     "sampled_token": ({"max_steps": 80, "learning_rate": 3e-3}, 0.03),
+    "raft": ({"max_steps": 80}, 0.03),
 }
 """Settings, and by how much exact match has to rise. It was seen to rise, seeds 0 to 2, by 0.064 to 0.071 (grpo),
 0.056 to 0.075 (rloo), 0.147 to 0.212 (divergence) and 0.061 to 0.098 (sampled_token)."""
@@ -49,7 +50,7 @@ def test_the_score_rises(trained_pair: tuple[str, str], tmp_path: Path, kind: st
     tokenizer = AutoTokenizer.from_pretrained(trained_pair[1])
     before = embedded.measure(load(trained_pair[1]), tokenizer)  # sets the seed, as the trainer then does anew
     build = {"trainer": {"train_dataset": embedded.dataset("train", 8000, seed=1)}}
-    if kind in RL:
+    if kind in (*RL, "raft"):
         build["trainer"]["reward_funcs"] = embedded.reward
     trainer = make_trainer(
         kind,
@@ -72,7 +73,7 @@ def test_the_score_rises(trained_pair: tuple[str, str], tmp_path: Path, kind: st
     assert after - before > margin
 
 
-TWO = ("grpo", "rloo", "divergence")
+TWO = ("grpo", "rloo", "divergence", "raft")
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +111,16 @@ def test_two_processes(two_ranks: dict[str, list[dict[str, Any]]], kind: str) ->
             "mixture/kl_teacher": (log_q - log_teacher).mean(),
             "mixture/ess": weights.sum() ** 2 / (weights**2).sum() / len(weights),
         }
+        if kind == "raft":
+            accepted, mixed = (np.array([row[name] for row in rows]) for name in ("reward", "mixed"))
+            accepted = accepted > 0
+            wanted |= {
+                "accepted/theta": accepted[~mixed].mean(),
+                "accepted/mixture": accepted[mixed].mean(),
+                "accepted/prompts": accepted.mean(),  # one completion each
+            }
+            weights = [weight for rank in ranks for weight in rank["generations"][step]["weights"]]
+            assert weights == accepted.astype(float).tolist()
         if kind in RL:
             scores = np.array([row["reward"] for row in rows]).reshape(3, 4)
             assert all(len({row["prompt"] for row in rows[i : i + 4]}) == 1 for i in (0, 4, 8))

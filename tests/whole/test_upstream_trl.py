@@ -327,6 +327,53 @@ def test_the_configs_have_no_field_of_ours(name: str) -> None:
         need(needed in theirs, f"{name}Config has no `{needed}`", "trainers/mixture_trainer.py, engines/seam.py")
 
 
+# trainers/config.py (RAFTConfig), trainers/raft.py.
+
+
+def test_where_grpos_config_wants_two_completions() -> None:
+    """One comparison, `self.num_generations < 2`, is all that stands against one completion for each prompt."""
+    ours = "trainers/config.py (_GroupOfAnySize)"
+    compared = [
+        ast.unparse(node)
+        for node in ast.walk(tree(trl.GRPOConfig.__post_init__))
+        if isinstance(node, ast.Compare) and "self.num_generations" in map(ast.unparse, [node.left, *node.comparators])
+    ]
+    need(compared == ["self.num_generations < 2"], f"GRPOConfig compares num_generations by {compared}", ours)
+    with pytest.raises(ValueError, match="at least 2 generations"):
+        trl.GRPOConfig("output", use_cpu=True, bf16=False, num_generations=1)
+
+
+def test_what_the_loss_of_imitation_takes_from_grpo() -> None:
+    trainer, ours = trl.GRPOTrainer, "trainers/raft.py (_compute_loss, _token_count)"
+    wanted = ["self", "model", "input_ids", "attention_mask", "logits_to_keep"]
+    got = parameters(trainer._get_per_token_logps_and_entropies)
+    need(got[:5] == wanted and {"compute_entropy", "compute_aux_loss"} <= set(got), f"it takes {got}", ours)
+    (returned,) = [
+        node.value
+        for node in ast.walk(tree(trainer._get_per_token_logps_and_entropies))
+        if isinstance(node, ast.Return)
+    ]
+    need(ast.unparse(returned) == "(logps, entropies, aux_loss)", f"it returns {ast.unparse(returned)}", ours)
+    used = {"aux_loss_enabled", "router_aux_loss_coef", "current_gradient_accumulation_steps", "num_generations_eval"}
+    missing = used - attributes(trainer)
+    need(not missing, f"GRPOTrainer has no {missing}", ours)
+    need(trainer.loss_is_scaled_for_ga, "the Trainer scales the loss for accumulated gradients itself", ours)
+    need("num_items_in_batch" in texts(trainer._generate_and_score_completions), "the batch counts no tokens", ours)
+    count = [line for line in inspect.getsource(trainer._compute_loss).splitlines() if "normalizer = " in line]
+    need(
+        any("num_items_in_batch" in line and "/ self.accelerator.num_processes" in line for line in count)
+        and any("self.current_gradient_accumulation_steps / self.args.steps_per_generation" in line for line in count),
+        "the loss 'dapo' counts tokens otherwise",
+        ours,
+    )
+    need("calculate_rewards" in str(attributes(trainer)), "rewards are not computed by _calculate_rewards", ours)
+
+
+def test_the_names_of_a_model_card() -> None:
+    for name in ("_tag_names", "_name", "_paper"):
+        need(name in vars(trl.GRPOTrainer), f"GRPOTrainer has no {name}", "trainers/raft.py")
+
+
 # trainers/distillation.py.
 
 

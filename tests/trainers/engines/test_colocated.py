@@ -40,7 +40,12 @@ def free_engine() -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("kind", "settings"),
-    [("grpo", {"correction": "token_truncate"}), ("rloo", {}), ("divergence", {"correction": "prefix_truncate"})],
+    [
+        ("grpo", {"correction": "token_truncate"}),
+        ("rloo", {}),
+        ("divergence", {"correction": "prefix_truncate"}),
+        ("raft", {}),
+    ],
 )
 def test_three_steps(pair: tuple[str, str], tmp_path: Path, kind: str, settings: dict[str, Any], caplog: Any) -> None:
     """`backend="auto"` for the first: it takes vLLM and says so."""

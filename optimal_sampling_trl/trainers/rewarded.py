@@ -1,0 +1,50 @@
+"""The part that the trainers with rewards share: the reward of the student's completions and of the mixture's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import metrics
+from .mixture_trainer import MixtureTrainer
+
+
+class RewardedTrainer(MixtureTrainer):
+    """Base of the trainers with rewards.
+
+    Attributes:
+        rewards: total reward (rows of all processes,) of the last batch; NaN where no function could score a row.
+    """
+
+    rewards: Tensor
+
+    def _group_size(self) -> int:
+        return self.args.num_generations
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        """Compute TRL's rewards (rows of all processes, functions), and log them.
+
+        The functions read prompts without the student's system prompt, as they stand in the dataset.
+        """
+        inputs = self._dataset_rows
+        prompts = [example["prompt"] for example in inputs]
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        totals = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+        self.rewards = totals.masked_fill(rewards.isnan().all(dim=1), torch.nan)  # as TRL does
+        self._log_rewards()
+        return rewards
+
+    def _theta_rows(self) -> Tensor:
+        """True in the rows of all processes that the student sampled alone."""
+        rows = torch.arange(len(self.rewards), device=self.rewards.device)
+        if not self.model.training:
+            return torch.ones_like(rows, dtype=torch.bool)
+        return rows % self._group_size() < self._theta_count()
+
+    def _log_rewards(self) -> None:
+        """Log the mean reward of each half of the groups in training; TRL logs that of all rows."""
+        if self.model.training:
+            self._append_metrics(metrics.of_rewards(self.rewards, self._theta_rows()))
+            self._append_metrics(metrics.of_groups(self.rewards.view(-1, self.args.num_generations)))

@@ -1,0 +1,38 @@
+# /// script
+# dependencies = ["optimal-sampling-trl", "peft", "math-verify"]
+# ///
+r"""RAFT: the student imitates the completions of the mixture that the reward accepts, one for each prompt.
+
+On the embedded pair (no download; makes the pair first):
+
+    python recipes/pair.py --folder output/pair
+    accelerate launch recipes/raft.py --config recipes/raft.yaml
+
+On models of the Hub:
+
+    accelerate launch recipes/raft.py \
+        --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --teacher Qwen/Qwen2.5-7B-Instruct \
+        --dataset_name trl-lib/DeepMath-103K --reward_funcs trl.rewards.accuracy_reward \
+        --per_device_train_batch_size 8 --gradient_accumulation_steps 8 --max_completion_length 1024 \
+        --learning_rate 1e-5 --bf16 --output_dir output/raft
+
+`--help` lists all flags: TRL's, those of `RAFTConfig` and the generator's. They may stand in a YAML file, `--config`.
+"""
+
+from trl import ModelConfig, TrlParser
+
+from common import RewardArguments, load_data, load_options, run
+from optimal_sampling_trl import RAFTConfig, RAFTTrainer
+from optimal_sampling_trl.trainers import GeneratorArguments
+
+if __name__ == "__main__":
+    parser = TrlParser((RewardArguments, RAFTConfig, ModelConfig, GeneratorArguments))
+    script, training, model, sampling = parser.parse_args_and_config()
+    trainer = RAFTTrainer(
+        reward_funcs=script.rewards(),
+        generator=sampling.generator(),
+        args=training,
+        **load_options(model, training),
+        **load_data(script, evaluate=training.eval_strategy != "no"),
+    )
+    run(trainer)
