@@ -17,12 +17,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+
+sys.path.append(str(Path(__file__).parents[1]))  # the recipes that a study shares lie one folder up
 
 from horizon_train import train
 from ladder import Task, make_ladder
