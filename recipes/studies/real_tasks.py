@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 
 MARK = "Answer:"
-ASK = "Work it out step by step, then end with a line like `Answer: 12`."
-AT_ONCE = "Reply with a line like `Answer: 12`."
+ASK = "Work it out step by step, then end with a line `Answer: ` and the number."
+AT_ONCE = "Reply with `Answer: ` and the number alone."
 FIRST = {"test": 1, "train": 10_000_000}
 """The seed of a split's first question; a question's own seed is that plus its number."""
 SPAN = 1_000_000
