@@ -16,53 +16,31 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 sys.path.append(str(Path(__file__).parents[1]))  # the recipes that a study shares lie one folder up
 
-from horizon_arms import ARMS, Setting, settings
-from horizon_report import DRAWN, best, place_of, report
-from horizon_train import Run, key_of, train
+from horizon_arms import ARMS, settings
+from horizon_report import DRAWN, best, report
+from horizon_train import train
 from ladder import Task, make_ladder
 from runs import Line, read_runs, run_all
-
-
-def stacks(options: argparse.Namespace, done: list[Line]) -> Iterator[tuple[Setting, list[Run]]]:
-    """What is missing, in order, in stacks of about `--stack` runs."""
-    finished = {json.dumps({name: line[name] for name in KEY}) for line in done if not line["stopped"]}
-    for setting in settings(options.task, options.others, options.seeds):
-        gone = [name for name in setting[1:3] if not (options.ladder / setting.task / name).is_dir()]
-        if gone:
-            print(f"{setting.task} has no {' and no '.join(gone)}: left out")
-            continue
-        runs = [
-            Run(arm, rate, seed)
-            for seed in range(setting.seeds)
-            for arm in setting.arms
-            if arm in options.arms
-            for rate in ARMS[arm].rates
-        ]
-        runs = [run for run in runs if json.dumps(key_of(setting, options.steps, run)) not in finished]
-        size = max(options.stack * 41 // Task.of(setting.task).completion_length, 1)  # by the memory that it takes
-        for first in range(0, len(runs), size):
-            yield setting, runs[first : first + size]
+from stacks import Run, Setting, missing, one, place_of, words
 
 
 def run_alone(options: argparse.Namespace, lines: list[Line], path: Path) -> None:
     """Each arm that is drawn by itself at its best rate: in a stack the arms share one clock."""
     setting = settings(options.task, options.others, options.seeds)[0]
-    here = [line for line in lines if place_of(line) == setting[:3]]
+    here = [line for line in lines if place_of(line) == place_of(setting)]
     found = {arm: seeds[0]["learning_rate"] for arm in DRAWN if (seeds := best(here, arm))}
     done = {line["arm"] for line in read_runs(path)}
     torch.set_num_threads(1)
     for arm, rate in found.items():
         if arm not in done:
-            line, *_ = train(
-                setting, [Run(arm, rate, 0)], options.steps, str(options.ladder), options.device, math.inf
-            )
+            run = Run(arm, rate, 0)
+            line, *_ = train(setting, [run], ARMS, options.steps, str(options.ladder), options.device, math.inf)
             with path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             print(f"{arm}: {line['clock'][-1]:.1f} s", flush=True)
@@ -70,24 +48,19 @@ def run_alone(options: argparse.Namespace, lines: list[Line], path: Path) -> Non
 
 def run_missing(options: argparse.Namespace, path: Path) -> None:
     """Run what is missing until the deadline, `--jobs` stacks at a time."""
-    arguments = (options.steps, str(options.ladder), options.device, time.time() + 60 * options.minutes)
-    todo = list(stacks(options, read_runs(path)))[: options.first]
+    arguments = (ARMS, options.steps, str(options.ladder), options.device, time.time() + 60 * options.minutes)
+    wanted = [
+        setting._replace(arms=tuple(arm for arm in setting.arms if arm in options.arms))
+        for setting in settings(options.task, options.others, options.seeds)
+    ]
+    every = missing(wanted, rates, read_runs(path), options.steps, options.ladder, options.stack)
+    todo = list(every)[: options.first]
     print(f"{sum(len(runs) for _, runs in todo)} runs in {len(todo)} stacks")
     run_all(one, [(*stack, *arguments) for stack in todo], options.jobs, path, words)
 
 
-KEY = ("task", "teacher", "student", "steps", "arm", "learning_rate", "seed")
-
-
-def one(setting: Setting, runs: list[Run], steps: int, ladder: str, device: str, deadline: float) -> list[Line]:
-    """A stack in a process of its own; nothing where the time is over."""
-    torch.set_num_threads(1)
-    return train(setting, runs, steps, ladder, device, deadline) if time.time() < deadline else []
-
-
-def words(lines: list[Line]) -> str:
-    stopped = ", stopped" if lines[0]["stopped"] else ""
-    return f"{'/'.join(place_of(lines[0]))}: {len(lines)} runs, {lines[0]['seconds']:.0f} s{stopped}"
+def rates(setting: Setting, arm: str) -> tuple[float, ...]:
+    return ARMS[arm].rates
 
 
 def main() -> None:

@@ -3,42 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
 
 from optimal_sampling_trl import Mixture
-
-GROUP = 8
-
-
-class Arm(NamedTuple):
-    """A way to train.
-
-    Args:
-        terms: coefficients of the loss, by the names of `stack.Losses`.
-        mixture: what the rollouts are sampled from.
-        own: the share of a group that is the student's own; None grows from 0.5 to 1 with the student's success.
-        schedule: the share of training over which the mixture is annealed to the student; "success" anneals by the
-            success rate of the student's own completions instead.
-        prefix: the share of a completion that the mixture draws before the student goes on; "random": a share drawn
-            anew for each completion, uniform in [0, 1].
-    """
-
-    terms: dict[str, float]
-    mixture: Mixture = Mixture()
-    own: float | None = 0.5
-    schedule: float | str | None = None
-    prefix: float | str = 1.0
-
-    @property
-    def group(self) -> int:
-        """Completions of one prompt: distillation has no groups."""
-        return GROUP if self.terms.get("reward") else 1
-
-    @property
-    def rates(self) -> tuple[float, ...]:
-        """The learning rates that it is tried at: some with a reward bear smaller steps alone."""
-        return (1e-4, 3e-4, 1e-3, 3e-3) if self.terms.get("reward") else (3e-4, 1e-3, 3e-3)
-
+from stacks import Setting
+from stage import Arm
 
 RL, KL, TOKENS = {"reward": 1.0}, {"divergence": 1.0}, {"sampled": 1.0}
 DEFAULT = {**RL, "positives": 1.0}
@@ -97,16 +65,6 @@ VARIANTS = {
 ARMS = MAIN | IDEAS | VARIANTS
 FEW = tuple(name for name in MAIN if name not in ("GRPO + sampled tokens, 0.1", "SFT on the mixture's samples"))
 FEW += ("GRPO, half mixture + divergence, 1", "GRPO, half mixture, random prefix", "GRPO + divergence, 1")
-
-
-class Setting(NamedTuple):
-    """One stack: a task, its two models, and which arms with which seeds."""
-
-    task: str
-    teacher: str
-    student: str
-    arms: tuple[str, ...]
-    seeds: int
 
 
 def settings(task: str, others: list[str], seeds: int) -> list[Setting]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from optimal_sampling_trl.plots import plot_learning
 from runs import Line, by_rate
+from stacks import place_of
 
 DRAWN = (
     "GRPO",
@@ -70,20 +71,15 @@ def arms_table(lines: list[Line], arms: Iterable[str]) -> Iterable[str]:
 
 def axes_table(lines: list[Line], settings: Sequence[Any]) -> Iterable[str]:
     """A row for each arm that was run along the axes, a column for each place; the start in the head."""
-    places = list(dict.fromkeys((setting.task, setting.teacher, setting.student) for setting in settings))
+    places = list(dict.fromkeys(place_of(setting) for setting in settings))
     found = {place: [line for line in lines if place_of(line) == place] for place in places}
     places = [place for place in places if found[place]]
     starts = [f"{found[place][0]['curve'][0][1]:.4f}" for place in places]
-    yield "| arm | " + " | ".join("<br>".join((*place, f"from {x}")) for place, x in zip(places, starts)) + " |"
+    yield "| arm | " + " | ".join("<br>".join((*place[:3], f"from {x}")) for place, x in zip(places, starts)) + " |"
     yield "|---" * (len(places) + 1) + "|"
     for arm in dict.fromkeys(arm for setting in settings[2:-1] for arm in setting.arms):
         cells = [[end(run) for run in best(found[place], arm)] for place in places]
         yield f"| {arm} | " + " | ".join(spread(cell) if cell else "–" for cell in cells) + " |"
-
-
-def place_of(line: Line) -> tuple[str, str, str]:
-    """Where on the axes a run stands."""
-    return line["task"], line["teacher"], line["student"]
 
 
 def curve(runs: list[Line]) -> list[tuple[float, float]]:
@@ -99,11 +95,11 @@ def timed(runs: list[Line], alone: Line) -> list[tuple[float, float]]:
 
 def report(lines: list[Line], alone: list[Line], output: Path, arms: Iterable[str], settings: Sequence[Any]) -> None:
     """Print both tables and draw the plots of what has been run; `alone` holds the runs that were timed."""
-    here = [line for line in lines if place_of(line) == tuple(settings[0][:3])]
+    here = [line for line in lines if place_of(line) == place_of(settings[0])]
     print("\n".join(arms_table(here, arms)), "\n", sep="\n")
     print("\n".join(axes_table(lines, settings)))
     curves = {arm: curve(seeds) for arm in DRAWN if (seeds := best(here, arm))}
-    clocks = {line["arm"]: line for line in alone if place_of(line) == tuple(settings[0][:3])}
+    clocks = {line["arm"]: line for line in alone if place_of(line) == place_of(settings[0])}
     seconds = {arm: timed(best(here, arm), clocks[arm]) for arm in curves if arm in clocks}
     for name, x_label, drawn in (
         ("horizon.png", "generated tokens (millions)", curves),

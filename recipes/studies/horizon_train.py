@@ -1,147 +1,149 @@
-"""One stack of runs from its start to its end: what horizon.py runs many of."""
+"""One stack of runs from its start to its end: what horizon.py and past_the_teacher.py run many of."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from horizon_arms import ARMS, GROUP, Setting
-from ladder import Task
-from optimal_sampling_trl.mixture import MixtureRows
-from pair import EOS, VOCABULARY
-from stack import Adam, Losses, Stack, gradients, loss, right, sample
+from ladder import END, Task
+from stack import Stack
+from stack_graph import Rollouts
+from stack_losses import Adam, gradients, loss
+from stack_measure import End, measure_end, success
+from stacks import Run, Setting, key_of
+from stage import BATCH, Arm, Stage
 
-BATCH, WARMUP = 64, 10
-HELD_OUT = 512
-SMOOTHING = 0.9
-
-
-class Run(NamedTuple):
-    """One student of a stack."""
-
-    arm: str
-    learning_rate: float
-    seed: int
+WARMUP, HELD_OUT, VALIDATION = 10, 512, 256
+WRONG = 0.05
+"""How often a noisy verifier says the contrary."""
 
 
-def key_of(setting: Setting, steps: int, run: Run) -> dict[str, Any]:
-    """What tells a run from all others."""
-    return {
-        "task": setting.task,
-        "teacher": setting.teacher,
-        "student": setting.student,
-        "steps": steps,
-    } | run._asdict()
+class Prompts:
+    """The sequences with answers that each row of each step reads; runs of one seed read the same.
+
+    Args:
+        count: how many there are; 0 is one for each completion of the training.
+    """
+
+    def __init__(self, task: Task, runs: list[Run], steps: int, count: int) -> None:
+        seeds = sorted({run.seed for run in runs})
+        self.every = torch.stack([task.sequences("train", count or BATCH * steps, seed) for seed in seeds])
+        self.which = torch.tensor([seeds.index(run.seed) for run in runs])[:, None]
+
+    def at(self, step: int, groups: Tensor) -> Tensor:
+        """The sequences (S, B, P + T) of a step, each prompt as often as its run's group (S,) is large."""
+        different = BATCH // groups[:, None]
+        place = step * different + torch.arange(BATCH) // groups[:, None]  # (S, B)
+        return self.every[self.which, place % self.every.shape[1]]
 
 
-class Stage:
-    """What a stack of runs samples from at each step, by the state that each run is in."""
-
-    def __init__(self, runs: list[Run], length: int, device: str) -> None:
-        self.arms = [ARMS[run.arm] for run in runs]
-        self.length, self.device = length, device
-        self.success = torch.zeros(len(runs))  # of the student's own completions, smoothed
-        self.groups = torch.tensor([arm.group for arm in self.arms])
-        self.rows = MixtureRows.of([arm.mixture for arm in self.arms for _ in range(BATCH)], device)
-        names = Losses._fields
-        table = torch.tensor([[float(arm.terms.get(name, 0.0)) for name in names] for arm in self.arms], device=device)
-        self.losses = Losses(*table.unbind(1))
-        terms = ("sampled", "divergence")
-        self.reads_teacher = any(not arm.mixture.is_theta_only or arm.terms.keys() & terms for arm in self.arms)
-
-    def left(self, progress: float) -> torch.Tensor:
-        """How much of each run's mixture is left, in [0, 1]: 1 less `Mixture.anneal`'s share."""
-        shares = [
-            float(success) if arm.schedule == "success" else min(progress / float(arm.schedule), 1.0)
-            if arm.schedule is not None else 0.0
-            for arm, success in zip(self.arms, self.success, strict=True)
-        ]  # fmt: skip
-        return 1 - torch.tensor(shares)
-
-    def mixtures(self, progress: float) -> tuple[MixtureRows, torch.Tensor]:
-        """The mixture of each row, and how many of its tokens come from it (S, B); 0 in the student's own rows."""
-        left = self.left(progress)
-        until = torch.zeros(len(self.arms), BATCH)
-        for place, arm in enumerate(self.arms):
-            own = 0.5 + 0.5 * float(self.success[place]) if arm.own is None else arm.own
-            count = int(own * GROUP + 0.5)
-            share = torch.rand(BATCH) if arm.prefix == "random" else torch.full((BATCH,), float(arm.prefix))
-            until[place] = torch.ceil(share * self.length) * (torch.arange(BATCH) % GROUP >= count)
-            if arm.mixture.is_theta_only or left[place] == 0:
-                until[place] = 0
-        shrunk = left.repeat_interleave(BATCH).to(self.rows.alpha_min)
-        annealed = self.rows._replace(
-            alpha_min=self.rows.alpha_min * shrunk, alpha_max=self.rows.alpha_max * shrunk,
-            fixed_alpha=self.rows.fixed_alpha * shrunk, epsilon=self.rows.epsilon * shrunk,
-        )  # fmt: skip
-        trust = torch.tensor([arm.mixture.method == "trust_region" for arm in self.arms]).repeat_interleave(BATCH)
-        trust = trust.to(self.device)  # annealed in its budget alone
-        annealed = annealed._replace(alpha_max=torch.where(trust, self.rows.alpha_max, annealed.alpha_max))
-        return annealed, until.to(self.device)
-
-    def note(self, rewards: torch.Tensor, own: torch.Tensor) -> None:
-        """Update the success of the student's own completions; where a run has none it stays."""
-        rewards, own = rewards.cpu(), own.cpu()
-        count = own.sum(1)
-        new = (rewards * own).sum(1) / count.clamp(min=1)
-        self.success = torch.where(count > 0, SMOOTHING * self.success + (1 - SMOOTHING) * new, self.success)
+def verify(verifier: str, right: Tensor) -> Tensor:
+    """The rewards (S, B) of completions whose tokens are `right` (S, B, T)."""
+    exact = right.all(-1).float()
+    if verifier == "exact":
+        return exact
+    if verifier == "graded":
+        return right.cumprod(-1).float().mean(-1)
+    if verifier == "noisy":
+        return torch.where(torch.rand_like(exact) < WRONG, 1 - exact, exact)
+    raise ValueError(f"The verifier is {verifier!r}; wanted 'exact', 'graded' or 'noisy'.")
 
 
-def prompt_ids(task: Task, runs: list[Run], stage: Stage, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sequences with answers that each seed draws its prompts from, and which of them each row of a step reads."""
-    seeds = sorted({run.seed for run in runs})
-    every = torch.stack([task.sequences("train", BATCH * steps, seed) for seed in seeds]).view(
-        len(seeds), steps, BATCH, -1
-    )
-    place = torch.stack([torch.arange(BATCH) // int(group) for group in stage.groups])  # (S, B)
-    which = torch.tensor([seeds.index(run.seed) for run in runs])
-    return every, torch.stack([which[:, None].expand_as(place), place])
+class Curve:
+    """Points (tokens, success) of each run over training, and the seconds up to each without the measurements."""
+
+    def __init__(self, runs: int, device: str) -> None:
+        self.tokens, self.points = torch.zeros(runs, device=device), []
+        self.clock: list[float] = []
+        self.start, self.looked = time.perf_counter(), 0.0
+
+    def look(self, student: Stack, task: Task, held_out: Tensor, stage: Stage, validation: Tensor) -> None:
+        """Take a point; the runs of two phases see the validation."""
+        count, now = self.tokens.cpu(), time.perf_counter()  # the copy waits for the device
+        self.clock.append(now - self.start - self.looked)
+        self.points.append(torch.stack([count, success(student, task, held_out).cpu()], dim=1))  # (S, 2)
+        if any(arm.then for arm in stage.arms):
+            stage.validate(success(student, task, validation).cpu())
+        self.looked += time.perf_counter() - now
 
 
-def train(setting: Setting, runs: list[Run], steps: int, ladder: str, device: str, deadline: float) -> list[Any]:
+def update(
+    student: Stack, adam: Adam, rollouts: Rollouts, stage: Stage, sequences: Tensor, setting: Setting, progress: float
+) -> Tensor:
+    """Sample, learn, note what was right; how many tokens each run learnt from (S,)."""
+    task = Task.of(setting.task)
+    length = task.completion_length
+    rows, until = stage.mixtures(progress)
+    given = stage.given(sequences[..., -length:], progress)
+    batch = rollouts(sequences[..., :-length].contiguous(), rows, until.view(-1), given)
+    right = task.right_tokens(sequences, batch.ids)
+    rewards = verify(setting.verifier, right)
+    mixed = torch.arange(length, device=until.device) < until[..., None]
+    sizes, weights = stage.sizes().to(until.device), stage.weights(rewards)
+    losses = loss(student, batch, rewards, mixed, stage.losses(progress), sizes, weights=weights)
+    adam.step(gradients(student, losses), min((adam.steps + 1) / WARMUP, 1))
+    stage.note(right.all(-1).float(), (until == 0).float())
+    return batch.mask.sum((1, 2))
+
+
+def train(
+    setting: Setting,
+    runs: list[Run],
+    arms: Mapping[str, Arm],
+    steps: int,
+    ladder: str,
+    device: str,
+    deadline: float,
+    ending: int = 0,
+) -> list[Any]:
     """A stack of runs from their start to their end, or to the deadline: their lines of runs.jsonl.
 
-    `curve` holds points (tokens, exact match), `clock` the seconds of training up to each, of the whole stack.
+    `curve` holds points (tokens, exact match), `clock` the seconds of training up to each, of the whole stack. Where
+    `ending` is not 0 each line has the fields of `stack_measure.End`, on so many held-out prompts, and the teacher's
+    under "of_teacher".
     """
     task, folder = Task.of(setting.task), Path(ladder) / setting.task
-    length, eos = task.completion_length, VOCABULARY.index(EOS)
     torch.manual_seed(0)
     teacher = Stack.load(folder / setting.teacher, 1, device)
     student = Stack.load(folder / setting.student, len(runs), device)
     for weight in student.weights.values():
         weight.requires_grad_()
     adam = Adam(student.weights, torch.tensor([run.learning_rate for run in runs], device=device))
-    stage = Stage(runs, length, device)
-    every, (which, place) = prompt_ids(task, runs, stage, steps)
-    held_out = task.sequences("test", HELD_OUT, seed=0).to(device)
-    tokens, curves, start = torch.zeros(len(runs), device=device), [], time.perf_counter()
-    last, looked, clock = 0, 0.0, []
+    stage = Stage([arms[run.arm] for run in runs], task.completion_length, device)
+    prompts = Prompts(task, runs, steps, setting.prompts)
+    read = teacher if stage.reads_teacher else None
+    rollouts = Rollouts(student, read, task.completion_length, END, stage.mixes)
+    held_out, validation = (
+        task.sequences("test", count, seed).to(device) for seed, count in enumerate((HELD_OUT, VALIDATION))
+    )
+    curve = Curve(len(runs), device)
     for step in range(steps + 1):
-        if step % max(steps // 10, 1) == 0 or step == steps:
-            count, now = tokens.cpu(), time.perf_counter()  # the copy waits for the device
-            clock.append(now - start - looked)
-            curves.append(torch.stack([count, right(student, held_out, length).cpu()], dim=1))  # (S, 2)
-            looked += time.perf_counter() - now
+        if step % max(steps // 15, 1) == 0 or step == steps:
+            curve.look(student, task, held_out, stage, validation)
         if step == steps or time.time() > deadline:
             break
-        sequences = every[which, step, place].to(device)  # (S, B, L)
-        prompts, answers = sequences[..., :-length], sequences[..., -length:]
-        rows, until = stage.mixtures(step / steps)
-        batch = sample(student, teacher if stage.reads_teacher else None, prompts, rows, until.view(-1), length, eos)
-        correct = (((batch.ids == answers) | (batch.mask == 0)).all(-1) & (batch.mask.sum(-1) == length)).float()
-        mixed = torch.arange(length, device=device) < until[..., None]
-        adam.step(
-            gradients(student, loss(student, batch, correct, mixed, stage.losses, GROUP)), min((step + 1) / WARMUP, 1)
-        )
-        stage.note(correct, (until == 0).float())
-        tokens += batch.mask.sum((1, 2))
-        last = step + 1
-    seconds = time.perf_counter() - start
+        sequences = prompts.at(step, stage.groups).to(device)
+        curve.tokens += update(student, adam, rollouts, stage, sequences, setting, step / steps)
+    seconds = time.perf_counter() - curve.start
+    shared = {"clock": curve.clock, "stopped": adam.steps < steps, "stack": len(runs), "seconds": seconds}
+    ends: list[dict[str, float]] = [{}] * len(runs)
+    if ending and not shared["stopped"]:
+        part = held_out[:ending]
+        shared["of_teacher"] = rows_of(measure_end(teacher, teacher, task, part))[0]
+        ends = rows_of(measure_end(student, teacher, task, part))
+    points = torch.stack(curve.points, dim=1).tolist()
     return [
-        key_of(setting, steps, run)
-        | {"curve": points, "clock": clock, "stopped": last < steps, "stack": len(runs), "seconds": seconds}
-        for run, points in zip(runs, torch.stack(curves, dim=1).tolist(), strict=True)
+        key_of(setting, steps, run) | {"curve": line} | end | shared
+        for run, line, end in zip(runs, points, ends, strict=True)
     ]
+
+
+def rows_of(end: End) -> list[dict[str, float]]:
+    """What was measured of each student, by name."""
+    columns = zip(*(values.tolist() for values in end))
+    return [dict(zip(End._fields, (round(value, 4) for value in row))) for row in columns]

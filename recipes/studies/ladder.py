@@ -6,8 +6,9 @@
     python recipes/studies/ladder.py --task sums-40 --folder output/ladder/sums-40
 
 A task is `<name>-<digits>`; its prompt is that many digits and `=`. `sort` wants the digits sorted (`312=` → `123`),
-`sums` the last digit of each running sum (`395=` → `327`), where a wrong one makes all later ones wrong. The
-completion has one token more than the prompt has digits, EOS. The tokenizer is the embedded pair's.
+`sums` the last digit of each running sum (`395=` → `327`), where a wrong one makes all later ones wrong; `many` takes
+as a step the digit or the digit plus one, so that 2^digits answers are right. The completion has one token more than
+the prompt has digits, EOS. The tokenizer is the embedded pair's.
 
 A teacher and a student are trained on right answers; a checkpoint is kept where a model first reaches each share of
 `TEACHERS` and `STUDENTS`, and the teacher's last one. `ladder.json` says how often each is right.
@@ -29,9 +30,14 @@ from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).parents[1]))  # the recipes that a study shares lie one folder up
 
-from pair import EOS, RECIPES, Recipe, build, make_tokenizer
+from pair import EOS, RECIPES, VOCABULARY, Recipe, build, make_tokenizer
+from stack import Stack, sample_alone
 
-TEACHERS, STUDENTS = (0.5, 0.8), (0.0001, 0.02, 0.1, 0.4)
+NAMES = ("sort", "sums", "many")
+TEACHERS, STUDENTS = (0.2, 0.5, 0.8), (0.0001, 0.02, 0.1, 0.4)
+ZERO, END = VOCABULARY.index("0"), VOCABULARY.index(EOS)
+TOKENS = torch.tensor([VOCABULARY.index(chr(code)) if chr(code) in VOCABULARY else -1 for code in range(128)])
+"""The token of each character."""
 CONTEXT = 256
 BATCH = 128
 HELD_OUT = 512
@@ -49,8 +55,8 @@ class Task(NamedTuple):
     def of(cls, text: str) -> "Task":
         """The task that a text such as `sums-40` names."""
         name, _, digits = text.partition("-")
-        if name not in ("sort", "sums") or not digits.isdigit() or not 1 <= int(digits) <= 100:
-            raise ValueError(f"task is {text!r}; wanted 'sort-<digits>' or 'sums-<digits>' with 1 to 100 digits")
+        if name not in NAMES or not digits.isdigit() or not 1 <= int(digits) <= 100:
+            raise ValueError(f"task is {text!r}; wanted <{'|'.join(NAMES)}>-<digits> with 1 to 100 digits")
         return cls(name, int(digits))
 
     @property
@@ -66,14 +72,33 @@ class Task(NamedTuple):
         return [f"{source.randrange(10**self.digits):0{self.digits}d}=" for _ in range(count)]
 
     def answer(self, prompt: str) -> str:
-        """The right completion, without EOS."""
+        """A right completion, without EOS: the right one, but for `many`."""
         digits = prompt.removesuffix("=")
         if self.name == "sort":
             return "".join(sorted(digits))
-        return "".join(str(total % 10) for total in accumulate(map(int, digits)))
+        chance = random.Random(prompt)
+        extra = [chance.randrange(2) if self.name == "many" else 0 for _ in digits]
+        return "".join(str(total % 10) for total in accumulate(map(int.__add__, map(int, digits), extra)))
+
+    def right_tokens(self, sequences: Tensor, ids: Tensor) -> Tensor:
+        """The tokens of completions `ids` (..., T) that are right after the ones before them, (..., T).
+
+        Args:
+            sequences: (..., P + T), each prompt with a right completion, as `sequences` returns them.
+        """
+        if self.name != "many":
+            return ids == sequences[..., -self.completion_length :]
+        digits, sums = sequences[..., : self.digits] - ZERO, ids[..., :-1] - ZERO
+        before = torch.cat([torch.zeros_like(sums[..., :1]), sums[..., :-1]], dim=-1)
+        step = ((sums - before - digits) % 10 <= 1) & (sums >= 0) & (sums <= 9)
+        return torch.cat([step, ids[..., -1:] == END], dim=-1)
 
     def reward(self, prompts: Sequence[str], completions: Sequence[str], **kwargs: Any) -> list[float]:
         """TRL's reward: 1.0 for exactly the right text, else 0.0."""
+        if self.name == "many":
+            raise NotImplementedError(
+                "Many completions are right and the reward compares with one; see `right_tokens`."
+            )
         pairs = zip(prompts, completions, strict=True)
         return [float(completion == self.answer(prompt)) for prompt, completion in pairs]
 
@@ -83,9 +108,9 @@ class Task(NamedTuple):
 
     def sequences(self, split: str, count: int, seed: int) -> Tensor:
         """Token ids (count, digits + 1 + completion_length) of prompts with their right completions."""
-        texts = [prompt + self.answer(prompt) + EOS for prompt in self.prompts(split, count, seed)]
-        ids: Tensor = make_tokenizer()(texts, return_tensors="pt").input_ids
-        return ids
+        texts = "".join(prompt + self.answer(prompt) for prompt in self.prompts(split, count, seed))
+        letters = torch.frombuffer(bytearray(texts, "ascii"), dtype=torch.uint8).view(count, -1)
+        return torch.cat([TOKENS[letters.long()], torch.full((count, 1), END)], dim=1)  # the tokenizer takes minutes
 
 
 def log_right(logits: Tensor, ids: Tensor, length: int) -> Tensor:
@@ -97,9 +122,14 @@ def log_right(logits: Tensor, ids: Tensor, length: int) -> Tensor:
 def measure(model: Any, task: Task, count: int = HELD_OUT) -> float:
     """The probability that a sample at temperature 1 is exactly right, a mean over held-out prompts.
 
-    Exact, since a prompt has one right completion: the product of its tokens' probabilities. Only the prompts vary.
+    Exact where a prompt has one right completion: the product of its tokens' probabilities. Else one sample of each.
     """
     ids, length = task.sequences("test", count, seed=0).to(model.device), task.completion_length
+    if task.name == "many":
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            drawn = sample_alone(Stack.of(model, 1), None, ids[None, :, :-length], length, END).ids[0]
+        return float(task.right_tokens(ids, drawn).all(-1).float().mean())
     with torch.no_grad():
         logits = model(ids, logits_to_keep=length + 1).logits
     return float(log_right(logits, ids, length).exp().mean())

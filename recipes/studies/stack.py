@@ -2,15 +2,15 @@
 
 A tiny model leaves a GPU idle: its time is that of the launches. Here S students stand in one stack, each weight a
 tensor (S, ...), each with its own prompts, mixture, loss and learning rate, and every launch serves all of them. The
-mathematics is the trainers' (tests/recipes/test_stack.py compares the gradients), the rollouts are sampled with
-the package's solver, and what is compared is the same: completions, updates, Adam, clipping. What it leaves out: TRL.
+mathematics is the trainers' (`stack_losses.py`; tests/recipes/test_stack.py compares the gradients), the rollouts are
+sampled with the package's solver, and what is compared is the same: completions, updates, Adam, clipping. What it
+leaves out: TRL.
 
 Shapes: S students, B completions of each, P prompt tokens, T completion tokens, V vocabulary, H heads of size D.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +22,6 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from optimal_sampling_trl.losses import keep_positive, sampled_token_coefficients
 from optimal_sampling_trl.mixture import MixtureRows, blend, log_distributions, solve_alpha, solver
 
 ROWS = 1 << 15
@@ -63,7 +62,12 @@ class Stack:
     def load(cls, folder: str | Path, copies: int, device: torch.device | str) -> Stack:
         """`copies` of one checkpoint."""
         logging.disable_progress_bar()
-        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)  # type: ignore[arg-type]
+        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return cls.of(model.to(device), copies)  # type: ignore[arg-type]
+
+    @classmethod
+    def of(cls, model: LlamaForCausalLM, copies: int) -> Stack:
+        """`copies` of one model, where it is."""
         names = model.named_parameters()  # tied weights come once
         return cls({name: p.detach().expand(copies, *p.shape).clone() for name, p in names}, model.config)
 
@@ -137,9 +141,23 @@ class Batch:
     teacher: Tensor
 
 
+class Given(NamedTuple):
+    """The first tokens of each completion, which nobody draws: `count` (S, B) of `ids` (S, B, T)."""
+
+    ids: Tensor
+    count: Tensor
+
+
 @torch.no_grad()
 def sample(
-    student: Stack, teacher: Stack | None, prompts: Tensor, rows: MixtureRows, until: Tensor, length: int, eos: int
+    student: Stack,
+    teacher: Stack | None,
+    prompts: Tensor,
+    rows: MixtureRows,
+    until: Tensor,
+    length: int,
+    eos: int,
+    given: Given | None = None,
 ) -> Batch:
     """One completion of each prompt (S, B, P) at temperature 1.
 
@@ -150,10 +168,26 @@ def sample(
         rows: the mixture of each of the S·B completions.
         until: (S·B,) how many tokens come from the mixture; the student draws the rest. Not above 0: none.
         length: T.
+        given: tokens that stand at the start of a completion; the mask leaves them out.
     """
-    S, B, P = prompts.shape
     if teacher is None or not bool((until > 0).any()):
-        return sample_alone(student, teacher, prompts, length, eos)
+        return sample_alone(student, teacher, prompts, length, eos, given)
+    return sample_mixed(student, teacher, prompts, rows, until, length, eos, given)
+
+
+@torch.no_grad()
+def sample_mixed(
+    student: Stack,
+    teacher: Stack,
+    prompts: Tensor,
+    rows: MixtureRows,
+    until: Tensor,
+    length: int,
+    eos: int,
+    given: Given | None = None,
+) -> Batch:
+    """`sample` token by token from both models; nothing in it waits for a GPU."""
+    S, B, P = prompts.shape
     both = [(student, (S, B)), (teacher, (1, S * B))]
     caches = [model.cache(S * B, P + length) for model, _ in both]
     tokens, records, kept = prompts, [], []
@@ -166,25 +200,27 @@ def sample(
         with patch.object(solver, "SOLVER_STEPS", SOLVER_STEPS):
             alpha = solve_alpha(log_theta, log_teacher, rows).masked_fill(until <= step, 0.0)
         log_q = torch.log_softmax(blend(log_theta, log_teacher, alpha), dim=-1)
-        chosen = draw(log_q)
+        chosen = _replace(draw(log_q).view(S, B, 1), given, step).view(S * B, 1)
         records.append([alpha, *(x.gather(1, chosen)[:, 0] for x in (log_q, log_theta, log_teacher)), chosen[:, 0]])
         kept.append(log_teacher.float())
         tokens = chosen.view(S, B, 1)
     alpha, log_q, log_theta, log_teacher, ids = (torch.stack(x, dim=-1).view(S, B, length) for x in zip(*records))
     return Batch(
-        prompts, ids, mask_of(ids, eos), alpha.float(), log_q.float(), log_theta.float(), log_teacher.float(),
+        prompts, ids, mask_of(ids, eos, given), alpha.float(), log_q.float(), log_theta.float(), log_teacher.float(),
         torch.stack(kept, dim=1).view(S, B, length, -1),
     )  # fmt: skip
 
 
 @torch.no_grad()
-def sample_alone(student: Stack, teacher: Stack | None, prompts: Tensor, length: int, eos: int) -> Batch:
+def sample_alone(
+    student: Stack, teacher: Stack | None, prompts: Tensor, length: int, eos: int, given: Given | None = None
+) -> Batch:
     """`sample` with α = 0 everywhere."""
     S, B, P = prompts.shape
     cache, tokens, drawn, records = student.cache(S * B, P + length), prompts, [], []
-    for _ in range(length):
+    for step in range(length):
         log_theta = student.logits(tokens, keep=1, cache=cache).log_softmax(-1)  # (S, B, 1, V)
-        tokens = draw(log_theta)[..., 0]
+        tokens = _replace(draw(log_theta)[..., 0], given, step)
         drawn.append(tokens)
         records.append(log_theta.gather(-1, tokens[..., None])[..., 0])
     ids, log_theta = torch.cat(drawn, dim=-1), torch.cat(records, dim=-1)
@@ -194,7 +230,7 @@ def sample_alone(student: Stack, teacher: Stack | None, prompts: Tensor, length:
         every = teacher.logits(sequences, keep=length + 1)[:, :, :-1].log_softmax(-1).view(S, B, length, -1)
         log_teacher = every.gather(-1, ids[..., None])[..., 0]
     zeros = torch.zeros_like(log_theta)
-    return Batch(prompts, ids, mask_of(ids, eos), zeros, log_theta, log_theta, log_teacher, every)
+    return Batch(prompts, ids, mask_of(ids, eos, given), zeros, log_theta, log_theta, log_teacher, every)
 
 
 def draw(log_p: Tensor) -> Tensor:
@@ -203,106 +239,16 @@ def draw(log_p: Tensor) -> Tensor:
     return (log_p - noise).argmax(-1, keepdim=True)
 
 
-def mask_of(ids: Tensor, eos: int) -> Tensor:
-    """1 on the tokens up to the first EOS, itself included; 0 after it."""
+def _replace(chosen: Tensor, given: Given | None, step: int) -> Tensor:
+    """`chosen` (S, B, 1) with the tokens that are given at this step."""
+    if given is None:
+        return chosen
+    return torch.where(given.count[..., None] > step, given.ids[..., step, None], chosen)
+
+
+def mask_of(ids: Tensor, eos: int, given: Given | None = None) -> Tensor:
+    """1 on the tokens up to the first EOS, itself included; 0 after it and on those that were given."""
     ended = (ids == eos).cumsum(-1) - (ids == eos).long()  # of the tokens before this one
+    if given is not None:
+        ended = ended + (torch.arange(ids.shape[-1], device=ids.device) < given.count[..., None])
     return (ended == 0).float()
-
-
-class Losses(NamedTuple):
-    """What each student learns from, (S,) each: the coefficients of the terms of its loss.
-
-    Args:
-        reward: of GRPO's advantages.
-        negatives: whether the mixture's tokens keep advantages below 0.
-        positives: whether all tokens lose theirs.
-        sampled: of log t − log θ of the sampled token.
-        divergence: of KL(θ‖t) over the vocabulary.
-        imitation: of −log θ of the sampled tokens: fine-tuning on them.
-    """
-
-    reward: Tensor
-    negatives: Tensor
-    positives: Tensor
-    sampled: Tensor
-    divergence: Tensor
-    imitation: Tensor
-
-
-def advantages(rewards: Tensor, group: int) -> Tensor:
-    """TRL's: the rewards (S, B) less their group's mean, over its standard deviation."""
-    groups = rewards.view(*rewards.shape[:-1], -1, group)
-    centred = groups - groups.mean(-1, keepdim=True)
-    return (centred / (groups.std(-1, keepdim=True) + 1e-4)).view_as(rewards)
-
-
-def loss(
-    student: Stack, batch: Batch, rewards: Tensor, mixed: Tensor, terms: Losses, group: int, clip: float = 5.0
-) -> Tensor:
-    """The loss (S,) of each student on its own rollouts, a mean over its tokens.
-
-    Args:
-        rewards: (S, B).
-        mixed: (S, B, T), True where the mixture drew the token.
-        clip: limits log t − log θ, in nats.
-    """
-    T = batch.ids.shape[-1]
-    logits = student.logits(torch.cat([batch.prompts, batch.ids], dim=-1), keep=T + 1)[:, :, :-1]
-    log_all = torch.log_softmax(logits, dim=-1)  # (S, B, T, V)
-    log_theta = log_all.gather(-1, batch.ids[..., None])[..., 0]
-    plain = advantages(rewards, group)[..., None].expand(log_theta.shape)
-    kept = keep_positive(plain.reshape(-1), mixed.reshape(-1)).view(plain.shape)
-    kept = torch.where(_wide(terms.negatives) > 0, plain, kept)
-    kept = torch.where(_wide(terms.positives) > 0, plain.clamp(min=0), kept)
-    towards = sampled_token_coefficients(
-        batch.log_teacher.flatten(1), log_theta.detach().flatten(1), batch.mask.flatten(1), clip=clip
-    ).view(log_theta.shape)
-    coefficient = _wide(terms.reward) * kept + _wide(terms.sampled) * towards + _wide(terms.imitation)
-    total = -(coefficient * log_theta * batch.mask).sum((1, 2))
-    if bool((terms.divergence > 0).any()):
-        divergence = (log_all.exp() * (log_all - batch.teacher)).sum(-1)  # (S, B, T)
-        total = total + terms.divergence * (divergence * batch.mask).sum((1, 2))
-    return total / batch.mask.sum((1, 2)).clamp(min=1)
-
-
-def _wide(values: Tensor) -> Tensor:
-    return values[:, None, None]
-
-
-class Adam:
-    """Adam on a stack, each student with its own rate (S,), its gradient clipped to a norm of 1 as TRL's is."""
-
-    def __init__(self, weights: Mapping[str, Tensor], rates: Tensor) -> None:
-        self.weights, self.rates, self.steps = weights, rates, 0
-        self.first, self.second = ({name: torch.zeros_like(w) for name, w in weights.items()} for _ in range(2))
-
-    @torch.no_grad()
-    def step(self, gradients: Mapping[str, Tensor], share: float) -> None:
-        """One update at `share` of the rates; a gradient of NaN leaves its student where it stands."""
-        self.steps += 1
-        norm = torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0).sqrt()  # (S,)
-        scale = torch.where(norm.isfinite(), (1 / (norm + 1e-6)).clamp(max=1.0), 0.0)
-        for name, gradient in gradients.items():
-            wide = (-1, *[1] * (gradient.ndim - 1))
-            clipped = gradient.nan_to_num(0.0, 0.0, 0.0) * scale.view(wide)
-            first = self.first[name].lerp_(clipped, 0.1)
-            second = self.second[name].lerp_(clipped.square(), 0.001)
-            mean, spread = first / (1 - 0.9**self.steps), (second / (1 - 0.999**self.steps)).sqrt_()
-            self.weights[name].sub_(mean / (spread + 1e-8) * (share * self.rates).view(wide))
-
-
-def gradients(student: Stack, compute: Tensor) -> dict[str, Tensor]:
-    """The gradient of Σ of a loss (S,): each student's own, for no loss reads another's weights."""
-    found = torch.autograd.grad(compute.sum(), list(student.weights.values()))
-    return dict(zip(student.weights, found, strict=True))
-
-
-@torch.no_grad()
-def right(student: Stack, ids: Tensor, length: int) -> Tensor:
-    """The probability (S,) that a sample is exactly right, a mean over held-out prompts with answers `ids` (N, L)."""
-    S, results = len(student.weights["model.norm.weight"]), []
-    for part in ids.split(max(ROWS // S, 1)):
-        every = part.expand(S, *part.shape)
-        logits = student.logits(every, keep=length + 1)[:, :, :-1].log_softmax(-1)
-        results.append(logits.gather(-1, every[..., -length:, None])[..., 0].sum(-1).exp())
-    return torch.cat(results, dim=1).mean(1)

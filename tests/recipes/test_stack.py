@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import pair as embedded
 import stack
+import stack_losses
+import stack_measure
 from helpers.training import BASE, PROMPTS, make_untrained_pair
 from ladder import Task, log_right
 from optimal_sampling_trl import (
@@ -41,8 +43,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return make_untrained_pair(tmp_path_factory.mktemp("pair"))
 
 
-def terms(**values: float) -> stack.Losses:
-    return stack.Losses(*(torch.tensor([values.get(name, 0.0)]) for name in stack.Losses._fields))
+def terms(**values: float) -> stack_losses.Losses:
+    return stack_losses.Losses(*(torch.tensor([values.get(name, 0.0)]) for name in stack_losses.Losses._fields))
 
 
 def test_a_stack_has_the_logits_of_each_of_its_models(folders: tuple[str, str]) -> None:
@@ -73,7 +75,7 @@ def test_the_share_of_right_samples_is_the_probability_of_the_answer(folders: tu
     assert float(log_right(logits, ids, 2).exp().sum()) == pytest.approx(1.0, abs=1e-4)
     held_out = task.sequences("test", 50, seed=0)
     wanted = log_right(model(held_out).logits[:, -3:].detach(), held_out, 2).exp().mean()
-    assert stack.right(stack.Stack.load(folders[1], 3, "cpu"), held_out, 2).tolist() == pytest.approx(
+    assert stack_measure.right(stack.Stack.load(folders[1], 3, "cpu"), held_out, 2).tolist() == pytest.approx(
         [float(wanted)] * 3
     )
 
@@ -181,8 +183,8 @@ def test_gradients_are_the_trainers(folders: tuple[str, str], tmp_path: Path, na
     mixed = torch.tensor([not rollout.mixture.is_theta_only for rollout in rollouts])
     rewards = torch.tensor(parity(None, [rollout.text for rollout in rollouts]))[None]
     assert not is_grpo or 0 < float(rewards.mean()) < 1
-    loss = stack.loss(student, batch, rewards, mixed[None, :, None].expand(1, 8, T), terms(**values), group=4)
-    found = stack.gradients(student, loss)
+    loss = stack_losses.loss(student, batch, rewards, mixed[None, :, None].expand(1, 8, T), terms(**values), group=4)
+    found = stack_losses.gradients(student, loss)
     assert found.keys() == look.gradients.keys()
     assert max(float(gradient.abs().max()) for gradient in look.gradients.values()) > 1e-3
     for weight, gradient in look.gradients.items():
@@ -195,7 +197,7 @@ def test_adam_is_torchs_with_a_rate_and_a_clip_for_each_student() -> None:
     alone = [[w[row].clone().requires_grad_() for w in weights.values()] for row in range(2)]
     rates = (1e-2, 1e-3)
     optimizers = [torch.optim.Adam(part, lr=rate) for part, rate in zip(alone, rates)]
-    adam = stack.Adam(weights, torch.tensor(rates))
+    adam = stack_losses.Adam(weights, torch.tensor(rates))
     for scale in (5.0, 0.01, 1.0):
         gradient = {name: scale * torch.randn_like(w) for name, w in weights.items()}
         for row, (part, optimizer) in enumerate(zip(alone, optimizers)):

@@ -1,0 +1,122 @@
+# /// script
+# dependencies = ["optimal-sampling-trl[plots]"]
+# ///
+"""Which recipe carries a student past a teacher that is often wrong? Losses, rollouts, tasks, teachers and starts.
+
+    python recipes/studies/past_the_teacher.py --ladder output/ladder --output output/past --minutes 8
+    python recipes/studies/past_the_teacher.py --output output/past --report
+
+Tiny models, many at a time on one GPU (`stack.py`). A line of runs.jsonl for each run as its stack ends; what stands
+there is not run again, the most informative come first (`past_the_teacher_arms.py` says why these), and an arm whose
+best rate is the largest or smallest is run at the next one, too. Models that `--ladder` misses are made first.
+`--report` prints the tables and draws past_the_teacher.png; `--alone` times each kind of rollouts and loss by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+sys.path.append(str(Path(__file__).parents[1]))  # the recipes that a study shares lie one folder up
+
+from horizon_train import train
+from ladder import Task, make_ladder
+from past_the_teacher_arms import ARMS, CORE, MAIN, rates_with_edges, settings
+from past_the_teacher_report import report
+from runs import read_runs, run_all
+from stacks import Run, missing, one, words
+
+ALONE_STEPS = 15
+
+
+def make_ladders(options: argparse.Namespace) -> None:
+    """The models of each task that are missing, side by side."""
+    tasks = list(dict.fromkeys(setting.task for setting in settings()))
+    with ProcessPoolExecutor(len(tasks), mp_context=get_context("spawn")) as pool:
+        jobs = {
+            task: pool.submit(climb, task, options.ladder / task, options.device, *options.ladder_steps)
+            for task in tasks
+            if task in options.tasks
+        }
+        for task, job in jobs.items():
+            print(f"{task}: " + ", ".join(f"{name} {share:.4f}" for name, share in job.result().items()), flush=True)
+
+
+def climb(task: str, folder: Path, device: str, teacher_steps: int, student_steps: int) -> dict[str, float]:
+    """One task's models, in a process of its own."""
+    torch.set_num_threads(1)
+    return make_ladder(Task.of(task), folder, device, teacher_steps, student_steps)
+
+
+def run_missing(options: argparse.Namespace, path: Path) -> None:
+    """Run what is missing until the deadline, `--jobs` stacks at a time, then what lies beyond an edge."""
+    deadline = time.time() + 60 * options.minutes
+    places = [setting for setting in settings(options.seeds) if setting.task in options.tasks]
+    arguments = (ARMS, options.steps, str(options.ladder), options.device, deadline, options.ending)
+    before = -1
+    while time.time() < deadline and len(lines := read_runs(path)) > before:
+        before = len(lines)
+        rates = rates_with_edges(lines)
+        todo = list(missing(places, rates, lines, options.steps, options.ladder, options.stack))[: options.first]
+        print(f"{sum(len(runs) for _, runs in todo)} runs in {len(todo)} stacks", flush=True)
+        if not todo:
+            return
+        run_all(one, [(*stack, *arguments) for stack in todo], options.jobs, path, words)
+        if options.first:
+            return
+
+
+def time_alone(options: argparse.Namespace, path: Path) -> None:
+    """Seconds of an update of each core arm with the device to itself: in a stack the arms share one clock."""
+    torch.set_num_threads(1)
+    for arm in CORE:
+        run, ladder = Run(arm, ARMS[arm].rates[0], 0), str(options.ladder)
+        line, *_ = train(MAIN, [run], ARMS, ALONE_STEPS, ladder, options.device, math.inf)
+        clock = line["clock"]  # a point after each update; the first one sets up
+        seconds = (clock[-1] - clock[2]) / (len(clock) - 3)
+        with path.open("a") as file:
+            file.write(json.dumps({"arm": arm, "seconds": seconds, "device": options.device}) + "\n")
+        print(f"{arm}: {1e3 * seconds:.0f} ms an update", flush=True)
+
+
+def main() -> None:
+    """Make the ladders that are missing, run what is missing, report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    every = list(dict.fromkeys(setting.task for setting in settings()))
+    parser.add_argument("--tasks", nargs="+", choices=every, default=every, metavar="TASK", help="%(default)s")
+    parser.add_argument("--ladder", type=Path, default=Path("output/ladder"), help="folder of ladder.py's folders")
+    parser.add_argument("--ladder_steps", type=int, nargs=2, default=(2000, 3000), help="at most (%(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("output/past"), help="folder (%(default)s)")
+    parser.add_argument("--steps", type=int, default=150, help="updates of a run (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="(%(default)s)")
+    parser.add_argument("--stack", type=int, default=240, help="runs of 41 tokens side by side (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=3, help="processes that share the GPU (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=60.0, help="stop after (%(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="%(default)s")
+    parser.add_argument("--ending", type=int, default=256, help="held-out prompts of pass@8 and entropy (%(default)s)")
+    parser.add_argument("--first", type=int, help="stacks to run; all that are missing")
+    parser.add_argument("--alone", action="store_true", help="then time each core arm by itself")
+    parser.add_argument("--report", action="store_true", help="report what is there, run nothing")
+    options = parser.parse_args()
+    path, alone = options.output / "runs.jsonl", options.output / "alone.jsonl"
+    options.output.mkdir(parents=True, exist_ok=True)
+    try:
+        if not options.report:
+            make_ladders(options)
+            run_missing(options, path)
+        if options.alone:
+            time_alone(options, alone)
+    finally:
+        report(read_runs(path), read_runs(alone), options.output, settings(options.seeds))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""The tables and the picture of past_the_teacher.py's runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from horizon_report import best, end, spread
+from past_the_teacher_arms import ARMS, CORE, DENSE, FACTORIAL, MAIN, MANY, ROLLOUTS
+from runs import Line, by_rate
+from stacks import Setting, place_of
+
+STARTS = ("student-0", "student-2", "student-40")
+TEACHERS = ("teacher-20", "teacher-50", "teacher-80", "teacher")
+PANELS: tuple[tuple[str, Setting, str, tuple[str, ...], tuple[str, ...]], ...] = (
+    ("Rollouts × start", MAIN, "student", STARTS, (
+        "RAFT, own", "RAFT, half", "RAFT, mixture", "RAFT, teacher", "GRPO, own", "GRPO, half", "Distillation, own",
+    )),
+    ("Loss × teacher, one right answer", MAIN, "teacher", TEACHERS, (
+        "RAFT, own", "RAFT, mixture", "RAFT, mixture + dense 1", "GRPO, half", "GRPO, half + dense 1",
+        "Distillation, own",
+    )),
+    ("Loss × teacher, many right answers", MANY, "teacher", TEACHERS[1:3], (
+        "RAFT, own", "RAFT, mixture", "RAFT, mixture + dense 1", "GRPO, half", "GRPO, half + dense 1",
+        "Distillation, own",
+    )),
+)  # fmt: skip
+"""Of each panel and table of an interaction: its title, the place from which the axis goes, the axis, the arms."""
+
+
+def at(lines: Iterable[Line], place: Setting) -> list[Line]:
+    """The runs of one place."""
+    return [line for line in lines if place_of(line) == place_of(place)]
+
+
+def of_teacher(lines: Sequence[Line]) -> dict[str, float]:
+    """How good the teacher of a place is."""
+    found: dict[str, float] = next((line["of_teacher"] for line in lines if "of_teacher" in line), {})
+    return found
+
+
+def column(seeds: list[Line], name: str) -> str:
+    """The mean of a measurement at the end."""
+    values = [line[name] for line in seeds if name in line]
+    return f"{mean(values):.3f}" if values else "–"
+
+
+def at_seconds(seeds: list[Line], share: float) -> float:
+    """The success after a share of the updates, on the line between two points."""
+    ends = []
+    for line in seeds:
+        curve = [y for _, y in line["curve"]]
+        place = share * (len(curve) - 1)
+        low = min(int(place), len(curve) - 2)
+        ends.append(curve[low] + (place - low) * (curve[low + 1] - curve[low]))
+    return mean(ends)
+
+
+def place_table(lines: list[Line], place: Setting, seconds: dict[str, float]) -> Iterator[str]:
+    """A row for each arm at one place, each at its best rate; the best end first."""
+    teacher, start = of_teacher(lines), lines[0]["curve"][0][1]
+    prompts = f", {place.prompts} prompts" if place.prompts else ""
+    yield f"### {place.task}, verifier {place.verifier}{prompts}: {place.teacher}, {place.student}"
+    if teacher:
+        yield (
+            f"The teacher's samples are right in {teacher['right']:.3f}, greedy {teacher['greedy']:.3f}, "
+            f"pass@8 {teacher['any_right']:.3f}; the student starts at {start:.4f}."
+        )
+    yield "| arm | rate | end | half-way | at equal seconds | greedy | pass@8 | entropy | KL(θ‖t) | at each rate |"
+    yield "|---" * 10 + "|"
+    found = {arm: seeds for arm in ARMS if (seeds := best(lines, arm))}
+    least = min((seconds[arm] for arm in found if arm in seconds), default=0.0)
+    for arm, seeds in sorted(found.items(), key=lambda item: -mean(map(end, item[1]))):
+        every = {runs[0]["learning_rate"]: mean(map(end, runs)) for runs in by_rate(lines, arm)}
+        rate = seeds[0]["learning_rate"]
+        edge = " (edge)" if rate in (min(every), max(every)) else ""
+        tries = " ".join(f"{x:g}: {every[x]:.3f}" for x in sorted(every))
+        equal = f"{at_seconds(seeds, least / seconds[arm]):.3f}" if arm in seconds else "–"
+        ends = " | ".join(column(seeds, name) for name in ("greedy", "any_right", "entropy", "divergence"))
+        half = at_seconds(seeds, 0.5)
+        yield f"| {arm} | {rate:g}{edge} | {spread([*map(end, seeds)])} | {half:.3f} | {equal} | {ends} | {tries} |"
+
+
+def effects_table(lines: list[Line]) -> Iterator[str]:
+    """The mean end over all cells of the factorial that share a level, GRPO and RAFT alone, which have all cells."""
+    ends = {arm: mean(map(end, seeds)) for arm in FACTORIAL if (seeds := best(lines, arm))}
+    full = {arm: value for arm, value in ends.items() if not arm.startswith("Distillation")}
+    levels = {"loss": ("GRPO", "RAFT"), "dense": tuple(DENSE), "rollouts": tuple(ROLLOUTS)}
+    yield "| factor | level | mean end | cells |"
+    yield "|---|---|---|---|"
+    for factor, names in levels.items():
+        for level in names:
+            cells = [value for arm, value in full.items() if _levels(arm)[factor] == level]
+            if cells:
+                yield f"| {factor} | {level.strip(' +') or 'none'} | {mean(cells):.3f} | {len(cells)} |"
+
+
+def _levels(arm: str) -> dict[str, str]:
+    """The levels of a cell's factors, by its name."""
+    method, _, rest = arm.partition(", ")
+    rollouts, plus, dense = rest.partition(" + ")
+    return {"loss": method, "rollouts": rollouts, "dense": plus + dense}
+
+
+def axis_of(lines: list[Line], panel: tuple[Any, ...]) -> tuple[list[tuple[str, list[Line]]], tuple[str, ...]]:
+    """The levels of a panel's axis that were run, each with its runs, and its arms."""
+    _, place, axis, levels, arms = panel
+    found = [(level, at(lines, place._replace(**{axis: level}))) for level in levels]
+    return [(level, runs) for level, runs in found if runs], arms
+
+
+def interaction_table(lines: list[Line], panel: tuple[Any, ...]) -> Iterator[str]:
+    """A row for each arm, a column for each level of the axis; the teacher above them."""
+    levels, arms = axis_of(lines, panel)
+    yield f"### {panel[0]}"
+    yield "| arm | " + " | ".join(level for level, _ in levels) + " |"
+    yield "|---" * (1 + len(levels)) + "|"
+    for name in ("right", "greedy", "any_right"):
+        cells = [f"{of_teacher(runs).get(name, float('nan')):.3f}" for _, runs in levels]
+        yield f"| teacher, {name.replace('any_right', 'pass@8')} | " + " | ".join(cells) + " |"
+    for arm in arms:
+        cells = [spread([*map(end, seeds)]) if (seeds := best(runs, arm)) else "–" for _, runs in levels]
+        yield f"| {arm} | " + " | ".join(cells) + " |"
+
+
+def draw(lines: list[Line], path: Path) -> None:
+    """One panel for each interaction: arms over the levels of its axis, the teacher's three lines dashed."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(PANELS), figsize=(6 * len(PANELS), 5), layout="constrained")
+    for panel, axis in zip(PANELS, axes):
+        levels, arms = axis_of(lines, panel)
+        for number, arm in enumerate(arms):
+            points = [(i, [*map(end, seeds)]) for i, (_, runs) in enumerate(levels) if (seeds := best(runs, arm))]
+            shifted = [i + 0.05 * (number - len(arms) / 2) for i, _ in points]
+            middle = [mean(ends) for _, ends in points]
+            around = [[m - min(e), max(e) - m] for m, (_, e) in zip(middle, points)]
+            if points:
+                axis.errorbar(shifted, middle, yerr=[*zip(*around)], marker="o", capsize=2, label=arm)
+        for name, style in (("right", ":"), ("greedy", "--"), ("any_right", "-.")):
+            values = [of_teacher(runs).get(name, float("nan")) for _, runs in levels]
+            label = f"teacher, {name.replace('any_right', 'pass@8').replace('right', 'sampled')}"
+            axis.plot(range(len(levels)), values, style, color="grey", label=label)
+        axis.set(title=panel[0], ylim=(0, 1.02), xticks=range(len(levels)), ylabel="right at the end")
+        axis.set_xticklabels([level for level, _ in levels])
+        axis.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def report(lines: list[Line], alone: list[Line], output: Path, settings: Sequence[Setting]) -> None:
+    """Print every table and draw the picture of what has been run."""
+    lines = [line for line in lines if not line["stopped"]]
+    if not lines:
+        print("Nothing has been run to its end.")
+        return
+    seconds = {line["arm"]: line["seconds"] for line in alone}
+    for place in dict.fromkeys(setting._replace(arms=()) for setting in settings):
+        if here := at(lines, place):
+            print("\n".join(place_table(here, place, seconds)), "\n", sep="\n")
+    print("\n".join(effects_table(at(lines, MAIN))), "\n", sep="\n")
+    for panel in PANELS:
+        if axis_of(lines, panel)[0]:
+            print("\n".join(interaction_table(lines, panel)), "\n", sep="\n")
+    if seconds:
+        print("Milliseconds of an update alone: " + ", ".join(f"{arm} {1e3 * x:.0f}" for arm, x in seconds.items()))
+    print(f"{len(lines)} runs, {len([arm for arm in CORE if best(lines, arm)])} of {len(CORE)} core arms.")
+    draw(lines, output / "past_the_teacher.png")

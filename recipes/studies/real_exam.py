@@ -1,0 +1,93 @@
+"""How a student of real_text.py does on held-out questions, sampled by the engine that it is trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean
+from typing import Any
+
+from optimal_sampling_trl import Mixture, Rollout, Sampling
+from optimal_sampling_trl.rollouts.request import Request
+from real_models import texts_of
+from real_tasks import Task
+
+TRIES = 8
+
+
+class EngineExam:
+    """What `exam.Watch` asks over training, and more at its end; `trainer` is set once it is built.
+
+    Args:
+        count: held-out questions; the measurements of several tries take a quarter of them.
+    """
+
+    def __init__(self, task: Task, count: int) -> None:
+        self.task, self.entries = task, task.entries("test", count)
+        self.trainer: Any = None
+
+    def take(self, model: Any) -> tuple[float, float]:
+        """The share of the student's own answers that are right, and KL(θ‖t) in nats a token, estimated on them."""
+        rollouts = self._sample(Mixture.theta_only(), self.entries)
+        return self._right(rollouts, self.entries), distance(rollouts)
+
+    def take_all(self) -> dict[str, float]:
+        """Of the student: how often it is right, in any of eight tries and greedily, its entropy, KL(θ‖t)."""
+        rollouts = self._sample(Mixture.theta_only(), self.entries)
+        return {
+            **self._tries(Mixture.theta_only()),
+            "right": self._right(rollouts, self.entries),
+            "entropy": -mean_of(rollouts, "log_theta"),  # E[-log θ] of its own tokens
+            "divergence": distance(rollouts),
+            "tokens": mean(len(rollout.completion_ids) for rollout in rollouts),
+            "ended": mean(rollout.finish_reason == "stop" for rollout in rollouts),
+        }
+
+    def of_teacher(self) -> dict[str, float]:
+        """Of the teacher: how often it is right, in any of eight tries and greedily; and of the mixture."""
+        teacher, mixture = (self._sample(m, self.entries) for m in (Mixture.teacher_only(), Mixture()))
+        return {
+            **self._tries(Mixture.teacher_only()),
+            "right": self._right(teacher, self.entries),
+            "mixture": self._right(mixture, self.entries),
+        }
+
+    def _tries(self, mixture: Mixture) -> dict[str, float]:
+        few = self.entries[: max(len(self.entries) // 4, 1)]
+        rows = [entry for entry in few for _ in range(TRIES)]
+        scores = self._scores(self._sample(mixture, rows), rows)
+        groups = [scores[first : first + TRIES] for first in range(0, len(scores), TRIES)]
+        greedy = self._sample(mixture, self.entries, temperature=0.0)
+        return {"any_right": mean(map(max, groups)), "greedy": self._right(greedy, self.entries)}
+
+    def _sample(
+        self, mixture: Mixture, entries: Sequence[dict[str, Any]], temperature: float = 1.0
+    ) -> Sequence[Rollout]:
+        """An answer to each question, with the trainer's weights of this moment."""
+        generation, tokenizer = self.trainer.vllm_generation, self.trainer.processing_class
+        texts = texts_of(self.task, tokenizer, list(entries))
+        sampling = Sampling(max_tokens=self.task.length, temperature=temperature)
+        every = tokenizer(texts, add_special_tokens=False).input_ids
+        requests = [Request(ids, ids, mixture, sampling) for ids in every]
+        generation.sync_weights()
+        backend = generation.llm.backend if hasattr(generation, "llm") else generation.backend
+        return backend.generate(requests)
+
+    def _scores(self, rollouts: Sequence[Rollout], entries: Sequence[dict[str, Any]]) -> list[float]:
+        tokenizer = self.trainer.processing_class
+        texts = tokenizer.batch_decode([rollout.completion_ids for rollout in rollouts], skip_special_tokens=True)
+        return [self.task.score(text, entry) for text, entry in zip(texts, entries, strict=True)]
+
+    def _right(self, rollouts: Sequence[Rollout], entries: Sequence[dict[str, Any]]) -> float:
+        return mean(self._scores(rollouts, entries))
+
+
+def mean_of(rollouts: Sequence[Rollout], field: str) -> float:
+    """The mean of a record over all tokens."""
+    return float(sum(getattr(rollout, field).sum() for rollout in rollouts)) / sum(
+        len(rollout.completion_ids) for rollout in rollouts
+    )
+
+
+def distance(rollouts: Sequence[Rollout]) -> float:
+    """KL(θ‖t) in nats a token, estimated on the student's own tokens."""
+    return mean_of(rollouts, "log_theta") - mean_of(rollouts, "log_teacher")

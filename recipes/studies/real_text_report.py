@@ -1,0 +1,67 @@
+"""The tables and plots of real_text.py's runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean
+
+from horizon_report import spread
+from optimal_sampling_trl.plots import plot_learning
+from runs import Line, by_rate
+
+RIGHT = 3
+"""The column of a point that holds the share of right answers."""
+
+
+def best(lines: list[Line], arm: str) -> list[Line]:
+    """The seeds of an arm at the rate that ends best."""
+    return max(by_rate(lines, arm), key=lambda seeds: mean(line["right"] for line in seeds), default=[])
+
+
+def table(lines: list[Line]) -> Iterator[str]:
+    """A row for each arm of one task and one student, the best end first."""
+    teachers = [line["of_teacher"] for line in lines]
+    words = {"right": "sampled", "greedy": "greedy", "any_right": "pass@8"}
+    shown = ", ".join(f"{word} {mean(t[name] for t in teachers):.3f}" for name, word in words.items())
+    first = mean(line["points"][0][RIGHT] for line in lines)
+    yield f"### {lines[0]['task']}, {lines[0]['student']} student, {first:.3f} at the start; the teacher: {shown}"
+    yield "| arm | rate | right | greedy | pass@8 | entropy | KL(θ‖t) | tokens | ended | seconds | each rate |"
+    yield "|---" * 11 + "|"
+    arms = {arm: best(lines, arm) for arm in dict.fromkeys(line["arm"] for line in lines)}
+    for arm, seeds in sorted(arms.items(), key=lambda item: -mean(line["right"] for line in item[1])):
+        every = {runs[0]["learning_rate"]: mean(line["right"] for line in runs) for runs in by_rate(lines, arm)}
+        names = ("greedy", "any_right", "entropy", "divergence", "tokens", "ended")
+        ends = " | ".join(f"{mean(line[name] for line in seeds):.3f}" for name in names)
+        seconds = mean(line["points"][-1][2] for line in seeds)
+        tries = " ".join(f"{rate:g}: {every[rate]:.3f}" for rate in sorted(every))
+        rate = seeds[0]["learning_rate"]
+        yield f"| {arm} | {rate:g} | {spread([x['right'] for x in seeds])} | {ends} | {seconds:.0f} | {tries} |"
+
+
+def curves(lines: list[Line], column: int, scale: float) -> dict[str, list[tuple[float, float]]]:
+    """The mean of each arm's seeds at its best rate over one column of their points, and the teacher's three lines."""
+    found = {}
+    for arm in dict.fromkeys(line["arm"] for line in lines):
+        points = zip(*(line["points"] for line in best(lines, arm)))
+        found[arm] = [(mean(p[column] for p in ps) / scale, mean(p[RIGHT] for p in ps)) for ps in points]
+    end = max(x for points in found.values() for x, _ in points)
+    for name, word in (("right", "sampled"), ("greedy", "greedy"), ("any_right", "pass@8")):
+        value = mean(line["of_teacher"][name] for line in lines)
+        found[f"teacher, {word}"] = [(0.0, value), (end, value)]
+    return found
+
+
+def report(lines: list[Line], output: Path) -> None:
+    """Print a table for each task and student, and draw its curves over tokens and over seconds."""
+    lines = [line for line in lines if line["done"] == line["steps"]]
+    for task, student in dict.fromkeys((line["task"], line["student"]) for line in lines):
+        here = [line for line in lines if (line["task"], line["student"]) == (task, student)]
+        print("\n".join(table(here)), "\n", sep="\n")
+        for name, column, scale, label in (
+            ("tokens", 1, 1e3, "generated tokens (thousands)"),
+            ("seconds", 2, 1.0, "seconds of training, sampling included"),
+        ):
+            drawn = curves(here, column, scale)
+            labels = {"x_label": label, "y_label": "right answers", "title": f"{task}, {student} student"}
+            print(plot_learning(output / f"real_{task}_{student}_{name}.png", drawn, **labels))

@@ -1,0 +1,139 @@
+"""What a stack of students learns from, and how: the losses of the trainers, Adam, one gradient for each student.
+
+Shapes as in `stack.py`. `tests/recipes/test_stack.py` holds the gradients against the trainers'.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from optimal_sampling_trl.losses import keep_positive, sampled_token_coefficients
+from stack import Batch, Stack
+
+UNLIKELY = 0.2
+"""A token that the student gives less than this is improbable."""
+
+
+class Losses(NamedTuple):
+    """What each student learns from, (S,) each: the coefficients of the terms of its loss.
+
+    Args:
+        reward: of GRPO's advantages.
+        negatives: whether the mixture's tokens keep advantages below 0.
+        positives: whether all tokens lose theirs.
+        sampled: of log t − log θ of the sampled token.
+        divergence: of KL(θ‖t) over the vocabulary.
+        imitation: of −log θ of the sampled tokens: fine-tuning on them.
+        accepted: of −log θ times the weight of the completion: filtered fine-tuning, RAFT.
+        unlikely: of log θ of the tokens to which the student gives less than `UNLIKELY`: a fixed negative advantage.
+    """
+
+    reward: Tensor
+    negatives: Tensor
+    positives: Tensor
+    sampled: Tensor
+    divergence: Tensor
+    imitation: Tensor
+    accepted: Tensor
+    unlikely: Tensor
+
+
+def advantages(rewards: Tensor, group: int | Tensor) -> Tensor:
+    """TRL's: the rewards (S, B) less their group's mean, over its standard deviation.
+
+    Args:
+        group: completions of a prompt, one number or one for each student, (S,).
+    """
+    if isinstance(group, Tensor):
+        result = torch.zeros_like(rewards)
+        for size in sorted(set(group.tolist())):
+            result = torch.where((group == size)[:, None], advantages(rewards, int(size)), result)
+        return result
+    groups = rewards.view(*rewards.shape[:-1], -1, group)
+    centred = groups - groups.mean(-1, keepdim=True)
+    return (centred / (groups.std(-1, keepdim=True) + 1e-4)).view_as(rewards)
+
+
+def loss(
+    student: Stack,
+    batch: Batch,
+    rewards: Tensor,
+    mixed: Tensor,
+    terms: Losses,
+    group: int | Tensor,
+    clip: float = 5.0,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """The loss (S,) of each student on its own rollouts, a mean over its tokens.
+
+    Args:
+        rewards: (S, B).
+        mixed: (S, B, T), True where the mixture drew the token.
+        group: as in `advantages`.
+        clip: limits log t − log θ, in nats.
+        weights: (S, B) of the completions in filtered fine-tuning; None is 1 where the reward is above 0.
+    """
+    T = batch.ids.shape[-1]
+    logits = student.logits(torch.cat([batch.prompts, batch.ids], dim=-1), keep=T + 1)[:, :, :-1]
+    log_all = torch.log_softmax(logits, dim=-1)  # (S, B, T, V)
+    log_theta = log_all.gather(-1, batch.ids[..., None])[..., 0]
+    weights = (rewards > 0).float() if weights is None else weights
+    coefficient = _policy_gradient(batch, rewards, mixed, log_theta.detach(), terms, group, clip)
+    coefficient = coefficient + _wide(terms.imitation) + _wide(terms.accepted) * weights[..., None]
+    total = -(coefficient * log_theta * batch.mask).sum((1, 2))
+    if bool((terms.divergence > 0).any()):
+        divergence = (log_all.exp() * (log_all - batch.teacher)).sum(-1)  # (S, B, T)
+        total = total + terms.divergence * (divergence * batch.mask).sum((1, 2))
+    return total / batch.mask.sum((1, 2)).clamp(min=1)
+
+
+def _policy_gradient(
+    batch: Batch, rewards: Tensor, mixed: Tensor, log_theta: Tensor, terms: Losses, group: int | Tensor, clip: float
+) -> Tensor:
+    """The advantage (S, B, T) of each token: the reward's, the teacher's and that of improbable tokens."""
+    plain = advantages(rewards, group)[..., None].expand(log_theta.shape)
+    kept = keep_positive(plain.reshape(-1), mixed.reshape(-1)).view(plain.shape)
+    kept = torch.where(_wide(terms.negatives) > 0, plain, kept)
+    kept = torch.where(_wide(terms.positives) > 0, plain.clamp(min=0), kept)
+    towards = sampled_token_coefficients(
+        batch.log_teacher.flatten(1), log_theta.flatten(1), batch.mask.flatten(1), clip=clip
+    ).view(log_theta.shape)
+    below = (log_theta < math.log(UNLIKELY)).float()
+    return _wide(terms.reward) * kept + _wide(terms.sampled) * towards - _wide(terms.unlikely) * below
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values[:, None, None]
+
+
+class Adam:
+    """Adam on a stack, each student with its own rate (S,), its gradient clipped to a norm of 1 as TRL's is."""
+
+    def __init__(self, weights: Mapping[str, Tensor], rates: Tensor) -> None:
+        self.weights, self.rates, self.steps = weights, rates, 0
+        self.first, self.second = ({name: torch.zeros_like(w) for name, w in weights.items()} for _ in range(2))
+
+    @torch.no_grad()
+    def step(self, gradients: Mapping[str, Tensor], share: float) -> None:
+        """One update at `share` of the rates; a gradient of NaN leaves its student where it stands."""
+        self.steps += 1
+        norm = torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0).sqrt()  # (S,)
+        scale = torch.where(norm.isfinite(), (1 / (norm + 1e-6)).clamp(max=1.0), 0.0)
+        for name, gradient in gradients.items():
+            wide = (-1, *[1] * (gradient.ndim - 1))
+            clipped = gradient.nan_to_num(0.0, 0.0, 0.0) * scale.view(wide)
+            first = self.first[name].lerp_(clipped, 0.1)
+            second = self.second[name].lerp_(clipped.square(), 0.001)
+            mean, spread = first / (1 - 0.9**self.steps), (second / (1 - 0.999**self.steps)).sqrt_()
+            self.weights[name].sub_(mean / (spread + 1e-8) * (share * self.rates).view(wide))
+
+
+def gradients(student: Stack, compute: Tensor) -> dict[str, Tensor]:
+    """The gradient of Σ of a loss (S,): each student's own, for no loss reads another's weights."""
+    found = torch.autograd.grad(compute.sum(), list(student.weights.values()))
+    return dict(zip(student.weights, found, strict=True))
