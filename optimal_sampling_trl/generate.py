@@ -24,7 +24,7 @@ OLD_NAMES = {"model_base": "model_theta", "model_guide": "model_teacher"}
 
 @dataclass(frozen=True)
 class OptimalSamplingOutput:
-    """What `OptimalSamplingV1.generate` returns: an entry for each sequence, the n of a prompt side by side.
+    """The result of `OptimalSamplingV1.generate`: an entry for each sequence, the n of a prompt side by side.
 
     Args:
         generated_texts: the completions without special tokens.
@@ -197,7 +197,7 @@ class OptimalSamplingV1:
             return self._output(self.backend.generate(requests, progress))
 
     def encode(self, prompt: Prompt, index: int = 0) -> tuple[list[int], list[int]]:
-        """What the teacher and the student read of one prompt: token ids, after system prompts and chat template.
+        """The token ids of one prompt for the teacher and for the student, after system prompts and chat template.
 
         Args:
             index: the prompt's number, for errors.

@@ -30,7 +30,7 @@ NO_LOADED_MODELS = "a loaded model was passed, and vLLM loads its own from a fol
 
 
 class Backend(Protocol):
-    """What the front door and the trainers ask of an engine."""
+    """An engine as the front door and the trainers use it."""
 
     name: str
     pair: Pair
@@ -145,7 +145,7 @@ def _read_for_vllm(teacher: Source, theta: Source, engine_arguments: Mapping[str
 def why_not_vllm(
     teacher: str | PreTrainedModel, theta: str | PreTrainedModel, *, two_prompts: bool = False, **engine_arguments: Any
 ) -> str | None:
-    """Why vLLM cannot sample this pair, or None where it can."""
+    """Return the reason why vLLM cannot sample this pair, or None where it can."""
     return choose("auto", teacher, theta, engine_arguments, two_prompts=two_prompts).reason
 
 

@@ -1,4 +1,4 @@
-"""What a teacher and a student share: token ids, vocabulary, context, and the tokens that end a completion."""
+"""A teacher and a student as a pair: the token ids, vocabulary, context and endings that both share."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def check_vocabulary(teacher: PreTrainedConfig, theta: PreTrainedConfig, tokeniz
 def end_of_sequence(
     teacher: GenerationConfig | PreTrainedConfig, theta: GenerationConfig | PreTrainedConfig, tokenizer_eos: int | None
 ) -> Ending:
-    """Where a completion of the pair ends: at the student's tokens (`tokenizer_eos` first, which TRL trains it on)."""
+    """The end of the pair's completions: the student's tokens (`tokenizer_eos` first, which TRL trains it on)."""
 
     def ids(config: GenerationConfig | PreTrainedConfig) -> list[int]:
         eos = config.eos_token_id

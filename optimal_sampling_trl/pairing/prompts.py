@@ -74,7 +74,7 @@ def encode(
 
 
 def reads_two_prompts(teacher_system_prompt: str | None, theta_system_prompt: str | None) -> bool:
-    """Whether these system prompts give the two models different prompts; an empty one is none."""
+    """Tell whether these system prompts give the two models different prompts; an empty one is none."""
     return (teacher_system_prompt or None) != (theta_system_prompt or None)
 
 

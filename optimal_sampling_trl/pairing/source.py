@@ -58,12 +58,12 @@ class Source:
 
     @property
     def is_loaded(self) -> bool:
-        """Whether the caller loaded the model, and owns it."""
+        """True where the caller loaded the model, and owns it."""
         return not isinstance(self.model, str)
 
     @property
     def device(self) -> torch.device:
-        """Where a loaded model is; a GPU for one that is not, where there is a GPU."""
+        """The device of a loaded model; for another one a GPU, where there is one."""
         if not isinstance(self.model, str):
             return self.model.device
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -186,7 +186,7 @@ def check_decoder(config: PreTrainedConfig, role: str) -> None:
 
 
 def token_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What is equal for tokenizers with the same tokens under the same ids, added ones included."""
+    """A digest that is equal for tokenizers with the same tokens under the same ids, added ones included."""
     tokens = sorted((index, token) for token, index in tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16]
 

@@ -131,7 +131,7 @@ class Rows:
         return chosen
 
     def _seen(self, rows: Tensor) -> Tensor | None:
-        """What the rows' teacher prompts and completions hold, for the repetition penalty: (rows, length) ids."""
+        """The tokens (rows, length) of the rows' teacher prompts and completions, for the repetition penalty."""
         if all(r.sampling.repetition_penalty == 1.0 for r in self.requests):
             return None
         prompts = [self.requests[self.active[row]].prompt_ids for row in rows.tolist()]

@@ -1,4 +1,4 @@
-"""Which blocks of the cache requests may share where teacher and student read different prompts.
+"""The blocks of the cache that requests may share where teacher and student read different prompts.
 
 vLLM's scheduler decides it, by hashes of the teacher's tokens: this stands outside `worker/`, which runs the models.
 """
@@ -12,7 +12,7 @@ from .wire import theta_prompt_of
 
 
 def shared_end(prompt: int, theta_prompt: int, block_size: int) -> int:
-    """Up to where the cache of a request may be shared, in tokens of the teacher's stream: no later block.
+    """The end of the part of a request's cache that may be shared, in tokens of the teacher's stream.
 
     The student's first completion token has place `prompt - d % block_size`, where its prompt is d tokens shorter.
     Blocks that end later belong to one request alone.

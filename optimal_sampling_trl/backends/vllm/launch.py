@@ -1,4 +1,4 @@
-"""How vLLM is started on a pair: the settings that this backend gives it, in process and in a server."""
+"""The start of vLLM on a pair: the settings that this backend gives it, in process and in a server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the fused engine refuses before it starts, each by name and reason: seconds instead of a trace from vLLM."""
+"""Refusals of the fused engine before it starts, each by name and reason: seconds instead of a trace from vLLM."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _teacher_tokenizer(teacher: Source, arguments: Mapping[str, Any]) -> PreTrai
 
 
 def can_read_two_prompts() -> bool:
-    """Whether this machine's engine takes a prompt for each model: Model Runner V2 does."""
+    """Tell whether this machine's engine takes a prompt for each model: Model Runner V2 does."""
     from vllm.platforms import current_platform
 
     return not current_platform.is_cpu()
@@ -169,7 +169,7 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
 
 
 def _wanted_instead(name: str, value: Any) -> str | None:
-    """What an argument must be where the engine cannot honour `value`; None where it can."""
+    """Say what an argument must be where the engine cannot honour `value`; None where it can."""
     if name == "hf_overrides" and not (isinstance(value, dict) and "architectures" not in value):
         return "a dict without `architectures`, which this backend sets"
     if name == "additional_config" and not (isinstance(value, dict) and "optimal_sampling" not in value):

@@ -1,4 +1,4 @@
-"""What vLLM loads in each of its processes: names only, so that loading it can neither fail nor cost time."""
+"""The plugin that each of vLLM's processes loads: names only, so that loading it can neither fail nor cost time."""
 
 from __future__ import annotations
 

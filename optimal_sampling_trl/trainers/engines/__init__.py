@@ -1,1 +1,1 @@
-"""What stands in a TRL trainer where it has its `VLLMGeneration`."""
+"""The engines that stand in a trainer where TRL has its `VLLMGeneration`."""

@@ -1,4 +1,4 @@
-"""What the three engines of a trainer share: which mixture each completion comes from, and the rollouts of a call."""
+"""The base of a trainer's three engines: the mixture of each completion, and the rollouts of a call."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class MixturePlan:
-    """Which mixture each completion of a batch is sampled from; asked anew for each batch.
+    """The mixture that each completion of a batch is sampled from; asked anew for each batch.
 
     Args:
         generator: the user's settings.
@@ -45,7 +45,7 @@ class MixturePlan:
 
 
 class MixtureGeneration:
-    """What all engines share: requests from TRL's prompts, and the rollouts of the last call until they are popped.
+    """The base of all engines: requests from TRL's prompts, and the rollouts of the last call until they are popped.
 
     Args:
         plan: which mixture each completion is sampled from.
@@ -102,6 +102,11 @@ def on_all_ranks(work: Callable[[], T], accelerator: Any) -> T:
 
 
 def refuse_images(images: list[Any] | None) -> None:
+    """Refuse images.
+
+    Raises:
+        ValueError: where there are any.
+    """
     if images is not None:
         raise ValueError("Rollouts from the mixture take text alone; the dataset has images. Drop them.")
 
@@ -109,7 +114,7 @@ def refuse_images(images: list[Any] | None) -> None:
 def as_trl_returns(
     prompts: list[list[int]], rollouts: Sequence[Rollout]
 ) -> tuple[list[list[int]], list[list[int]], list[list[list[float]]], None]:
-    """What TRL's own `generate` returns, with log θ for the log-probabilities of each token.
+    """Return what TRL's own `generate` does, with log θ for the log-probabilities of each token.
 
     TRL corrects the difference between the engine and the trainer with them, and would take q, the mixture or a
     truncation, for a defect.

@@ -1,4 +1,4 @@
-"""Where an engine of this package stands for TRL's `VLLMGeneration` in a trainer, and which of the three it is.
+"""The place in a trainer where an engine of this package stands for TRL's `VLLMGeneration`, and the choice of one.
 
 TRL builds that object inside `__init__`, under a name of its module, and offers no other way in.
 `engine_replaced_by` puts ours under that name while `__init__` runs.

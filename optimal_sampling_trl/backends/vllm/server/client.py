@@ -114,11 +114,11 @@ class FusedServer:
         return to_rollouts(answer, group[0], self.pair)
 
     def _drop_prefix_cache(self) -> bool:
-        """Whether the server dropped the blocks that it had cached; TRL asks for it, too, and not for the answer."""
+        """Tell whether the server dropped the blocks that it had cached; TRL asks for it, and not for the answer."""
         return bool(self.client._post(f"{self.client.base_url}/reset_prefix_cache").get("success", True))
 
     def _call_workers(self, method: str, *arguments: str) -> list[dict[str, Any]]:
-        """What each of the server's processes answers."""
+        """Return the answer of each of the server's processes."""
         url = f"{self.client.base_url}/collective_rpc"
         return self.client._post(url, json={"method": method, "args": arguments})["results"]
 
@@ -151,7 +151,7 @@ class FusedServer:
             ) from error
 
     def _cause(self, error: Exception) -> str:
-        """What happened, in words; an engine that died is told from a server that is gone or refuses."""
+        """Say what happened; an engine that died is told from a server that is gone or refuses."""
         if isinstance(error, http.Timeout):
             return _timeout_text(self.timeout)
         if isinstance(error, ValueError):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LEAST = -9999.0
-"""What vLLM's server writes for a log-probability below it, -inf too."""
+"""Number that vLLM's server writes for a log-probability below it, -inf too."""
 
 
 def describe(pair: Pair) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def _to_rollout(
 
 
 def _is_cut_short(ids: list[int], request: Request, pair: Pair) -> bool:
-    """Whether a completion met a limit: TRL's client does not hand on the server's word for it."""
+    """Tell whether a completion met a limit: TRL's client does not hand on the server's word for it."""
     if not request.sampling.ignore_eos and ids[-1:] and ids[-1] in pair.ending.stop:
         return False
     limit = min(request.sampling.max_tokens, pair.context - len(request.prompt_ids))

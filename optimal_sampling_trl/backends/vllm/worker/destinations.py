@@ -1,4 +1,4 @@
-"""Where vLLM's loaders put each of a model's weights, so that loading them again is a copy of each.
+"""The places to which vLLM's loaders copy a model's weights, so that loading them again is a copy of each.
 
 Finding a place by its name takes the host longer than a GPU takes to fill it.
 """

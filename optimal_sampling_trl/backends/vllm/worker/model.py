@@ -34,7 +34,7 @@ from .destinations import Destinations
 ONE_STREAM = "OPTIMAL_SAMPLING_ONE_STREAM"
 """The variable that keeps both models on one stream of the GPU, to measure what the second one brings."""
 THETA = "theta."
-"""What the names of the student's weights start with while the engine loads both models from disk."""
+"""Prefix of the names of the student's weights while the engine loads both models from disk."""
 
 COMPUTED = ".rotary_emb.inv_freq"
 """Suffix of buffers that vLLM computes instead of loading."""
@@ -258,7 +258,7 @@ def _bound_builder(backend: Any, config: VllmConfig) -> type:
 
 
 def _may_overlap(model: OptimalSamplingForCausalLM, config: VllmConfig) -> bool:
-    """Whether both models may run at the same time: on one GPU, where their layers share no workspace.
+    """Tell whether both models may run at the same time: on one GPU, where their layers share no workspace.
 
     Experts, latent attention and FlashInfer have one for the whole process, and tensor parallelism one set of signals.
     """
@@ -273,5 +273,5 @@ def _may_overlap(model: OptimalSamplingForCausalLM, config: VllmConfig) -> bool:
 
 
 def has_experts(model: nn.Module) -> bool:
-    """Whether some layer is a mixture of experts. Its class has another name in each version of vLLM, not its room."""
+    """Tell whether some layer is a mixture of experts: by its room, as its class has another name in each vLLM."""
     return any(".fused_moe." in type(module).__module__ for module in model.modules())

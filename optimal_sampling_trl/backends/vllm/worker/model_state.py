@@ -1,4 +1,4 @@
-"""What Model Runner V2, vLLM's on GPUs, asks of the fused model: its sampler, and the student's own stream of tokens.
+"""The hooks of Model Runner V2, vLLM's on GPUs: the fused model's sampler, and the student's own stream of tokens.
 
 Under CUDA graphs a model reads from the same buffers in every step, so that the student has its own for tokens,
 positions, lengths and blocks, also where it reads what the teacher reads; they are then copies.

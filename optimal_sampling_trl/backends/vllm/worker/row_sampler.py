@@ -26,7 +26,7 @@ rows of 32 768 at once."""
 
 
 class BatchMixtures(NamedTuple):
-    """How each row of a batch is mixed; made once for as long as the batch has the same requests.
+    """The mixture of each row of a batch; made once for as long as the batch has the same requests.
 
     `solve` holds the rows whose α depends on the logits: None where it is all of them. `temperature` is None where it
     is 1 in all rows.
@@ -151,7 +151,7 @@ class MixtureSampler(nn.Module):
             return getattr(super().__getattr__("base"), name)
 
     def forward(self, logits: Tensor, sampling_metadata: Any, *args: Any, **kwargs: Any) -> Any:
-        """What vLLM's sampler returns, drawn from the mixture; `logits` are the teacher's."""
+        """Return what vLLM's sampler does, drawn from the mixture; `logits` are the teacher's."""
         requests = self.runner.input_batch.req_ids[: len(logits)]
         if requests != self.requests:
             self._read_mixtures(list(requests), logits.device)

@@ -22,7 +22,7 @@ NOWHERE = -1
 
 
 class Stream(NamedTuple):
-    """What one model reads in a step: N tokens of R requests, whose caches have up to B blocks.
+    """One model's input of a step: N tokens of R requests, whose caches have up to B blocks.
 
     Args:
         ids: the tokens.

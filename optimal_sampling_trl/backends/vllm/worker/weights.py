@@ -20,7 +20,7 @@ HEAD = "lm_head.weight"
 
 
 class OptimalSamplingWorker:
-    """What each of vLLM's workers learns to do; vLLM adds this class to its worker's bases."""
+    """The methods that each of vLLM's workers gets: vLLM adds this class to its worker's bases."""
 
     model_runner: Any
 
@@ -83,7 +83,7 @@ class OptimalSamplingWorker:
             self.finish_weight_update()  # type: ignore[attr-defined]  # vLLM's own, which the update begun is for
 
     def refuse_theta_shapes(self, shapes: str) -> dict[str, str | None]:
-        """Why weights of these shapes, JSON of (name, shape) pairs, are not a whole set of this student, or None."""
+        """Return the reason why shapes, JSON of (name, shape) pairs, are no whole set of this student's, or None."""
         try:
             check_shapes(self.model_runner.model, json.loads(shapes))
         except ValueError as error:
@@ -152,7 +152,7 @@ def _layerwise(model: Any) -> Iterator[None]:
 
 
 def keeps_what_it_loads(theta: nn.Module) -> bool:
-    """Whether the layers store their weights as they are loaded, so that loading them again in place is enough: plain
+    """Tell whether layers store their weights as they are loaded, so that loading them again in place is enough: plain
     layers on a GPU. A CPU packs them, and layers of experts may reorder theirs."""
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
     from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
@@ -194,7 +194,7 @@ def _required(model: Any) -> set[str]:
 
 
 def _check_shape(model: Any, name: str, shape: Sequence[int]) -> bool:
-    """Whether a weight that fits is to be loaded: the output layer of a tied model is the embedding."""
+    """Tell whether a weight that fits is to be loaded: the output layer of a tied model is the embedding."""
     expected: dict[str, torch.Size] = model.theta_shapes
     if name == HEAD and _is_tied(model):
         return False
