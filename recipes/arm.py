@@ -82,11 +82,12 @@ def train(
     """
     tokenizer = AutoTokenizer.from_pretrained(pair.student)
     watch = Watch(job, tokenizer, batch, every=max(steps // 10, 1))
-    groups = {} if "Distillation" in trainer_class.__name__ else {"num_generations": GROUP}
-    rewards = {"reward_funcs": job.reward} if groups else {}
+    grouped = "GRPO" in trainer_class.__name__ or "RLOO" in trainer_class.__name__
+    settings = {"temperature": 1.0} | ({"num_generations": GROUP} if grouped else {}) | settings
+    rewards = {} if "Distillation" in trainer_class.__name__ else {"reward_funcs": job.reward}
     trainer = trainer_class(
         model=AutoModelForCausalLM.from_pretrained(pair.student, dtype=torch.float32),
-        train_dataset=job.dataset("train", steps * batch // groups.get("num_generations", 1), seed=1),
+        train_dataset=job.dataset("train", steps * batch // settings.get("num_generations", 1), seed=1),
         processing_class=tokenizer,
         callbacks=[watch],
         args=config_class(
@@ -99,7 +100,7 @@ def train(
             use_cpu=True,
             bf16=False,
             log_level="error",
-            **{"temperature": 1.0} | groups | settings,
+            **settings,
         ),
         **rewards,
         **extra,

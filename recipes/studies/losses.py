@@ -31,6 +31,8 @@ from optimal_sampling_trl import (
     GRPOTrainer,
     Mixture,
     OptimalSamplingGenerator,
+    RAFTConfig,
+    RAFTTrainer,
     RLOOConfig,
     RLOOTrainer,
 )
@@ -50,9 +52,10 @@ class Arm(NamedTuple):
     generator: dict[str, Any] | None = {}  # noqa: RUF012
 
 
-GRPO, RLOO, DISTILLATION = (
+GRPO, RLOO, RAFT, DISTILLATION = (
     (GRPOTrainer, GRPOConfig),
     (RLOOTrainer, RLOOConfig),
+    (RAFTTrainer, RAFTConfig),
     (DistillationTrainer, DistillationConfig),
 )
 RATIOS = ("token_truncate", "token_mask", "token_luffy", "prefix_truncate", "sequence_truncate", "sequence_mask")
@@ -92,6 +95,11 @@ ARMS = {
     "RLOO": Arm(trl.RLOOTrainer, trl.RLOOConfig, generator=None),
     "RLOO, half mixture (default)": Arm(*RLOO),
     "RLOO, half mixture, positive only there": Arm(*RLOO, THERE),
+    "RAFT, mixture (default)": Arm(*RAFT),
+    "RAFT, half mixture": Arm(*RAFT, generator={"theta_fraction": 0.5}),
+    "RAFT, teacher's rollouts": Arm(*RAFT, generator={"mixture": Mixture.teacher_only()}),
+    "RAFT, student's rollouts": Arm(*RAFT, generator=ALONE),
+    "RAFT, mixture, groups of 8": Arm(*RAFT, {"num_generations": 8}),
     "Distillation, student's rollouts": Arm(*DISTILLATION, generator=ALONE),
     "Distillation, mixture": Arm(*DISTILLATION),
     "Distillation, mixture, prefix_truncate": Arm(*DISTILLATION, PREFIX),
@@ -105,6 +113,8 @@ DRAWN = (
     "GRPO, half mixture, positive only there",
     "RLOO",
     "RLOO, half mixture (default)",
+    "RAFT, mixture (default)",
+    "RAFT, student's rollouts",
     "Distillation, student's rollouts",
     "Distillation, mixture",
     "Sampled tokens, mixture",
