@@ -22,10 +22,11 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1]))  # the recipes that a study shares lie one folder up
 
+from digit_tasks import Task
 from horizon_arms import ARMS, settings
 from horizon_report import DRAWN, best, report
 from horizon_train import train
-from ladder import Task, make_ladder
+from ladder import make_ladder
 from runs import Line, read_runs, run_all
 from stacks import Run, Setting, missing, one, place_of, words
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ladder import END, Task
+from digit_tasks import END, Task
 from stack import Stack
 from stack_graph import Rollouts
 from stack_losses import Adam, gradients, loss

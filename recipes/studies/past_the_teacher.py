@@ -1,5 +1,5 @@
 # /// script
-# dependencies = ["optimal-sampling-trl[plots]"]
+# dependencies = ["optimal-sampling-trl[plots]", "matplotlib"]
 # ///
 """Which recipe carries a student past a teacher that is often wrong? Losses, rollouts, tasks, teachers and starts.
 
@@ -27,8 +27,9 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1]))  # the recipes that a study shares lie one folder up
 
+from digit_tasks import Task
 from horizon_train import train
-from ladder import Task, make_ladder
+from ladder import make_ladder
 from past_the_teacher_arms import ARMS, CORE, MAIN, rates_with_edges, settings
 from past_the_teacher_report import report
 from runs import read_runs, run_all

@@ -19,67 +19,22 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from functools import cache
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
-from unittest.mock import patch
+from typing import NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.append(str(Path(__file__).parents[1]))  # the recipes that a study shares lie one folder up
 
-import optimal_sampling_trl
 from exam import Watch
-from optimal_sampling_trl import Mixture, OptimalSamplingGenerator
+from real_arms import ARMS, build, trainer_of
 from real_exam import TRIES, EngineExam
 from real_models import STUDENTS, make_base, teach
 from real_tasks import TASKS
 from real_text_report import report
 from runs import Line, read_runs, run_all
-
-GROUP = 8
-ENGINE = {
-    "dtype": "bfloat16", "gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 4 << 30, "max_model_len": 640,
-    "max_num_seqs": 256, "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY",
-                                                "cudagraph_capture_sizes": [1, 8, 32, 64, 128, 256]},
-}  # fmt: skip
-"""On a GPU: no compiler, and graphs of decoding alone, which take seconds to start."""
-ALONE, TEACHER = {"theta_fraction": 1.0}, {"mixture": Mixture.teacher_only(), "theta_fraction": 0.0}
-MIXED = {"theta_fraction": 0.0}
-
-
-class Arm(NamedTuple):
-    """A way to train: a trainer, its middle learning rate, fields of its configuration and of the generator."""
-
-    trainer: str
-    learning_rate: float
-    settings: dict[str, Any] = {}  # noqa: RUF012
-    generator: dict[str, Any] = {}  # noqa: RUF012
-
-
-FILTER = {"accept": 0.5}
-ARMS = {
-    "RAFT, mixture": Arm("RAFT", 1e-4, FILTER, MIXED),
-    "GRPO, half mixture": Arm("GRPO", 3e-5),
-    "Distillation": Arm("Distillation", 1e-4, {}, ALONE),
-    "RAFT, own": Arm("RAFT", 1e-4, FILTER, ALONE),
-    "GRPO": Arm("GRPO", 3e-5, {"positive_only": "none"}, ALONE),
-    "Sampled tokens, mixture": Arm("Distillation", 1e-4, {"loss": "sampled_token"}, MIXED),
-    "RAFT, mixture + dense 0.1": Arm("RAFT", 1e-4, {**FILTER, "dense_coefficient": 0.1}, MIXED),
-    "RAFT, teacher": Arm("RAFT", 1e-4, FILTER, TEACHER),
-}
-"""The most important first."""
-
-
-def trainer_of(arm: Arm) -> tuple[type, type] | None:
-    """The trainer of an arm and its configuration; None where this version has none, or not all of the fields."""
-    found = [getattr(optimal_sampling_trl, f"{arm.trainer}{part}", None) for part in ("Trainer", "Config")]
-    if None in found or any(name not in found[1].__dataclass_fields__ for name in arm.settings):
-        return None
-    return found[0], found[1]
 
 
 class Job(NamedTuple):
@@ -88,14 +43,6 @@ class Job(NamedTuple):
     task: str
     student: str
     runs: list[tuple[str, float, int]]
-
-
-@cache
-def shared_engine(teacher: str, student: str) -> Any:
-    """The fused engine of this process: a trainer loads its own weights into the student before it samples."""
-    from optimal_sampling_trl.backends.vllm.backend import VLLMBackend
-
-    return VLLMBackend(teacher, student, **ENGINE)
 
 
 def work(job: Job, options: argparse.Namespace, deadline: float, device: int) -> list[Line]:
@@ -116,42 +63,17 @@ def work(job: Job, options: argparse.Namespace, deadline: float, device: int) ->
     return []
 
 
-def build(job: Job, name: str, rate: float, seed: int, options: argparse.Namespace, home: str, watch: Watch) -> Any:
-    """The trainer of a run, on the engine of the process where there is one."""
-    arm, task, teacher = ARMS[name], TASKS[job.task], str(options.output / job.task / "teacher")
-    student = str(options.output / "models" / STUDENTS[job.student])
-    found = trainer_of(arm)
-    assert found is not None
-    settings = {
-        "output_dir": home, "max_steps": options.steps, "seed": seed, "learning_rate": rate,
-        "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 5, "per_device_train_batch_size": options.batch,
-        "gradient_accumulation_steps": 1, "max_completion_length": task.length, "temperature": 1.0,
-        "save_strategy": "no", "report_to": "none", "logging_steps": 5, "bf16": not options.cpu,
-        "use_cpu": options.cpu, "gradient_checkpointing": False, "disable_tqdm": True, "log_level": "error",
-    } | ({"num_generations": GROUP} if arm.trainer == "GRPO" else {}) | arm.settings  # fmt: skip
-    backend = "transformers" if options.cpu else "vllm"
-    prompts = options.steps * options.batch // (GROUP if arm.trainer == "GRPO" else 1)
-    arguments = {
-        "args": found[1](**settings),
-        "generator": OptimalSamplingGenerator(teacher, backend=backend, **arm.generator),
-        "processing_class": AutoTokenizer.from_pretrained(student, padding_side="left"),
-        "train_dataset": task.dataset("train", prompts, seed),
-        "callbacks": [watch],
-    } | ({} if arm.trainer == "Distillation" else {"reward_funcs": task.reward})
-    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
-    if options.cpu:
-        return found[0](model, **arguments)
-    engine = shared_engine(teacher, student)
-    with patch("optimal_sampling_trl.backends.vllm.backend.VLLMBackend", lambda *models, **settings: engine):
-        return found[0](model, **arguments)
-
-
 def run(job: Job, name: str, rate: float, seed: int, options: argparse.Namespace, deadline: float) -> Line:
     """One run from its start to its end, or to the deadline; no weights are kept."""
     exam = EngineExam(TASKS[job.task], options.held_out)
     watch = Watch(exam, options.batch, max(options.steps // 6, 1), deadline)
     with TemporaryDirectory() as home:
-        trainer = build(job, name, rate, seed, options, home, watch)
+        settings = {
+            "output_dir": home, "max_steps": options.steps, "seed": seed, "learning_rate": rate,
+            "per_device_train_batch_size": options.batch,
+        }  # fmt: skip
+        models = str(options.output / job.task / "teacher"), str(options.output / "models" / STUDENTS[job.student])
+        trainer = build(ARMS[name], TASKS[job.task], models, settings, options.cpu, watch)
         watch.trainer = exam.trainer = trainer
         trainer.train()
         ends = exam.take_all()

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ladder import END, Task
+from digit_tasks import END, Task
 from stack import ROWS, Stack, sample_alone
 
 TRIES = 8

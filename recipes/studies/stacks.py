@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ladder import Task
+from digit_tasks import Task
 from runs import Line
 from stage import Arm
 

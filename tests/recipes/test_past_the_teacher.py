@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 import past_the_teacher_arms as design
 import stack
 import stack_losses
+from digit_tasks import END, Task
 from helpers.training import make_untrained_pair
 from horizon_train import Prompts, train, verify
-from ladder import END, Task
 from optimal_sampling_trl import Mixture
 from optimal_sampling_trl.mixture import MixtureRows
 from pair import EOS, VOCABULARY, make_tokenizer

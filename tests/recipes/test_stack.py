@@ -10,20 +10,15 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+import optimal_sampling_trl
 import pair as embedded
 import stack
 import stack_losses
 import stack_measure
+from digit_tasks import Task
 from helpers.training import BASE, PROMPTS, make_untrained_pair
-from ladder import Task, log_right
-from optimal_sampling_trl import (
-    DistillationConfig,
-    DistillationTrainer,
-    GRPOConfig,
-    GRPOTrainer,
-    Mixture,
-    OptimalSamplingGenerator,
-)
+from ladder import log_right
+from optimal_sampling_trl import Mixture, OptimalSamplingGenerator
 from optimal_sampling_trl.mixture import MixtureRows, mix
 
 EOS = embedded.VOCABULARY.index(embedded.EOS)
@@ -35,6 +30,7 @@ TERMS = {
     "GRPO + sampled tokens": {"reward": 1.0, "sampled": 0.1},
     "divergence": {"divergence": 1.0},
     "sampled tokens": {"sampled": 1.0},
+    "RAFT": {"accepted": 1.0},
 }
 
 
@@ -144,7 +140,7 @@ def parity(prompts: Any, completions: list[str], **kwargs: Any) -> list[float]:
 @pytest.mark.parametrize("name", TERMS)
 def test_gradients_are_the_trainers(folders: tuple[str, str], tmp_path: Path, name: str) -> None:
     """One step of a trainer on its own rollouts, and the stack's loss on the same."""
-    is_grpo, look, values = name.startswith("GRPO"), Look(), TERMS[name]
+    is_grpo, is_raft, look, values = name.startswith("GRPO"), name == "RAFT", Look(), TERMS[name]
     settings = BASE | {"output_dir": str(tmp_path), "max_steps": 1, "gradient_accumulation_steps": 1}
     settings |= {"per_device_train_batch_size": 8, "max_completion_length": LENGTH, "max_grad_norm": 1e9}
     if is_grpo:
@@ -152,15 +148,16 @@ def test_gradients_are_the_trainers(folders: tuple[str, str], tmp_path: Path, na
         own = {"num_generations": 4, "positive_only": kept}
         own["distillation_coefficient"] = values.get("sampled", 0.0)
     else:
-        own = {"loss": "sampled_token" if "sampled" in values else "divergence"}
-    trainer = (GRPOTrainer if is_grpo else DistillationTrainer)(
+        own = {} if is_raft else {"loss": "sampled_token" if "sampled" in values else "divergence"}
+    kind = "GRPO" if is_grpo else "RAFT" if is_raft else "Distillation"
+    trainer = getattr(optimal_sampling_trl, f"{kind}Trainer")(
         AutoModelForCausalLM.from_pretrained(folders[1], dtype=torch.float32),
-        args=(GRPOConfig if is_grpo else DistillationConfig)(**settings, **own),
+        args=getattr(optimal_sampling_trl, f"{kind}Config")(**settings, **own),
         generator=OptimalSamplingGenerator(folders[0], backend="transformers"),
         processing_class=AutoTokenizer.from_pretrained(folders[1]),
         train_dataset=Dataset.from_dict({"prompt": [text for text in PROMPTS if len(text) == 11] * 4}),
         callbacks=[look],
-        **({"reward_funcs": parity} if is_grpo else {}),
+        **({"reward_funcs": parity} if is_grpo or is_raft else {}),
     )
     trainer.train()
     rollouts = list(trainer.rollouts)
@@ -182,7 +179,7 @@ def test_gradients_are_the_trainers(folders: tuple[str, str], tmp_path: Path, na
     batch = stack.Batch(prompts, ids, mask, *records, logits.log_softmax(-1))
     mixed = torch.tensor([not rollout.mixture.is_theta_only for rollout in rollouts])
     rewards = torch.tensor(parity(None, [rollout.text for rollout in rollouts]))[None]
-    assert not is_grpo or 0 < float(rewards.mean()) < 1
+    assert not (is_grpo or is_raft) or 0 < float(rewards.mean()) < 1
     loss = stack_losses.loss(student, batch, rewards, mixed[None, :, None].expand(1, 8, T), terms(**values), group=4)
     found = stack_losses.gradients(student, loss)
     assert found.keys() == look.gradients.keys()

