@@ -9,6 +9,7 @@
 Tiny models, many at a time on one GPU (`stack.py`). A line of runs.jsonl for each run as its stack ends; what stands
 there is not run again, the most informative come first (`past_the_teacher_arms.py` says why these), and an arm whose
 best rate is the largest or smallest is run at the next one, too. Models that `--ladder` misses are made first.
+STACK_GRAPHS=0 in the environment launches a rollout's steps one by one, without CUDA graphs.
 `--report` prints the tables and draws past_the_teacher.png; `--alone` times each kind of rollouts and loss by itself.
 """
 
@@ -40,12 +41,13 @@ ALONE_STEPS = 15
 
 def make_ladders(options: argparse.Namespace) -> None:
     """The models of each task that are missing, side by side."""
-    tasks = list(dict.fromkeys(setting.task for setting in settings()))
-    with ProcessPoolExecutor(len(tasks), mp_context=get_context("spawn")) as pool:
+    gone = [task for task in options.tasks if not (options.ladder / task / "ladder.json").is_file()]
+    if not gone:
+        return
+    with ProcessPoolExecutor(len(gone), mp_context=get_context("spawn")) as pool:
         jobs = {
             task: pool.submit(climb, task, options.ladder / task, options.device, *options.ladder_steps)
-            for task in tasks
-            if task in options.tasks
+            for task in gone
         }
         for task, job in jobs.items():
             print(f"{task}: " + ", ".join(f"{name} {share:.4f}" for name, share in job.result().items()), flush=True)

@@ -15,7 +15,7 @@ from real_tasks import Task
 
 GROUP = 8
 ENGINE = {
-    "dtype": "bfloat16", "gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 4 << 30, "max_model_len": 640,
+    "dtype": "bfloat16", "gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2 << 30, "max_model_len": 640,
     "max_num_seqs": 256, "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY",
                                                 "cudagraph_capture_sizes": [1, 8, 32, 64, 128, 256]},
 }  # fmt: skip

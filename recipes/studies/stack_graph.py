@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from optimal_sampling_trl.mixture import MixtureRows
 from stack import Batch, Given, Stack, sample_alone, sample_mixed
 
+SWITCH = "STACK_GRAPHS"
 TOLERANCE = 1e-2
 """Nats by which a replayed record may differ from the student's own pass over the same tokens."""
 
@@ -19,19 +21,16 @@ class Rollouts:
     """`stack.sample` for one stack, again and again: the same shapes, the same mixtures, other numbers.
 
     On a GPU tiny models spend their time on launches; one CUDA graph holds those of a whole rollout. A batch is valid
-    until the next one. Elsewhere, and where recording fails, the steps are launched one by one.
+    until the next one. Elsewhere, where recording fails, and with `STACK_GRAPHS=0`, the steps are launched one by one.
 
     Args:
         mixes: whether any completion may come from the mixture; otherwise the student draws alone.
-        record: False launches the steps one by one on a GPU, too.
     """
 
-    def __init__(
-        self, student: Stack, teacher: Stack | None, length: int, eos: int, mixes: bool, record: bool = True
-    ) -> None:
+    def __init__(self, student: Stack, teacher: Stack | None, length: int, eos: int, mixes: bool) -> None:
         self.student, self.teacher, self.length, self.eos = student, teacher, length, eos
         self.mixes = mixes and teacher is not None
-        self.record = record and student.device.type == "cuda"
+        self.record = student.device.type == "cuda" and os.environ.get(SWITCH) != "0"
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: list[Tensor] = []
         self.batch: Batch | None = None

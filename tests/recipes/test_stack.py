@@ -30,7 +30,7 @@ TERMS = {
     "GRPO + sampled tokens": {"reward": 1.0, "sampled": 0.1},
     "divergence": {"divergence": 1.0},
     "sampled tokens": {"sampled": 1.0},
-    "RAFT": {"accepted": 1.0},
+    **({"RAFT": {"accepted": 1.0}} if "RAFTTrainer" in dir(optimal_sampling_trl) else {}),
 }
 
 
