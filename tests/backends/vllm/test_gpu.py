@@ -206,7 +206,7 @@ def judge(pair: tuple[str, str]) -> Judge:
 
 
 def test_compiled_code_has_a_key_for_each_model(default: Any) -> None:
-    """The trap `own_configuration`: with one key for both, the student would run the teacher's code."""
+    """See `model._build`: with one key for both, the student would run the teacher's code."""
     kept = sorted(Path(os.environ["VLLM_CACHE_ROOT"]).glob("torch_compile_cache/torch_aot_compile/*"))
     print("compiled:", [path.name[:12] for path in kept])
     assert len(kept) == 2
@@ -284,7 +284,7 @@ def assert_no_synchronisation(backend: Any, kinds: Sequence[bool]) -> None:
 
 
 def test_one_of_two_engines_is_closed(default: Any, pair: tuple[str, str], judge: Judge) -> None:
-    """The trap `shared_groups`: the other goes on. The trap `graph_pool`: a third captures graphs after that."""
+    """The other goes on (`keep_parallel_groups`), and a third captures graphs after that (`start_new_graph_pool`)."""
     for _ in range(2):
         other = engine(pair, **GRAPHS["full"])
         judge.check(other.generate(requests(False, 4)), "beside another engine")

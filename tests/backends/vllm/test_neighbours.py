@@ -26,7 +26,7 @@ def pair(tmp_path: Path) -> tuple[str, str]:
 
 
 def test_each_samples_in_its_own_workspace(pair: tuple[str, str]) -> None:
-    """The trap `shared_workspace`. A GPU's worker makes the workspace when it starts; on a CPU the test does."""
+    """See `neighbours.use_workspace`. A GPU's worker makes the workspace when it starts; on a CPU the test does."""
     engines: list[Any] = []
     seen: list[list[Any]] = [[], []]
     own = []
