@@ -6,7 +6,7 @@
 | t      | `log_teacher` | (N, V)   | the teacher's, likewise                                                        |
 | ℓ      | `log_ratio`   | (N, V)   | log t − log θ, in nats                                                         |
 | α      | `alpha`       | (N,)     | the weight of the teacher, in [alpha_min, alpha_max] ⊆ [0, 1]                  |
-| q_α    | `log_q`       | (N, V)   | the mixture: q_α(v) = θ(v)^(1-α) t(v)^α / Z(α)                                 |
+| q_α    | `log_q`       | (N, V)   | the mixture, geometric by default: q_α(v) = θ(v)^(1-α) t(v)^α / Z(α)           |
 | N, V   |               |          | rows to sample; tokens that both vocabularies have                             |
 
 q_α is the exponential family θ(v) e^(αℓ(v)) / Z(α), so that d/dα log Z = E_q[ℓ], which rises in α with slope
@@ -25,17 +25,29 @@ A root is clamped to [alpha_min, alpha_max]. Where θ and t are the same distrib
 E_t[ℓ] − E_θ[ℓ], is below 1e-9 nats, under which α would be rounding noise) every α is a solution of the first two: the
 middle of the range is taken. α = 0 is the student alone and α = 1 the teacher alone, exactly. In between, a token
 that either model gives no mass has none under q and takes no part in an expectation.
+
+The form `arithmetic` is q_α = (1-α)θ + αt instead: a token that either model has, q has too. It is the mixture that
+MiniLLM (arXiv:2306.08543) and MENTOR (arXiv:2510.04140) sample from. Its methods:
+
+- `kl_symmetry`: E_q[ℓ] = (1-α)E_θ[ℓ] + αE_t[ℓ] = 0, so that α = KL(θ‖t) / (KL(θ‖t) + KL(t‖θ)). The sums are over the
+  tokens that both models have.
+- `trust_region`: KL(q‖θ) = Σ q log w with w = q/θ = 1 - α + αe^ℓ is convex in α and has the slope Σ (t-θ) log w. It is
+  infinite for any α > 0 where the teacher has a token that the student has not.
+- `entropy`, `fixed`: as above.
+- `ess_balance` is refused: Σ(θ²-t²)/q = 2Σ(θ-t) = 0 at α = 1/2, whatever the models.
 """
 
 from __future__ import annotations
 
-from .mixing import blend, fold_eos, log_distributions, mix
-from .settings import CERTAIN_LOGIT, FIELDS, METHODS, SAME_DIVERGENCE, Mixture, MixtureRows, precision
+from .mixing import blend, fold_eos, log_distributions, mix, mix_at
+from .settings import CERTAIN_LOGIT, CHOICES, FIELDS, FORMS, METHODS, SAME_DIVERGENCE, Mixture, MixtureRows, precision
 from .solver import solve_alpha
 
 __all__ = [
     "CERTAIN_LOGIT",
+    "CHOICES",
     "FIELDS",
+    "FORMS",
     "METHODS",
     "SAME_DIVERGENCE",
     "Mixture",
@@ -44,6 +56,7 @@ __all__ = [
     "fold_eos",
     "log_distributions",
     "mix",
+    "mix_at",
     "precision",
     "solve_alpha",
 ]

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .settings import Mixture, MixtureRows, precision
+from .arithmetic import log_average
+from .settings import FORMS, Mixture, MixtureRows, precision
 from .solver import solve_alpha
 
 
@@ -54,7 +55,7 @@ def mix(
         return _mix_on_a_gpu(theta_logits, teacher_logits, rows, temperature)
     log_theta, log_teacher = log_distributions(theta_logits, teacher_logits, temperature)
     alpha = solve_alpha(log_theta, log_teacher, rows)
-    log_q = torch.log_softmax(blend(log_theta, log_teacher, alpha), dim=-1)
+    log_q = torch.log_softmax(mix_at(log_theta, log_teacher, alpha, rows), dim=-1)
     return alpha.float(), log_q.float()
 
 
@@ -118,6 +119,38 @@ def blend(
     weight = alpha[:, None].to(theta.dtype)
     mixed = (1 - weight) * theta + weight * teacher
     return torch.where(weight == 0, theta, torch.where(weight == 1, teacher, mixed))  # 0·(-inf) is NaN
+
+
+def mix_at(
+    theta: Float[Tensor, "N V"],
+    teacher: Float[Tensor, "N V"],
+    alpha: Float[Tensor, " N"],
+    rows: MixtureRows,
+    temperature: float | Float[Tensor, " N"] = 1.0,
+) -> Float[Tensor, "N V"]:
+    """Mix two models' raw logits at a known α, each row in its form.
+
+    Divided by the temperature T they are log q up to a constant of the row, as an engine's sampler wants them. In the
+    geometric form that is `blend`. In the arithmetic form it is T·(log q + (1-α)·log Σe^(θ/T) + α·log Σe^(t/T)): the
+    constant makes the logits continuous in α, whose ends are one model's row, exactly.
+
+    Args:
+        theta: the student's raw logits, or log-probabilities, over the common vocabulary.
+        teacher: the teacher's, likewise.
+        alpha: the weight of the teacher.
+        rows: the forms of the rows; the rest is not read.
+        temperature: above 0; one for all rows, or one for each.
+    """
+    geometric = blend(theta, teacher, alpha)
+    if not rows.methods("arithmetic"):
+        return geometric
+    scale = temperature[:, None].to(theta.dtype) if isinstance(temperature, Tensor) else temperature
+    weight = alpha[:, None].to(theta.dtype)
+    theta_sum, teacher_sum = ((row / scale).logsumexp(-1, keepdim=True) for row in (theta, teacher))
+    log_q = log_average(theta / scale - theta_sum, teacher / scale - teacher_sum, alpha)
+    average = scale * (log_q + (1 - weight) * theta_sum + weight * teacher_sum)
+    at_end = (weight == 0) | (weight == 1) | (rows.form == FORMS.index("geometric"))[:, None]
+    return torch.where(at_end, geometric, average)
 
 
 def fold_eos(teacher_logits: Float[Tensor, "N V"], teacher_eos: Sequence[int], theta_eos: int) -> Float[Tensor, "N V"]:

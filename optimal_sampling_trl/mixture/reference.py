@@ -6,10 +6,11 @@ alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .settings import SAME_DIVERGENCE, Mixture
@@ -51,51 +52,91 @@ def reference(
 def _reference_row(
     log_theta: Float[Tensor, " V"], log_teacher: Float[Tensor, " V"], mixture: Mixture
 ) -> tuple[float, Float[Tensor, " V"]]:
-    nowhere = torch.full_like(log_theta, -torch.inf)
-    both = torch.isfinite(log_theta) & torch.isfinite(log_teacher)
     if log_theta.isnan().any() or log_teacher.isnan().any():
-        return float("nan"), nowhere * torch.nan
-    alpha = _reference_alpha(log_theta, log_teacher, log_theta[both], log_teacher[both], mixture)
+        return float("nan"), torch.full_like(log_theta, torch.nan)
+    alpha = _reference_alpha(log_theta, log_teacher, mixture)
     if alpha == 0.0:
         return 0.0, log_theta
     if alpha == 1.0:
         return 1.0, log_teacher
-    if alpha != alpha or not both.any():
-        return float("nan"), nowhere * torch.nan
-    nowhere[both] = torch.log_softmax((1 - alpha) * log_theta[both] + alpha * log_teacher[both], -1)
-    return alpha, nowhere
+    log_q = _log_mixture(log_theta, log_teacher, alpha, mixture.form)
+    return (float("nan") if log_q.isnan().any() else alpha), log_q
 
 
-def _reference_alpha(
-    full_theta: Tensor, full_teacher: Tensor, theta: Tensor, teacher: Tensor, mixture: Mixture
-) -> float:
-    """α of one row; `theta` and `teacher` are the log-probabilities of the tokens that have mass under both."""
+def _log_mixture(
+    log_theta: Float[Tensor, " V"], log_teacher: Float[Tensor, " V"], alpha: float, form: str
+) -> Float[Tensor, " V"]:
+    """Return log q at an α between 0 and 1; NaN throughout where no token has mass under q."""
+    if form == "arithmetic":
+        return torch.logaddexp(math.log(1 - alpha) + log_theta, math.log(alpha) + log_teacher)
+    return torch.log_softmax((1 - alpha) * log_theta + alpha * log_teacher, -1)
+
+
+def _reference_alpha(log_theta: Float[Tensor, " V"], log_teacher: Float[Tensor, " V"], mixture: Mixture) -> float:
     low, high = mixture.alpha_min, mixture.alpha_max
     if low == high:
         return low
     if mixture.method == "fixed":
         return mixture.fixed_alpha
     if mixture.method == "entropy":
-        entropy_theta, entropy_teacher = (float(torch.special.entr(p.exp()).sum()) for p in (full_theta, full_teacher))
+        entropy_theta, entropy_teacher = (float(torch.special.entr(p.exp()).sum()) for p in (log_theta, log_teacher))
         total = entropy_theta + entropy_teacher
         return min(max(entropy_theta / total, low), high) if total > 0 else (low + high) / 2
+    both = torch.isfinite(log_theta) & torch.isfinite(log_teacher)
+    if mixture.form == "arithmetic":
+        return _arithmetic_root(log_theta, log_teacher, both, mixture)
+    return _geometric_root(log_theta[both], log_teacher[both], mixture)
+
+
+def _geometric_root(theta: Float[Tensor, " U"], teacher: Float[Tensor, " U"], mixture: Mixture) -> float:
+    """Return α of a row whose method is an equation; both models on the U tokens with mass under both."""
     if not len(theta):
         return float("nan")
-
-    def kl(log_p: Tensor, log_other: Tensor) -> float:
-        return float((log_p.exp() * (log_p - log_other)).sum())
 
     def too_large(alpha: float) -> bool:
         log_q = torch.log_softmax((1 - alpha) * theta + alpha * teacher, -1)
         if mixture.method == "kl_symmetry":
-            return kl(log_q, theta) > kl(log_q, teacher)
+            return _kl(log_q, theta) > _kl(log_q, teacher)
         if mixture.method == "ess_balance":
             return float(torch.logsumexp(2 * theta - log_q, -1) - torch.logsumexp(2 * teacher - log_q, -1)) > 0
-        return kl(log_q, theta) > mixture.epsilon
+        return _kl(log_q, theta) > mixture.epsilon
 
     p, r, ratio = theta.softmax(-1), teacher.softmax(-1), teacher - theta
     if mixture.method != "trust_region" and float((r * ratio).sum() - (p * ratio).sum()) < SAME_DIVERGENCE:
-        return (low + high) / 2
+        return (mixture.alpha_min + mixture.alpha_max) / 2
+    return _bisect(too_large, mixture.alpha_min, mixture.alpha_max)
+
+
+def _arithmetic_root(
+    log_theta: Float[Tensor, " V"], log_teacher: Float[Tensor, " V"], both: Bool[Tensor, " V"], mixture: Mixture
+) -> float:
+    """Return α of a row whose method is an equation; `both` are the tokens with mass under both models."""
+    theta, teacher, ratio = log_theta.exp()[both], log_teacher.exp()[both], (log_teacher - log_theta)[both]
+    if mixture.method == "kl_symmetry":
+        if float(((teacher - theta) * ratio).sum()) < SAME_DIVERGENCE:
+            return (mixture.alpha_min + mixture.alpha_max) / 2
+        return _bisect(
+            lambda alpha: float((((1 - alpha) * theta + alpha * teacher) * ratio).sum()) > 0,
+            mixture.alpha_min,
+            mixture.alpha_max,
+        )
+    known = log_theta > -torch.inf
+    if bool((log_teacher[~known] > -torch.inf).any()):  # KL(q‖θ) is infinite at any α > 0
+        return mixture.alpha_min
+
+    def too_large(alpha: float) -> bool:
+        q = (1 - alpha) * log_theta.exp()[known] + alpha * log_teacher.exp()[known]
+        return _kl(q[q > 0].log(), log_theta[known][q > 0]) > mixture.epsilon
+
+    return _bisect(too_large, mixture.alpha_min, mixture.alpha_max)
+
+
+def _kl(log_p: Float[Tensor, " U"], log_other: Float[Tensor, " U"]) -> float:
+    return float((log_p.exp() * (log_p - log_other)).sum())
+
+
+def _bisect(too_large: Callable[[float], bool], low: float, high: float) -> float:
+    """Return where a condition that holds above its root begins to hold, or the end of the range nearest to it."""
     if too_large(low):
         return low
     if not too_large(high):

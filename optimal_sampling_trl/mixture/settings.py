@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -13,6 +13,9 @@ from torch import Tensor
 from ..options import check_number, unknown_option
 
 METHODS = ("kl_symmetry", "ess_balance", "trust_region", "entropy", "fixed")
+FORMS = ("geometric", "arithmetic")
+CHOICES = {"method": METHODS, "form": FORMS}
+"""The fields of a mixture whose value is a word, and the words."""
 SAME_DIVERGENCE = 1e-9
 """Jeffreys divergence, in nats, below which two rows count as the same distribution."""
 CERTAIN_LOGIT = 1e4
@@ -33,15 +36,18 @@ class Mixture:
         alpha_max: the largest weight of the teacher, in [alpha_min, 1].
         fixed_alpha: α of the method `fixed`; no other method reads it.
         epsilon: the budget KL(q‖θ) ≤ ε of the method `trust_region`, in nats a token; no other method reads it.
+        form: `geometric` for q ∝ θ^(1-α) t^α, `arithmetic` for q = (1-α)θ + αt.
 
     Raises:
-        ValueError: on a method that does not exist or a number outside of its range.
+        ValueError: on a method or form that does not exist, a number outside of its range, or `ess_balance` of the
+            arithmetic form, whose α is 1/2 whatever the models.
 
     Example:
         ```python
         Mixture()  # the default: as far from the student as from the teacher
         Mixture("trust_region", epsilon=0.05)  # near the student
         Mixture(alpha_min=0.5)  # leaning towards the teacher
+        Mixture("fixed", fixed_alpha=0.2, form="arithmetic")  # each token is the teacher's with probability 0.2
         ```
     """
 
@@ -50,10 +56,17 @@ class Mixture:
     alpha_max: float = 1.0
     fixed_alpha: float = 0.5
     epsilon: float = 0.05
+    form: str = "geometric"
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(unknown_option("mixture method", self.method, METHODS))
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(unknown_option(f"mixture {name}", getattr(self, name), known))
+        if self.form == "arithmetic" and self.method == "ess_balance":
+            raise ValueError(
+                "Mixture: `method` is 'ess_balance' and `form` is 'arithmetic', whose solution is 1/2 whatever the "
+                "models: Σ(θ²-t²)/q = 2Σ(θ-t) = 0 there. Use Mixture('fixed', fixed_alpha=0.5, form='arithmetic')."
+            )
         for name in ("alpha_min", "alpha_max", "fixed_alpha"):
             check_number("Mixture", name, getattr(self, name), 0.0, 1.0)
         check_number("Mixture", "epsilon", self.epsilon, 0.0)
@@ -110,8 +123,9 @@ class Mixture:
         )
 
     def numbers(self) -> tuple[float, ...]:
-        """Return the fields in the order of `FIELDS` as numbers; the method as its place in `METHODS`."""
-        return tuple(METHODS.index(self.method) if name == "method" else getattr(self, name) for name in FIELDS)
+        """Return the fields in the order of `FIELDS` as numbers; a word as its place among its `CHOICES`."""
+        values = {name: getattr(self, name) for name in FIELDS}
+        return tuple(CHOICES[name].index(value) if name in CHOICES else value for name, value in values.items())
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values, for JSON, Parquet and the extra arguments of a request."""
@@ -119,7 +133,7 @@ class Mixture:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Mixture:
-        """Return the mixture that `to_dict` described.
+        """Return the mixture that `to_dict` described. Fields that older versions did not write have their defaults.
 
         Raises:
             ValueError: on a key that is no field of `Mixture`.
@@ -137,28 +151,40 @@ FIELDS = tuple(field.name for field in fields(Mixture))
 class MixtureRows(NamedTuple):
     """The mixtures of N rows: one column a field, on the device that solves them.
 
-    `present` holds the methods that occur. It is kept on the host, so that no other method is computed and nothing is
-    read back from the device.
+    `present` holds the pairs of form and method that occur. It is kept on the host, so that no other one is computed
+    and nothing is read back from the device.
     """
 
-    present: frozenset[str]
+    present: frozenset[tuple[str, str]]
     method: Int[Tensor, " N"] | Float[Tensor, " N"]
     alpha_min: Float[Tensor, " N"]
     alpha_max: Float[Tensor, " N"]
     fixed_alpha: Float[Tensor, " N"]
     epsilon: Float[Tensor, " N"]
+    form: Int[Tensor, " N"] | Float[Tensor, " N"]
 
     @classmethod
     def of(cls, mixtures: Sequence[Mixture], device: torch.device | str = "cpu") -> MixtureRows:
         """Return one row for each of `mixtures`."""
         numbers = torch.tensor([mixture.numbers() for mixture in mixtures], dtype=precision(device))
         rows = cls.from_table(numbers.reshape(len(mixtures), len(FIELDS)).to(device))
-        return rows._replace(present=frozenset(mixture.method for mixture in mixtures), method=rows.method.long())
+        present = frozenset((mixture.form, mixture.method) for mixture in mixtures)
+        return rows._replace(present=present, method=rows.method.long(), form=rows.form.long())
 
     @classmethod
-    def from_table(cls, numbers: Float[Tensor, "N F"]) -> MixtureRows:
-        """Return the rows of a table of `Mixture.numbers`; any method may be present."""
-        return cls(frozenset(METHODS), **dict(zip(FIELDS, numbers.unbind(1), strict=True)))
+    def from_table(cls, numbers: Float[Tensor, "N F"], forms: Collection[str] = FORMS) -> MixtureRows:
+        """Return the rows of a table of `Mixture.numbers`; any method may be present.
+
+        Args:
+            numbers: a row for each mixture, a column for each of `FIELDS`.
+            forms: the forms that may be present.
+        """
+        present = frozenset((form, method) for form in forms for method in METHODS)
+        return cls(present, **dict(zip(FIELDS, numbers.unbind(1), strict=True)))
+
+    def methods(self, form: str) -> frozenset[str]:
+        """Return the methods that occur in the rows of a form."""
+        return frozenset(method for other, method in self.present if other == form)
 
     def rows(self, index: Int[Tensor, " K"]) -> MixtureRows:
         """Return the rows at `index`."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .settings import METHODS, SAME_DIVERGENCE, MixtureRows
+from .arithmetic import first_alpha, is_unbounded, kl_and_slope, symmetric_alpha
+from .settings import FORMS, METHODS, SAME_DIVERGENCE, MixtureRows
 
 SOLVER_STEPS = 48
 """The most passes over a row. The solver needs 4 to 8; bisection from 1 to 1e-9 would need 30."""
@@ -32,29 +34,33 @@ def solve_alpha(
     """
     support = torch.isfinite(log_theta) & torch.isfinite(log_teacher)
     log_ratio = torch.where(support, log_teacher - log_theta, 0.0)
-    family = _Family(log_theta.masked_fill(~support, -torch.inf), log_ratio)
     middle = (rows.alpha_min + rows.alpha_max) / 2
     alpha = rows.fixed_alpha
-    if "entropy" in rows.present:
+    if "entropy" in rows.methods("geometric") | rows.methods("arithmetic"):
         theta, teacher = (torch.special.entr(row.exp()).sum(-1) for row in (log_theta, log_teacher))
         share = torch.where(theta + teacher > 0, theta / (theta + teacher), middle)
         alpha = torch.where(rows.method == METHODS.index("entropy"), share, alpha)
-    if rows.present & _RESIDUALS.keys():
-        alpha = _solve_roots(family, rows, alpha, middle)
+    if rows.methods("geometric") & _RESIDUALS.keys():
+        family = _Family(log_theta.masked_fill(~support, -torch.inf), log_ratio)
+        alpha = _solve_geometric(family, rows, alpha, middle)
+    if rows.methods("arithmetic") & _RESIDUALS.keys():
+        alpha = _solve_arithmetic(log_theta, log_teacher, log_ratio, rows, alpha, middle)
     alpha = alpha.clamp(rows.alpha_min, rows.alpha_max)
     alpha = torch.where(rows.alpha_min == rows.alpha_max, rows.alpha_min, alpha)
-    return alpha.masked_fill(_unsolvable(log_theta, log_teacher, support, alpha), torch.nan)
+    return alpha.masked_fill(_unsolvable(log_theta, log_teacher, support, rows, alpha), torch.nan)
 
 
 def _unsolvable(
     log_theta: Float[Tensor, "N V"],
     log_teacher: Float[Tensor, "N V"],
     support: Bool[Tensor, "N V"],
+    rows: MixtureRows,
     alpha: Float[Tensor, " N"],
 ) -> Bool[Tensor, " N"]:
-    """Return the rows that have a NaN, or no token with mass under both where α needs one."""
+    """Return the rows that have a NaN, or no token with mass under q."""
     broken = log_theta.isnan().any(-1) | log_teacher.isnan().any(-1)
-    return broken | (~support.any(-1) & (alpha != 0) & (alpha != 1))
+    nowhere = ~support.any(-1) & (alpha != 0) & (alpha != 1)
+    return broken | (nowhere & (rows.form == FORMS.index("geometric")))
 
 
 class _Moments(NamedTuple):
@@ -113,28 +119,64 @@ _RESIDUALS: dict[str, Callable[[_Family, Tensor, Tensor], _Residual]] = {
     "ess_balance": _ess_balance,
     "trust_region": _trust_region,
 }
-"""The methods that are an equation, and the residual of each."""
+"""The methods that are an equation, and the residual of each in the geometric form."""
 
 
-def _solve_roots(family: _Family, rows: MixtureRows, alpha: Tensor, middle: Tensor) -> Float[Tensor, " N"]:
-    """Return the roots of the rows whose method is an equation, and `alpha` of the other rows."""
+def _solve_geometric(family: _Family, rows: MixtureRows, alpha: Tensor, middle: Tensor) -> Float[Tensor, " N"]:
+    """Return the roots of the geometric rows whose method is an equation, and `alpha` of the other rows."""
     theta, teacher = family.moments(0.0), family.moments(1.0)
     divergence = teacher.mean - theta.mean
-    for name in sorted(rows.present & _RESIDUALS.keys()):
+    for name in sorted(rows.methods("geometric") & _RESIDUALS.keys()):
         if name == "trust_region":  # KL(q‖θ) = α²Var/2 near 0
             start = torch.sqrt(2 * rows.epsilon / theta.variance)
         else:  # the secant of E_q[ℓ]
             start = -theta.mean / divergence
         start = torch.where(start.isfinite(), start, middle).clamp(rows.alpha_min, rows.alpha_max)
-        root = _find_root(_RESIDUALS[name], family, rows, start)
+        root = _find_root(partial(_RESIDUALS[name], family), rows, start)
         if name != "trust_region":
             root = torch.where(divergence < SAME_DIVERGENCE, middle, root)
-        alpha = torch.where(rows.method == METHODS.index(name), root, alpha)
+        alpha = torch.where(_are(rows, "geometric", name), root, alpha)
     return alpha
 
 
+def _solve_arithmetic(
+    log_theta: Float[Tensor, "N V"],
+    log_teacher: Float[Tensor, "N V"],
+    log_ratio: Float[Tensor, "N V"],
+    rows: MixtureRows,
+    alpha: Tensor,
+    middle: Tensor,
+) -> Float[Tensor, " N"]:
+    """Return the roots of the arithmetic rows whose method is an equation, and `alpha` of the other rows."""
+    if "kl_symmetry" in rows.methods("arithmetic"):
+        root, jeffreys = symmetric_alpha(log_theta, log_teacher, log_ratio)
+        root = torch.where(jeffreys < SAME_DIVERGENCE, middle, root)
+        alpha = torch.where(_are(rows, "arithmetic", "kl_symmetry"), root, alpha)
+    if "trust_region" in rows.methods("arithmetic"):
+        start = first_alpha(log_theta, log_teacher, rows.epsilon)
+        start = torch.where(start.isfinite(), start, middle).clamp(rows.alpha_min, rows.alpha_max)
+        root = _find_root(partial(_power_residual, log_theta, log_teacher), rows, start)
+        root = torch.where(is_unbounded(log_theta, log_teacher), rows.alpha_min, root)
+        alpha = torch.where(_are(rows, "arithmetic", "trust_region"), root, alpha)
+    return alpha
+
+
+def _power_residual(log_theta: Tensor, log_teacher: Tensor, alpha: Tensor, epsilon: Tensor) -> _Residual:
+    """Return KL(q‖θ) - ε of the arithmetic form, and the slope of the secant to where a power of α would reach ε.
+
+    KL is nearly a power of α, with an exponent αKL'/KL that falls from 2 at α = 0 and is not below 1.
+    """
+    value, slope = kl_and_slope(log_theta, log_teacher, alpha)
+    target = alpha * (epsilon / value) ** (value / (alpha * slope))
+    return _Residual(value - epsilon, (value - epsilon) / (alpha - target))
+
+
+def _are(rows: MixtureRows, form: str, method: str) -> Bool[Tensor, " N"]:
+    return (rows.form == FORMS.index(form)) & (rows.method == METHODS.index(method))
+
+
 def _find_root(
-    residual: Callable[[_Family, Tensor, Tensor], _Residual], family: _Family, rows: MixtureRows, alpha: Tensor
+    residual: Callable[[Tensor, Tensor], _Residual], rows: MixtureRows, alpha: Float[Tensor, " N"]
 ) -> Float[Tensor, " N"]:
     """Find the root in [alpha_min, alpha_max] by Newton's method from `alpha`.
 
@@ -148,7 +190,7 @@ def _find_root(
     untried = torch.ones_like(low, dtype=torch.bool)
     tolerance = max(SOLVER_TOLERANCE, 4 * torch.finfo(alpha.dtype).eps)  # float32, on Metal, rounds coarser
     for _ in range(SOLVER_STEPS):
-        value, slope = residual(family, alpha, rows.epsilon)
+        value, slope = residual(alpha, rows.epsilon)
         low, high = torch.where(value < 0, alpha, low), torch.where(value > 0, alpha, high)
         newton = torch.clamp(alpha - value / slope, low, high)
         end = untried & ((newton == rows.alpha_min) | (newton == rows.alpha_max))

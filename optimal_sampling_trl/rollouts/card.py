@@ -19,7 +19,7 @@ COLUMNS = {
     "log_teacher": "T numbers, nats: under the teacher, likewise",
     "text": "the completion without special tokens",
     "finish_reason": "`stop` (an end-of-sequence token or a stop text) or `length`",
-    "mixture": "how alpha was chosen: method, alpha_min, alpha_max, fixed_alpha, epsilon (nats a token)",
+    "mixture": "how alpha was chosen: method, alpha_min, alpha_max, fixed_alpha, epsilon (nats a token), form",
     "temperature": "the sampling temperature",
     "prompt_index": "number of the prompt in the data set that was given, from 0",
     "sample": "number of the completion of that prompt, from 0",
@@ -35,9 +35,10 @@ tags:
 ---
 # Rollouts of a student and its teacher
 
-Completions sampled token by token from the mixture q(v) ∝ θ(v)^(1-α) · t(v)^α of a student θ and a teacher t, where α
+Completions sampled token by token from the mixture {q} of a student θ and a teacher t, where α
 is solved at each token, with the record of how each token was drawn.
 """
+FORMULAS = {"geometric": "q(v) ∝ θ(v)^(1-α) · t(v)^α", "arithmetic": "q(v) = (1-α) · θ(v) + α · t(v)"}
 LOAD = """## Loading
 
 ```python
@@ -71,7 +72,7 @@ def make_card(store: RolloutFolder, run: dict[str, Any]) -> str:
     }
     return "\n".join(
         [
-            HEAD,
+            HEAD.format(q=FORMULAS[settings.get("mixture.form", "geometric")]),
             _table(("", ""), facts),
             "## Columns\n",
             _table(("column", "what it is"), {f"`{name}`": text for name, text in COLUMNS.items()}),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..mixture import Mixture
+from ..mixture import CHOICES, FIELDS, Mixture
 from .rollout import RECORDS, Rollout
 
 if TYPE_CHECKING:
@@ -54,14 +54,14 @@ def features() -> Features:
     from datasets import Features, List, Value
 
     ids, record = List(Value("int64")), List(Value("float32"))
-    numbers = ("alpha_min", "alpha_max", "fixed_alpha", "epsilon")
+    mixture = {name: Value("string" if name in CHOICES else "float64") for name in FIELDS}
     return Features(
         {
             **{name: ids for name in ("prompt_ids", "theta_prompt_ids", "completion_ids")},
             **{name: record for name in RECORDS},
             "text": Value("string"),
             "finish_reason": Value("string"),
-            "mixture": {"method": Value("string"), **{name: Value("float64") for name in numbers}},
+            "mixture": mixture,
             "temperature": Value("float64"),
         }
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..generate import OptimalSamplingV1
-from ..mixture import METHODS, Mixture
+from ..mixture import FORMS, METHODS, Mixture
 from .generator import OptimalSamplingGenerator
 
 
@@ -31,6 +31,9 @@ class SamplerArguments:
     mixture_epsilon: float = field(
         default=Mixture.epsilon,
         metadata={"help": "Budget KL(q||theta) of the method 'trust_region', in nats a token."},
+    )
+    mixture_form: str = field(
+        default=Mixture.form, metadata={"help": f"Geometric or arithmetic mean of the two: {', '.join(FORMS)}."}
     )
     teacher_system_prompt: str | None = field(default=None, metadata={"help": "Put before each teacher's prompt."})
     theta_system_prompt: str | None = field(default=None, metadata={"help": "Put before each student's prompt."})
@@ -88,6 +91,7 @@ class SamplerArguments:
             theta_system_prompt=self.theta_system_prompt,
             epsilon=self.mixture_epsilon,
             backend=self.backend,
+            form=self.mixture_form,
             **self.engine(),
         )
 
@@ -113,9 +117,12 @@ class GeneratorArguments(SamplerArguments):
             ValueError: where no teacher is named, or a setting is out of range.
         """
         alpha_min = Mixture.alpha_min if self.alpha_min is None else self.alpha_min
+        mixture = Mixture(
+            self.alpha_method, alpha_min, self.alpha_max, self.fixed_alpha, self.mixture_epsilon, self.mixture_form
+        )
         return OptimalSamplingGenerator(
             teacher=self.check_teacher(),
-            mixture=Mixture(self.alpha_method, alpha_min, self.alpha_max, self.fixed_alpha, self.mixture_epsilon),
+            mixture=mixture,
             theta_fraction=self.theta_fraction,
             schedule=self.schedule,
             teacher_system_prompt=self.teacher_system_prompt,

@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from optimal_sampling_trl.mixture import METHODS, Mixture
+from optimal_sampling_trl.mixture import FORMS, METHODS, Mixture
 from optimal_sampling_trl.rollouts.rollout import RECORDS, Rollout
 
 ROOTS = ("kl_symmetry", "ess_balance", "trust_region")
@@ -64,12 +64,13 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 @st.composite
-def mixtures(draw: st.DrawFn, methods: tuple[str, ...] = METHODS) -> Mixture:
-    method = draw(st.sampled_from(methods))
+def mixtures(draw: st.DrawFn, methods: tuple[str, ...] = METHODS, forms: tuple[str, ...] = FORMS) -> Mixture:
+    form = draw(st.sampled_from(forms))
+    method = draw(st.sampled_from([one for one in methods if (form, one) != ("arithmetic", "ess_balance")]))
     alpha_min, alpha_max = sorted((draw(share), draw(share))) if draw(st.booleans()) else (0.0, 1.0)
     fixed = min(max(draw(share), alpha_min), alpha_max)
     epsilon = draw(st.one_of(st.sampled_from([0.0, 0.05]), st.floats(1e-4, 20.0)))
-    return Mixture(method, alpha_min, alpha_max, fixed, epsilon)
+    return Mixture(method, alpha_min, alpha_max, fixed, epsilon, form)
 
 
 @st.composite
@@ -88,8 +89,10 @@ def random_pair(N: int, V: int, seed: int = 0, scale: float = 2.0) -> Pair:
     return Pair(*(scale * torch.randn(N, V, generator=generator) for _ in range(2)))
 
 
-def inside(log_theta: Tensor, log_teacher: Tensor, alpha: Tensor) -> Tensor:
-    """log q (N, V) on the tokens with mass under both models, for any α."""
+def inside(log_theta: Tensor, log_teacher: Tensor, alpha: Tensor, form: str = "geometric") -> Tensor:
+    """log q (N, V) on the tokens with mass under both models, for any α; of the arithmetic form on all tokens."""
+    if form == "arithmetic":
+        return ((1 - alpha[:, None]) * log_theta.exp() + alpha[:, None] * log_teacher.exp()).log()
     both = (log_theta > -torch.inf) & (log_teacher > -torch.inf)
     mixed = (1 - alpha[:, None]) * log_theta + alpha[:, None] * log_teacher  # NaN where an end meets a mask
     return torch.log_softmax(torch.where(both, mixed, -torch.inf), -1)

@@ -46,6 +46,8 @@ from optimal_sampling_trl.mixture.reference import reference
 ALPHA_TOLERANCE = 1e-5
 LOG_Q_TOLERANCE = 1e-5
 FLOAT32_ROUNDING = 6e-8
+ARITHMETIC = [Mixture(method, form="arithmetic") for method in METHODS if method != "ess_balance"]
+ENDS = [Mixture.theta_only(), Mixture.teacher_only()]
 RESIDUAL_TOLERANCE = 1e-12
 """Of the largest |ℓ|, log θ or log t of the row (at least 1): what float64 leaves of a sum that should be 0."""
 
@@ -57,7 +59,10 @@ def ess_inverse(log_target: Tensor, log_q: Tensor) -> Tensor:
 
 def residual(mixture: Mixture, log_theta: Tensor, log_teacher: Tensor, alpha: Tensor) -> Tensor:
     """What the method's equation, written as it is defined, leaves at `alpha` in each row; rises in α."""
-    log_q = inside(log_theta, log_teacher, alpha)
+    log_q = inside(log_theta, log_teacher, alpha, mixture.form)
+    if (mixture.form, mixture.method) == ("arithmetic", "kl_symmetry"):
+        ratio = torch.where((log_theta > -torch.inf) & (log_teacher > -torch.inf), log_teacher - log_theta, 0.0)
+        return (log_q.exp() * ratio).sum(-1)
     if mixture.method == "kl_symmetry":
         return kl(log_q, log_theta) - kl(log_q, log_teacher)
     if mixture.method == "ess_balance":
@@ -87,7 +92,7 @@ def assert_row(
     tolerance = RESIDUAL_TOLERANCE * max(1.0, float(finite[finite > -torch.inf].abs().max()))
     left = residual(mixture, log_theta, log_teacher, alpha)
     assert left.abs() <= tolerance, f"residual {left} at alpha {alpha}, wanted {want_alpha} of {mixture}"
-    q, want_q = (inside(log_theta, log_teacher, weight).exp() for weight in (alpha, want_alpha))
+    q, want_q = (inside(log_theta, log_teacher, weight, mixture.form).exp() for weight in (alpha, want_alpha))
     assert (q - want_q).abs().sum() / 2 <= math.sqrt(2 * tolerance)
     if 0 < alpha < 1:  # at the ends a model's row whole, also where the other has no mass
         assert (log_q.exp() - q).abs().max() <= LOG_Q_TOLERANCE
@@ -217,7 +222,9 @@ def test_padding_of_either_vocabulary_is_ignored(method: str, padding: float) ->
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-@pytest.mark.parametrize("mixture", [*map(Mixture, METHODS), Mixture.theta_only(), Mixture.teacher_only()])
+@pytest.mark.parametrize(
+    "mixture", [*map(Mixture, METHODS), *ARITHMETIC, Mixture.theta_only(), Mixture.teacher_only()]
+)
 def test_broken_rows_are_nan_and_spoil_no_other(kind: str, mixture: Mixture) -> None:
     theta, teacher = random_pair(5, 9)
     want_alpha, want_log_q = mix(theta, teacher, mixture)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 
 from helpers.strategies import mixtures
-from optimal_sampling_trl.mixture import FIELDS, METHODS, Mixture, MixtureRows
+from optimal_sampling_trl.mixture import FIELDS, FORMS, METHODS, Mixture, MixtureRows
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,11 @@ from optimal_sampling_trl.mixture import FIELDS, METHODS, Mixture, MixtureRows
         ({"alpha_max": math.nan}, r"Mixture: `alpha_max` is nan; wanted a number"),
         ({"fixed_alpha": None}, r"Mixture: `fixed_alpha` is None; wanted a number"),
         ({"fixed_alpha": 2}, r"Mixture: `fixed_alpha` is 2; wanted a number in \[0, 1\]"),
+        ({"form": "arithmetical"}, r"Unknown mixture form 'arithmetical'\. Known: .*Did you mean 'arithmetic'\?"),
+        (
+            {"method": "ess_balance", "form": "arithmetic"},
+            r"`method` is 'ess_balance' and `form` is 'arithmetic', whose solution is 1/2 .*Use Mixture\('fixed'",
+        ),
         ({"epsilon": -1.0}, r"Mixture: `epsilon` is -1\.0; wanted a finite number of at least 0"),
         ({"epsilon": math.inf}, r"Mixture: `epsilon` is inf; wanted a finite number"),
         ({"epsilon": math.nan}, r"Mixture: `epsilon` is nan; wanted a finite number"),
@@ -56,10 +61,16 @@ def test_mixture_is_frozen_and_accepts_whole_numbers() -> None:
 def test_mixture_as_values_and_back(mixture: Mixture) -> None:
     values = mixture.to_dict()
     assert Mixture.from_dict(values) == mixture
-    assert set(values) == {"method", "alpha_min", "alpha_max", "fixed_alpha", "epsilon"}
+    assert set(values) == {"method", "alpha_min", "alpha_max", "fixed_alpha", "epsilon", "form"}
     columns = MixtureRows.of([mixture])
     assert METHODS[int(columns.method)] == mixture.method
-    assert [float(column) for column in columns[2:]] == [values[name] for name in MixtureRows._fields[2:]]
+    assert FORMS[int(columns.form)] == mixture.form
+    assert [float(column) for column in columns[2:-1]] == [values[name] for name in MixtureRows._fields[2:-1]]
+
+
+def test_values_of_an_older_version_are_geometric() -> None:
+    old = {"method": "trust_region", "alpha_min": 0.0, "alpha_max": 1.0, "fixed_alpha": 0.5, "epsilon": 0.1}
+    assert Mixture.from_dict(old) == Mixture("trust_region", epsilon=0.1, form="geometric")
 
 
 def test_a_key_that_no_mixture_has_is_refused() -> None:
@@ -110,4 +121,6 @@ def test_the_order_of_the_fields_is_that_of_every_table() -> None:
     rows, table = MixtureRows.of(mixtures), torch.tensor([mixture.numbers() for mixture in mixtures])
     for name, column, want in zip(FIELDS, MixtureRows.from_table(table)[1:], rows[1:], strict=True):
         assert torch.equal(column, want.float()), name
-    assert rows.present == frozenset(METHODS)
+    assert rows.present == {("geometric", method) for method in METHODS}
+    assert rows.methods("geometric") == frozenset(METHODS)
+    assert not rows.methods("arithmetic")

@@ -20,14 +20,15 @@ from torch import Tensor
 
 from helpers.strategies import BROKEN, ROOTS, Pair, inside, make_row, mixtures, pairs, random_pair, temperatures
 from optimal_sampling_trl.mixture import (
+    FORMS,
     METHODS,
     SAME_DIVERGENCE,
     Mixture,
     MixtureRows,
-    blend,
     fold_eos,
     log_distributions,
     mix,
+    mix_at,
 )
 from optimal_sampling_trl.mixture.kernels.launch import CHUNK, MixedLogits, mix_logits
 from optimal_sampling_trl.mixture.reference import reference
@@ -39,6 +40,8 @@ SMALL = 64
 WIDTHS = [(300, 317), (317, 300), (64, 64), (65, 65)] + ([(151_936, 152_064), (152_064, 151_936)] if GPU else [])
 ALPHA_TOLERANCE = 1e-4
 VARIATION_TOLERANCE = 1e-5
+ARITHMETIC = [Mixture(method, form="arithmetic") for method in METHODS if method != "ess_balance"]
+ENDS = [Mixture.theta_only(), Mixture.teacher_only()]
 
 
 def run(
@@ -66,22 +69,27 @@ def assert_rows(pair: Pair, rows: list[Mixture], temperature: list[float], got: 
             continue
         assert mixture.alpha_min - 1e-7 <= alpha <= mixture.alpha_max + 1e-7, f"{alpha} outside the range of {mixture}"
         sides = (side[one, :V].float() for side in pair)
-        assert torch.equal(got.logits[one, :V].isneginf(), blend(*sides, alpha.float()).isneginf())
-        q, want_q = (inside(log_theta[one], log_teacher[one], weight).exp() for weight in (alpha, want))
+        row = MixtureRows.of([mixture])
+        assert torch.equal(got.logits[one, :V].isneginf(), mix_at(*sides, alpha.float(), row, exact).isneginf())
+        q, want_q = (inside(log_theta[one], log_teacher[one], weight, mixture.form).exp() for weight in (alpha, want))
         variation = float((q - want_q).abs().sum() / 2)
         if not (
             (alpha - want).abs() <= ALPHA_TOLERANCE or (mixture.method in ROOTS and variation <= VARIATION_TOLERANCE)
         ):
             raise AssertionError(f"alpha {alpha} against {want}, variation {variation}, {mixture}, T {temperature[n]}")
-        assert_logits(got.logits[one, :V], pair, one, V, alpha)
+        assert_logits(got.logits[one, :V], pair, one, V, alpha, row, exact)
 
 
-def assert_logits(logits: Tensor, pair: Pair, one: slice, V: int, alpha: Tensor) -> None:
-    """The blend in float64, to float32's rounding of the logits."""
+def assert_logits(
+    logits: Tensor, pair: Pair, one: slice, V: int, alpha: Tensor, row: MixtureRows, temperature: float
+) -> None:
+    """The mixed logits in float64, to float32's rounding; of the arithmetic form, that of the normalisers too."""
     theta, teacher = (side[one, :V].double() for side in pair)
-    want = blend(theta, teacher, alpha)
+    want = mix_at(theta, teacher, alpha, row, temperature)
     both = want.isfinite()
     size = theta.abs().masked_fill(~theta.isfinite(), 0) + teacher.abs().masked_fill(~teacher.isfinite(), 0) + 1
+    if row.methods("arithmetic"):
+        size = size + size.amax() + temperature
     assert bool(((logits.double() - want)[both].abs() <= 4e-7 * size[both]).all())
     if float(alpha) in (0.0, 1.0):
         assert torch.equal(logits.double(), want)
@@ -99,9 +107,9 @@ def test_every_row_meets_the_reference(pair: Pair, data: st.DataObject) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("V_theta", "V_teacher"), WIDTHS)
 def test_every_method_at_once_in_wide_rows(V_theta: int, V_teacher: int, dtype: torch.dtype) -> None:
-    base, noise = random_pair(len(METHODS), max(V_theta, V_teacher), scale=3.0)
+    rows = [*map(Mixture, METHODS), *ARITHMETIC]
+    base, noise = random_pair(len(rows), max(V_theta, V_teacher), scale=3.0)
     pair = Pair((0.7 * base + noise / 2)[:, :V_theta].to(dtype), base[:, :V_teacher].to(dtype))
-    rows = [Mixture(method) for method in METHODS]
     for temperature in (1.0, 0.3, 2.0):
         assert_rows(pair, rows, [temperature] * len(rows), run(pair, rows, [temperature] * len(rows)))
 
@@ -134,12 +142,16 @@ WIDE = ("near", "near, a multiple apart", "peaked", "peaked apart", "grammar", "
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("V", [200] + ([151_936] if GPU else []))
 @pytest.mark.parametrize("kind", WIDE)
-@pytest.mark.parametrize("method", ROOTS)
-def test_hard_rows(method: str, kind: str, V: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("method", "form"),
+    [(method, "geometric") for method in ROOTS] + [("kl_symmetry", "arithmetic"), ("trust_region", "arithmetic")],
+)
+def test_hard_rows(method: str, form: str, kind: str, V: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(5)
     spreads = (1e-4, 1e-3, 1e-2, 0.1, 1.0) if GPU else (1e-3, 0.1, 1.0)  # interpreted, each takes its time
     pair = Pair(*(torch.stack(side).to(dtype) for side in zip(*(wide_row(kind, V, s, generator) for s in spreads))))
-    ranges = (Mixture(method), Mixture(method, epsilon=1e-5), Mixture(method, alpha_min=0.2, alpha_max=0.7))
+    settings = ({}, {"epsilon": 1e-5}, {"alpha_min": 0.2, "alpha_max": 0.7})
+    ranges = [Mixture(method, form=form, **one) for one in settings]
     for temperature, mixture in zip((1.0, 0.3, 2.0), ranges):
         rows = [mixture] * len(spreads)
         assert_rows(pair, rows, [temperature] * len(rows), run(pair, rows, [temperature] * len(rows)))
@@ -187,12 +199,12 @@ def test_the_sums_normalise_the_rows() -> None:
 
 
 @pytest.mark.parametrize("folded", [(7,), (299, 0, 130)])
-@pytest.mark.parametrize("method", METHODS)
-def test_endings_are_folded_before_the_temperature(method: str, folded: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("mixture", [*map(Mixture, METHODS), *ARITHMETIC])
+def test_endings_are_folded_before_the_temperature(mixture: Mixture, folded: tuple[int, ...]) -> None:
     theta, teacher = random_pair(4, 300)
     teacher[0, list(folded)] = 9.0
     teacher[1, [100, *folded]] = -torch.inf
-    rows, temperature = [Mixture(method)] * 4, [1.0, 0.5, 2.0, 0.7]
+    rows, temperature = [mixture] * 4, [1.0, 0.5, 2.0, 0.7]
     got = run(Pair(theta, teacher), rows, temperature, stop=(100, 5), folded=folded)
     by_hand = fold_eos(teacher, folded, 100)
     assert_rows(Pair(theta, by_hand), rows, temperature, got)
@@ -200,22 +212,25 @@ def test_endings_are_folded_before_the_temperature(method: str, folded: tuple[in
     assert (got.teacher_sum - total).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
-def test_a_grammar_holds_at_any_alpha(alpha: float) -> None:
+def test_a_grammar_holds_at_any_alpha(alpha: float, form: str) -> None:
     theta, teacher = random_pair(3, 130)
     ruled_out = torch.rand(3, 130, generator=torch.Generator().manual_seed(0)) < 0.7
     teacher = teacher.masked_fill(ruled_out, -torch.inf)
-    rows = [Mixture("fixed", alpha_min=alpha, alpha_max=alpha, fixed_alpha=alpha)] * 3
+    rows = [Mixture("fixed", alpha_min=alpha, alpha_max=alpha, fixed_alpha=alpha, form=form)] * 3
     masked = torch.tensor([True, False, True], device=DEVICE)
     got = run(Pair(theta, teacher), rows, masked=masked)
-    want = blend(theta, teacher, torch.full((3,), alpha))
+    want = mix_at(theta, teacher, torch.full((3,), alpha), MixtureRows.of(rows))
     want[[0, 2]] = want[[0, 2]].masked_fill(ruled_out[[0, 2]], -torch.inf)
     assert torch.equal(got.logits.isneginf(), want.isneginf())
     assert (got.logits - want)[want.isfinite()].abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-@pytest.mark.parametrize("mixture", [*map(Mixture, METHODS), Mixture.theta_only(), Mixture.teacher_only()])
+@pytest.mark.parametrize(
+    "mixture", [*map(Mixture, METHODS), *ARITHMETIC, Mixture.theta_only(), Mixture.teacher_only()]
+)
 def test_broken_rows_end_and_spoil_no_other(kind: str, mixture: Mixture) -> None:
     theta, teacher = random_pair(5, 150)
     clean = run(Pair(theta, teacher), [mixture] * 5, stop=(90, 3))
@@ -243,6 +258,20 @@ def test_without_a_common_token_only_the_ends_have_a_solution() -> None:
     assert torch.equal(got.logits[4], theta[4])
     assert torch.equal(got.logits[5], teacher[5])
     assert bool((got.logits[:4] == 0).all())  # no ending is known
+    got = run(Pair(theta, teacher), [*ARITHMETIC, *ARITHMETIC[:2]])
+    assert bool(got.logits.isfinite().all())
+    assert got.alpha[1] == 0.0  # of the trust region: KL(q‖θ) is infinite
+
+
+def test_rows_of_both_forms_share_a_batch() -> None:
+    """A row does not depend on the forms of its neighbours, which choose between two builds of the kernels."""
+    theta, teacher = random_pair(8, 200)
+    rows = [*ARITHMETIC, *map(Mixture, ("kl_symmetry", "ess_balance", "trust_region", "fixed"))]
+    together = run(Pair(theta, teacher), rows)
+    for n, mixture in enumerate(rows):
+        alone = run(Pair(theta[n : n + 1], teacher[n : n + 1]), [mixture])
+        assert torch.allclose(alone.alpha, together.alpha[n : n + 1], rtol=0, atol=1e-6)
+        assert torch.allclose(alone.logits, together.logits[n : n + 1], rtol=0, atol=1e-5)
 
 
 def test_rows_may_lie_apart_and_padding_is_ignored() -> None:

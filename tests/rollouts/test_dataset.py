@@ -62,6 +62,12 @@ def test_a_dataset_without_a_column_is_refused() -> None:
         from_dataset(dataset)
 
 
+def test_a_row_of_an_older_version_is_geometric() -> None:
+    row = to_dataset([rollout()])[0]
+    del row["mixture"]["form"]
+    assert from_dataset([row])[0].mixture == rollout().mixture
+
+
 def test_a_dataset_with_another_mixture_is_refused() -> None:
     row = to_dataset([rollout()])[0]
     row["mixture"]["alpha_minimum"] = 0.5

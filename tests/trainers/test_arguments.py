@@ -34,8 +34,9 @@ def test_without_flags_the_sampler_is_the_default(tmp_path: Path, method: str) -
 
 def test_flags_reach_the_mixture() -> None:
     flags = (
-        "--teacher large --alpha_method fixed --alpha_min 0.2 --alpha_max 0.7 --fixed_alpha 0.3 --theta_fraction 0.25"
+        "--teacher large --alpha_method fixed --alpha_min 0.2 --alpha_max 0.7 --fixed_alpha 0.3 --theta_fraction 0.25 "
+        "--mixture_form arithmetic"
     )
     (arguments,) = TrlParser((GeneratorArguments,)).parse_args_and_config(flags.split())
-    wanted = OptimalSamplingGenerator("large", Mixture("fixed", 0.2, 0.7, 0.3), theta_fraction=0.25)
+    wanted = OptimalSamplingGenerator("large", Mixture("fixed", 0.2, 0.7, 0.3, form="arithmetic"), theta_fraction=0.25)
     assert arguments.generator() == wanted

@@ -19,7 +19,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ...mixture import MixtureRows, blend, log_distributions, precision, solve_alpha
+from ...mixture import MixtureRows, log_distributions, mix_at, precision, solve_alpha
 from ...pairing import Pair
 from ...rollouts.request import Request, Sampling
 from ...rollouts.rollout import RECORDS, Rollout
@@ -119,7 +119,7 @@ class Rows:
         log_theta, log_teacher = log_distributions(theta_logits, teacher_logits, self.temperature)
         alpha = solve_alpha(log_theta, log_teacher, self.mixtures)
         V = log_theta.shape[-1]
-        scores = blend(theta_logits[:, :V], teacher_logits[:, :V], alpha)
+        scores = mix_at(theta_logits[:, :V], teacher_logits[:, :V], alpha, self.mixtures, self.temperature)
         for rows, processors in self.processors:
             scores[rows] = processors(self._seen(rows), scores[rows])  # type: ignore[arg-type]
         # A row without a solution goes on harmlessly; its NaN alpha names it when the batch is done.

@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 
 from ..settings import CERTAIN_LOGIT
-from .layout import NOWHERE, ROW_ALPHA, ROW_MASKED, ROW_SLOTS
+from .average import average
+from .layout import NOWHERE, ROW_ALPHA, ROW_ARITHMETIC, ROW_INVERSE_TEMPERATURE, ROW_MASKED, ROW_SLOTS
 from .sums import fold_endings, load_tile
 
 CERTAIN = tl.constexpr(CERTAIN_LOGIT)
@@ -14,10 +15,14 @@ CERTAIN = tl.constexpr(CERTAIN_LOGIT)
 
 @triton.jit
 def blend(
-    theta, teacher, theta_stride, teacher_stride, endings, V, chunk, chunks, rows, alphas, out, V_teacher, out_chunks,
-    STOP: tl.constexpr, FOLDED: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+    theta, teacher, theta_stride, teacher_stride, endings, V, chunk, chunks, rows, theta_sum, teacher_sum, alphas, out,
+    V_teacher, out_chunks,
+    ARITHMETIC: tl.constexpr, STOP: tl.constexpr, FOLDED: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """Write (1-α)·θ + α·t of one chunk of the teacher's V, and the row's α with the first chunk.
+
+    Where `ARITHMETIC` says that a row may be of that form, such a row is `average`d instead; the two sums are read
+    there alone.
 
     At α = 0 and α = 1 it is one model's row. Beyond the common V it is -inf. In a row without a solution, whose α is
     NaN, it is 0, and `CERTAIN` at the student's ending if `STOP` says that there is one.
@@ -26,12 +31,17 @@ def blend(
     theta += row * theta_stride
     teacher += row * teacher_stride
     out += row * V_teacher
-    alpha = tl.load(rows + row * ROW_SLOTS + ROW_ALPHA).to(tl.float32)
-    masked = tl.load(rows + row * ROW_SLOTS + ROW_MASKED)
+    rows += row * ROW_SLOTS
+    alpha = tl.load(rows + ROW_ALPHA).to(tl.float32)
+    masked = tl.load(rows + ROW_MASKED)
     folded = fold_endings(teacher, endings, V, FOLDED)
     for start in range(piece * chunk, tl.minimum(piece * chunk + chunk, V_teacher), OUTER * INNER):
         s, t, index = load_tile(theta, teacher, endings, folded, start, V, FOLDED, OUTER, INNER)
         mixed = (1 - alpha) * s + alpha * t
+        if ARITHMETIC:
+            inverse = tl.load(rows + ROW_INVERSE_TEMPERATURE).to(tl.float32)
+            if tl.load(rows + ROW_ARITHMETIC) != 0:
+                mixed = average(s, t, alpha, tl.load(theta_sum + row), tl.load(teacher_sum + row), inverse)
         mixed = tl.where(alpha == 0, s, tl.where(alpha == 1, t, mixed))  # 0·(-inf) is NaN
         if masked != 0:
             mixed = tl.where(t == NOWHERE, NOWHERE, mixed)

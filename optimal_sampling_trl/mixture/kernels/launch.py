@@ -9,6 +9,8 @@ over the tokens that both models have. K = log S_0 has the slope S_1/S_0 = E_p[x
 c = log Σe^t - log Σe^s, each over a whole row, ℓ = x - c. The launches have a program for each chunk of each row, so
 that even one row alone fills a chip:
 
+`average` holds what the arithmetic form needs. Batches without such a row run kernels compiled without it.
+
 1. `nodes.begin` sums at p = 0, ½ and 1. The last program of a row joins the sums of its chunks and finds the root on
    the cubics through the nodes. A row whose α is known, or follows from these sums, is done.
 2. `steps.step`, `STEPS` times, takes the moments at α and makes a step of third order in a bracket. Most rows are done
@@ -83,10 +85,10 @@ def mix_logits(
         warps: warps of a program, a power of 2. Tests and timings set it.
 
     Returns:
-        logits: (1-α)·θ + α·t of the raw logits, -inf beyond V; at α = 0 and 1 one model's row exactly. In a row
-            without a solution they are 0, and `CERTAIN_LOGIT` at the first of `stop`, so that the sequence ends.
+        logits: the raw logits mixed as `mixing.mix_at` does, -inf beyond V; at α = 0 and 1 one model's row exactly. In
+            a row without a solution they are 0, and `CERTAIN_LOGIT` at the first of `stop`, so that the sequence ends.
         alpha: NaN in a row without a solution: a NaN or +inf among its logits, a model without any finite logit, or
-            no token with mass under both where 0 < α < 1.
+            in the geometric form no token with mass under both where 0 < α < 1.
         theta_sum: log Σ e^(θ/temperature) over V; not finite where the student's row is broken.
         teacher_sum: log Σ e^(t/temperature) over V, the endings folded; not finite where the teacher's row is broken.
 
@@ -114,15 +116,18 @@ def mix_logits(
     endings = _endings(int(stop[0]), tuple(folded), device) if stop else None
     logits = (theta, teacher, theta.stride(0), teacher.stride(0), endings, V, chunk, chunks)
     shapes = {"FOLDED": len(folded) if stop else 0, "OUTER": outer, "INNER": inner, "num_warps": warps}
+    arithmetic = bool(rows.methods("arithmetic"))
     columns = {name: getattr(rows, name) for name in FIELDS} | {"temperature": temperature, "masked": masked}
+    columns["form"] = rows.form if arithmetic else None
     strides = {f"{name}_stride": 0 if column is None else column.stride(0) for name, column in columns.items()}
     sums = {"theta_sum": mixed.theta_sum, "teacher_sum": mixed.teacher_sum}
     begin[(N * chunks,)](*logits, **columns, **strides, parts=parts, rows=state, arrived=arrived[0], **sums, **shapes)
     for number in range(1, 1 + STEPS):
-        step[(N * chunks,)](*logits, parts, state, arrived[number], number == STEPS, **shapes)
+        step[(N * chunks,)](*logits, parts, state, arrived[number], number == STEPS, ARITHMETIC=arithmetic, **shapes)
     shapes |= {"OUTER": outer * inner // min(inner, 4), "INNER": min(inner, 4)}  # it writes float32, 4 in 16 bytes
+    read = (mixed.theta_sum, mixed.teacher_sum) if arithmetic else (None, None)
     blend[(N * out_chunks,)](
-        *logits, state, mixed.alpha, mixed.logits, V_teacher, out_chunks, STOP=bool(stop), **shapes
+        *logits, state, *read, mixed.alpha, mixed.logits, V_teacher, out_chunks, arithmetic, bool(stop), **shapes
     )
     return mixed
 

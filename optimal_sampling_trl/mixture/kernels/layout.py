@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from ..settings import METHODS, SAME_DIVERGENCE
+from ..settings import FORMS, METHODS, SAME_DIVERGENCE
 
 NOWHERE = tl.constexpr(float("-inf"))
 """The logit of a token without mass."""
@@ -24,6 +24,9 @@ ESS_BALANCE = tl.constexpr(METHODS.index("ess_balance"))
 TRUST_REGION = tl.constexpr(METHODS.index("trust_region"))
 ENTROPY = tl.constexpr(METHODS.index("entropy"))
 """The methods before this one are equations in α."""
+ARITHMETIC_TRUST_REGION = tl.constexpr(len(METHODS))
+"""Stands for `TRUST_REGION` in a row of the arithmetic form, whose equation is another."""
+FORM_ARITHMETIC = tl.constexpr(FORMS.index("arithmetic"))
 
 # A row, float64: written by `begin`, updated by each `step`, read by `blend`.
 ROW_SLOTS = tl.constexpr(32)
@@ -57,6 +60,8 @@ ROW_LAST_STEP = tl.constexpr(16)
 """|Δα| of the last step."""
 ROW_END_UNTRIED = tl.constexpr(17)
 """1 until a step beyond alpha_min or alpha_max has tried that end, then 0."""
+ROW_ARITHMETIC = tl.constexpr(18)
+"""1 in a row of the arithmetic form, else 0; written where some row may be of it."""
 
 # A chunk, float32: written by its program, joined by the last program of its row.
 CHUNK_SLOTS = tl.constexpr(16)
@@ -82,6 +87,12 @@ STEP_P = tl.constexpr(0)
 STEP_Q = tl.constexpr(4)
 STEP_GROWTH = tl.constexpr(8)
 """S_0(q) - S_0(p) of the chunk."""
+# (in a row of the method ARITHMETIC_TRUST_REGION: KL(q‖θ) and its derivatives in α,)
+STEP_KL = tl.constexpr(0)
+STEP_SLOPE = tl.constexpr(1)
+STEP_BEND = tl.constexpr(2)
+STEP_THIRD = tl.constexpr(3)
+"""A bound of the third derivative's size."""
 STEP_TOP_P = tl.constexpr(14)
 STEP_TOP_Q = tl.constexpr(15)
 """The exponents, in bits, that the sums at p and q are relative to."""

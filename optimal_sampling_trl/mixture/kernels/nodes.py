@@ -15,12 +15,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .average import guess_average
 from .layout import (
+    ARITHMETIC_TRUST_REGION,
     CHUNK_SLOTS,
     ENTROPY,
     ENTROPY_TEACHER,
     ENTROPY_THETA,
     ESS_BALANCE,
+    FORM_ARITHMETIC,
     KL_SYMMETRY,
     LN_2,
     LOG2_E,
@@ -37,6 +40,7 @@ from .layout import (
     ROW_ALPHA,
     ROW_ALPHA_MAX,
     ROW_ALPHA_MIN,
+    ROW_ARITHMETIC,
     ROW_BRACKET_HIGH,
     ROW_BRACKET_LOW,
     ROW_C,
@@ -62,11 +66,14 @@ from .sums import fold_endings, growth, is_last, load_tile, log1p, log_quotient,
 @triton.jit
 def begin(
     theta, teacher, theta_stride, teacher_stride, endings, V, chunk, chunks, method, alpha_min, alpha_max, fixed_alpha,
-    epsilon, temperature, masked, method_stride, alpha_min_stride, alpha_max_stride, fixed_alpha_stride,
-    epsilon_stride, temperature_stride, masked_stride, parts, rows, arrived, theta_sum, teacher_sum,
+    epsilon, form, temperature, masked, method_stride, alpha_min_stride, alpha_max_stride, fixed_alpha_stride,
+    epsilon_stride, form_stride, temperature_stride, masked_stride, parts, rows, arrived, theta_sum, teacher_sum,
     FOLDED: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """Sum one chunk of a row; the last program of the row writes its `ROW_*` slots and the two normalisers."""
+    """Sum one chunk of a row; the last program of the row writes its `ROW_*` slots and the two normalisers.
+
+    `form` is None where every row is geometric.
+    """
     row, piece = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
     chosen = tl.load(method + row * method_stride).to(tl.int32)
     low = tl.load(alpha_min + row * alpha_min_stride).to(tl.float64)
@@ -87,6 +94,11 @@ def begin(
             mask = tl.where(tl.load(masked + row * masked_stride) != 0, 1.0, 0.0)
         budget = tl.load(epsilon + row * epsilon_stride).to(tl.float64)
         fixed = tl.load(fixed_alpha + row * fixed_alpha_stride).to(tl.float64)
+        is_average = False
+        if form is not None:
+            is_average = tl.load(form + row * form_stride).to(tl.int32) == FORM_ARITHMETIC
+            tl.store(rows + ROW_ARITHMETIC, tl.where(is_average, 1.0, 0.0).to(tl.float64))
+            chosen = tl.where(is_average & (chosen == TRUST_REGION), ARITHMETIC_TRUST_REGION, chosen)
         tl.store(rows + ROW_METHOD, chosen.to(tl.float64))
         tl.store(rows + ROW_ALPHA_MIN, low)
         tl.store(rows + ROW_ALPHA_MAX, high)
@@ -94,8 +106,9 @@ def begin(
         tl.store(rows + ROW_INVERSE_TEMPERATURE, inverse)
         tl.store(rows + ROW_MASKED, mask)
         _start(
-            parts, rows, theta_sum + row, teacher_sum + row, chunks, chosen, low, high, fixed, budget, inverse, root
-        )
+            parts, rows, theta_sum + row, teacher_sum + row, chunks, chosen, low, high, fixed, budget, inverse, root,
+            is_average, form is not None,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -169,7 +182,10 @@ def _sum_chunk(
 
 
 @triton.jit
-def _start(parts, rows, theta_sum, teacher_sum, chunks, method, low, high, fixed, epsilon, inverse, root):
+def _start(
+    parts, rows, theta_sum, teacher_sum, chunks, method, low, high, fixed, epsilon, inverse, root, is_average,
+    ARITHMETIC: tl.constexpr,
+):  # fmt: skip
     """Join the chunks of a row and store its normalisers, its α or a guess of it, and the state of the search."""
     max_theta, max_teacher = (
         take(parts, NODE_MAX_THETA, chunks, NOWHERE),
@@ -191,7 +207,7 @@ def _start(parts, rows, theta_sum, teacher_sum, chunks, method, low, high, fixed
     done = alpha == alpha
     if root:
         whole_theta, whole_teacher, alpha, done = _guess(
-            parts, rows, down, up, chunks, method, low, high, epsilon, offset, inverse
+            parts, rows, down, up, chunks, method, low, high, epsilon, offset, inverse, is_average, ARITHMETIC
         )
     else:
         whole_theta, entropy_theta = _sum_and_entropy(parts, ENTROPY_THETA, down, chunks)
@@ -203,6 +219,8 @@ def _start(parts, rows, theta_sum, teacher_sum, chunks, method, low, high, fixed
     sum_theta, sum_teacher = tl.log(whole_theta) + top_theta * inverse, tl.log(whole_teacher) + top_teacher * inverse
     finite = (tl.abs(sum_theta) < float("inf")) & (tl.abs(sum_teacher) < float("inf"))
     solvable = finite & (common | ((root == 0) & ((alpha == 0) | (alpha == 1))))
+    if ARITHMETIC:
+        solvable |= finite & is_average
     tl.store(rows + ROW_ALPHA, tl.where(solvable, alpha, float("nan")))
     tl.store(rows + ROW_DONE, tl.where(done | (solvable == 0), 1.0, 0.0).to(tl.float64))
     tl.store(rows + ROW_TOP_THETA, top_theta)
@@ -245,7 +263,9 @@ def _join(parts, slot, scale, shift, chunks):
 
 
 @triton.jit
-def _guess(parts, rows, down, up, chunks, method, low, high, epsilon, offset, inverse):
+def _guess(
+    parts, rows, down, up, chunks, method, low, high, epsilon, offset, inverse, is_average, ARITHMETIC: tl.constexpr
+):
     """Return Σe^s and Σe^t of a row, α on the cubics through the nodes, and whether it stands.
 
     f0, f1 and f2 are the residual of the row's equation at p = 0, ½ and 1, and d0, d1 and d2 its slopes.
@@ -292,7 +312,13 @@ def _guess(parts, rows, down, up, chunks, method, low, high, epsilon, offset, in
     tl.store(rows + ROW_SUM_THETA, whole_theta)
     tl.store(rows + ROW_ONLY_THETA, only_theta)
     tl.store(rows + ROW_FAR, tl.where(far | (method == ESS_BALANCE), 1.0, 0.0).to(tl.float64))
-    return whole_theta, whole_teacher, alpha, same | (stands & (far == 0))
+    done = same | (stands & (far == 0))
+    if ARITHMETIC:
+        averaged, averaged_done = guess_average(
+            s0 / whole_theta, m0, s2 / whole_teacher, m2, c, only_teacher, low, high, epsilon, method == KL_SYMMETRY
+        )
+        alpha, done = tl.where(is_average, averaged, alpha), tl.where(is_average, averaged_done, done)
+    return whole_theta, whole_teacher, alpha, done
 
 
 @triton.jit

@@ -12,7 +12,9 @@ import triton
 import triton.language as tl
 
 from ..solver import SOLVER_STEPS
+from .average import join_divergence, sum_divergence, third_order_growth
 from .layout import (
+    ARITHMETIC_TRUST_REGION,
     CHUNK_SLOTS,
     ESS_BALANCE,
     KL_SYMMETRY,
@@ -58,7 +60,7 @@ NEAR_BITS = tl.constexpr(32.0)
 @triton.jit
 def step(
     theta, teacher, theta_stride, teacher_stride, endings, V, chunk, chunks, parts, rows, arrived, finish,
-    FOLDED: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+    ARITHMETIC: tl.constexpr, FOLDED: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """Sum one chunk of a row at its α; the last program of the row makes the step.
 
@@ -73,9 +75,16 @@ def step(
     parts += row * chunks * CHUNK_SLOTS
     first, last, programs = piece * chunk, tl.minimum(piece * chunk + chunk, V), chunks
     while passes > 0:
-        _sum_powers(theta, teacher, endings, first, last, V, rows, parts + piece * CHUNK_SLOTS, FOLDED, OUTER, INNER)
+        part = parts + piece * CHUNK_SLOTS
+        if ARITHMETIC:
+            if tl.load(rows + ROW_METHOD) == ARITHMETIC_TRUST_REGION:
+                sum_divergence(theta, teacher, endings, first, last, V, rows, part, FOLDED, OUTER, INNER)
+            else:
+                _sum_powers(theta, teacher, endings, first, last, V, rows, part, FOLDED, OUTER, INNER)
+        else:
+            _sum_powers(theta, teacher, endings, first, last, V, rows, part, FOLDED, OUTER, INNER)
         if is_last(arrived + row, chunks):
-            done = _advance(parts, programs, rows)
+            done = _advance(parts, programs, rows, ARITHMETIC)
             passes = tl.where(done | (finish == 0) | (passes == PASSES), 0, passes + 1)
             first, last, programs, piece = 0, V, chunks * 0 + 1, piece * 0
             tl.debug_barrier()
@@ -173,7 +182,7 @@ def _join_growth(parts, tops_p, tops_q, base, chunks):
 
 
 @triton.jit
-def _advance(parts, chunks, rows):
+def _advance(parts, chunks, rows, ARITHMETIC: tl.constexpr):
     """Make a step of a row from its sums, and return whether the row is done."""
     alpha, method = tl.load(rows + ROW_ALPHA), tl.load(rows + ROW_METHOD)
     low, high, c = tl.load(rows + ROW_ALPHA_MIN), tl.load(rows + ROW_ALPHA_MAX), tl.load(rows + ROW_C)
@@ -195,6 +204,11 @@ def _advance(parts, chunks, rows):
             value = 2 * c - log_quotient(difference, sum_p, log_s0, log_p)
             slope, bend, next_order = mean - mean_p, variance_p - variance, fourth + fourth_p
             variance = tl.maximum(variance, variance_p)
+    if ARITHMETIC:  # noqa: SIM102  (this one is settled when the kernel is compiled)
+        if method == ARITHMETIC_TRUST_REGION:
+            value, slope, bend, next_order = join_divergence(parts, chunks)
+            value -= tl.load(rows + ROW_EPSILON)
+            variance = 0.0 * alpha + 1.0  # Δα moves q by no more than |Δα| in total variation
     bracket_low = tl.where(value < 0, alpha, tl.load(rows + ROW_BRACKET_LOW))
     bracket_high = tl.where(value > 0, alpha, tl.load(rows + ROW_BRACKET_HIGH))
     # The root of value + slope·δ + bend·δ²/2 that is nearer to 0, in the form that does not cancel.
@@ -207,6 +221,9 @@ def _advance(parts, chunks, rows):
     accept = end | (inside & (tl.abs(delta) <= tl.load(rows + ROW_LAST_STEP) / 2))
     target = tl.minimum(tl.maximum(target, low), high)
     error = tl.abs(delta * delta * delta) * next_order / (6 * tl.minimum(slope, root_slope))
+    if ARITHMETIC:  # noqa: SIM102
+        if method == ARITHMETIC_TRUST_REGION:
+            error *= third_order_growth(alpha, target)
     certain = (error < tl.maximum(ALPHA_ERROR, tl.abs(alpha + delta - target) / 4)) | (
         tl.abs(delta) * tl.sqrt(tl.maximum(variance, 0.0)) < VARIATION_ERROR
     )

@@ -121,6 +121,29 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
+ARITHMETIC = (
+    Mixture(form="arithmetic"),
+    Mixture("trust_region", form="arithmetic"),
+    Mixture("entropy", form="arithmetic"),
+    Mixture("fixed", fixed_alpha=0.2, form="arithmetic"),
+    Mixture(alpha_min=0.3, alpha_max=0.3, form="arithmetic"),
+    Mixture("fixed", alpha_min=1.0, fixed_alpha=1.0, form="arithmetic"),
+)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"temperature": 0.4}, {"temperature": 0}, {"top_k": 20, "temperature": 1.5}, {"repetition_penalty": 1.4}],
+    ids=lambda settings: "-".join(map(str, settings)),
+)
+def test_the_arithmetic_form_beside_the_geometric(pair: Pair, settings: dict[str, Any]) -> None:
+    mixtures = [mixture for one in ARITHMETIC for mixture in (one, replace(one, form="geometric"))]
+    requests = [ask(TEXTS[i % 6], mixture, **{"seed": i // 2} | settings) for i, mixture in enumerate(mixtures)]
+    rollouts = pair.backend.generate(requests)
+    pair.check(rollouts, requests)
+    assert rollouts[-1].completion_ids == pair.backend.generate(requests[-1:])[0].completion_ids
+
+
 @pytest.mark.parametrize("name", PAIRS)
 def test_the_records_of_every_family_and_method(make_pair: Callable[[str], Pair], name: str) -> None:
     pair = make_pair(name)

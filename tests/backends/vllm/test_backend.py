@@ -27,6 +27,9 @@ MIXTURES = {
     "pinned": Mixture(alpha_min=0.3, alpha_max=0.3),
     "theta": Mixture.theta_only(),
     "teacher": Mixture.teacher_only(),
+    "arithmetic": Mixture(form="arithmetic"),
+    "arithmetic trust_region": Mixture("trust_region", form="arithmetic"),
+    "arithmetic fixed": Mixture("fixed", fixed_alpha=0.2, form="arithmetic"),
 }
 
 
@@ -85,6 +88,7 @@ def test_a_method_alone(backend: Any, oracle: Oracle, name: str) -> None:
 )
 def test_truncation_and_penalty(backend: Any, oracle: Oracle, settings: dict[str, Any]) -> None:
     mixtures = (Mixture(), Mixture.theta_only(), Mixture.teacher_only(), Mixture("trust_region"))
+    mixtures += (Mixture(form="arithmetic"), Mixture("fixed", fixed_alpha=0.2, form="arithmetic"))
     requests = [request(TEXTS[i], mixture, seed=i, **settings) for i, mixture in enumerate(mixtures)]
     oracle.check(backend.generate(requests), requests)
 
@@ -105,8 +109,8 @@ def test_greedy_takes_the_mixtures_likeliest_token(backend: Any, oracle: Oracle)
 def test_alone_and_in_a_batch_are_equal(backend: Any) -> None:
     mixtures = list(MIXTURES.values())
     requests = [
-        request(TEXTS[i % 6], mixtures[i % 9], seed=100 + i, temperature=0.5 + i / 20, top_k=0 if i % 2 else 50)
-        for i in range(18)
+        request(TEXTS[i % 6], mixtures[i % 12], seed=100 + i, temperature=0.5 + i / 20, top_k=0 if i % 2 else 50)
+        for i in range(24)
     ]
     together = backend.generate(requests)
     for asked, rollout in zip(requests, together):
@@ -136,7 +140,7 @@ def test_no_seed_draws_from_torchs_generator(backend: Any) -> None:
 
 def test_five_hundred_requests(backend: Any, oracle: Oracle) -> None:
     mixtures = list(MIXTURES.values())
-    requests = [request(f"{i} {TEXTS[i % 6]}", mixtures[i % 9], seed=i, max_tokens=1 + i % 7) for i in range(500)]
+    requests = [request(f"{i} {TEXTS[i % 6]}", mixtures[i % 12], seed=i, max_tokens=1 + i % 7) for i in range(500)]
     rollouts = backend.generate(requests)
     assert [len(rollout.completion_ids) for rollout in rollouts] == [1 + i % 7 for i in range(500)]
     oracle.check(rollouts, requests)

@@ -42,6 +42,9 @@ MIXTURES = (
     Mixture.teacher_only(),
     Mixture("entropy", alpha_min=0.2),
     Mixture("fixed", fixed_alpha=0.3),
+    Mixture(form="arithmetic"),
+    Mixture("trust_region", epsilon=0.02, form="arithmetic"),
+    Mixture("fixed", fixed_alpha=0.3, form="arithmetic"),
 )
 SIZES = [1, 2, 4, 8, 16, 24, 32, 48, 64]
 

@@ -1,8 +1,8 @@
 """Mixing in the engine's sampler: α is solved for each row, and vLLM's own sampler draws from what comes out.
 
-vLLM is handed x = (1-α)·θ + α·t of the raw logits. It divides by the temperature, applies penalties and truncation as
-to any model's logits, and its processed log-probabilities are then log q of the distribution that was drawn from. What
-else a token's record needs rides on the log-probabilities, as three more columns under ids beyond the vocabulary.
+vLLM is handed the raw logits mixed at α by `mixture.mix_at`. It divides them by the temperature and applies penalties
+and truncation as to any model's logits. Its processed log-probabilities are then log q of the distribution that was
+drawn from. The rest of a token's record rides on them, as three more columns under ids beyond the vocabulary.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ....mixture import CERTAIN_LOGIT, Mixture, MixtureRows, blend, log_distributions, solve_alpha
+from ....mixture import CERTAIN_LOGIT, Mixture, MixtureRows, log_distributions, mix_at, solve_alpha
 from ....pairing import Ending
 from ..wire import mixture_of, wants_record
 from .records import Mixed, with_records
@@ -67,7 +67,8 @@ def mix_step(
     log_theta, log_teacher = theta[:, :V].float(), ending.fold(teacher[:, :V].float())  # up to a constant of the row
     is_known = mixtures.solve is not None and len(mixtures.solve) == 0
     alpha = mixtures.known if is_known else _solve(log_theta, log_teacher, mixtures)
-    mixed = blend(log_theta, log_teacher, alpha.float())
+    temperature = 1.0 if mixtures.temperature is None else mixtures.temperature
+    mixed = mix_at(log_theta, log_teacher, alpha.float(), mixtures.rows, temperature)
     if mixtures.bitmask is not None:  # a grammar's mask lands on the teacher's logits and must hold at α = 0 too
         mixed = mixed.masked_fill(mixtures.bitmask & log_teacher.isneginf(), -torch.inf)
     if mixtures.temperature is not None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 
-from ....mixture import FIELDS, Mixture, MixtureRows
+from ....mixture import FIELDS, FORMS, Mixture, MixtureRows
 from ....mixture.kernels.launch import mix_logits
 from ..wire import RECORD, mixture_of
 from .records import Mixed, with_records
@@ -38,7 +38,7 @@ class SlotSampler:
         self.staged.np[:] = (*Mixture().numbers(), 1.0)  # vLLM's trial steps read slots without a request
         self.table = torch.empty(slots, len(SLOT_COLUMNS), device=device)
         self.has_changed = True
-        self.wanted_np, self.masked_np = np.zeros(slots, dtype=bool), np.zeros(slots, dtype=bool)
+        self.wanted_np, self.masked_np, self.arithmetic_np = (np.zeros(slots, dtype=bool) for _ in range(3))
         self.wanted = UvaBackedTensor(slots, dtype=torch.bool)
         self.copy_table()
 
@@ -53,6 +53,7 @@ class SlotSampler:
         self.staged.np[slot] = (*mixture.numbers(), params.temperature or 1.0)
         self.wanted.np[slot] = self.wanted_np[slot] = bool((params.extra_args or {}).get(RECORD))
         self.masked_np[slot] = params.structured_outputs is not None
+        self.arithmetic_np[slot] = mixture.form == "arithmetic"
         if self.wanted_np[slot]:  # a record's columns need none of the likeliest tokens
             self.base.sampling_states.num_logprobs[slot] = 0
         self.has_changed = True
@@ -73,7 +74,8 @@ class SlotSampler:
         """Return what vLLM's sampler returns, drawn from the mixture; `logits` are the teacher's."""
         slots, slots_np = batch.expanded_idx_mapping, batch.idx_mapping_np
         table = self.table[slots]
-        rows, temperature = MixtureRows.from_table(table[:, :-1]), table[:, -1]
+        forms = FORMS if self.arithmetic_np[slots_np].any() else ("geometric",)
+        rows, temperature = MixtureRows.from_table(table[:, :-1], forms), table[:, -1]
         masked = self._masked(slots_np, slots.device)
         theta, ending = self.model.theta_logits, self.model.ending
         mixed = mix_logits(theta, logits, rows, temperature, masked, ending.stop, ending.folded)

@@ -175,7 +175,8 @@ FIELDS = (
     "max_tokens",
     "vllm_xargs",
 )
-XARGS = ("method", "alpha_min", "alpha_max", "fixed_alpha", "epsilon", "optimal_sampling_record", "alpha", "teacher")
+XARGS = ("method", "form", "alpha_min", "alpha_max", "fixed_alpha", "epsilon", "optimal_sampling_record", "alpha")
+XARGS += ("teacher",)
 
 
 @examples(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
