@@ -14,6 +14,7 @@ import trl
 from datasets import Dataset
 from transformers import TrainingArguments
 
+from helpers.models import make_model
 from helpers.training import (
     TEXTS,
     Watch,
@@ -353,3 +354,19 @@ def test_the_model_card_names_raft(pair: tuple[str, str], tmp_path: Path) -> Non
     assert "2304.06767" in card
     assert "RAFT" in card
     assert "DeepSeekMath" not in card
+
+
+def test_a_mixture_of_experts_keeps_its_balance(tmp_path: Path) -> None:
+    """The router's loss is added as TRL adds it to GRPO's: the coefficient times what the model returns."""
+    teacher, student = (make_model(tmp_path / name, "qwen3_moe", seed) for seed, name in enumerate(("large", "small")))
+    losses = []
+    for coefficient in (0.0, 0.5):
+        trainer = make_trainer("raft", (teacher, student), tmp_path, router_aux_loss_coef=coefficient, accept=-1.0)
+        batch = one_batch(trainer, TEXTS[:4])
+        trainer.current_gradient_accumulation_steps = 1
+        losses.append(trainer.compute_loss(trainer.model, batch).item())
+    ids, mask = (torch.cat([batch[f"prompt_{name}"], batch[f"completion_{name}"]], dim=1) for name in ("ids", "mask"))
+    with torch.no_grad():
+        output = trainer.model(input_ids=ids, attention_mask=mask, output_router_logits=True)
+    assert losses[1] - losses[0] == pytest.approx(0.5 * float(output.aux_loss), rel=1e-4)
+    assert float(output.aux_loss) > 0.1

@@ -32,10 +32,10 @@ SCORE: dict[str, tuple[dict[str, Any], float]] = {
     "rloo": ({"num_generations": 8, "max_steps": 80}, 0.03),
     "divergence": ({"max_steps": 50}, 0.1),
     "sampled_token": ({"max_steps": 80, "learning_rate": 3e-3}, 0.03),
-    "raft": ({"max_steps": 80}, 0.03),
+    "raft": ({"max_steps": 80}, 0.2),
 }
 """Settings, and by how much exact match has to rise. It was seen to rise, seeds 0 to 2, by 0.064 to 0.071 (grpo),
-0.056 to 0.075 (rloo), 0.147 to 0.212 (divergence) and 0.061 to 0.098 (sampled_token)."""
+0.056 to 0.075 (rloo), 0.147 to 0.212 (divergence), 0.061 to 0.098 (sampled_token) and 0.314 to 0.337 (raft)."""
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
