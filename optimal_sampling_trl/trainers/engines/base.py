@@ -50,6 +50,9 @@ class MixtureGeneration:
     Args:
         plan: which mixture each completion is sampled from.
         **trl_arguments: what TRL passes to its `VLLMGeneration`.
+
+    Attributes:
+        pushes: how often the trained student came into the engine.
     """
 
     def __init__(self, plan: MixturePlan, **trl_arguments: Any) -> None:
@@ -58,6 +61,15 @@ class MixtureGeneration:
         self.teacher_prompts: Sequence[list[int]] | None = None
         self.rollouts: list[Rollout] = []
         self.seconds = 0.0
+        self.pushes = 0
+
+    def sync_weights(self) -> None:
+        """Bring the trained student into the engine; TRL calls it where the trainer's step has moved."""
+        self.pushes += 1
+
+    def has_changed(self) -> bool:
+        """Whether the engine's student is another than the trained one."""
+        return False
 
     def pop_rollouts(self) -> list[Rollout]:
         """The rollouts of the last call, once."""

@@ -54,9 +54,6 @@ class LiveGeneration(MixtureGeneration):
             **options,
         )
 
-    def sync_weights(self) -> None:
-        """Nothing: the backend reads the live model."""
-
     def generate(
         self, prompts: list[list[int]], images: list[Any] | None, num_generations: int, profiler: Any = None
     ) -> tuple[list[list[int]], list[list[int]], list[list[list[float]]], None]:
