@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import torch
 from accelerate.utils import gather_object
 
 from ...mixture import Mixture
@@ -70,6 +71,10 @@ class MixtureGeneration:
     def has_changed(self) -> bool:
         """Whether the engine's student is another than the trained one."""
         return False
+
+    def types(self) -> set[torch.dtype]:
+        """Types in which the engine computes."""
+        raise NotImplementedError
 
     def pop_rollouts(self) -> list[Rollout]:
         """The rollouts of the last call, once."""

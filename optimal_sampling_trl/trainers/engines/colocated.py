@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
+import torch
 from trl.generation import vllm_generation
 
 from ...pairing import Pair, Source
@@ -102,6 +103,10 @@ class EngineGeneration(PushedGeneration):
         self.rollouts = self.llm.rollouts[start : start + len(prompts)]
         self.seconds = self.llm.seconds
         return result
+
+    def types(self) -> set[torch.dtype]:
+        """The one type of both models in the engine."""
+        return {self.llm.backend.llm.llm_engine.model_config.dtype}
 
     def close(self) -> None:
         """Free the engine. Doing so twice is fine."""

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 from unittest.mock import patch
 
+import torch
 from trl.generation import vllm_generation
 
 from ...backends.vllm.server.client import FusedServer, refuse_silence
@@ -108,6 +109,10 @@ class ServerGeneration(PushedGeneration):
     def _sample(self, prompts: Sequence[list[int]]) -> list[Rollout] | None:
         """The rollouts of all processes' prompts, in the main process."""
         return self.server.sample(self.make_requests(prompts, 0)) if self.accelerator.is_main_process else None
+
+    def types(self) -> set[torch.dtype]:
+        """A server's default on a GPU, since it does not say."""
+        return {torch.bfloat16}
 
     def close(self) -> None:
         """Let go of the server, which runs on."""

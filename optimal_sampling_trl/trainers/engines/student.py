@@ -91,7 +91,7 @@ def _saved_module(wrapper: Any) -> nn.Module:
     return wrapper.modules_to_save[in_use[0]] if in_use and not wrapper.disable_adapters else wrapper.original_module
 
 
-def is_adapted(module: nn.Module) -> bool:
+def is_adapted(module: Any) -> bool:
     """True for a layer of an adapter, which holds the layer that it changes."""
     return hasattr(module, "merge") and hasattr(module, "merged_adapters") and hasattr(module, "get_base_layer")
 
@@ -141,6 +141,39 @@ def check_student(model: Any, folder: Source, weights: StudentWeights) -> None:
     if names is not None:
         _check_shapes({name: shape for name, (shape, _) in found.items()}, names, folder)
         _check_ties(model, weights, names, folder)
+
+
+def check_head(model: Any) -> None:
+    """Refuse an adapter on the output layer, whose weight the losses read past the adapter.
+
+    Raises:
+        ValueError: where there is one.
+    """
+    head = model.get_output_embeddings()
+    if is_adapted(head) or hasattr(head, "token_adapter"):
+        raise ValueError(
+            f"The student's adapter ({_adapters(model)}) is on its output layer. TRL's losses multiply by the layer's "
+            "own weight, so that the adapter would sample but never be trained. Leave the layer out, or train it as a "
+            "whole: `modules_to_save=['lm_head']`, of a tied student `modules_to_save=['embed_tokens']` with "
+            "`ensure_weight_tying=True`."
+        )
+
+
+def check_teacher_apart(teacher: Any, model: nn.Module) -> None:
+    """Refuse a loaded teacher that shares weights with the student: training would move both.
+
+    Raises:
+        ValueError: naming a weight of both.
+    """
+    if not isinstance(teacher, nn.Module):
+        return
+    trained = {id(parameter) for parameter in model.parameters()}
+    shared = next((name for name, parameter in teacher.named_parameters() if id(parameter) in trained), None)
+    if shared is not None:
+        raise ValueError(
+            f"The teacher and the student share the weight {shared!r}: they are one model, and training, or an "
+            "adapter, would change the teacher with the student. Pass the teacher's folder or a copy of its own."
+        )
 
 
 def adapters_in_use(model: nn.Module) -> list[Any]:
@@ -199,8 +232,8 @@ def _check_ties(model: Any, weights: StudentWeights, names: WeightNames, folder:
             raise ValueError(
                 f"The student's folder {folder.name!r} ties {parts}, and the student's adapter ({_adapters(model)}) "
                 "trains one of them, or each apart, so that they differ after the first step. The engine has one "
-                "weight for both. Set `ensure_weight_tying=True` in the adapter's configuration, leave both layers "
-                f"out of it, or {OTHER_BACKEND}."
+                "weight for both. Train the embedding as a whole, with `modules_to_save=['embed_tokens']` and "
+                f"`ensure_weight_tying=True`, leave both layers out, or {OTHER_BACKEND}."
             )
         raise ValueError(
             f"The student's folder {folder.name!r} ties {parts}, and the trained student has two weights there, of "
