@@ -16,6 +16,7 @@ from .prompts import Prompt, check_prompt, encode, reads_two_prompts, with_syste
 from .source import (
     MODEL_OPTIONS,
     Source,
+    check_adapter,
     check_decoder,
     check_weights,
     folder_digest,
@@ -32,6 +33,7 @@ __all__ = [
     "Pair",
     "Prompt",
     "Source",
+    "check_adapter",
     "check_decoder",
     "check_prompt",
     "check_same_tokens",

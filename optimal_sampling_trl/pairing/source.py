@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,6 +24,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from .names import WeightNames, names_of
 
 MODEL_OPTIONS = ("attn_implementation", "dtype", "revision", "trust_remote_code")
 """Options that go to `from_pretrained`; `revision` to the teacher's alone, as vLLM has it."""
@@ -80,7 +82,13 @@ class Source:
             check_weights(self.model, self.role)
             return config
         check_decoder(self.model.config, self.role)
+        check_adapter(self.model, self.role)
         return self.model.config
+
+    @cached_property
+    def weight_names(self) -> WeightNames | None:
+        """The weights by name and shape; None where transformers cannot build a model of this kind without values."""
+        return names_of(self.config, **self._code)
 
     def generation_config(self) -> GenerationConfig | PreTrainedConfig:
         """The generation settings, or the configuration where there are none."""
@@ -165,6 +173,30 @@ def _broken(model: str, role: str, path: Path, error: Exception) -> ValueError:
     )
 
 
+NO_WEIGHTS = {"ADAPTION_PROMPT"}
+"""Kinds of adapters that are no change of weights, beside those that peft calls prompt learning."""
+
+
+def check_adapter(model: Any, role: str) -> None:
+    """Refuse an adapter that is no change of weights: one that puts soft tokens or a cache before the prompt.
+
+    A rollout reads a token at a time behind a cache, a loss all tokens at once; with such an adapter the two are
+    different models.
+
+    Raises:
+        ValueError: naming the kind of adapter.
+    """
+    configs = getattr(model, "peft_config", None) or {}
+    for config in configs.values() if isinstance(configs, dict) else ():
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        if getattr(config, "is_prompt_learning", False) or kind in NO_WEIGHTS:
+            raise ValueError(
+                f"The {role} has an adapter of the kind {kind}, which is no change of its weights but puts something "
+                "before the prompt: rollouts and the loss would read two different models. Train with one that "
+                "changes weights, for example LoRA."
+            )
+
+
 def check_decoder(config: PreTrainedConfig, role: str) -> None:
     """Refuse what is no decoder-only language model.
 
@@ -224,6 +256,25 @@ def weight_digest(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(parameter.detach().reshape(-1).view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()
+
+
+@torch.no_grad()
+def fingerprint(weight: Tensor) -> Tensor:
+    """A number () that changes with any element of a tensor and with their order, on the tensor's device.
+
+    The elements' bits, as integers, are multiplied by odd numbers that depend on the place, modulo 2^32, and summed: a
+    change of one element always shows, one of many all but surely.
+    """
+    bits = weight.detach().reshape(-1).view(_INTEGERS[weight.element_size()])
+    size = 1 << (24 if weight.is_cuda else 20)  # few launches there, the cache here
+    factors = torch.arange(min(len(bits), size), dtype=torch.int32, device=weight.device) * 0x61C88647 | 1
+    total = torch.zeros((), dtype=torch.int64, device=weight.device)
+    for number, chunk in enumerate(bits.split(size)):
+        total += (chunk * factors[: len(chunk)]).sum(dtype=torch.int64) * (2 * number + 1)
+    return total
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def folder_digest(folder: Path) -> str:

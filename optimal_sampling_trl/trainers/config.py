@@ -17,7 +17,33 @@ POSITIVE_ONLY = ("mixture", "all", "none")
 
 
 @dataclass
-class CorrectionConfig:
+class GuardConfig:
+    """What may tell the engine's student from the trained one; see `guard.WeightGuard`.
+
+    Raises:
+        ValueError: on a tolerance that is no number of at least 0, and as TRL's.
+    """
+
+    log_theta_tolerance: float | None = field(
+        default=None,
+        metadata={
+            "help": "Largest mean of |log theta of the trainer - log theta of the engine|, in nats a token, at which "
+            "training goes on. By default what rounding explains: 0.15 in bfloat16, 0.02 in float16, 0.01 in float32, "
+            "0.001 in float32 on a CPU. Above that a larger tolerance warns; 'inf' warns only."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[misc]
+        if self.log_theta_tolerance is not None and not self.log_theta_tolerance >= 0:
+            raise ValueError(
+                f"`log_theta_tolerance` is {self.log_theta_tolerance!r}; wanted a number of at least 0, in nats a "
+                "token. Drop it for what rounding explains."
+            )
+
+
+@dataclass
+class CorrectionConfig(GuardConfig):
     """Correction of the loss for completions that the mixture sampled; see `losses.Correction`."""
 
     correction: str = field(
@@ -102,7 +128,7 @@ class RLOOConfig(PolicyGradientConfig, trl.RLOOConfig):
 
 
 @dataclass
-class RAFTConfig(trl.GRPOConfig):
+class RAFTConfig(GuardConfig, trl.GRPOConfig):
     """TRL's `GRPOConfig` with the fields of filtered imitation; fields that the loss does not read are refused.
 
     By default each prompt of a batch has one completion, sampled from the mixture, since a batch of many prompts

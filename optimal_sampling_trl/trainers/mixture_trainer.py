@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,7 +19,9 @@ from .checkpoints import last_whole_checkpoint, lock_folder
 from .config import correction_of
 from .engines.base import MixtureGeneration, MixturePlan, on_all_ranks
 from .engines.seam import build_generation, engine_replaced_by
+from .engines.student import check_head, check_teacher_apart
 from .generator import OptimalSamplingGenerator, check_generator
+from .guard import ROWS, TOKENS, WeightGuard, bound_of, dropout_of, log_theta_of
 from .loggers import FigureCallback, send_histograms
 from .records import stack_records
 
@@ -62,11 +65,16 @@ class MixtureTrainer(TrlTrainer):
         self._check_settings()
         with engine_replaced_by(type(self), self._build_generation):
             super().__init__(model=model, args=args, **trl_arguments)
+        self.guard = WeightGuard(self._rounding(), getattr(args, "log_theta_tolerance", None))
+        self._guarded = 0  # the push whose first batch was compared last
+        self._warn_of_dropout()
         self.histograms: dict[str, Tensor] = {}
         self.callback_handler.callbacks.insert(0, FigureCallback(self))  # before those that close the loggers
 
     def _build_generation(self, **trl_arguments: Any) -> MixtureGeneration:
         """Build the engine; TRL calls this once, while its `__init__` runs."""
+        check_teacher_apart(self.generator.teacher, trl_arguments["model"])
+        check_head(trl_arguments["model"])
         plan = MixturePlan(
             generator=self.generator,
             group=self._group_size,
@@ -93,6 +101,7 @@ class MixtureTrainer(TrlTrainer):
         """
         with ExitStack() as stack:
             on_all_ranks(lambda: self._lock_folder(stack), self.accelerator)
+            self._last_loaded_step = -1  # TRL's, by which it knows whether the weights have to be pushed
             if resume_from_checkpoint is True:
                 resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
             return super().train(resume_from_checkpoint, *positional, **keywords)
@@ -122,13 +131,57 @@ class MixtureTrainer(TrlTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Add the records of `stack_records` to TRL's batch, whose shuffle and split carry them with their rows."""
         self._dataset_rows = inputs
+        if self._last_loaded_step == self.state.global_step and self.vllm_generation.has_changed():
+            self._last_loaded_step = -1
         output = super()._generate_and_score_completions(self._with_system_prompts(inputs))
         rollouts = self.rollouts = self.vllm_generation.pop_rollouts()
         output.update(stack_records(rollouts, output["completion_ids"]))
+        self._guard_weights(output)
         if self.model.training:
             self._correct(output)
         self._log_batch(output)
         return output
+
+    def evaluation_loop(self, *positional: Any, **keywords: Any) -> Any:
+        """Evaluate or predict as TRL does, with the weights as they are now: a checkpoint may have been loaded."""
+        self._last_loaded_step = -1
+        return super().evaluation_loop(*positional, **keywords)
+
+    def _rounding(self) -> float:
+        """Difference of log θ that rounding explains in this run."""
+        types = {parameter.dtype for parameter in self.model.parameters()} | self.vllm_generation.types()
+        mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+        return bound_of([*types, *([mixed] if mixed else [])], self.accelerator.device)
+
+    def _warn_of_dropout(self) -> None:
+        if dropout := dropout_of(self.model):
+            warnings.warn(
+                f"The student has dropout ({', '.join(dropout)}): the trainer's log θ is taken with it, the rollouts' "
+                f"without, so that ratios of the two are noisy and `{metrics.LOG_THETA_DIFFERENCE}` is no rounding. "
+                "Set it to 0 in the configurations of the model and of the adapter; `disable_dropout=True` switches "
+                "off what is a module.",
+                stacklevel=4,
+            )
+
+    def _guard_weights(self, output: dict[str, Any]) -> None:
+        """Compare the engine's log θ with the trainer's, on the first batch after each push of weights."""
+        if self._guarded == self.vllm_generation.pushes:
+            return
+        self._guarded = self.vllm_generation.pushes
+        dropout = dropout_of(self.model)
+        of_tokens = output.get("old_per_token_logps")
+        if of_tokens is not None and not (dropout and self.model.training):
+            mask = output["completion_mask"].bool()
+            engine, trainer = output["log_theta"][mask], of_tokens[mask]
+        else:  # TRL computed none, or one with dropout
+            few = self.rollouts[:ROWS]
+            trainer = log_theta_of(self.model, [one.theta_prompt_ids for one in few], few, self.temperature)
+            engine = torch.cat([one.log_theta[:TOKENS] for one in few]).to(trainer.device)
+        both = torch.stack([engine, trainer.float()], dim=1)  # (N, 2)
+        every = self.accelerator.gather(self.accelerator.pad_across_processes(both, pad_index=torch.nan)).float()
+        hints = [f"the student has dropout ({', '.join(dropout)})"] if dropout else []
+        engine, trainer = every[~every.isnan().all(1)].unbind(1)  # of all processes
+        self.guard.check(engine, trainer, hints)
 
     def _with_system_prompts(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Give TRL the student's prompts and the engine the teacher's, tokenized as TRL would."""

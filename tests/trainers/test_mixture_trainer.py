@@ -69,7 +69,7 @@ def test_metrics_by_recomputation(pair: tuple[str, str], tmp_path: Path, kind: s
 
 def test_the_engines_difference_is_measured_against_the_trainer(pair: tuple[str, str], tmp_path: Path) -> None:
     """A log θ that is 0.01 off in the engine's record shows as 0.01."""
-    trainer = make_trainer("grpo", pair, tmp_path)
+    trainer = make_trainer("grpo", pair, tmp_path, log_theta_tolerance=torch.inf)  # the guard only warns
     take = trainer.vllm_generation.pop_rollouts
 
     def off() -> Any:
@@ -239,3 +239,27 @@ def test_refusals_of_one_trainer(pair: tuple[str, str], tmp_path: Path) -> None:
         tmp_path,
         loss="sample_token",
     )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_that_would_not_be_trained_is_refused(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
+    """One on the output layer, which the losses pass by; and one that puts tokens before the prompt."""
+    peft = pytest.importorskip("peft")
+    for settings in ({"target_modules": ["q_proj", "lm_head"]}, {"trainable_token_indices": {"lm_head": [3]}}):
+        fields = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"]} | settings
+        words = r"(?s)adapter \(LORA\) is on its output layer|PEFT adapter to `lm_head` is not supported"
+        refused(words, kind, pair, tmp_path, trainer={"peft_config": peft.LoraConfig(**fields)})
+    soft = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    words = "kind PROMPT_TUNING, which is no change of its weights|Prompt-learning PEFT methods .* are not supported"
+    refused(words, kind, pair, tmp_path, trainer={"peft_config": soft})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_model_as_student_and_teacher_is_refused(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
+    """Also where an adapter is put into it, or it is another module on the same weights."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = load(pair[1])
+    for student in ({"model": model}, {"model": model, "peft_config": config}):
+        words = "The teacher and the student share the weight"
+        refused(words, kind, pair, tmp_path, generator={"teacher": model}, trainer=student)

@@ -23,6 +23,7 @@ ELSEWHERE = {
     "backends/vllm/server/client.py": ("backends/vllm/server/test_server.py", "the trainer's side of the server"),
     "backends/vllm/server/messages.py": ("backends/vllm/server/test_server.py", "every request over HTTP goes by it"),
     "backends/vllm/server/serve.py": ("backends/vllm/server/test_server.py", "the server's command"),
+    "backends/vllm/worker/incoming.py": ("backends/vllm/worker/test_weights.py", "sets of weights, whole or not"),
     "backends/vllm/worker/model.py": ("backends/vllm/test_families.py", "both models of every family in one"),
     "backends/vllm/worker/model_state.py": ("backends/vllm/test_gpu.py", "vLLM asks for it on a GPU alone"),
     "backends/vllm/worker/records.py": ("backends/vllm/test_backend.py", "records of live rows"),

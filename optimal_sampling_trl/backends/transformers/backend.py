@@ -99,7 +99,7 @@ class TransformersBackend:
             self.check(request, index)
         order = sorted(range(len(requests)), key=lambda index: len(requests[index].prompt_ids))
         rollouts: dict[int, Rollout] = {}
-        with torch.no_grad(), _evaluating(self.theta), _evaluating(self.teacher):
+        with torch.no_grad(), evaluating(self.theta), evaluating(self.teacher):
             for start in range(0, len(order), self.max_num_seqs):
                 part = order[start : start + self.max_num_seqs]
                 batch = self._generate_batch([requests[index] for index in part], progress)
@@ -238,7 +238,7 @@ def _misfits(current: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> list[s
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Switch dropout off, and afterwards on again exactly where it was on."""
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import torch
 from accelerate.utils import gather_object
 
 from ...mixture import Mixture
@@ -50,6 +51,9 @@ class MixtureGeneration:
     Args:
         plan: which mixture each completion is sampled from.
         **trl_arguments: what TRL passes to its `VLLMGeneration`.
+
+    Attributes:
+        pushes: how often the trained student came into the engine.
     """
 
     def __init__(self, plan: MixturePlan, **trl_arguments: Any) -> None:
@@ -58,6 +62,19 @@ class MixtureGeneration:
         self.teacher_prompts: Sequence[list[int]] | None = None
         self.rollouts: list[Rollout] = []
         self.seconds = 0.0
+        self.pushes = 0
+
+    def sync_weights(self) -> None:
+        """Bring the trained student into the engine; TRL calls it where the trainer's step has moved."""
+        self.pushes += 1
+
+    def has_changed(self) -> bool:
+        """Whether the engine's student is another than the trained one."""
+        return False
+
+    def types(self) -> set[torch.dtype]:
+        """Types in which the engine computes."""
+        raise NotImplementedError
 
     def pop_rollouts(self) -> list[Rollout]:
         """The rollouts of the last call, once."""

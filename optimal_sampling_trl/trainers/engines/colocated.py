@@ -6,17 +6,20 @@ All that is relied on in TRL's `VLLMGeneration` for it stands here, and is check
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
+import torch
 from trl.generation import vllm_generation
 
-from ...pairing import Pair
+from ...pairing import Pair, Source
 from ...rollouts.request import Request
 from ...rollouts.rollout import Rollout
-from .base import MixtureGeneration, MixturePlan, on_all_ranks, refuse_images
+from .base import MixturePlan, on_all_ranks, refuse_images
+from .push import PushedGeneration
+from .student import check_student
 
 if TYPE_CHECKING:
     from ...backends.vllm.backend import VLLMBackend
@@ -37,21 +40,26 @@ def pair_arguments(plan: MixturePlan, trl_arguments: dict[str, Any]) -> dict[str
     return given | (plan.generator.engine_arguments or {})
 
 
-class EngineGeneration(MixtureGeneration, vllm_generation.VLLMGeneration):
+class EngineGeneration(PushedGeneration):
     """TRL's own colocated engine with the fused model inside: process groups, gathering and sleep stay TRL's.
 
     Args:
         plan: which mixture each completion is sampled from.
         pair: what the engine is built on, read with `pair_arguments`.
+        folder: the student's, from which the engine is built.
         **trl_arguments: what TRL passes to its `VLLMGeneration`.
     """
 
     llm: Any  # a `FusedLLM`, where TRL holds a `vllm.LLM`
 
-    def __init__(self, plan: MixturePlan, pair: Pair, **trl_arguments: Any) -> None:
-        MixtureGeneration.__init__(self, plan, **trl_arguments)
-        self.pair = pair
-        vllm_generation.VLLMGeneration.__init__(self, **trl_arguments)
+    def __init__(self, plan: MixturePlan, pair: Pair, folder: Source, **trl_arguments: Any) -> None:
+        self.pair, self.folder = pair, folder
+        super().__init__(plan, **trl_arguments)
+
+    def left_out(self) -> Container[str]:
+        """Names that the student's folder ties to another one."""
+        names = self.folder.weight_names
+        return () if names is None else names.ties
 
     def _init_vllm(self) -> None:
         with patch.object(vllm_generation, "LLM", self._build_llm):
@@ -61,11 +69,7 @@ class EngineGeneration(MixtureGeneration, vllm_generation.VLLMGeneration):
         """Build what TRL calls `vllm.LLM`: `model`, the student's folder, goes beside the teacher."""
         from ...backends.vllm.backend import VLLMBackend
 
-        if engine_arguments.get("quantization") is not None:
-            raise ValueError(
-                f"The student is loaded in {engine_arguments['quantization']} weights, which cannot be pushed into "
-                "the engine beside a teacher. Load it unquantised, or use `backend='transformers'`."
-            )
+        check_student(self.model, self.folder, self.weights)
         if self.accelerator.device.type == "cpu":  # vLLM would turn a float32 student into bfloat16
             engine_arguments["dtype"] = "float32"
             # Here vLLM reads TRL's share of a GPU's memory as one of the machine's, which the trainer works in, too.
@@ -80,7 +84,7 @@ class EngineGeneration(MixtureGeneration, vllm_generation.VLLMGeneration):
         first = self.accelerator.process_index // self.tensor_parallel_size * len(prompts)
         return self.make_requests(prompts, first)
 
-    def sync_weights(self) -> None:
+    def _push(self) -> None:
         """Load the trainer's weights into the engine's student, all of them, in place."""
         if self.enable_sleep_mode:
             vllm_generation.empty_cache()
@@ -99,6 +103,10 @@ class EngineGeneration(MixtureGeneration, vllm_generation.VLLMGeneration):
         self.rollouts = self.llm.rollouts[start : start + len(prompts)]
         self.seconds = self.llm.seconds
         return result
+
+    def types(self) -> set[torch.dtype]:
+        """The one type of both models in the engine."""
+        return {self.llm.backend.llm.llm_engine.model_config.dtype}
 
     def close(self) -> None:
         """Free the engine. Doing so twice is fine."""

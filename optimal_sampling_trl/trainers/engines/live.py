@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from ...backends.transformers import TransformersBackend
@@ -54,9 +55,6 @@ class LiveGeneration(MixtureGeneration):
             **options,
         )
 
-    def sync_weights(self) -> None:
-        """Nothing: the backend reads the live model."""
-
     def generate(
         self, prompts: list[list[int]], images: list[Any] | None, num_generations: int, profiler: Any = None
     ) -> tuple[list[list[int]], list[list[int]], list[list[list[float]]], None]:
@@ -72,6 +70,10 @@ class LiveGeneration(MixtureGeneration):
         if self.sleeps:
             self.backend.sleep()
         return as_trl_returns(prompts, self.rollouts)
+
+    def types(self) -> set[torch.dtype]:
+        """The trained module's own."""
+        return {parameter.dtype for parameter in self.backend.theta.parameters()}
 
     def close(self) -> None:
         """Let go of the teacher. Doing so twice is fine."""

@@ -58,7 +58,7 @@ def build_generation(
         why = "." if choice.reason is None else f": {choice.reason}"
         logger.info("Rollouts are sampled with %s%s", choice.name, why)
     if choice.pair is not None:
-        return EngineGeneration(plan, choice.pair, **trl_arguments)
+        return EngineGeneration(plan, choice.pair, choice.theta, **trl_arguments)
     return LiveGeneration(plan, choice.teacher if loaded_teacher is None else loaded_teacher, **trl_arguments)
 
 

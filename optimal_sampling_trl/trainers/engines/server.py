@@ -7,20 +7,24 @@ is taken only if the server had the weights of the last push before and after it
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
 from unittest.mock import patch
 
+import torch
 from trl.generation import vllm_generation
 
 from ...backends.vllm.server.client import FusedServer, refuse_silence
+from ...pairing import check_adapter
 from ...rollouts.rollout import Rollout
-from .base import MixtureGeneration, MixturePlan, as_trl_returns, on_all_ranks, refuse_images
+from .base import MixturePlan, as_trl_returns, on_all_ranks, refuse_images
+from .push import PushedGeneration
+from .student import check_float, tied_heads
 
 
-class ServerGeneration(MixtureGeneration, vllm_generation.VLLMGeneration):
+class ServerGeneration(PushedGeneration):
     """TRL's own generation from a server, with a request for each prompt and mixture; the main process asks it.
 
     Raises:
@@ -31,7 +35,6 @@ class ServerGeneration(MixtureGeneration, vllm_generation.VLLMGeneration):
     _weight_metadata: Any  # TRL's: name, dtype and shape of each weight, once it has walked through them
 
     def __init__(self, plan: MixturePlan, **trl_arguments: Any) -> None:
-        MixtureGeneration.__init__(self, plan, **trl_arguments)
         generator = plan.generator
         if generator.backend == "transformers":
             raise ValueError("`vllm_mode` is 'server' and `backend` 'transformers'; wanted 'vllm' or 'auto'.")
@@ -39,7 +42,13 @@ class ServerGeneration(MixtureGeneration, vllm_generation.VLLMGeneration):
             raise ValueError("`engine_arguments` is for an engine that the trainer starts. Pass them to the server.")
         if not isinstance(generator.named_teacher, str):
             raise ValueError("The teacher is a loaded model; with `vllm_mode='server'` wanted the server's: its name.")
-        vllm_generation.VLLMGeneration.__init__(self, **trl_arguments)
+        check_adapter(trl_arguments["model"], "student")
+        check_float(trl_arguments["model"])
+        super().__init__(plan, **trl_arguments)
+
+    def left_out(self) -> Container[str]:
+        """The output layer of a tied student; a server whose student does not tie it says that it is missing."""
+        return tied_heads(self.model)
 
     def _init_vllm(self) -> None:
         connect = partial(self._connect, vllm_generation.VLLMClient)
@@ -56,7 +65,7 @@ class ServerGeneration(MixtureGeneration, vllm_generation.VLLMGeneration):
             self.server.check_two_prompts()
         return client
 
-    def sync_weights(self) -> None:
+    def _push(self) -> None:
         """Send the trainer's weights, all of them, to the server's student."""
         is_new = self._weight_metadata is None
         if is_new:
@@ -100,6 +109,10 @@ class ServerGeneration(MixtureGeneration, vllm_generation.VLLMGeneration):
     def _sample(self, prompts: Sequence[list[int]]) -> list[Rollout] | None:
         """The rollouts of all processes' prompts, in the main process."""
         return self.server.sample(self.make_requests(prompts, 0)) if self.accelerator.is_main_process else None
+
+    def types(self) -> set[torch.dtype]:
+        """A server's default on a GPU, since it does not say."""
+        return {torch.bfloat16}
 
     def close(self) -> None:
         """Let go of the server, which runs on."""

@@ -29,6 +29,7 @@ from vllm.transformers_utils.config import get_config
 from vllm.v1.attention.backend import subclass_attention_backend
 
 from ....pairing import Ending
+from ....pairing.names import names_of
 from .destinations import Destinations
 
 ONE_STREAM = "OPTIMAL_SAMPLING_ONE_STREAM"
@@ -69,7 +70,11 @@ class OptimalSamplingForCausalLM(nn.Module):
         self.teacher_size = vllm_config.model_config.get_hidden_size()
         self.theta_size = theta.get_hidden_size()
         self.dtype: Any = vllm_config.model_config.dtype
+        self.theta_names = names_of(theta.hf_config, theta.trust_remote_code)
+        # Of the student's files: all shapes, the parameters among them, and the values of the buffers.
         self.theta_shapes: dict[str, torch.Size] = {}
+        self.theta_required: set[str] = set()
+        self.theta_buffers: dict[str, Tensor] = {}
         self.theta_logits: Tensor | None = None
         layers = vllm_config.compilation_config.static_forward_context
         self.theta_layers = [name for name in layers if name.startswith(THETA)]
@@ -154,8 +159,10 @@ class OptimalSamplingForCausalLM(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """At first both models from disk, the student's names behind `theta.`; afterwards the student alone, under
         the names of its own checkpoint, so that vLLM's and TRL's ways of pushing weights reach it."""
+        names = self.theta_names
         if self.is_loaded:
-            return {THETA + name for name in self.theta.load_weights(weights)}
+            on_disk = weights if names is None else names.on_disk(weights, self.theta_shapes)
+            return {THETA + name for name in self.theta.load_weights(on_disk)}
         loaded: set[str] = set()
         for is_theta, group in groupby(weights, lambda item: item[0].startswith(THETA)):
             if is_theta:
@@ -166,14 +173,17 @@ class OptimalSamplingForCausalLM(nn.Module):
             raise ValueError(
                 "vLLM's loader brought no weights of the student; wanted a `load_format` that reads files."
             )
+        self.theta_required = set(self.theta_shapes) if names is None else names.parameters_on_disk(self.theta_shapes)
         self.is_loaded = True
         return loaded
 
     def _strip(self, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
-        for name, weight in weights:
+        for name, weight in ((name.removeprefix(THETA), weight) for name, weight in weights):
             if not name.endswith(COMPUTED):  # old checkpoints hold it, and no parameter has its name
-                self.theta_shapes[name.removeprefix(THETA)] = weight.shape
-            yield name.removeprefix(THETA), weight
+                self.theta_shapes[name] = weight.shape
+                if self.theta_names is not None and self.theta_names.is_buffer(name):
+                    self.theta_buffers[name] = weight.clone()
+            yield name, weight
 
     @staticmethod
     def get_model_state_cls() -> type:

@@ -5,11 +5,30 @@ vLLM builds its engine of weight transfer by the name that `plugin.register` giv
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+from torch import Tensor
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
-from .weights import check_shapes, reloading
+from .incoming import IncomingWeights
+from .weights import check_shapes, load_copies, reloading
+
+
+class _Receiver:
+    """The student as vLLM's transport sees it: loads one set of weights that comes in portions."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.incoming = model, IncomingWeights(model)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Load a portion, whose tensors the transport may use again afterwards."""
+        load_copies(self.model.theta, self.incoming.accept(weights))
+
+    def finish(self) -> None:
+        """Load what does not come from a trainer."""
+        self.incoming.finish()
+        load_copies(self.model.theta, self.incoming.buffers.items())
 
 
 class ThetaTransfer:
@@ -20,7 +39,7 @@ class ThetaTransfer:
     """
 
     def __init__(self, config: Any, vllm_config: Any, device: Any, model: Any) -> None:
-        super().__init__(config, vllm_config, device, model.theta)  # type: ignore[call-arg]
+        super().__init__(config, vllm_config, device, _Receiver(model))  # type: ignore[call-arg]
         self.fused = model
         self.model_config = self._default_model_config = model.theta_config.model_config
 
@@ -35,8 +54,11 @@ class ThetaTransfer:
             ValueError: where weights are missing, unknown or of another shape, before any is taken.
         """
         check_shapes(self.fused, zip(update_info.names, update_info.shapes, strict=True))
+        receiver: Any = _Receiver(self.fused)
+        self.model = receiver
         with reloading(self.fused):
             super().receive_weights(update_info)  # type: ignore[misc]
+            receiver.finish()
 
     def finish_weight_update(self) -> None:
         """Nothing: `receive_weights` finished what it began."""

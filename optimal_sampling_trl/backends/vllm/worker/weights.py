@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from logging import Filter, LogRecord, getLogger
 from typing import Any
 
@@ -15,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ....pairing import weight_digest
-
-HEAD = "lm_head.weight"
+from .incoming import IncomingWeights
 
 
 class OptimalSamplingWorker:
@@ -62,7 +62,7 @@ class OptimalSamplingWorker:
     def load_theta_weights(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Load a whole set into the student's own storages."""
         model = self.model_runner.model
-        load = model.destinations.load if keeps_what_it_loads(model.theta) else model.theta.load_weights
+        load = model.destinations.load if keeps_what_it_loads(model.theta) else partial(load_copies, model.theta)
         with reloading(model):
             load(_checked(model, named_parameters))
 
@@ -91,9 +91,22 @@ class OptimalSamplingWorker:
         return {"reason": None}
 
 
+def load_copies(theta: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Hand copies to the loaders of vLLM's student.
+
+    Symptom: after a reload a padded embedding has the weights without the adapter, and differs by 0.7 nats.
+    Cause: a layerwise reload keeps what it is handed until the layer is whole, a padded layer's until its end; a
+        trainer lends each tensor for a moment, merged with an adapter or gathered from many processes.
+    Safe: each is copied, and the copy is dropped with its layer.
+    Upstream: none found.
+    Delete when: tests/trainers/engines/test_colocated.py passes for adapters on a padded embedding without the copy.
+    """
+    theta.load_weights((name, weight.clone()) for name, weight in weights)
+
+
 @contextmanager
 def reloading(model: Any) -> Iterator[None]:
-    """While this lasts `model.theta.load_weights` writes into the student's own storages, in any portions."""
+    """While this lasts vLLM's `load_weights` writes into the student's own storages, in any portions."""
     model.stale = "a reload of the student failed half-way"
     with nullcontext() if keeps_what_it_loads(model.theta) else _layerwise(model):
         yield
@@ -137,6 +150,21 @@ def repack_tied_head(model: Any, is_tied: bool) -> None:
         head.quant_method.process_weights_after_loading(head)
 
 
+def repack_experts(model: nn.Module) -> None:
+    """Pack the experts again, on the CPU.
+
+    Symptom: after a reload on the CPU a student with experts is another model, by nats a token.
+    Cause: the kernel of experts packs their weights at the first load alone, and reads later ones as if they were.
+    Safe: they are packed after a reload, as vLLM does after the first load.
+    Upstream: none found.
+    Delete when: tests/backends/vllm/worker/test_weights.py passes for a student with experts without this function.
+    """
+    for module in model.modules():
+        kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
+        if kernel is not None and all(weight.device.type == "cpu" for weight in module.parameters()):
+            kernel.fused_experts.process_weights_after_loading(module)
+
+
 @contextmanager
 def _layerwise(model: Any) -> Iterator[None]:
     """vLLM's way: each layer is loaded anew beside the old one, made ready, and copied over it."""
@@ -149,6 +177,7 @@ def _layerwise(model: Any) -> Iterator[None]:
         finally:
             finalize_layerwise_reload(model.theta, model.theta_config.model_config)
             repack_tied_head(model.theta, _is_tied(model))
+            repack_experts(model.theta)
 
 
 def keeps_what_it_loads(theta: nn.Module) -> bool:
@@ -168,12 +197,10 @@ def _is_tied(model: Any) -> bool:
 
 def _checked(model: Any, named_parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """The weights, on their way; raises where one does not fit, and at the end where some are missing."""
-    missing = _required(model)
-    for name, weight in named_parameters:
-        if _check_shape(model, name, weight.shape):
-            missing.discard(name)
-            yield name, weight.detach()
-    _refuse_missing(model, missing)
+    incoming = IncomingWeights(model)
+    yield from incoming.accept(named_parameters)
+    incoming.finish()
+    yield from incoming.buffers.items()
 
 
 def check_shapes(model: Any, shapes: Iterable[tuple[str, Sequence[int]]]) -> None:
@@ -182,33 +209,5 @@ def check_shapes(model: Any, shapes: Iterable[tuple[str, Sequence[int]]]) -> Non
     Raises:
         ValueError: where weights are missing, unknown or of another shape, naming them.
     """
-    missing = _required(model)
-    for name, shape in shapes:
-        _check_shape(model, name, shape)
-        missing.discard(name)
-    _refuse_missing(model, missing)
-
-
-def _required(model: Any) -> set[str]:
-    return set(model.theta_shapes) - ({HEAD} if _is_tied(model) else set())
-
-
-def _check_shape(model: Any, name: str, shape: Sequence[int]) -> bool:
-    """Tell whether a weight that fits is to be loaded: the output layer of a tied model is the embedding."""
-    expected: dict[str, torch.Size] = model.theta_shapes
-    if name == HEAD and _is_tied(model):
-        return False
-    if name not in expected or tuple(shape) != tuple(expected[name]):
-        got = f"has shape {tuple(shape)}" if name in expected else "is none of its checkpoint's"
-        wanted = f"shape {tuple(expected[name])}" if name in expected else f"names such as {min(expected)!r}"
-        raise ValueError(f"The student's weight {name!r} {got}; wanted {wanted}. Was it another model's?")
-    return True
-
-
-def _refuse_missing(model: Any, missing: set[str]) -> None:
-    if missing:
-        few = ", ".join(sorted(missing)[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise ValueError(
-            f"{len(missing)} of the student's {len(model.theta_shapes)} weights are missing: {few}. "
-            "Wanted the whole set: pass all of `model.named_parameters()`, an adapter merged into it."
-        )
+    for _ in _checked(model, ((name, torch.empty(shape, device="meta")) for name, shape in shapes)):
+        pass

@@ -1,0 +1,146 @@
+"""The guard of the weights: the engine's log θ against the trainer's, on the tokens that the engine sampled.
+
+The two are one model's, so that only rounding may tell them apart. A student that was not pushed, was pushed without
+its adapter, or reads another prompt, differs by tenths of a nat a token and more.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..backends.transformers.backend import evaluating
+from ..rollouts.rollout import Rollout
+
+logger = logging.getLogger(__name__)
+
+BOUNDS = {torch.float32: 1e-2, torch.float16: 2e-2, torch.bfloat16: 0.15}
+"""Largest mean of |log θ of the trainer − log θ of the engine| that rounding explains, in nats a token, by the
+coarsest type that a weight or an activation has on either side.
+
+Measured (docs/measured.md): bfloat16 on an H100 0.04 in the mean, 0.06 over hundreds of tokens with two prompts and
+graphs; float32 there 0.005, since attention multiplies in TF32; on a CPU 0.006 to 0.012 in bfloat16. float16 rounds
+eight times finer than bfloat16. A bound is at least twice what was measured, and less than half of any wrong student's
+that was seen (0.38 to 0.77)."""
+CPU_BOUND = 1e-3
+"""The same for float32 on a CPU, where at most 1e-5 was measured."""
+ROWS, TOKENS = 2, 512
+"""Completions of each process, and tokens of each, for which the trainer's log θ is computed where TRL does not."""
+
+
+def bound_of(types: Sequence[torch.dtype], device: torch.device) -> float:
+    """Pick the bound for what the trainer and the engine compute in.
+
+    Args:
+        types: of weights and activations on both sides.
+        device: where the trainer is.
+    """
+    if set(types) <= {torch.float32, torch.float64} and device.type == "cpu":
+        return CPU_BOUND
+    return max(BOUNDS.get(one, BOUNDS[torch.float32]) for one in types)
+
+
+class WeightGuard:
+    """Stops training where the engine samples from another student than the one that is trained.
+
+    Args:
+        bound: what rounding explains, in nats a token; see `BOUNDS`.
+        tolerance: what stops training; None is `bound`. Between the two there is a warning, so that infinity only
+            warns.
+    """
+
+    def __init__(self, bound: float, tolerance: float | None = None) -> None:
+        self.bound, self.limit = bound, bound if tolerance is None else tolerance
+
+    def check(self, engine: Float[Tensor, " N"], trainer: Float[Tensor, " N"], hints: Sequence[str] = ()) -> None:
+        """Compare the log θ of N sampled tokens; none are fine.
+
+        Args:
+            engine: as it was recorded.
+            trainer: as the trained module says.
+            hints: what may be wrong in this run, to be named.
+
+        Raises:
+            RuntimeError: with both numbers and what to check.
+        """
+        if not len(engine):
+            return
+        difference = float((trainer - engine).abs().mean())
+        if difference <= min(self.bound, self.limit):
+            return
+        message = (
+            f"The engine's log θ and the trainer's differ by {difference:.3g} nats a token in the mean over "
+            f"{len(engine)} tokens (engine {float(engine.mean()):.4g}, trainer {float(trainer.mean()):.4g}); rounding "
+            f"explains up to {self.bound:g}. The completions come from another model than the one that is trained. "
+            f"Check: {'; '.join([*hints, *CAUSES])}. Where you know why, set `log_theta_tolerance` to what may be; "
+            "'inf' only warns."
+        )
+        if difference <= self.limit:
+            logger.warning(message)
+        else:
+            raise RuntimeError(message)
+
+
+CAUSES = (
+    "was the student, or its configuration, changed in memory after it was loaded from its folder",
+    "does a callback or a subclass replace the model, or change how it reads a prompt",
+    "does backend='transformers' agree",
+)
+
+
+@torch.no_grad()
+def log_theta_of(
+    model: Any, prompts: Sequence[Sequence[int]], rollouts: Sequence[Rollout], temperature: float
+) -> Tensor:
+    """Compute log θ of the sampled tokens, row by row and without dropout, as the trained module says it.
+
+    Args:
+        model: the module.
+        prompts: what the student read.
+        rollouts: the completions, of which the first `TOKENS` tokens count.
+        temperature: at which they were sampled.
+
+    Returns:
+        (N,), one row's tokens after the other's.
+    """
+    keeps = "logits_to_keep" in inspect.signature(_decoder(model).forward).parameters
+    rows = []
+    device = next(model.parameters()).device
+    with evaluating(model):
+        for prompt, rollout in zip(prompts, rollouts, strict=True):
+            sampled = torch.tensor(rollout.completion_ids[:TOKENS], device=device)
+            ids = torch.cat([torch.tensor(list(prompt), device=device), sampled])[None]
+            logits = model(input_ids=ids, **({"logits_to_keep": len(sampled) + 1} if keeps else {})).logits
+            log_probabilities = (logits[0, -len(sampled) - 1 : -1].float() / temperature).log_softmax(-1)
+            rows.append(log_probabilities.gather(1, sampled[:, None])[:, 0])
+    return torch.cat(rows)
+
+
+def _decoder(model: Any) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def dropout_of(model: nn.Module) -> list[str]:
+    """Name the dropout that is on while a model trains, each kind once with its largest probability."""
+    found: dict[str, float] = {}
+    for path, module in model.named_modules():
+        for name, value in _dropout_of_module(path, module):
+            found[name] = max(value, found.get(name, 0.0))
+    return [f"{name} {value:g}" for name, value in sorted(found.items())]
+
+
+def _dropout_of_module(path: str, module: nn.Module) -> Iterator[tuple[str, float]]:
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        if module.p > 0:
+            parts = [part for part in path.split(".") if "drop" in part]
+            yield (parts or [path or "dropout"])[0], module.p
+        return
+    for name, value in vars(module).items():
+        if "drop" in name and isinstance(value, float) and value > 0:
+            yield name, value
