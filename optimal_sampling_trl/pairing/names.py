@@ -81,7 +81,7 @@ class WeightNames:
         return {name for name, _ in self.on_disk(named + tied, files) if name in files}
 
     def is_buffer(self, name: str) -> bool:
-        """Whether a name in the files is that of a buffer in memory."""
+        """Returns True where a name in the files is that of a buffer in memory."""
         return self._place(name, self.buffers) is not None
 
 

@@ -18,7 +18,7 @@ POSITIVE_ONLY = ("mixture", "all", "none")
 
 @dataclass
 class GuardConfig:
-    """What may tell the engine's student from the trained one; see `guard.WeightGuard`.
+    """Settings that tell the engine's student from the trained one; see `guard.WeightGuard`.
 
     Raises:
         ValueError: on a tolerance that is no number of at least 0, and as TRL's.

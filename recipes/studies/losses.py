@@ -24,18 +24,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # the recipes that a study shar
 from arm import EMBEDDED, Job, train
 from ladder import Task
 from ladder import measure as measure_task
-from optimal_sampling_trl import (
-    DistillationConfig,
-    DistillationTrainer,
-    GRPOConfig,
-    GRPOTrainer,
-    Mixture,
-    OptimalSamplingGenerator,
-    RAFTConfig,
-    RAFTTrainer,
-    RLOOConfig,
-    RLOOTrainer,
-)
+from optimal_sampling_trl import Mixture, OptimalSamplingGenerator, trainers
 from optimal_sampling_trl.plots import plot_learning
 from pair import Pair, make_pair
 from runs import Line, by_rate, read_runs, run_all
@@ -53,10 +42,10 @@ class Arm(NamedTuple):
 
 
 GRPO, RLOO, RAFT, DISTILLATION = (
-    (GRPOTrainer, GRPOConfig),
-    (RLOOTrainer, RLOOConfig),
-    (RAFTTrainer, RAFTConfig),
-    (DistillationTrainer, DistillationConfig),
+    (trainers.GRPOTrainer, trainers.GRPOConfig),
+    (trainers.RLOOTrainer, trainers.RLOOConfig),
+    (trainers.RAFTTrainer, trainers.RAFTConfig),
+    (trainers.DistillationTrainer, trainers.DistillationConfig),
 )
 RATIOS = ("token_truncate", "token_mask", "token_luffy", "prefix_truncate", "sequence_truncate", "sequence_mask")
 PREFIX = {"correction": "prefix_truncate", "correction_window": 4}

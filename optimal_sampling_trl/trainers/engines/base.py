@@ -69,7 +69,7 @@ class MixtureGeneration:
         self.pushes += 1
 
     def has_changed(self) -> bool:
-        """Whether the engine's student is another than the trained one."""
+        """Returns True where the engine's student is another than the trained one."""
         return False
 
     def types(self) -> set[torch.dtype]:

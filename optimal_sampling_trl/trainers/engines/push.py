@@ -67,7 +67,7 @@ class PushedGeneration(MixtureGeneration, vllm_generation.VLLMGeneration):
         raise NotImplementedError
 
     def has_changed(self) -> bool:
-        """Whether the student is another than the one that was pushed last, in any process."""
+        """Returns True where the student differs from the one that was pushed last, in any process."""
         changed = True
         if self._pushed is not None:
             values, adapters = self._state()
@@ -76,7 +76,7 @@ class PushedGeneration(MixtureGeneration, vllm_generation.VLLMGeneration):
         return bool(counted.sum())
 
     def _state(self) -> tuple[Tensor, Any]:
-        """What changes with the student: numbers of this process's part of each weight, and the adapters in use."""
+        """Returns what changes with the student: numbers of this process's weights, and the adapters in use."""
         parameters: list[Any] = [getattr(one, "ds_tensor", one) for one in self.model.parameters()]
         shards = [one.to_local() if hasattr(one, "to_local") else one for one in parameters]
         return torch.stack([fingerprint(one).cpu() for one in shards]), adapters_in_use(self.model)

@@ -177,7 +177,7 @@ def check_teacher_apart(teacher: Any, model: nn.Module) -> None:
 
 
 def adapters_in_use(model: nn.Module) -> list[Any]:
-    """What of a model's adapters stands in no parameter: which are in use, and by which factor."""
+    """Returns what stands in no parameter of a model: the adapters in use, and their factors."""
     return [
         (name, module.disable_adapters, list(module.active_adapters), dict(getattr(module, "scaling", {})))
         for name, module in model.named_modules()
