@@ -23,6 +23,7 @@ FLOORS = (
     "options",
     "files",
     "mixture.settings",
+    "mixture.arithmetic",
     "mixture.solver",
     "mixture.kernels",
     "mixture",

@@ -30,6 +30,7 @@ ELSEWHERE = {
     "backends/vllm/worker/row_sampler.py": ("backends/vllm/test_backend.py", "records of live rows"),
     "backends/vllm/worker/slot_sampler.py": ("backends/vllm/test_gpu.py", "vLLM's runner on GPUs has slots"),
     "backends/vllm/worker/transfer.py": ("backends/vllm/server/test_server.py", "weights that a trainer sends"),
+    "mixture/kernels/average.py": ("mixture/test_kernels.py", "the kernels as a whole against the reference"),
     "mixture/kernels/blend.py": ("mixture/test_kernels.py", "the kernels as a whole against the reference"),
     "mixture/kernels/layout.py": ("mixture/test_kernels.py", "the kernels as a whole against the reference"),
     "mixture/kernels/nodes.py": ("mixture/test_kernels.py", "the kernels as a whole against the reference"),
