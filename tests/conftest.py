@@ -37,6 +37,7 @@ SHAPED = [
     for room in (
         "mixture.settings",
         "mixture.mixing",
+        "mixture.arithmetic",
         "mixture.solver",
         "mixture.reference",
         "rollouts.rollout",

@@ -18,8 +18,6 @@ VAGUE = {"own", "theirs", "said", "left", "apart", "tails"}
 """Words that say nothing as the name of a variable."""
 LONGEST_FILE, LONGEST_FUNCTION = 400, 80
 EXCEPTIONS: set[str] = {
-    "optimal_sampling_trl/mixture/kernels/layout.py",
-    "optimal_sampling_trl/mixture/kernels/sums.py",
     "recipes/studies/digit_tasks.py",
     "recipes/studies/horizon_arms.py",
     "recipes/studies/horizon_train.py",

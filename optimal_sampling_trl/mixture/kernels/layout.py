@@ -44,7 +44,7 @@ ROW_MASKED = tl.constexpr(7)
 ROW_TOP_THETA = tl.constexpr(8)
 """The student's largest raw logit."""
 ROW_OFFSET = tl.constexpr(9)
-"""What is subtracted from the difference of two raw logits to give x: a number near which the x of the root lie."""
+"""The offset in x = (t - s - offset) / temperature of raw logits t and s. At the root, x is then near 0."""
 ROW_C = tl.constexpr(10)
 """c, with ℓ = x - c."""
 ROW_SUM_THETA = tl.constexpr(11)

@@ -1,4 +1,4 @@
-"""What all kernels do with a row: read its logits tile by tile, sum over them, and join the sums of its chunks.
+"""Reading the logits of a row tile by tile, summing over them, and joining the sums of its chunks: for all kernels.
 
 A row is cut into chunks. A program reads one chunk as tiles of OUTER × INNER logits, where the INNER logits lie in one
 thread. It stores its sums in `CHUNK_SLOTS` numbers; the last program of the row to arrive joins those of all chunks.
