@@ -195,7 +195,7 @@ class OptimalSamplingForCausalLM(nn.Module):
 
 def _own_architectures(config: ModelConfig) -> list[str]:
     """The architectures in the teacher's checkpoint: the engine's configuration names the fused model instead."""
-    on_disk = get_config(config.model, config.trust_remote_code, revision=config.revision)
+    on_disk = get_config(config.model, config.trust_remote_code, revision=config.revision, token=config.hf_token)
     return list(on_disk.architectures or [])
 
 
@@ -225,6 +225,7 @@ def _copy_cache_config(vllm_config: VllmConfig) -> Any:
 
 
 def _theta_model_config(teacher: ModelConfig, theta: str) -> ModelConfig:
+    overrides: Any = teacher.hf_overrides  # a dict, as limits.py has it; `architectures` is the fused model's
     return ModelConfig(
         model=theta,
         tokenizer=teacher.tokenizer,
@@ -233,6 +234,8 @@ def _theta_model_config(teacher: ModelConfig, theta: str) -> ModelConfig:
         model_impl=teacher.model_impl,
         dtype=teacher.dtype,
         seed=teacher.seed,
+        hf_token=teacher.hf_token,
+        hf_overrides={name: value for name, value in overrides.items() if name != "architectures"},
         max_model_len=teacher.max_model_len,
         enforce_eager=teacher.enforce_eager,
     )
