@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import uuid
+import weakref
 from pathlib import Path
 
 
@@ -45,10 +46,15 @@ def _flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+_held: weakref.WeakSet[Lock] = weakref.WeakSet()
+"""The locks of this process."""
+
+
 class Lock:
     """Exclusive right to write, held while its context lasts. The system frees it however its process ends.
 
-    Two locks on one path exclude each other in one process, too.
+    Two locks on one path exclude each other in one process, too. A process that is forked meanwhile, such as a loader
+    of data, does not hold it, so that one which outlives a killed parent is in nobody's way.
 
     Args:
         path: the file that is locked; made if need be, and left there.
@@ -69,6 +75,7 @@ class Lock:
         import fcntl  # not on Windows, where a folder can be read
 
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        _held.add(self)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -89,6 +96,20 @@ class Lock:
         import fcntl
 
         if self._file is not None:
-            fcntl.flock(self._file, fcntl.LOCK_UN)  # closing alone leaves it to a child that was forked meanwhile
+            fcntl.flock(self._file, fcntl.LOCK_UN)  # closing alone leaves it to a child that C code forked meanwhile
             os.close(self._file)
             self._file = None
+            _held.discard(self)
+
+
+def _let_go() -> None:
+    """Close what a forked process has of its parent's locks; unlocking them would take them from the parent."""
+    for lock in list(_held):
+        if lock._file is not None:
+            os.close(lock._file)
+            lock._file = None
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_let_go)

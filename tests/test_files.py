@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +78,47 @@ def test_a_lock_names_its_holder_and_is_free_after(tmp_path: Path) -> None:
         Lock(path, "the book").__enter__()
     with Lock(path, "the book"):
         pass
+
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from optimal_sampling_trl.files import Lock
+
+with Lock(Path(sys.argv[1]), "the book"):
+    child = os.fork()
+    if child:
+        print(child, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_killed_holders_child_does_not_hold_the_lock(tmp_path: Path) -> None:
+    """As a loader of data, forked while a trainer has its folder open."""
+    path = tmp_path / "lock"
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    child = int(holder.stdout.readline())
+    try:
+        with pytest.raises(RuntimeError, match=rf"process {holder.pid} on"):
+            Lock(path, "the book").__enter__()
+        holder.kill()
+        holder.wait()
+        os.kill(child, 0)  # it lives
+        with Lock(path, "the book"):
+            pass
+    finally:
+        holder.kill()
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_child_that_ends_leaves_its_parents_lock(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with Lock(path, "the book") as lock:
+        child = os.fork()
+        if not child:
+            lock.__exit__()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        with pytest.raises(RuntimeError, match="has the book open"):
+            Lock(path, "the book").__enter__()

@@ -65,7 +65,12 @@ def name_sources(
     """Both models of a pair, as an engine's arguments say how to load them; `revision` is the teacher's alone."""
     options = {name: arguments[name] for name in MODEL_OPTIONS if name in arguments}
     shared = {name: value for name, value in options.items() if name != "revision"}
-    return Source.of(teacher, "teacher", options), Source.of(theta, "student", shared)
+    overrides = arguments.get("hf_overrides")
+    further = {
+        "token": arguments.get("hf_token"),
+        "overrides": overrides if isinstance(overrides, Mapping) else {},
+    }
+    return Source.of(teacher, "teacher", options, **further), Source.of(theta, "student", shared, **further)
 
 
 def read_pair(

@@ -42,16 +42,20 @@ class Source:
         model: a folder, a model id or a loaded model.
         role: what errors call it.
         options: some of `MODEL_OPTIONS`; a loaded model has no use for them.
+        token: what the Hub is asked with; by default the machine's.
+        overrides: fields of the configuration that an engine sets anew.
     """
 
     model: str | PreTrainedModel
     role: str
     options: dict[str, Any] = field(default_factory=dict)
+    token: str | bool | None = None
+    overrides: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: str | PreTrainedModel | Source, role: str, options: dict[str, Any]) -> Source:
+    def of(cls, model: str | PreTrainedModel | Source, role: str, options: dict[str, Any], **further: Any) -> Source:
         """Name a model's source. One that is a source already stays as it is, with what was read of it."""
-        return model if isinstance(model, Source) else cls(model, role, options)
+        return model if isinstance(model, Source) else cls(model, role, options, **further)
 
     @property
     def name(self) -> str:
@@ -78,7 +82,8 @@ class Source:
             ValueError: where there is none, the model is no decoder of text, or a file of its weights is broken.
         """
         if isinstance(self.model, str):
-            config = load_config(self.model, self.role, **self._code, **self._revision)
+            config = load_config(self.model, self.role, **self._code, **self._access)
+            config.update(self.overrides)
             check_weights(self.model, self.role)
             return config
         check_decoder(self.model.config, self.role)
@@ -93,7 +98,7 @@ class Source:
     def generation_config(self) -> GenerationConfig | PreTrainedConfig:
         """The generation settings, or the configuration where there are none."""
         if isinstance(self.model, str):
-            return load_generation_config(self.model, self.config, **self._revision)
+            return load_generation_config(self.model, self.config, **self._access)
         return getattr(self.model, "generation_config", None) or self.config
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -103,7 +108,7 @@ class Source:
                 f"The {self.role} is a loaded model without a `name_or_path`; wanted the folder of its tokenizer "
                 "there. Save both in one folder and set `model.name_or_path` to it."
             )
-        return load_tokenizer(self.name, self.role, **self._code, **self._revision)
+        return load_tokenizer(self.name, self.role, **self._code, **self._access)
 
     def load(self, device: torch.device) -> PreTrainedModel:
         """The model: one that was loaded where it stands, another on `device` and in evaluation mode."""
@@ -119,8 +124,9 @@ class Source:
         return {"trust_remote_code": bool(self.options.get("trust_remote_code"))}
 
     @property
-    def _revision(self) -> dict[str, Any]:
-        return {} if self.options.get("revision") is None else {"revision": self.options["revision"]}
+    def _access(self) -> dict[str, Any]:
+        access = {"revision": self.options.get("revision"), "token": self.token}
+        return {name: value for name, value in access.items() if value is not None}
 
 
 def load_config(model: str, role: str, **kwargs: Any) -> PreTrainedConfig:

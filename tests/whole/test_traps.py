@@ -20,6 +20,7 @@ TRAPS = {
     "generators_of_kept_rows",
     "keep_parallel_groups",
     "load_copies",
+    "make_expert_group",
     "private_blocks",
     "protect_default_group",
     "quiet_reload",

@@ -59,6 +59,8 @@ RECURRENT = {
     "zamba2",
 }
 """Model types with recurrent layers that do not name them in `layer_types`."""
+EXPERTS = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts", "block_configs")
+"""Fields of a configuration by which vLLM knows a mixture of experts."""
 
 
 def check_pair(teacher: str | Source, theta: str | Source, arguments: Mapping[str, Any]) -> Pair:
@@ -82,6 +84,12 @@ def check_pair(teacher: str | Source, theta: str | Source, arguments: Mapping[st
             raise ValueError(
                 f"The {role} {config.name_or_path!r} brings an FP8 KV cache, which the {other} would share unscaled."
             )
+    if has_experts(configs["student"]) and not has_experts(configs["teacher"]):
+        raise ValueError(
+            f"The student {configs['student'].name_or_path!r} has experts and the teacher "
+            f"{configs['teacher'].name_or_path!r} has none: vLLM makes what experts need for the engine's own model "
+            f"alone, which is the teacher. Wanted a teacher with experts, or a dense student. {OTHER_BACKEND}"
+        )
     _check_max_model_len(configs, arguments.get("max_model_len"))
     return read_pair(
         *sources,
@@ -95,7 +103,7 @@ def _teacher_tokenizer(teacher: Source, arguments: Mapping[str, Any]) -> PreTrai
     """The tokenizer that vLLM loads for its model."""
     revision = arguments.get("tokenizer_revision") or arguments.get("revision")
     options = {**teacher.options, "revision": revision}
-    return Source(str(arguments.get("tokenizer") or teacher.name), "teacher", options).tokenizer()
+    return Source(str(arguments.get("tokenizer") or teacher.name), "teacher", options, teacher.token).tokenizer()
 
 
 def can_read_two_prompts() -> bool:
@@ -134,6 +142,11 @@ def _check_heads(config: PreTrainedConfig, role: str, tensor_parallel_size: int)
             f"The {role} {config.name_or_path!r} has {config.num_attention_heads} attention heads; wanted a multiple "
             f"of `tensor_parallel_size`, which is {tensor_parallel_size}. Lower it."
         )
+
+
+def has_experts(config: PreTrainedConfig) -> bool:
+    """True for a mixture of experts, as vLLM tells one by its configuration."""
+    return any(getattr(config, name, None) for name in EXPERTS)
 
 
 def _check_max_model_len(configs: dict[str, PreTrainedConfig], wanted: int | None) -> None:

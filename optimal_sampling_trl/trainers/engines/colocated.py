@@ -19,7 +19,7 @@ from ...rollouts.request import Request
 from ...rollouts.rollout import Rollout
 from .base import MixturePlan, on_all_ranks, refuse_images
 from .push import PushedGeneration
-from .student import check_student
+from .student import check_overrides, check_student
 
 if TYPE_CHECKING:
     from ...backends.vllm.backend import VLLMBackend
@@ -70,6 +70,7 @@ class EngineGeneration(PushedGeneration):
         from ...backends.vllm.backend import VLLMBackend
 
         check_student(self.model, self.folder, self.weights)
+        check_overrides(self.model.config, self.folder.overrides)
         if self.accelerator.device.type == "cpu":  # vLLM would turn a float32 student into bfloat16
             engine_arguments["dtype"] = "float32"
             # Here vLLM reads TRL's share of a GPU's memory as one of the machine's, which the trainer works in, too.

@@ -6,7 +6,7 @@ and `check_student` says before an engine starts whether what it finds is what t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -189,6 +189,25 @@ def tied_heads(model: Any) -> set[str]:
     """Names of the output layer's weight where the trained student ties it to the embedding."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     return {"lm_head.weight"} if head is not None and _storages(embedding) == _storages(head) else set()
+
+
+def check_overrides(config: Any, overrides: Mapping[str, Any]) -> None:
+    """Refuse settings by which the engine's student would compute otherwise than the trained one.
+
+    Args:
+        config: of the trained student.
+        overrides: the engine's argument `hf_overrides`.
+
+    Raises:
+        ValueError: naming the field and both values.
+    """
+    for name, value in overrides.items():
+        if getattr(config, name, None) != value:
+            raise ValueError(
+                f"`engine_arguments` has `hf_overrides` with {name!r}: {value!r}, which holds for both models of the "
+                f"engine, and the trained student has {getattr(config, name, None)!r}: the engine's would be another "
+                "model. Set it in the trained student's configuration as well, or in the teacher's folder alone."
+            )
 
 
 def check_float(model: nn.Module) -> None:

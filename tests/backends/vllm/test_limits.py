@@ -5,13 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from transformers import AutoConfig
 
-from helpers.engines import request, start
+from helpers.engines import request, runner_of, start
 from helpers.models import copy_with, make_model, publish
+from helpers.paths import ROOT
 from optimal_sampling_trl.mixture import Mixture
 from optimal_sampling_trl.rollouts.request import Request
 
@@ -207,11 +211,16 @@ def test_records_that_are_not_ours() -> None:
 def test_settings_of_the_user_pass_through(pair: tuple[str, str]) -> None:
     """The default context is what both read; `hf_overrides` and `additional_config` keep what is the user's."""
     before = dict(os.environ)
-    backend = start(*pair, additional_config={"mine": 1}, hf_overrides={"rope_theta": 20000.0}, max_num_seqs=3)
+    arguments = {"hf_overrides": {"rope_theta": 20000.0}, "hf_token": "hf_none", "max_num_seqs": 3}
+    backend = start(*pair, additional_config={"mine": 1}, **arguments)
     try:
         config = backend.llm.llm_engine.vllm_config
         assert config.model_config.max_model_len == 512
         assert config.additional_config["mine"] == 1
+        model = runner_of(backend).model
+        for one in (config.model_config, model.theta_config.model_config):  # both models
+            assert one.hf_config.rope_theta == 20000.0
+            assert one.hf_token == "hf_none"
         assert config.scheduler_config.max_num_seqs == 3
         assert os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == before.get("VLLM_ENABLE_V1_MULTIPROCESSING")
         two = Request(list(b"ab"), list(b"ba"), Mixture())
@@ -219,6 +228,45 @@ def test_settings_of_the_user_pass_through(pair: tuple[str, str]) -> None:
             backend.generate([two])
     finally:
         backend.close()
+
+
+def test_overrides_hold_for_both_models(pair: tuple[str, str]) -> None:
+    """The context of 512 is the student's; the teacher reads 1024."""
+    overrides = {"max_position_embeddings": 2048}
+    assert check_pair(*pair, {"hf_overrides": overrides, "max_model_len": 2000}).context == 2000
+    assert check_pair(*pair, {"hf_overrides": overrides}).context == 2048
+    assert check_pair(*pair, {}).context == 512
+
+
+def test_a_token_is_sent_for_both_models(pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    load = AutoConfig.from_pretrained
+
+    def loaded(model: str, **options: Any) -> Any:
+        asked.append((model, options.get("token")))
+        return load(model, **options)
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", loaded)
+    check_pair(*pair, {"hf_token": "hf_none"})
+    assert {(name, "hf_none") for name in pair} <= set(asked)
+
+
+def test_a_student_with_experts_needs_a_teacher_with_experts(pair: tuple[str, str], tmp_path: Path) -> None:
+    """vLLM fails on an assertion of its own while the engine is built."""
+    moe = make_model(tmp_path / "moe", "qwen3_moe", 1)
+    with pytest.raises(ValueError, match=r"The student .*moe' has experts and the teacher .*teacher' has none"):
+        VLLMBackend(pair[0], moe)
+    assert check_pair(moe, pair[1], {}).theta == pair[1]
+    assert check_pair(moe, moe, {}).theta == moe
+
+
+def test_patch_releases_of_the_last_minor_are_installed() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    accepted = Requirement(extras["vllm"][0]).specifier
+    for minor in (versions.OLDEST, versions.NEWEST):
+        assert f"{minor[0]}.{minor[1]}.0" in accepted
+        assert f"{minor[0]}.{minor[1]}.7" in accepted
+    assert f"{versions.NEWEST[0]}.{versions.NEWEST[1] + 1}.0" not in accepted
 
 
 def test_a_revision_is_the_teachers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

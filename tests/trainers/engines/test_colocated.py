@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from torch import nn
 
 import common
 from helpers.engines import TOLERANCE  # the engine's environment is set before vLLM is imported
-from helpers.models import copy_with, publish
+from helpers.models import copy_with, make_model, publish
 from helpers.training import TEXTS, Watch, load, make_trainer, make_untrained_pair, train_and_check
 from optimal_sampling_trl.pairing import source
 from optimal_sampling_trl.trainers.engines import colocated, live
@@ -67,6 +68,55 @@ def test_lora_is_merged_into_the_engines_student(pair: tuple[str, str], tmp_path
     further = {"peft_config": config, "eval_dataset": Dataset.from_dict({"prompt": TEXTS[:4]})}
     trainer = make_trainer(kind, pair, tmp_path, generator=ENGINE, mixin=Watch, trainer=further)
     train_and_check(trainer, pair, peft.get_peft_model(load(pair[1]), config).eval(), TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["adapter on a padded embedding", "adapters on experts"])
+def test_students_that_vllm_packs_or_pads(tmp_path: Path, kind: str) -> None:
+    """vLLM keeps what it loads of such a layer until the reload ends, when the adapter is out of it again."""
+    peft = pytest.importorskip("peft")
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if "experts" in kind else None
+    modules = ["q_proj"] if experts else ["q_proj", "embed_tokens"]
+    config = peft.LoraConfig(r=4, lora_alpha=64, target_modules=modules, target_parameters=experts)
+    family = "qwen3_moe" if experts else "llama"
+    models = make_model(tmp_path / "teacher", family, 1), make_model(tmp_path / "student", family, 2)
+    trainer = make_trainer(
+        "grpo", models, tmp_path, generator=ENGINE, trainer={"peft_config": config}, learning_rate=3e-2
+    )
+    trainer.train()
+    logs = [log["engine/log_theta_difference"] for log in trainer.state.log_history if "alpha/mean" in log]
+    assert len(logs) == 3
+    assert max(logs) < TOLERANCE
+
+
+def untie(model: Any) -> None:
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (untie, "ties 'model.embed_tokens.weight' and 'lm_head.weight', and the trained student has two weights"),
+        (lambda model: model.resize_token_embeddings(400), r"has shape \(400, .*Save it with `save_pretrained`"),
+        (lambda model: model.to(torch.float8_e4m3fn), "is of type torch.float8_e4m3fn: the student is quantised"),
+    ],
+    ids=["untied", "resized", "quantised"],
+)
+def test_a_student_that_cannot_be_pushed_is_refused_before_an_engine_starts(
+    pair: tuple[str, str], tmp_path: Path, change: Any, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("optimal_sampling_trl.backends.vllm.backend.VLLMBackend", None)
+    model = load(make_model(tmp_path / "student", "llama", 1, tied=True))
+    change(model)
+    models = make_model(tmp_path / "teacher", "llama", 2), model.name_or_path
+    with pytest.raises(ValueError, match=f"(?s){words}"):
+        make_trainer("grpo", models, tmp_path, generator=ENGINE, trainer={"model": model})
+
+
+def test_overrides_that_the_trained_student_does_not_have_are_refused(pair: tuple[str, str], tmp_path: Path) -> None:
+    arguments = ENGINE["engine_arguments"] | {"hf_overrides": {"rms_norm_eps": 0.1}}  # type: ignore[operator]
+    with pytest.raises(ValueError, match=r"`hf_overrides` with 'rms_norm_eps': 0.1, which holds for both models"):
+        make_trainer("grpo", pair, tmp_path, generator=ENGINE | {"engine_arguments": arguments})
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,12 @@ from itertools import groupby
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from vllm.compilation.backends import set_model_tag
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.utils import replace
+from vllm.distributed import parallel_state
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.model_loader import DefaultModelLoader
@@ -195,7 +197,7 @@ class OptimalSamplingForCausalLM(nn.Module):
 
 def _own_architectures(config: ModelConfig) -> list[str]:
     """The architectures in the teacher's checkpoint: the engine's configuration names the fused model instead."""
-    on_disk = get_config(config.model, config.trust_remote_code, revision=config.revision)
+    on_disk = get_config(config.model, config.trust_remote_code, revision=config.revision, token=config.hf_token)
     return list(on_disk.architectures or [])
 
 
@@ -208,8 +210,26 @@ def _build(config: VllmConfig, architectures: list[str], prefix: str) -> nn.Modu
     Upstream: vLLM issue 55383, the key of the compilation cache ignores the module tree.
     Delete when: never, it is vLLM's own constructor.
     """
+    make_expert_group(config.model_config)
     model_class, _ = ModelRegistry.resolve_model_cls(architectures, config.model_config)
     return initialize_model(config, prefix=prefix, model_class=model_class)
+
+
+def make_expert_group(config: ModelConfig) -> None:
+    """Make the group of ranks that share experts, where a model has some and the process has no such group.
+
+    Symptom: an engine with experts that starts after one without, in one process: an assertion on a missing group.
+    Cause: the parallel groups are the process's, and the first engine's model decides which there are.
+    Safe: the group has the ranks of tensor parallelism, as vLLM makes it where there is no data parallelism.
+    Upstream: none found.
+    Delete when: test_other_names_in_memory_than_on_disk passes for experts without this function.
+    """
+    if not config.is_moe or parallel_state._EP is not None:
+        return
+    world, size = parallel_state.get_world_group(), parallel_state.get_tensor_model_parallel_world_size()
+    ranks = [list(range(first, first + size)) for first in range(0, dist.get_world_size(), size)]
+    backend = dist.get_backend(world.device_group)
+    parallel_state._EP = parallel_state.init_model_parallel_group(ranks, world.local_rank, backend, group_name="ep")
 
 
 def _copy_cache_config(vllm_config: VllmConfig) -> Any:
@@ -225,6 +245,7 @@ def _copy_cache_config(vllm_config: VllmConfig) -> Any:
 
 
 def _theta_model_config(teacher: ModelConfig, theta: str) -> ModelConfig:
+    overrides: Any = teacher.hf_overrides  # a dict, as limits.py has it; `architectures` is the fused model's
     return ModelConfig(
         model=theta,
         tokenizer=teacher.tokenizer,
@@ -233,6 +254,8 @@ def _theta_model_config(teacher: ModelConfig, theta: str) -> ModelConfig:
         model_impl=teacher.model_impl,
         dtype=teacher.dtype,
         seed=teacher.seed,
+        hf_token=teacher.hf_token,
+        hf_overrides={name: value for name, value in overrides.items() if name != "architectures"},
         max_model_len=teacher.max_model_len,
         enforce_eager=teacher.enforce_eager,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -11,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 from helpers.engines import TEXTS, Oracle, request, runner_of, start
-from helpers.models import make_model
+from helpers.models import EOS, make_model, make_tokenizer
 from optimal_sampling_trl.backends.vllm.requests import to_rollouts, to_sampling_params
 from optimal_sampling_trl.mixture import Mixture
 from optimal_sampling_trl.rollouts.request import Request
@@ -238,6 +241,61 @@ def test_nan_is_named_and_harms_no_other(live: Live) -> None:
         live.oracle.check(live.backend.generate(fine), fine)
     live.backend.load_theta(weights)
     live.check()
+
+
+def test_a_head_of_its_own_is_refused_by_a_tied_student(live: Live) -> None:
+    """Without a look at its values it would be dropped, and the embedding taken for it."""
+    if not live.theta.config.tie_word_embeddings:
+        pytest.skip("an untied student has one")
+    live.backend.load_theta(live.theta.state_dict())  # the head in it is the embedding
+    live.check()
+    other = live.theta.state_dict() | {"lm_head.weight": live.theta.get_input_embeddings().weight * 1.5}
+    with pytest.raises(ValueError, match=r"'lm_head.weight' is no copy of its embedding.*Save the untied student"):
+        live.backend.load_theta(other)
+    live.check()
+    shapes = json.dumps([(name, list(weight.shape)) for name, weight in other.items()])
+    (answer,) = live.backend.llm.collective_rpc("refuse_theta_shapes", args=(shapes,))
+    assert "is no copy of its embedding" in answer["reason"]
+
+
+def old_files(folder: Path) -> str:
+    """A GPT-NeoX as it was saved years ago, with the buffers of its attention."""
+    config = GPTNeoXConfig(
+        vocab_size=288, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
+        max_position_embeddings=512, initializer_range=0.08, bos_token_id=None, eos_token_id=EOS,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    file = folder / "model.safetensors"
+    buffers = {"bias": torch.ones(1, 1, 8, 8, dtype=torch.bool), "masked_bias": torch.tensor(-1e9)}
+    buffers |= {"rotary_emb.inv_freq": torch.ones(4)}
+    named = {f"gpt_neox.layers.{i}.attention.{name}": each.clone() for i in range(2) for name, each in buffers.items()}
+    save_file(load_file(file) | named, file, metadata={"format": "pt"})
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["experts", "buffers in old files"])
+def test_other_names_in_memory_than_on_disk(tmp_path: Path, kind: str) -> None:
+    """transformers stacks experts that its files hold one by one, and has no buffers for some in old files. Twice, as
+    what is packed at the first load must be packed at each reload."""
+    if kind == "experts":
+        teacher, theta = (make_model(tmp_path / role, "qwen3_moe", seed) for seed, role in enumerate("ts"))
+    else:
+        teacher, theta = old_files(tmp_path / "t"), old_files(tmp_path / "s")
+    backend, oracle = start(teacher, theta), Oracle(teacher, theta)
+    try:
+        asked = requests()
+        for weights in (list, iter):
+            with torch.no_grad():
+                for weight in oracle.models["theta"].parameters():
+                    weight.add_(torch.randn_like(weight) * 0.02)
+            backend.load_theta(weights(oracle.models["theta"].named_parameters()))
+            oracle.check(backend.generate(asked), asked)
+        with pytest.raises(ValueError, match=r"1 of the student's [0-9]+ weights are missing"):
+            backend.load_theta(list(oracle.models["theta"].named_parameters())[:-1])
+    finally:
+        backend.close()
 
 
 def test_closed(live: Live) -> None:
