@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
+    PreTrainedConfig,
     PreTrainedModel,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -37,6 +38,8 @@ class Reader:
 
     def __init__(self, model: PreTrainedModel, prompts: list[list[int]], context: int, device: torch.device) -> None:
         self.model, self.context = model, context
+        # Where a configuration asks for the experts' scores, transformers computes their loss, which raises with a cache.
+        self.further = {"output_router_logits": False} if _scores_experts(model.config) else {}
         unique = {tuple(prompt): index for index, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
         width = max(map(len, unique))
         ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in unique], device=device)
@@ -55,6 +58,7 @@ class Reader:
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **self.further,
         )
         self.cache, self.logits = output.past_key_values, output.logits[:, -1]
 
@@ -68,6 +72,10 @@ class Reader:
         """Go on with the rows at `index` alone; a row may be named more than once."""
         self.cache.reorder_cache(index)  # the only row selection that every cache layer implements
         self.mask, self.lengths, self.logits = self.mask[index], self.lengths[index], self.logits[index]
+
+
+def _scores_experts(config: PreTrainedConfig) -> bool:
+    return bool(getattr(config, "output_router_logits", False))
 
 
 class Rows:

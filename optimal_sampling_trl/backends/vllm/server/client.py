@@ -15,7 +15,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.util.retry import Retry
 
 from ....rollouts.request import Request
-from ....rollouts.rollout import Rollout, check_solved
+from ....rollouts.rollout import Rollout, check_solved, has_nan
 from ..requests import check_request
 from .messages import pair_of, to_arguments, to_rollouts
 
@@ -104,7 +104,7 @@ class FusedServer:
             self._check_weights(self._call_workers("theta_state"), self.pushed)
         rollouts = [rollout for answer in answers for rollout in answer]
         # What `VLLMBackend.clean_caches` does in process; not while somebody else's requests read the caches.
-        if any(bool(rollout.alpha.isnan().any()) for rollout in rollouts) and self._drop_prefix_cache():
+        if any(map(has_nan, rollouts)) and self._drop_prefix_cache():
             self._call_workers("zero_caches")
         check_solved(rollouts)
         return rollouts
