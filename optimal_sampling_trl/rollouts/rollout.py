@@ -161,7 +161,7 @@ class UnsolvedError(ValueError):
 
 
 def check_solved(rollouts: Sequence[Rollout]) -> None:
-    """Refuse rollouts with a token whose record holds a NaN: its α had no solution, or it was drawn from no distribution.
+    """Refuse rollouts with a NaN in a token's record: α had no solution, or no token was left to draw from.
 
     Raises:
         UnsolvedError: naming each such request, the token and the model to blame; it carries the other rollouts.
@@ -177,7 +177,7 @@ def has_nan(rollout: Rollout) -> bool:
 
 
 def _unsolved(rollout: Rollout) -> str | None:
-    """Name the first token of a rollout whose record holds a NaN, and the model to blame; None where all are numbers."""
+    """Name the first token of a rollout with a NaN in its record, and the model to blame; None where there is none."""
     if not has_nan(rollout):
         return None
     nan = {name: getattr(rollout, name).isnan() for name in RECORDS}

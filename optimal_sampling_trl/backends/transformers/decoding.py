@@ -38,7 +38,7 @@ class Reader:
 
     def __init__(self, model: PreTrainedModel, prompts: list[list[int]], context: int, device: torch.device) -> None:
         self.model, self.context = model, context
-        # Where a configuration asks for the experts' scores, transformers computes their loss, which raises with a cache.
+        # Of experts' scores, which a configuration may ask for, transformers computes a loss; with a cache it raises.
         self.further = {"output_router_logits": False} if _scores_experts(model.config) else {}
         unique = {tuple(prompt): index for index, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
         width = max(map(len, unique))

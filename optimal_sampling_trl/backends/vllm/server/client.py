@@ -56,6 +56,25 @@ class FusedServer:
             if not self.pair.two_prompts:
                 raise ValueError("teacher and student are to read different prompts, which takes a server on a GPU.")
 
+    def check_ending(self, stop: Sequence[int]) -> None:
+        """Refuse a server that ends completions at other tokens than the trainer.
+
+        Args:
+            stop: the trainer's: `pairing.stop_tokens` of its model and its tokenizer.
+
+        Raises:
+            RuntimeError: naming both.
+        """
+        wanted = sorted(id for id in stop if id < self.pair.vocabulary)
+        found = sorted(self.pair.ending.stop)
+        with self._explain_errors("does not fit the trainer"):
+            if found != wanted:
+                raise ValueError(
+                    f"its student {self.pair.theta!r} ends completions at the tokens {found}, and the trainer at "
+                    f"{wanted} (`eos_token` of its tokenizer, `generation_config.eos_token_id` of its model). Save "
+                    "both into the student's folder and start the server anew."
+                )
+
     def check_shapes(self, shapes: Sequence[tuple[str, Sequence[int]]]) -> None:
         """Refuse weights that are no whole set of the server's student: in the middle of sending it would be too late.
 

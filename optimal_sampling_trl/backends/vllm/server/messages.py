@@ -27,6 +27,7 @@ def describe(pair: Pair) -> dict[str, Any]:
         "vocabulary": pair.vocabulary,
         "engine_vocabulary": pair.engine_vocabulary,
         "two_prompts": pair.two_prompts,
+        "template": pair.teacher_template,
     }
 
 
@@ -59,6 +60,7 @@ def pair_of(info: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Pair:
         context=model["max_model_len"],
         ending=Ending(**{name: tuple(ids) for name, ids in settings["ending"].items()}),
         two_prompts=settings["two_prompts"],
+        teacher_template=settings["template"],
     )
 
 
