@@ -214,7 +214,8 @@ class OptimalSamplingV1:
         """
         if not self._has_compared_templates and _is_chat(prompt, self.enable_chat_template):
             self._has_compared_templates = True
-            warn_of_templates(self.backend.pair)
+            pair = self.backend.pair
+            warn_of_templates(pair.teacher, pair.teacher_template, pair.tokenizer)
         settings: dict[str, Any] = {"chat": self.enable_chat_template, "system_message": self.system_message}
         settings |= {"tokenizer": self.backend.tokenizer, "index": index}
         teacher = encode(prompt, system_prompt=self.teacher_system_prompt, role="teacher", **settings)
@@ -255,7 +256,7 @@ class OptimalSamplingV1:
 
 
 def _is_chat(prompt: Any, enable_chat_template: bool) -> bool:
-    """Whether a prompt goes through the chat template."""
+    """Tell whether a prompt goes through the chat template."""
     if isinstance(prompt, str):
         return enable_chat_template
     return isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], dict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .checkpoint import checkpoint_digest
 from .ending import Ending, end_of_sequence, stop_tokens
 from .pair import (
     Pair,
@@ -49,6 +50,7 @@ __all__ = [
     "check_system_message",
     "check_vocabulary",
     "check_weights",
+    "checkpoint_digest",
     "context_length",
     "encode",
     "end_of_sequence",

@@ -1,4 +1,4 @@
-"""Where a completion of a pair ends: read here, and nowhere else, for both backends, the server and the trainers."""
+"""The end of a completion: read here, and nowhere else, for both backends, the server and the trainers."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def end_of_sequence(
     teacher_eos: int | None = None,
     vocabulary: int | None = None,
 ) -> Ending:
-    """Where a completion of the pair ends: at the student's tokens.
+    """Find the tokens that end a completion of the pair: the student's.
 
     Args:
         teacher: the teacher's generation settings, or its configuration where it has none.

@@ -5,20 +5,17 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ..options import unknown_option
 
-if TYPE_CHECKING:
-    from .pair import Pair
-
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 """A text, token ids, or chat messages."""
 SYSTEM_MESSAGE = ("refuse", "replace", "append")
-"""What may be done with the system message of a prompt that a system prompt is put before."""
+"""Ways to treat the system message of a prompt that a system prompt is put before."""
 SYSTEM_ROLES = ("system", "developer")
 SYSTEM_PROMPTS = {"teacher": "teacher_system_prompt", "student": "theta_system_prompt"}
 """The setting of each model's system prompt."""
@@ -217,12 +214,21 @@ def template_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return hashlib.sha256(str(text).encode()).hexdigest()[:16]
 
 
-def warn_of_templates(pair: Pair, stacklevel: int = 2) -> None:
-    """Warn where the teacher was trained on another chat template than the one that renders its prompts."""
-    both = {pair.teacher_template, template_digest(pair.tokenizer)}
+def warn_of_templates(
+    teacher: str, teacher_template: str | None, tokenizer: PreTrainedTokenizerBase, stacklevel: int = 2
+) -> None:
+    """Warn where the teacher was trained on another chat template than the one that renders its prompts.
+
+    Args:
+        teacher: its name.
+        teacher_template: `template_digest` of its own tokenizer.
+        tokenizer: the one that renders the prompts.
+        stacklevel: as that of `warnings.warn`.
+    """
+    both = {teacher_template, template_digest(tokenizer)}
     if None not in both and len(both) > 1:
         warnings.warn(
-            f"The teacher {pair.teacher!r} has another chat template than {pair.tokenizer.name_or_path!r}, which "
+            f"The teacher {teacher!r} has another chat template than {tokenizer.name_or_path!r}, which "
             "renders the chats of both models: it may answer worse than it can. Pass texts that suit both, or a "
             "student with the teacher's template.",
             stacklevel=stacklevel + 1,

@@ -172,7 +172,7 @@ def check_solved(rollouts: Sequence[Rollout]) -> None:
 
 
 def has_nan(rollout: Rollout) -> bool:
-    """Whether some token's record holds a NaN."""
+    """Tell whether some token's record holds a NaN."""
     return any(bool(getattr(rollout, name).isnan().any()) for name in RECORDS)
 
 

@@ -31,7 +31,7 @@ class Row(NamedTuple):
 
 
 def is_chat(prompt: Any) -> bool:
-    """Whether a prompt is a list of messages."""
+    """Tell whether a prompt is a list of messages."""
     return isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt)
 
 
@@ -190,7 +190,7 @@ class PromptReader(TrlTrainer):
         """Warn once of the teacher's own chat template."""
         if not self._has_compared_templates:
             self._has_compared_templates = True
-            warn_of_templates(pair, stacklevel=8)
+            warn_of_templates(pair.teacher, pair.teacher_template, pair.tokenizer, stacklevel=8)
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         """Tokenize as TRL does, and explain what a chat template raises."""

@@ -111,6 +111,11 @@ def check_params(params: Any, prompt_ids: Sequence[int], settings: dict[str, Any
         )
     if extra.get(RECORD, 0) not in (0, 1):
         raise ValueError(f"The extra argument `{RECORD}` is {extra[RECORD]!r}; wanted 0 or 1.")
+    if extra.get(RECORD) and params.prompt_logprobs is not None:
+        raise ValueError(
+            f"`prompt_logprobs` (or `echo`) is {params.prompt_logprobs!r} in a request for records, which are of the "
+            "tokens that are drawn; wanted one of the two. Drop `echo`, or ask without records."
+        )
     if extra.get(RECORD) and params.logprobs != RECORD_COLUMNS:
         raise ValueError(
             f"`logprobs` is {params.logprobs!r} in a request for records; wanted {RECORD_COLUMNS}, whose places they "

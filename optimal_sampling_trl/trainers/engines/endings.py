@@ -1,4 +1,4 @@
-"""How a completion ended, as TRL can see it.
+"""The end of a completion, marked for TRL.
 
 TRL takes a completion for cut short unless its last token is one of `eos_token_ids`: in `completions/clipped_ratio`
 and in `mask_truncated_completions`. A completion that ended at a stop text has any token there, and its rollout knows.

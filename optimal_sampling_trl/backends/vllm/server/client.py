@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import requests as http
@@ -14,6 +16,7 @@ import torch
 from requests.adapters import HTTPAdapter
 from urllib3.util.retry import Retry
 
+from ....pairing import checkpoint_digest
 from ....rollouts.request import Request
 from ....rollouts.rollout import Rollout, check_solved, has_nan
 from ..requests import check_request
@@ -21,6 +24,10 @@ from .messages import pair_of, to_arguments, to_rollouts
 
 CONCURRENT = 64
 """Requests that are sent at a time: as many connections as TRL's client keeps."""
+
+
+MOST_STOPS = 4
+"""Stop texts that the protocol of vLLM's server lets a request have."""
 
 
 class FusedServer:
@@ -41,9 +48,9 @@ class FusedServer:
         for scheme in ("http://", "https://"):
             client.session.mount(scheme, TimeoutAdapter(timeout, client.session.adapters[scheme].max_retries))
         with self._explain_errors("does not fit the trainer"):
-            self.pair = pair_of(client.get_server_info(), tokenizer)
-            if _basename(self.pair.teacher) != _basename(teacher):
-                raise ValueError(f"its teacher is {self.pair.teacher!r}, and the generator's {teacher!r}.")
+            info = client.get_server_info()
+            self.pair = pair_of(info, tokenizer)
+            _check_teacher(self.pair.teacher, info["additional_config"]["optimal_sampling"]["teacher_digest"], teacher)
         self.pushed: list[dict[str, Any]] | None = None
 
     def check_two_prompts(self) -> None:
@@ -114,6 +121,11 @@ class FusedServer:
         """
         for index, request in enumerate(requests):
             check_request(request, self.pair, index)
+            if len(request.sampling.stop) > MOST_STOPS:
+                raise ValueError(
+                    f"Request {index} has {len(request.sampling.stop)} stop texts; wanted at most {MOST_STOPS}, as "
+                    "many as vLLM's server takes. Drop some, or sample without a server."
+                )
         groups = [list(group) for _, group in groupby(requests)]
         seeds = torch.randint(2**31, (len(groups),)).tolist()
         with self._explain_errors("did not sample"):
@@ -129,8 +141,8 @@ class FusedServer:
         return rollouts
 
     def _sample_group(self, group: list[Request], seed: int) -> list[Rollout]:
-        answer = self.client.generate(**to_arguments(group[0], self.pair.ending, len(group), seed))
-        return to_rollouts(answer, group[0], self.pair)
+        choices = complete(self.client, to_arguments(group[0], self.pair.ending, len(group), seed))
+        return to_rollouts(choices, group[0], self.pair)
 
     def _drop_prefix_cache(self) -> bool:
         """Tell whether the server dropped the blocks that it had cached; TRL asks for it, and not for the answer."""
@@ -186,6 +198,19 @@ class FusedServer:
         return str(error)
 
 
+def complete(client: Any, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """Send the request that TRL's client sends for `arguments`, and return the choices of the answer as they came.
+
+    TRL's `generate` drops why each completion ended, and sorts a dictionary for each token: 10 µs, and of a batch of
+    512 completions of 8 192 tokens 40 s.
+    """
+    further = dict(arguments)
+    prompt, nested = further.pop("prompts"), further.pop("generation_kwargs")
+    flags = {"return_token_ids": True, "return_tokens_as_token_ids": True}
+    body = {"model": client.model, "prompt": prompt, **flags, **further, **nested}
+    return client._post(f"{client.base_url}/v1/completions", json=body)["choices"]
+
+
 class TimeoutAdapter(HTTPAdapter):
     """Waits a given time for an answer, where TRL's session waits for ever.
 
@@ -220,6 +245,33 @@ def _timeout_text(timeout: float) -> str:
         f"it did not answer within {timeout:g} s. It hangs, or a completion takes longer: then raise "
         "`vllm_server_timeout`."
     )
+
+
+def _check_teacher(found: str, digest: str | None, wanted: str) -> None:
+    """Refuse a server whose teacher is another than the generator's, by its name and by its weights.
+
+    Args:
+        found: the server's: a folder there, or a model id.
+        digest: `checkpoint_digest` of it; None of a model id.
+        wanted: the generator's: a folder here or there, or a model id.
+
+    Raises:
+        ValueError: where they differ.
+    """
+    if _basename(found) != _basename(wanted):
+        raise ValueError(f"its teacher is {found!r}, and the generator's {wanted!r}.")
+    here = checkpoint_digest(Path(wanted))
+    if None not in (digest, here):
+        if digest != here:
+            raise ValueError(f"its teacher {found!r} has other weights than the generator's, {wanted!r}.")
+    elif found != wanted:
+        if not any(Path(name).is_absolute() for name in (found, wanted)) and digest is here:
+            raise ValueError(f"its teacher is {found!r}, and the generator's {wanted!r}.")
+        warnings.warn(
+            f"The server's teacher is {found!r}, and the generator's {wanted!r}: whether their weights are the same "
+            "cannot be told from here. Name a folder that both see, or the same model id.",
+            stacklevel=4,
+        )
 
 
 def _basename(name: str) -> str:
