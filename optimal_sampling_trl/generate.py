@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from .backends import GPU_MEMORY_UTILIZATION, Backend, make_backend
 from .mixture import Mixture
 from .options import check_whole
-from .pairing import Prompt, encode, reads_two_prompts
+from .pairing import Prompt, check_system_message, encode, reads_two_prompts, warn_of_templates
 from .rollouts.progress import Progress
 from .rollouts.request import Request, Sampling
 from .rollouts.rollout import Rollout
@@ -65,6 +65,8 @@ class OptimalSamplingV1:
         track_alpha_stats: fill `alpha_stats`.
         gpu_memory_utilization: share of a GPU's memory for vLLM, in (0, 1]; refused with `backend="transformers"`.
         backend: `"vllm"`, `"transformers"`, or `"auto"`: vLLM where it is installed and able.
+        system_message: what is done with the system message of a chat that a system prompt is put before:
+            `"refuse"` it, `"replace"` it, or `"append"` the system prompt to it.
         engine_arguments: go to the backend: all that vLLM's `LLM` takes, or `device`, `dtype`, `max_num_seqs`,
             `max_model_len`, `revision`, `attn_implementation`, `trust_remote_code` with transformers. `revision` is
             the teacher's; a student of another one is passed as a folder.
@@ -95,6 +97,7 @@ class OptimalSamplingV1:
         epsilon: float = Mixture.epsilon,
         backend: str = "auto",
         form: str = Mixture.form,
+        system_message: str = "refuse",
         **engine_arguments: Any,
     ) -> None:
         for old, new in OLD_NAMES.items():
@@ -108,12 +111,15 @@ class OptimalSamplingV1:
         if alpha_min is None:
             alpha_min = 0.0 if alpha_method in ("trust_region", "fixed") else 0.5
         self.mixture = Mixture(alpha_method, alpha_min, alpha_max, fixed_alpha, epsilon, form)
+        check_system_message(system_message)
+        self.system_message = system_message
         self.teacher_system_prompt = teacher_system_prompt
         self.theta_system_prompt = theta_system_prompt
         self.enable_chat_template = enable_chat_template
         self.track_alpha_stats = track_alpha_stats
         self.model_teacher, self.model_theta = _name(model_teacher), _name(model_theta)
         self.engine_arguments = engine_arguments
+        self._has_compared_templates = False
         self.backend: Backend = make_backend(
             backend,
             model_teacher,
@@ -206,11 +212,16 @@ class OptimalSamplingV1:
         Raises:
             ValueError: on what is no prompt, or a system prompt that has no place.
         """
-        tokenizer, chat = self.backend.tokenizer, self.enable_chat_template
-        teacher = encode(prompt, tokenizer, self.teacher_system_prompt, chat, index)
+        if not self._has_compared_templates and _is_chat(prompt, self.enable_chat_template):
+            self._has_compared_templates = True
+            pair = self.backend.pair
+            warn_of_templates(pair.teacher, pair.teacher_template, pair.tokenizer)
+        settings: dict[str, Any] = {"chat": self.enable_chat_template, "system_message": self.system_message}
+        settings |= {"tokenizer": self.backend.tokenizer, "index": index}
+        teacher = encode(prompt, system_prompt=self.teacher_system_prompt, role="teacher", **settings)
         if not reads_two_prompts(self.teacher_system_prompt, self.theta_system_prompt):
             return teacher, teacher
-        return teacher, encode(prompt, tokenizer, self.theta_system_prompt, chat, index)
+        return teacher, encode(prompt, system_prompt=self.theta_system_prompt, role="student", **settings)
 
     def _output(self, rollouts: list[Rollout]) -> OptimalSamplingOutput:
         return OptimalSamplingOutput(
@@ -242,6 +253,13 @@ class OptimalSamplingV1:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _is_chat(prompt: Any, enable_chat_template: bool) -> bool:
+    """Tell whether a prompt goes through the chat template."""
+    if isinstance(prompt, str):
+        return enable_chat_template
+    return isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], dict)
 
 
 def _name(model: Any) -> str:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from .mixture import Mixture
 from .options import check_whole
 from .pairing import folder_digest
+from .pairing.prompts import SYSTEM_MESSAGE
 from .rollouts.card import make_card
 from .rollouts.folder import CARD, RUN, Key, RolloutFolder
 from .rollouts.progress import Progress
@@ -215,6 +216,7 @@ def _settings(sampler: OptimalSamplingV1, mixture: Mixture, sampling: Sampling) 
         "weights_theta": _weights(sampler, "theta"),
         "teacher_system_prompt": sampler.teacher_system_prompt,
         "theta_system_prompt": sampler.theta_system_prompt,
+        "system_message": sampler.system_message,
         "enable_chat_template": sampler.enable_chat_template,
         "backend": sampler.backend.name,
         **{f"engine.{name}": value for name, value in arguments.items()},
@@ -278,6 +280,7 @@ def _differences(old: dict[str, Any], run: dict[str, Any], folder: Path) -> dict
     defaults = {
         **{f"mixture.{name}": value for name, value in Mixture().to_dict().items()},
         **asdict(Sampling()),
+        "system_message": SYSTEM_MESSAGE[0],
     }
     before, now = (
         {**values["settings"], "prompts": f"{values['prompts']} with SHA-256 {values['sha256'][:12]}"}

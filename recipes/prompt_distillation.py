@@ -84,6 +84,7 @@ class Measure(TrainerCallback):
             model,
             teacher_system_prompt=self.sampling.teacher_system_prompt,
             theta_system_prompt=self.sampling.theta_system_prompt,
+            system_message=self.sampling.system_message,
             backend="transformers",
         ) as sampler:
             output = sampler.generate(prompts, self.max_tokens, mixture=mixture, seed=0)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
+import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -411,6 +414,48 @@ def test_a_system_prompt_without_a_place(root: Path, prompt: Any, settings: dict
     with pytest.raises(ValueError) as error:  # noqa: PT011
         build(root, **settings).generate([prompt])
     assert [part for part in words if part not in str(error.value)] == []
+
+
+@pytest.mark.usefixtures("unread")
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ raise_exception('System role not supported') }}", "not supported. `teacher_system_prompt` is put before"),
+        ("", "`teacher_system_prompt` is 'Wise.', and the chat template leaves out system messages: prompt 0 reads"),
+    ],
+    ids=["raises", "silent"],
+)
+def test_a_template_without_a_system_role(root: Path, template: str, words: str) -> None:
+    sampler = build(root, teacher_system_prompt="Wise.")
+    turns = "{% for m in messages %}{% if m['role'] == 'system' %}TEMPLATE{% else %}{{ m['content'] }}{% endif %}"
+    sampler.backend.tokenizer.chat_template = turns.replace("TEMPLATE", template) + "{% endfor %}"
+    with pytest.raises(ValueError, match=re.escape(words)):
+        sampler.generate([CHAT])
+
+
+@pytest.mark.parametrize(("mode", "content"), [("replace", "Wise."), ("append", "Own.\n\nWise.")])
+def test_a_system_message_beside_a_system_prompt(root: Path, mode: str, content: str) -> None:
+    sampler = build(root, teacher_system_prompt="Wise.", system_message=mode)
+    teacher, theta = sampler.encode([{"role": "system", "content": "Own."}, *CHAT])
+    assert teacher == ids(f"[system] {content}\n[user] hi\n[assistant] ")
+    assert theta == ids("[system] Own.\n[user] hi\n[assistant] ")
+
+
+def test_a_teacher_with_another_template_is_named_once(root: Path, tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(root / "teacher", teacher)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = f"TEACHER {tokenizer.chat_template}"
+    tokenizer.save_pretrained(teacher)
+    sampler = build(root, model_teacher=str(teacher))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sampler.encode("hi")
+        assert not caught
+        sampler.encode(CHAT)
+        sampler.encode(CHAT)
+    (warning,) = caught
+    assert "has another chat template" in str(warning.message)
 
 
 @pytest.mark.usefixtures("unread")

@@ -13,7 +13,7 @@ from ..options import unknown_option
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from ..pairing import Pair, Source
     from ..rollouts.progress import Progress
@@ -87,6 +87,8 @@ def choose(
     engine_arguments: Mapping[str, Any],
     *,
     two_prompts: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    theta_settings: GenerationConfig | None = None,
 ) -> Choice:
     """Pick the engine of a pair: the one place where it is decided, for the front door and for the trainers.
 
@@ -96,6 +98,8 @@ def choose(
         theta: likewise.
         engine_arguments: those that the engine will be built with: they say which files are the models'.
         two_prompts: the teacher and the student will be given different prompts.
+        tokenizer: the trainer's, where there is one: its end token ends a completion.
+        theta_settings: generation settings of the model that is trained, where vLLM loads a copy of its files.
 
     Raises:
         ImportError: where `"vllm"` is asked for and not installed, or unsuited.
@@ -118,14 +122,22 @@ def choose(
     if is_loaded:
         return Choice("transformers", *sources, reason=NO_LOADED_MODELS)
     try:
-        return Choice("vllm", *sources, pair=_read_for_vllm(*sources, engine_arguments, two_prompts))
+        pair = _read_for_vllm(*sources, engine_arguments, two_prompts, tokenizer, theta_settings)
+        return Choice("vllm", *sources, pair=pair)
     except (ImportError, ValueError) as error:
         if backend == "vllm":
             raise
         return Choice("transformers", *sources, reason=str(error))
 
 
-def _read_for_vllm(teacher: Source, theta: Source, engine_arguments: Mapping[str, Any], two_prompts: bool) -> Pair:
+def _read_for_vllm(
+    teacher: Source,
+    theta: Source,
+    engine_arguments: Mapping[str, Any],
+    two_prompts: bool,
+    tokenizer: PreTrainedTokenizerBase | None,
+    theta_settings: GenerationConfig | None,
+) -> Pair:
     """The pair as the fused engine serves it.
 
     Raises:
@@ -139,7 +151,7 @@ def _read_for_vllm(teacher: Source, theta: Source, engine_arguments: Mapping[str
     if two_prompts and not can_read_two_prompts():
         raise ValueError("teacher and student read different prompts, which the fused vLLM engine does on GPUs alone")
     check_platform(engine_arguments)
-    return check_pair(teacher, theta, engine_arguments)
+    return check_pair(teacher, theta, engine_arguments, tokenizer, theta_settings)
 
 
 def why_not_vllm(

@@ -39,7 +39,7 @@ MiniLLM (arXiv:2306.08543) and MENTOR (arXiv:2510.04140) sample from. Its method
 
 from __future__ import annotations
 
-from .mixing import blend, fold_eos, log_distributions, mix, mix_at
+from .mixing import blend, fold_eos, has_kernels, log_distributions, mix, mix_at
 from .settings import CERTAIN_LOGIT, CHOICES, FIELDS, FORMS, METHODS, SAME_DIVERGENCE, Mixture, MixtureRows, precision
 from .solver import solve_alpha
 
@@ -54,6 +54,7 @@ __all__ = [
     "MixtureRows",
     "blend",
     "fold_eos",
+    "has_kernels",
     "log_distributions",
     "mix",
     "mix_at",

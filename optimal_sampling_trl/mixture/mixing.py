@@ -51,12 +51,17 @@ def mix(
     if isinstance(mixture, Mixture):
         mixture = [mixture] * len(theta_logits)
     rows = mixture if isinstance(mixture, MixtureRows) else MixtureRows.of(mixture, theta_logits.device)
-    if theta_logits.is_cuda and find_spec("triton"):
+    if has_kernels(theta_logits):
         return _mix_on_a_gpu(theta_logits, teacher_logits, rows, temperature)
     log_theta, log_teacher = log_distributions(theta_logits, teacher_logits, temperature)
     alpha = solve_alpha(log_theta, log_teacher, rows)
     log_q = torch.log_softmax(mix_at(log_theta, log_teacher, alpha, rows), dim=-1)
     return alpha.float(), log_q.float()
+
+
+def has_kernels(logits: Tensor) -> bool:
+    """Tell whether the kernels solve α of these logits: on a GPU, where Triton is installed."""
+    return logits.is_cuda and find_spec("triton") is not None
 
 
 def _mix_on_a_gpu(

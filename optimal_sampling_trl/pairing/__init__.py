@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from .checkpoint import checkpoint_digest
+from .ending import Ending, end_of_sequence, stop_tokens
 from .pair import (
-    Ending,
     Pair,
     check_same_tokens,
     check_vocabulary,
     context_length,
-    end_of_sequence,
     name_sources,
     read_pair,
 )
-from .prompts import Prompt, check_prompt, encode, reads_two_prompts, with_system_prompt
+from .prompts import (
+    Prompt,
+    check_prompt,
+    check_system_message,
+    encode,
+    reads_two_prompts,
+    template_digest,
+    template_refusal,
+    warn_of_templates,
+    with_system_prompt,
+)
 from .source import (
     MODEL_OPTIONS,
     Source,
@@ -37,8 +47,10 @@ __all__ = [
     "check_decoder",
     "check_prompt",
     "check_same_tokens",
+    "check_system_message",
     "check_vocabulary",
     "check_weights",
+    "checkpoint_digest",
     "context_length",
     "encode",
     "end_of_sequence",
@@ -49,7 +61,11 @@ __all__ = [
     "name_sources",
     "read_pair",
     "reads_two_prompts",
+    "stop_tokens",
+    "template_digest",
+    "template_refusal",
     "token_digest",
+    "warn_of_templates",
     "weight_digest",
     "with_system_prompt",
 ]

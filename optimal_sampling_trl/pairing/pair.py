@@ -4,34 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..mixture import fold_eos
+from .ending import Ending, end_of_sequence
+from .prompts import template_digest
 from .source import MODEL_OPTIONS, Source
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
-@dataclass(frozen=True)
-class Ending:
-    """The end-of-sequence tokens of a pair.
-
-    The student's end tokens stop a completion; the teacher's other ones count as the student's first.
-
-    Args:
-        stop: the student's end-of-sequence ids, its main one first; empty where it has none.
-        folded: the teacher's ids that are none of the student's.
-    """
-
-    stop: tuple[int, ...]
-    folded: tuple[int, ...]
-
-    def fold(self, teacher_logits: Tensor) -> Tensor:
-        """The teacher's raw logits (N, V) with the mass of its own endings counted for the student's."""
-        return fold_eos(teacher_logits, self.folded, self.stop[0]) if self.stop else teacher_logits
 
 
 @dataclass(frozen=True)
@@ -47,6 +26,7 @@ class Pair:
         context: most tokens, prompt and completion together, that both can read in this engine.
         ending: where completions end.
         two_prompts: whether this engine takes another prompt for the student than for the teacher.
+        teacher_template: `template_digest` of the teacher's own tokenizer; None where it has no chat template.
     """
 
     teacher: str
@@ -57,6 +37,7 @@ class Pair:
     context: int
     ending: Ending
     two_prompts: bool = True
+    teacher_template: str | None = None
 
 
 def name_sources(
@@ -79,6 +60,7 @@ def read_pair(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+    theta_settings: GenerationConfig | None = None,
     max_model_len: int | None = None,
     two_prompts: bool = True,
 ) -> Pair:
@@ -89,6 +71,8 @@ def read_pair(
         theta: the student's source.
         tokenizer: the pair's; by default the student's.
         teacher_tokenizer: the teacher's, which must have the same tokens; by default the one beside its files.
+        theta_settings: generation settings of the student in memory, where `theta` names the files of a copy; by
+            default those of `theta`.
         max_model_len: most tokens that the engine reads, no more than both models can; by default as many.
         two_prompts: see `Pair`.
 
@@ -96,16 +80,25 @@ def read_pair(
         ValueError: where a model or a tokenizer cannot be loaded, or the two differ in their tokens.
     """
     tokenizer = theta.tokenizer() if tokenizer is None else tokenizer
-    check_same_tokens(teacher.tokenizer() if teacher_tokenizer is None else teacher_tokenizer, tokenizer)
+    teacher_tokenizer = teacher.tokenizer() if teacher_tokenizer is None else teacher_tokenizer
+    check_same_tokens(teacher_tokenizer, tokenizer)
+    vocabulary = check_vocabulary(teacher.config, theta.config, tokenizer)
     return Pair(
         teacher=teacher.name,
         theta=theta.name,
         tokenizer=tokenizer,
-        vocabulary=check_vocabulary(teacher.config, theta.config, tokenizer),
+        vocabulary=vocabulary,
         engine_vocabulary=teacher.config.vocab_size,
         context=max_model_len or context_length(teacher.config, theta.config),
-        ending=end_of_sequence(teacher.generation_config(), theta.generation_config(), tokenizer.eos_token_id),
+        ending=end_of_sequence(
+            teacher.generation_config(),
+            theta.generation_config() if theta_settings is None else theta_settings,
+            tokenizer.eos_token_id,
+            teacher_tokenizer.eos_token_id,
+            vocabulary,
+        ),
         two_prompts=two_prompts,
+        teacher_template=template_digest(teacher_tokenizer),
     )
 
 
@@ -141,20 +134,6 @@ def check_vocabulary(teacher: PreTrainedConfig, theta: PreTrainedConfig, tokeniz
                 f"id {largest}. Resize its embeddings (`model.resize_token_embeddings`) or pass its own tokenizer."
             )
     return min(teacher.vocab_size, theta.vocab_size)
-
-
-def end_of_sequence(
-    teacher: GenerationConfig | PreTrainedConfig, theta: GenerationConfig | PreTrainedConfig, tokenizer_eos: int | None
-) -> Ending:
-    """The end of the pair's completions: the student's tokens (`tokenizer_eos` first, which TRL trains it on)."""
-
-    def ids(config: GenerationConfig | PreTrainedConfig) -> list[int]:
-        eos = config.eos_token_id
-        return [] if eos is None else list(eos) if isinstance(eos, list | tuple) else [eos]
-
-    of_theta = [] if tokenizer_eos is None else [tokenizer_eos]
-    stop = tuple(dict.fromkeys([*of_theta, *ids(theta)]))
-    return Ending(stop, tuple(index for index in dict.fromkeys(ids(teacher)) if index not in stop))
 
 
 def context_length(*configs: PreTrainedConfig) -> int:

@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+import hashlib
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+
+from ..options import unknown_option
 
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 """A text, token ids, or chat messages."""
+SYSTEM_MESSAGE = ("refuse", "replace", "append")
+"""Ways to treat the system message of a prompt that a system prompt is put before."""
+SYSTEM_ROLES = ("system", "developer")
+SYSTEM_PROMPTS = {"teacher": "teacher_system_prompt", "student": "theta_system_prompt"}
+"""The setting of each model's system prompt."""
+_PROBE = ({"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "3"})
 
 
-def check_prompt(prompt_ids: Sequence[int], context: int, vocabulary: int, index: int, role: str) -> None:
+def check_system_message(system_message: str) -> None:
+    """Refuse what is none of `SYSTEM_MESSAGE`."""
+    if system_message not in SYSTEM_MESSAGE:
+        raise ValueError(unknown_option("value of `system_message`", system_message, SYSTEM_MESSAGE))
+
+
+def check_prompt(prompt_ids: Sequence[int], context: int, vocabulary: int, index: int | str, role: str) -> None:
     """Refuse a prompt that a model cannot read.
+
+    Args:
+        prompt_ids: what the model is to read.
+        context: most tokens, prompt and completion together.
+        vocabulary: number of tokens that both models score.
+        index: the prompt's number, or the words for where it stands.
+        role: of the model.
 
     Raises:
         ValueError: on an empty prompt, one that leaves no room for a token, or an id that is no token.
@@ -34,7 +58,14 @@ def check_prompt(prompt_ids: Sequence[int], context: int, vocabulary: int, index
 
 
 def encode(
-    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, system_prompt: str | None, chat: bool, index: int
+    prompt: Prompt,
+    tokenizer: PreTrainedTokenizerBase,
+    system_prompt: str | None,
+    chat: bool,
+    index: int,
+    *,
+    system_message: str = "refuse",
+    role: str = "student",
 ) -> list[int]:
     """The token ids of one prompt for one model.
 
@@ -44,6 +75,8 @@ def encode(
         system_prompt: put before the prompt: as the system message of a chat, else as a text with an empty line.
         chat: send a text through the chat template, as the message of a user.
         index: the prompt's number, for errors.
+        system_message: see `with_system_prompt`.
+        role: of the model, for errors.
 
     Raises:
         ValueError: on what is no prompt, or a system prompt that has no place.
@@ -55,7 +88,11 @@ def encode(
             return list(tokenizer(with_system_prompt(prompt, system_prompt))["input_ids"])
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, Sequence) and len(prompt) and all(isinstance(item, dict) for item in prompt):
-        return _encode_chat(with_system_prompt(list(prompt), system_prompt), tokenizer, index)
+        try:
+            messages = with_system_prompt(list(prompt), system_prompt, system_message)
+        except ValueError as error:
+            raise ValueError(f"Prompt {index}: {error}") from error
+        return _encode_chat(messages, tokenizer, index, SYSTEM_PROMPTS[role] if system_prompt else None)
     try:
         ids = [item.__index__() for item in prompt]  # type: ignore[union-attr]
     except (TypeError, AttributeError) as error:
@@ -78,29 +115,121 @@ def reads_two_prompts(teacher_system_prompt: str | None, theta_system_prompt: st
     return (teacher_system_prompt or None) != (theta_system_prompt or None)
 
 
-def with_system_prompt(prompt: Any, system_prompt: str | None) -> Any:
-    """A text or chat messages with a system prompt before them: as a message, or as a text with an empty line.
+def with_system_prompt(prompt: Any, system_prompt: str | None, system_message: str = "refuse") -> Any:
+    """Put a system prompt before a text, with an empty line between, or before chat messages as a message.
+
+    Args:
+        prompt: a text or chat messages; they stay as they are.
+        system_prompt: what is put before it; nothing where it is None or empty.
+        system_message: what is done where the messages have a system message: `"refuse"` it, `"replace"` it by the
+            system prompt, or `"append"` the system prompt to it.
 
     Raises:
-        ValueError: where the messages have a system prompt of their own.
+        ValueError: where the messages have a system message that is to be refused.
     """
     if not system_prompt:
         return prompt
     if isinstance(prompt, str):
         return f"{system_prompt}\n\n{prompt}"
-    if prompt[0].get("role") == "system":
-        raise ValueError(
-            f"A prompt begins with the system message {str(prompt[0].get('content'))[:40]!r}, and a system prompt was "
-            f"given as well ({system_prompt[:40]!r}). Keep one of the two."
-        )
-    return [{"role": "system", "content": system_prompt}, *prompt]
+    first, *rest = prompt
+    if first.get("role") not in SYSTEM_ROLES:
+        return [{"role": "system", "content": system_prompt}, *prompt]
+    content = first.get("content")
+    if system_message == "replace":
+        return [{**first, "content": system_prompt}, *rest]
+    if system_message == "append":
+        parts = isinstance(content, list)
+        both = [*content, {"type": "text", "text": system_prompt}] if parts else f"{content}\n\n{system_prompt}"
+        return [{**first, "content": both}, *rest]
+    raise ValueError(
+        f"A prompt begins with the system message {str(content)[:40]!r}, and a system prompt was given as well "
+        f"({system_prompt[:40]!r}). Keep one of the two, or set `system_message` to 'replace' or 'append'."
+    )
 
 
-def _encode_chat(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, index: int) -> list[int]:
+def _encode_chat(
+    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, index: int, setting: str | None
+) -> list[int]:
     if tokenizer.chat_template is None:
         raise ValueError(
             f"Prompt {index} needs a chat template, and the tokenizer {tokenizer.name_or_path!r} has none. "
             "Pass plain texts, or set `tokenizer.chat_template` and save it with the model."
         )
+    try:
+        ids = _render(messages, tokenizer)
+        bare = _render(messages[1:], tokenizer) if setting is not None and len(messages) > 1 else None
+    except (TemplateError, TypeError) as error:
+        raise template_refusal(error, messages, tokenizer, f"Prompt {index}", setting) from error
+    if ids == bare:
+        raise ignored_refusal(setting, str(messages[0]["content"]), f"prompt {index}")
+    return ids
+
+
+def _render(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
     return list(encoded["input_ids"])
+
+
+def ignored_refusal(setting: str | None, system_prompt: str, where: str) -> ValueError:
+    """Make the error for a chat template that drops system messages without a word."""
+    return ValueError(
+        f"`{setting}` is {system_prompt[:40]!r}, and the chat template leaves out system messages: {where} reads the "
+        "same without it. Put the text into the user's message, or pass a tokenizer whose `chat_template` takes one."
+    )
+
+
+def template_refusal(
+    error: Exception, messages: Sequence[Any], tokenizer: PreTrainedTokenizerBase, where: str, setting: str | None
+) -> ValueError:
+    """Make the error for messages that a chat template cannot render.
+
+    Args:
+        error: what the template raised.
+        messages: the chat.
+        tokenizer: with the template.
+        where: the words for the prompt.
+        setting: the name of the system prompt that was put before the chat; None where there was none.
+    """
+    roles = ", ".join(str(message.get("role")) for message in messages)
+    cure = "Mend the row, or pass a tokenizer with another `chat_template`."
+    if setting is not None:
+        cure = (
+            f"`{setting}` is put before a chat as a system message. Does the template take none? Then drop the "
+            "setting and put its text into the user's message, or pass a tokenizer with another `chat_template`."
+        )
+    return ValueError(
+        f"{where}: the chat template of {tokenizer.name_or_path!r} does not take messages of the roles {roles}: "
+        f"{error}. {cure}"
+    )
+
+
+def template_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return what is equal for chat templates that render a chat alike; None where there is no template."""
+    if tokenizer.chat_template is None:
+        return None
+    try:
+        text = tokenizer.apply_chat_template(list(_PROBE), tokenize=False, add_generation_prompt=True)
+    except (TemplateError, TypeError):  # an odd template: by its own text
+        text = str(tokenizer.chat_template)
+    return hashlib.sha256(str(text).encode()).hexdigest()[:16]
+
+
+def warn_of_templates(
+    teacher: str, teacher_template: str | None, tokenizer: PreTrainedTokenizerBase, stacklevel: int = 2
+) -> None:
+    """Warn where the teacher was trained on another chat template than the one that renders its prompts.
+
+    Args:
+        teacher: its name.
+        teacher_template: `template_digest` of its own tokenizer.
+        tokenizer: the one that renders the prompts.
+        stacklevel: as that of `warnings.warn`.
+    """
+    both = {teacher_template, template_digest(tokenizer)}
+    if None not in both and len(both) > 1:
+        warnings.warn(
+            f"The teacher {teacher!r} has another chat template than {tokenizer.name_or_path!r}, which "
+            "renders the chats of both models: it may answer worse than it can. Pass texts that suit both, or a "
+            "student with the teacher's template.",
+            stacklevel=stacklevel + 1,
+        )

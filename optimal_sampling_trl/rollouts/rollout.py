@@ -161,7 +161,7 @@ class UnsolvedError(ValueError):
 
 
 def check_solved(rollouts: Sequence[Rollout]) -> None:
-    """Refuse rollouts with a token whose α had no solution.
+    """Refuse rollouts with a NaN in a token's record: α had no solution, or no token was left to draw from.
 
     Raises:
         UnsolvedError: naming each such request, the token and the model to blame; it carries the other rollouts.
@@ -171,13 +171,21 @@ def check_solved(rollouts: Sequence[Rollout]) -> None:
         raise UnsolvedError([None if index in failed else r for index, r in enumerate(rollouts)], failed)
 
 
+def has_nan(rollout: Rollout) -> bool:
+    """Tell whether some token's record holds a NaN."""
+    return any(bool(getattr(rollout, name).isnan().any()) for name in RECORDS)
+
+
 def _unsolved(rollout: Rollout) -> str | None:
-    """Name the first token of a rollout whose α had no solution, and the model to blame; None where all have one."""
-    broken = rollout.alpha.isnan()
-    if not broken.any():
+    """Name the first token of a rollout with a NaN in its record, and the model to blame; None where there is none."""
+    if not has_nan(rollout):
         return None
-    token = int(broken.int().argmax())
-    records = {"student": rollout.log_theta, "teacher": rollout.log_teacher}
-    bad = [role for role, record in records.items() if bool(record[token].isnan())]
-    cause = f"the {' and the '.join(bad)} returned NaN" if bad else "no token has mass under both models"
-    return f"token {token}: {cause}"
+    nan = {name: getattr(rollout, name).isnan() for name in RECORDS}
+    token = int(torch.stack(list(nan.values())).any(0).int().argmax())
+    records = {"student": "log_theta", "teacher": "log_teacher"}
+    bad = [role for role, name in records.items() if bool(nan[name][token])]
+    if bad:
+        return f"token {token}: the {' and the '.join(bad)} returned NaN"
+    if bool(nan["alpha"][token]):
+        return f"token {token}: no token has mass under both models"
+    return f"token {token}: log q is NaN, as no token was left to draw from"

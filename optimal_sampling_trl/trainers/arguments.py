@@ -37,6 +37,13 @@ class SamplerArguments:
     )
     teacher_system_prompt: str | None = field(default=None, metadata={"help": "Put before each teacher's prompt."})
     theta_system_prompt: str | None = field(default=None, metadata={"help": "Put before each student's prompt."})
+    system_message: str = field(
+        default="refuse",
+        metadata={
+            "help": "What is done with the system message of a prompt that a system prompt is put before: 'refuse' "
+            "it, 'replace' it, or 'append' the system prompt to it."
+        },
+    )
     backend: str = field(default="auto", metadata={"help": "'vllm', 'transformers', or 'auto'."})
     engine_arguments: str | None = field(
         default=None, metadata={"help": "Further arguments of the engine, as a JSON object."}
@@ -90,6 +97,7 @@ class SamplerArguments:
             teacher_system_prompt=self.teacher_system_prompt,
             theta_system_prompt=self.theta_system_prompt,
             epsilon=self.mixture_epsilon,
+            system_message=self.system_message,
             backend=self.backend,
             form=self.mixture_form,
             **self.engine(),
@@ -127,6 +135,7 @@ class GeneratorArguments(SamplerArguments):
             schedule=self.schedule,
             teacher_system_prompt=self.teacher_system_prompt,
             theta_system_prompt=self.theta_system_prompt,
+            system_message=self.system_message,
             backend=self.backend,
             engine_arguments=None if self.engine_arguments is None else self.engine(),
         )

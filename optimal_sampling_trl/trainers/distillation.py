@@ -16,7 +16,6 @@ from torch import Tensor
 from trl.trainer.utils import add_fused_lm_head
 
 from ..losses import sampled_token_coefficients
-from ..pairing import end_of_sequence
 from .config import LOSSES, DistillationConfig
 from .generator import check_generator
 from .mixture_trainer import MixtureTrainer
@@ -136,11 +135,9 @@ class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
 
     def _warn_of_endings(self) -> None:
         """Warn where the rollouts fold endings of the teacher that TRL's divergence reads as they are."""
-        models: Any = (self.teacher_model, self.model)
-        teacher, theta = (self.accelerator.unwrap_model(model).generation_config for model in models)
-        tokenizer: Any = self.processing_class
-        ending = end_of_sequence(teacher, theta, tokenizer.eos_token_id)
-        if ending.folded:
+        engine: Any = self.vllm_generation
+        pair = engine.pair
+        if pair is not None and (ending := pair.ending).folded:
             warnings.warn(
                 f"The teacher also ends with the tokens {list(ending.folded)}, and the student does not stop there. "
                 f"The rollouts count them for {ending.stop[0]}; TRL's divergence trains the student to draw them. "

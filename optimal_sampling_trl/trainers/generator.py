@@ -14,7 +14,7 @@ from ..backends import BACKENDS
 from ..backends.transformers.backend import ENGINE_OPTIONS
 from ..mixture import Mixture
 from ..options import check_number, shown, unknown_option
-from ..pairing import reads_two_prompts
+from ..pairing import check_system_message, reads_two_prompts
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class OptimalSamplingGenerator:
             so a resumed run goes on where it was.
         teacher_system_prompt: put before each prompt for the teacher: as a system message, or as text.
         theta_system_prompt: put before each prompt for the student, in sampling and in training.
+        system_message: what is done with the system message of a row that a system prompt is put before: `"refuse"`
+            it, `"replace"` it, or `"append"` the system prompt to it.
         backend: `"vllm"`, `"transformers"` (the student is then the module being trained: no copy, nothing to
             synchronise), or `"auto"`: vLLM where it is installed and able.
         engine_arguments: go to the backend, as in `OptimalSamplingV1`.
@@ -53,6 +55,7 @@ class OptimalSamplingGenerator:
     theta_system_prompt: str | None = None
     backend: str = "auto"
     engine_arguments: dict[str, Any] | None = None
+    system_message: str = "refuse"
 
     def __post_init__(self) -> None:
         if not isinstance(self.mixture, Mixture):
@@ -62,6 +65,7 @@ class OptimalSamplingGenerator:
                 f"`engine_arguments` is {shown(self.engine_arguments)}; wanted a dictionary, for example "
                 "{'max_num_seqs': 64}."
             )
+        check_system_message(self.system_message)
         if self.theta_fraction is not None:
             check_number("OptimalSamplingGenerator", "theta_fraction", self.theta_fraction, 0.0, 1.0)
         if self.schedule is not None:

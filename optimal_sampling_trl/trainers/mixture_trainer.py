@@ -13,26 +13,24 @@ import torch
 from torch import Tensor
 
 from .. import metrics
-from ..pairing import with_system_prompt
 from ..rollouts.rollout import RECORDS, Rollout
 from .checkpoints import last_whole_checkpoint, lock_folder
 from .config import correction_of
 from .engines.base import MixtureGeneration, MixturePlan, on_all_ranks
+from .engines.endings import endings_known
 from .engines.seam import build_generation, engine_replaced_by
 from .engines.student import check_head, check_teacher_apart
 from .generator import OptimalSamplingGenerator, check_generator
 from .guard import ROWS, TOKENS, WeightGuard, bound_of, dropout_of, log_theta_of
 from .loggers import FigureCallback, send_histograms
+from .prompts import PromptReader
 from .records import stack_records
 
 REFUSED = ("tools", "rollout_func", "environment_factory")
 """Arguments of TRL's trainers with which completions hold tokens that were not sampled."""
 
-TrlTrainer: Any = object
-"""The TRL trainer that follows in the method resolution order; Any, so that mypy lets its attributes pass."""
 
-
-class MixtureTrainer(TrlTrainer):
+class MixtureTrainer(PromptReader):
     """Base of the trainers: it stands before one of TRL's trainers among the bases of a class.
 
     A subclass names its configuration (`config_class`), the share of a group that the student samples unless the user
@@ -82,7 +80,10 @@ class MixtureTrainer(TrlTrainer):
             training=lambda: self.model.training,
             progress=lambda: self.state.global_step / max(self.state.max_steps, 1),
         )
-        return build_generation(plan, self._loaded_teacher(), **trl_arguments)
+        longest = on_all_ranks(self._check_shapes, self.accelerator)
+        engine = build_generation(plan, self._loaded_teacher(), **trl_arguments)
+        on_all_ranks(lambda: self._check_lengths(longest, engine), self.accelerator)
+        return engine
 
     def _loaded_teacher(self) -> Any:
         """Teacher that the trainer has loaded, for the transformers backend to share; None where it has none."""
@@ -125,6 +126,11 @@ class MixtureTrainer(TrlTrainer):
         """Refuse settings that would do nothing, before anything is loaded; a subclass adds its refusals."""
         self._theta_count()
         self.generator.check_engine_arguments()
+        if self.args.max_completion_length is None and "max_tokens" not in (self.args.generation_kwargs or {}):
+            raise ValueError(
+                "`max_completion_length` is None; wanted a whole number of at least 1: room for that many records is "
+                "made for each completion. Set it, at most to what the models' context leaves beside a prompt."
+            )
         if getattr(self.args, "use_transformers_continuous_batching", False):
             raise ValueError("`use_transformers_continuous_batching` is for TRL's own rollouts. Drop it.")
 
@@ -133,7 +139,8 @@ class MixtureTrainer(TrlTrainer):
         self._dataset_rows = inputs
         if self._last_loaded_step == self.state.global_step and self.vllm_generation.has_changed():
             self._last_loaded_step = -1
-        output = super()._generate_and_score_completions(self._with_system_prompts(inputs))
+        with endings_known(self):
+            output = super()._generate_and_score_completions(self._with_system_prompts(inputs))
         rollouts = self.rollouts = self.vllm_generation.pop_rollouts()
         output.update(stack_records(rollouts, output["completion_ids"]))
         self._guard_weights(output)
@@ -182,16 +189,6 @@ class MixtureTrainer(TrlTrainer):
         hints = [f"the student has dropout ({', '.join(dropout)})"] if dropout else []
         engine, trainer = every[~every.isnan().all(1)].unbind(1)  # of all processes
         self.guard.check(engine, trainer, hints)
-
-    def _with_system_prompts(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Give TRL the student's prompts and the engine the teacher's, tokenized as TRL would."""
-        generator = self.generator
-        self.vllm_generation.teacher_prompts = None
-        if generator.two_prompts:
-            prompts = [with_system_prompt(example["prompt"], generator.teacher_system_prompt) for example in inputs]
-            self.vllm_generation.teacher_prompts = self._tokenize_prompts(prompts)[0]
-        system_prompt = generator.theta_system_prompt
-        return [{**example, "prompt": with_system_prompt(example["prompt"], system_prompt)} for example in inputs]
 
     def _correct(self, output: dict[str, Any]) -> None:
         """Put the weights or advantages into the batch that the loss of the subclass reads."""

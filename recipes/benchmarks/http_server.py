@@ -33,6 +33,7 @@ import requests
 from trl.generation.vllm_client import VLLMClient
 
 from optimal_sampling_trl.backends.vllm.limits import check_pair
+from optimal_sampling_trl.backends.vllm.server.client import complete
 from optimal_sampling_trl.backends.vllm.server.messages import to_arguments, to_rollouts
 from optimal_sampling_trl.pairing import Pair
 from optimal_sampling_trl.rollouts.request import Request
@@ -116,7 +117,7 @@ def ask(client: VLLMClient, request: Request) -> object:
 
 def ask_for_records(client: VLLMClient, request: Request, pair: Pair) -> object:
     """Ask for what this package's trainers do, as rollouts."""
-    return to_rollouts(client.generate(**to_arguments(request, pair.ending, 1, seed=0)), request, pair)
+    return to_rollouts(complete(client, to_arguments(request, pair.ending, 1, seed=0)), request, pair)
 
 
 @contextmanager

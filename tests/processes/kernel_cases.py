@@ -10,6 +10,7 @@ variation below 1e-5.
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from helpers.models import make_tokenizer
 from helpers.strategies import BROKEN, ROOTS, Pair, inside, make_row, mixtures, pairs, random_pair, temperatures
+from optimal_sampling_trl.backends.transformers import decoding
 from optimal_sampling_trl.mixture import (
     FORMS,
     METHODS,
@@ -32,6 +35,8 @@ from optimal_sampling_trl.mixture import (
 )
 from optimal_sampling_trl.mixture.kernels.launch import CHUNK, MixedLogits, mix_logits
 from optimal_sampling_trl.mixture.reference import reference
+from optimal_sampling_trl.pairing import Ending
+from optimal_sampling_trl.rollouts.request import Request, Sampling
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -333,3 +338,41 @@ def test_a_graph_replays_on_other_logits() -> None:
         graph.replay()
         for got, want in zip(out, mix_logits(theta, teacher, rows, stop=(3,), folded=(5,))):
             assert torch.equal(got, want)
+
+
+def test_a_grammar_that_leaves_the_student_no_token() -> None:
+    """At α = 0, too, there is nothing to draw where the teacher's mask rules out all that the student has."""
+    theta = torch.full((3, 300), -torch.inf)
+    theta[:, :5] = 1.0
+    teacher = torch.full((3, 300), -torch.inf)
+    teacher[:, 5:9] = 0.0
+    rows = [Mixture.theta_only(), Mixture.theta_only(), Mixture.teacher_only()]
+    got = run(Pair(theta, teacher), rows, masked=torch.tensor([True, False, True], device=DEVICE), stop=(7,))
+    assert got.alpha.isnan().tolist() == [True, False, False]
+    assert not bool(got.logits.log_softmax(-1).isnan().any())
+    assert got.logits[0].argmax() == 7
+
+
+def test_the_transformers_backend_draws_the_same_by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole steps of a batch: tokens of seeded and greedy rows, and each record."""
+    methods = [*METHODS, "kl_symmetry", "kl_symmetry"]
+    settings = [Sampling(temperature=t, seed=n, top_k=40) for n, t in enumerate((1.0, 0.7, 1.3, 1.0, 2.0, 0.0, 1.0))]
+    mixtures = [Mixture(method) for method in methods[:-1]] + [Mixture.theta_only()]
+    requests = [Request([1], [1], *both) for both in zip(mixtures, settings, strict=True)]
+    assert len(requests) == 7
+    pair = SimpleNamespace(context=64, tokenizer=make_tokenizer(), ending=Ending((256,), ()))
+    generator = torch.Generator().manual_seed(0)
+    logits = [[torch.randn(7, V, generator=generator).to(DEVICE) * 3 for V in (300, 317)] for _ in range(3)]
+    logits[2][0][6, 5] = torch.nan
+    drawn = []
+    for kernels in (False, True):
+        monkeypatch.setattr(decoding, "has_kernels", lambda _, kernels=kernels: kernels)
+        rows = decoding.Rows(requests, pair, torch.device(DEVICE))  # type: ignore[arg-type]
+        for both in logits:
+            rows.draw(*both)
+            rows.step += 1
+        drawn.append((rows.tokens[:, :3].cpu(), rows.records[:, :3].cpu()))
+    (tokens, records), (tokens_by_kernels, records_by_kernels) = drawn
+    assert torch.equal(tokens, tokens_by_kernels)
+    assert torch.allclose(records, records_by_kernels, atol=2e-4, equal_nan=True)
+    assert records_by_kernels[:, :, 0].isnan().nonzero().tolist() == [[6, 2]]

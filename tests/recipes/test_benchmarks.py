@@ -25,6 +25,20 @@ def test_transformers_backend() -> None:
     check_benchmark("benchmarks/transformers_backend.py", columns=5)
 
 
+@pytest.mark.engine
+def test_host_cost() -> None:
+    need_vllm()
+    output = run(
+        "benchmarks/host_cost.py", "--completions", "2", "--tokens", "50", "--vocabulary", "300", "--rounds", "1"
+    )
+    rows = {cells[1].strip(): float(cells[2]) for cells in (line.split("|") for line in output.splitlines()[-8:])}
+    assert len(rows) == 8
+    parts = ("JSON of a server's answer", "rollouts of the answer")
+    both = rows["log θ for TRL, and its reading"] + rows["records beside TRL's batch"]
+    assert rows["server path"] == pytest.approx(sum(rows[name] for name in parts) + both, abs=0.03)
+    assert rows["colocated path"] == pytest.approx(rows["records of vLLM's outputs"] + both, abs=0.03)
+
+
 def test_triton_kernels() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no GPU")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers.rollouts import LOG, empty, rollout
-from optimal_sampling_trl.rollouts.rollout import RECORDS, check_solved
+from optimal_sampling_trl.rollouts.rollout import RECORDS, UnsolvedError, check_solved
 
 
 def test_weights_by_hand() -> None:
@@ -71,3 +71,25 @@ def test_tokens_without_a_solution_are_named() -> None:
         "look at the model's checkpoint and dtype",
     ):
         assert text in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "cause"),
+    [
+        ("alpha", "no token has mass under both models"),
+        ("log_q", "log q is NaN"),
+        ("log_theta", "the student returned NaN"),
+        ("log_teacher", "the teacher returned NaN"),
+    ],
+)
+def test_a_nan_in_any_record_is_named(name: str, cause: str) -> None:
+    numbers = getattr(rollout(), name).clone()
+    numbers[1] = torch.nan
+    with pytest.raises(UnsolvedError, match=f"request 1, token 1: {cause}") as caught:
+        check_solved([rollout(), rollout(**{name: numbers})])
+    assert caught.value.rollouts[1] is None
+    assert caught.value.rollouts[0] is not None
+
+
+def test_no_mass_under_one_model_is_a_number() -> None:
+    check_solved([rollout(log_theta=torch.full((3,), -torch.inf)), empty()])

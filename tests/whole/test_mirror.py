@@ -27,7 +27,6 @@ ELSEWHERE = {
     "backends/vllm/worker/model.py": ("backends/vllm/test_families.py", "both models of every family in one"),
     "backends/vllm/worker/model_state.py": ("backends/vllm/test_gpu.py", "vLLM asks for it on a GPU alone"),
     "backends/vllm/worker/records.py": ("backends/vllm/test_backend.py", "records of live rows"),
-    "backends/vllm/worker/row_sampler.py": ("backends/vllm/test_backend.py", "records of live rows"),
     "backends/vllm/worker/slot_sampler.py": ("backends/vllm/test_gpu.py", "vLLM's runner on GPUs has slots"),
     "backends/vllm/worker/transfer.py": ("backends/vllm/server/test_server.py", "weights that a trainer sends"),
     "mixture/kernels/average.py": ("mixture/test_kernels.py", "the arithmetic form in those tests"),

@@ -34,6 +34,7 @@ KEYWORDS = [
     *("max_completion_length", "logprobs", "generation_kwargs"),
 ]
 """What TRL passes to its `VLLMGeneration`, in all three trainers."""
+SCORED = "_and_score_completions"
 
 
 def need(condition: object, what: str, ours: str) -> None:
@@ -195,15 +196,36 @@ def test_llm_is_a_name_of_trls_module_where_vllm_is_installed() -> None:
     need(hasattr(vllm_generation, "LLM"), "trl.generation.vllm_generation has no LLM", "trainers/engines/colocated.py")
 
 
-def test_how_log_probabilities_are_read_off_an_output() -> None:
-    """One dictionary a token, of objects with `logprob` and `rank`; one entry in each gives [[value]]."""
-    tokens = [{7: SimpleNamespace(logprob=-0.5, rank=1)}, {9: SimpleNamespace(logprob=-1.5, rank=1)}]
-    output = SimpleNamespace(outputs=[SimpleNamespace(logprobs=tokens)])
+def test_an_output_without_log_probabilities() -> None:
+    """TRL's own `generate` takes it, and returns None in their place."""
+    output = SimpleNamespace(outputs=[SimpleNamespace(logprobs=None)])
     need(
-        vllm_generation.extract_logprobs([output, output]) == ([[[-0.5], [-1.5]]] * 2, [[[7], [9]]] * 2),
-        "extract_logprobs reads outputs otherwise",
-        "backends/vllm/requests.py (with_log_theta)",
+        vllm_generation.extract_logprobs([output, output]) == (None, None),
+        "extract_logprobs refuses outputs without log-probabilities",
+        "trainers/engines/colocated.py (FusedLLM.generate)",
     )
+
+
+def test_how_log_probabilities_are_read() -> None:
+    need(
+        "[[lp[0] for lp in seq] for seq in logprobs]" in inspect.getsource(TRAINERS["GRPO"]._generate_single_turn),
+        "GRPOTrainer reads more of log-probabilities than the first of each token, in order",
+        "trainers/engines/base.py (LogThetas)",
+    )
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_how_a_trainer_knows_that_a_completion_ended(name: str) -> None:
+    """By its last token, which is looked for in a list."""
+    ours = "trainers/engines/endings.py"
+    need("eos_token_ids" in attributes(TRAINERS[name].__init__), f"{name}Trainer has no eos_token_ids", ours)
+    looked = "[ids[-1] not in eos_and_pad for ids in completion_ids"
+    ends = "eos_and_pad = [*self.eos_token_ids, self._tokenizer.pad_token_id]"
+    generate, made = (inspect.getsource(getattr(TRAINERS[name], f"_generate{end}")) for end in ("", SCORED))
+    need(looked in generate and ends in generate, f"{name}Trainer's clipped_ratio looks at other things", ours)
+    masks = "mask_truncated_completions" in made
+    need(masks == (name != "Distillation"), f"{name}Trainer masks truncated completions elsewhere", ours)
+    need(not masks or (looked in made and ends in made), f"{name}Trainer masks by other things", ours)
 
 
 def test_is_vllm_available_can_be_answered_for_the_trainers() -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
+    PreTrainedConfig,
     PreTrainedModel,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -19,7 +21,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ...mixture import MixtureRows, log_distributions, mix_at, precision, solve_alpha
+from ...mixture import MixtureRows, has_kernels, log_distributions, mix_at, precision, solve_alpha
 from ...pairing import Pair
 from ...rollouts.request import Request, Sampling
 from ...rollouts.rollout import RECORDS, Rollout
@@ -37,6 +39,8 @@ class Reader:
 
     def __init__(self, model: PreTrainedModel, prompts: list[list[int]], context: int, device: torch.device) -> None:
         self.model, self.context = model, context
+        # Of experts' scores, which a configuration may ask for, transformers computes a loss; with a cache it raises.
+        self.further = {"output_router_logits": False} if _scores_experts(model.config) else {}
         unique = {tuple(prompt): index for index, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
         width = max(map(len, unique))
         ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in unique], device=device)
@@ -55,6 +59,7 @@ class Reader:
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **self.further,
         )
         self.cache, self.logits = output.past_key_values, output.logits[:, -1]
 
@@ -68,6 +73,24 @@ class Reader:
         """Go on with the rows at `index` alone; a row may be named more than once."""
         self.cache.reorder_cache(index)  # the only row selection that every cache layer implements
         self.mask, self.lengths, self.logits = self.mask[index], self.lengths[index], self.logits[index]
+
+
+def _scores_experts(config: PreTrainedConfig) -> bool:
+    return bool(getattr(config, "output_router_logits", False))
+
+
+class Step(NamedTuple):
+    """The mixture of a step in each of N rows.
+
+    Args:
+        alpha: NaN in a row without a solution.
+        scores: raw logits of the mixture.
+        read: from tokens (N,) to their log θ and log t, (N,) each.
+    """
+
+    alpha: Float[Tensor, " N"]
+    scores: Float[Tensor, "N V"]
+    read: Callable[[Tensor], list[Tensor]]
 
 
 class Rows:
@@ -116,19 +139,39 @@ class Rows:
 
     def draw(self, theta_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         """Draw a token in each active row and record it. Both logits are raw, (N, V of each model)."""
-        log_theta, log_teacher = log_distributions(theta_logits, teacher_logits, self.temperature)
-        alpha = solve_alpha(log_theta, log_teacher, self.mixtures)
-        V = log_theta.shape[-1]
-        scores = mix_at(theta_logits[:, :V], teacher_logits[:, :V], alpha, self.mixtures, self.temperature)
+        mix = self._mix_by_kernels if has_kernels(theta_logits) else self._mix
+        alpha, scores, read = mix(theta_logits, teacher_logits)
         for rows, processors in self.processors:
             scores[rows] = processors(self._seen(rows), scores[rows])  # type: ignore[arg-type]
         # A row without a solution goes on harmlessly; its NaN alpha names it when the batch is done.
         log_q = torch.log_softmax(scores, dim=-1).masked_fill(alpha.isnan()[:, None], 0.0)
         chosen = torch.where(self.greedy, log_q.argmax(-1), (log_q + self._gumbel(log_q)).argmax(-1))
-        records = [alpha, *(x.gather(1, chosen[:, None])[:, 0] for x in (log_q, log_theta, log_teacher))]
+        records = [alpha, log_q.gather(1, chosen[:, None])[:, 0], *read(chosen)]
         self.tokens[self.index, self.step] = chosen
         self.records[self.index, self.step] = torch.stack([x.float() for x in records], dim=-1)
         return chosen
+
+    def _mix(self, theta_logits: Tensor, teacher_logits: Tensor) -> Step:
+        log_theta, log_teacher = log_distributions(theta_logits, teacher_logits, self.temperature)
+        alpha = solve_alpha(log_theta, log_teacher, self.mixtures)
+        V = log_theta.shape[-1]
+        scores = mix_at(theta_logits[:, :V], teacher_logits[:, :V], alpha, self.mixtures, self.temperature)
+        return Step(
+            alpha, scores, lambda chosen: [x.gather(1, chosen[:, None])[:, 0] for x in (log_theta, log_teacher)]
+        )
+
+    def _mix_by_kernels(self, theta_logits: Tensor, teacher_logits: Tensor) -> Step:
+        """Mix in a few passes over the logits, where the solver in float64 takes 48 and holds five copies of them."""
+        from ...mixture.kernels.launch import mix_logits
+
+        mixed = mix_logits(theta_logits, teacher_logits, self.mixtures, self.temperature)
+        V = min(theta_logits.shape[1], teacher_logits.shape[1])
+
+        def read(chosen: Tensor) -> list[Tensor]:
+            both = (theta_logits, mixed.theta_sum), (teacher_logits, mixed.teacher_sum)
+            return [x.gather(1, chosen[:, None])[:, 0] / self.temperature - total for x, total in both]
+
+        return Step(mixed.alpha, mixed.logits[:, :V], read)
 
     def _seen(self, rows: Tensor) -> Tensor | None:
         """The tokens (rows, length) of the rows' teacher prompts and completions, for the repetition penalty."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ...options import unknown_option
 from ...pairing import Pair, Source, context_length, name_sources, read_pair
@@ -63,13 +63,21 @@ EXPERTS = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_expe
 """Fields of a configuration by which vLLM knows a mixture of experts."""
 
 
-def check_pair(teacher: str | Source, theta: str | Source, arguments: Mapping[str, Any]) -> Pair:
+def check_pair(
+    teacher: str | Source,
+    theta: str | Source,
+    arguments: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    theta_settings: GenerationConfig | None = None,
+) -> Pair:
     """Read what both models share, and refuse what the fused engine cannot mix.
 
     Args:
         teacher: the teacher's folder or name, or the source of one.
         theta: likewise of the student.
         arguments: the engine's: they say which files are the models', and how large the engine is.
+        tokenizer: the trainer's, where there is one; by default the student's.
+        theta_settings: generation settings of the student that is trained, of whose files the engine loads a copy.
 
     Raises:
         ValueError: naming the model and the reason.
@@ -93,6 +101,8 @@ def check_pair(teacher: str | Source, theta: str | Source, arguments: Mapping[st
     _check_max_model_len(configs, arguments.get("max_model_len"))
     return read_pair(
         *sources,
+        tokenizer=tokenizer,
+        theta_settings=theta_settings,
         teacher_tokenizer=_teacher_tokenizer(sources[0], arguments),
         max_model_len=arguments.get("max_model_len"),
         two_prompts=can_read_two_prompts(),

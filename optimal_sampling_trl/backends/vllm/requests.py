@@ -15,7 +15,6 @@ from .wire import (
     RECORD_COLUMNS,
     THETA_PROMPT,
     extra_arguments,
-    flat_logprobs,
     mixture_of,
     read_records,
     same_arguments,
@@ -112,6 +111,11 @@ def check_params(params: Any, prompt_ids: Sequence[int], settings: dict[str, Any
         )
     if extra.get(RECORD, 0) not in (0, 1):
         raise ValueError(f"The extra argument `{RECORD}` is {extra[RECORD]!r}; wanted 0 or 1.")
+    if extra.get(RECORD) and params.prompt_logprobs is not None:
+        raise ValueError(
+            f"`prompt_logprobs` (or `echo`) is {params.prompt_logprobs!r} in a request for records, which are of the "
+            "tokens that are drawn; wanted one of the two. Drop `echo`, or ask without records."
+        )
     if extra.get(RECORD) and params.logprobs != RECORD_COLUMNS:
         raise ValueError(
             f"`logprobs` is {params.logprobs!r} in a request for records; wanted {RECORD_COLUMNS}, whose places they "
@@ -160,10 +164,3 @@ def _to_rollout(output: RequestOutput, request: Request, pair: Pair) -> Rollout:
     records = read_records(completion.logprobs, ids, pair.engine_vocabulary)  # type: ignore[arg-type]
     text = completion.text if request.sampling.stop else str(pair.tokenizer.decode(ids, skip_special_tokens=True))
     return Rollout.from_request(request, ids, records, text, str(completion.finish_reason))
-
-
-def with_log_theta(outputs: Sequence[RequestOutput], rollouts: Sequence[Rollout]) -> list[RequestOutput]:
-    """vLLM's outputs with log θ, of their rollouts, for the one log-probability of each token."""
-    for output, rollout in zip(outputs, rollouts, strict=True):
-        output.outputs[0].logprobs = flat_logprobs(rollout.completion_ids, rollout.log_theta)
-    return list(outputs)

@@ -108,12 +108,3 @@ def to_columns(rows: Float[np.ndarray, "T 4"]) -> Float[Tensor, "4 T"]:
     columns = torch.from_numpy(np.ascontiguousarray(rows.T[_ORDER]))
     columns[columns == NO_NUMBER] = torch.nan
     return columns
-
-
-def flat_logprobs(token_ids: list[int], values: Float[Tensor, " T"]) -> FlatLogprobs:
-    """One log-probability for each of T tokens, without vLLM's object for each: read three times as fast."""
-    from vllm.logprobs import FlatLogprobs
-
-    T = len(token_ids)
-    starts, ends = list(range(T)), list(range(1, T + 1))
-    return FlatLogprobs(starts, ends, token_ids, values.tolist(), ranks=[1] * T, decoded_tokens=[None] * T)

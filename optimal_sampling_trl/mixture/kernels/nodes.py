@@ -107,7 +107,7 @@ def begin(
         tl.store(rows + ROW_MASKED, mask)
         _start(
             parts, rows, theta_sum + row, teacher_sum + row, chunks, chosen, low, high, fixed, budget, inverse, root,
-            is_average, form is not None,
+            mask, is_average, form is not None,
         )  # fmt: skip
 
 
@@ -183,8 +183,8 @@ def _sum_chunk(
 
 @triton.jit
 def _start(
-    parts, rows, theta_sum, teacher_sum, chunks, method, low, high, fixed, epsilon, inverse, root, is_average,
-    ARITHMETIC: tl.constexpr,
+    parts, rows, theta_sum, teacher_sum, chunks, method, low, high, fixed, epsilon, inverse, root, mask,
+    is_average, ARITHMETIC: tl.constexpr,
 ):  # fmt: skip
     """Join the chunks of a row and store its normalisers, its α or a guess of it, and the state of the search."""
     max_theta, max_teacher = (
@@ -218,9 +218,11 @@ def _start(
             alpha = tl.minimum(tl.maximum(share, low), high)
     sum_theta, sum_teacher = tl.log(whole_theta) + top_theta * inverse, tl.log(whole_teacher) + top_teacher * inverse
     finite = (tl.abs(sum_theta) < float("inf")) & (tl.abs(sum_teacher) < float("inf"))
-    solvable = finite & (common | ((root == 0) & ((alpha == 0) | (alpha == 1))))
+    # Under a grammar α = 0 needs a common token, too: what the teacher rules out is ruled out.
+    is_free = (mask == 0) | (alpha != 0)
+    solvable = finite & (common | ((root == 0) & ((alpha == 0) | (alpha == 1)) & is_free))
     if ARITHMETIC:
-        solvable |= finite & is_average
+        solvable |= finite & is_average & is_free
     tl.store(rows + ROW_ALPHA, tl.where(solvable, alpha, float("nan")))
     tl.store(rows + ROW_DONE, tl.where(done | (solvable == 0), 1.0, 0.0).to(tl.float64))
     tl.store(rows + ROW_TOP_THETA, top_theta)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import gather_object
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ...mixture import Mixture
 from ...options import unknown_option
+from ...pairing import Pair
 from ...rollouts.request import Request, Sampling
 from ...rollouts.rollout import Rollout
 from ..generator import OptimalSamplingGenerator
+from .endings import mark_endings
 
 T = TypeVar("T")
 
@@ -48,6 +53,8 @@ class MixturePlan:
 class MixtureGeneration:
     """The base of all engines: requests from TRL's prompts, and the rollouts of the last call until they are popped.
 
+    `pair` is what the models share; None in a process that does not speak to the server.
+
     Args:
         plan: which mixture each completion is sampled from.
         **trl_arguments: what TRL passes to its `VLLMGeneration`.
@@ -55,6 +62,8 @@ class MixtureGeneration:
     Attributes:
         pushes: how often the trained student came into the engine.
     """
+
+    pair: Pair | None = None
 
     def __init__(self, plan: MixturePlan, **trl_arguments: Any) -> None:
         self.plan = plan
@@ -118,6 +127,11 @@ def on_all_ranks(work: Callable[[], T], accelerator: Any) -> T:
     return result  # type: ignore[return-value]
 
 
+def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
+    """A trainer's tokenizer, which a processor of several kinds of input holds inside."""
+    return getattr(processing_class, "tokenizer", processing_class)
+
+
 def refuse_images(images: list[Any] | None) -> None:
     """Refuse images.
 
@@ -128,25 +142,43 @@ def refuse_images(images: list[Any] | None) -> None:
         raise ValueError("Rollouts from the mixture take text alone; the dataset has images. Drop them.")
 
 
+class LogThetas(Sequence[tuple[float]]):
+    """log θ of T tokens as TRL reads log-probabilities: one in a row of its own for each token.
+
+    The rows are made while they are read: a list for each token would be millions of objects a batch.
+    """
+
+    def __init__(self, log_theta: Float[Tensor, " T"]) -> None:
+        self.values = log_theta.tolist()
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, index: Any) -> Any:
+        return list(zip(self.values[index])) if isinstance(index, slice) else (self.values[index],)
+
+    def __iter__(self) -> Iterator[tuple[float]]:
+        return zip(self.values)
+
+
 def as_trl_returns(
     prompts: list[list[int]], rollouts: Sequence[Rollout]
-) -> tuple[list[list[int]], list[list[int]], list[list[list[float]]], None]:
+) -> tuple[list[list[int]], list[list[int]], list[LogThetas], None]:
     """Return what TRL's own `generate` does, with log θ for the log-probabilities of each token.
 
     TRL corrects the difference between the engine and the trainer with them, and would take q, the mixture or a
     truncation, for a defect.
     """
-    completions = [rollout.completion_ids for rollout in rollouts]
-    log_probabilities = [[[value] for value in rollout.log_theta.tolist()] for rollout in rollouts]
-    return prompts, completions, log_probabilities, None
+    return prompts, mark_endings(rollouts), [LogThetas(rollout.log_theta) for rollout in rollouts], None
 
 
 def _sampling(trl_arguments: dict[str, Any]) -> Sampling:
     """TRL's settings of generation as ours; `generation_kwargs` may add or replace some."""
     if trl_arguments["structured_outputs_regex"] is not None:
         raise ValueError("`vllm_structured_outputs_regex` is not supported with rollouts from the mixture. Drop it.")
+    extra = trl_arguments["generation_kwargs"] or {}
     sampling = Sampling(
-        max_tokens=trl_arguments["max_completion_length"],
+        max_tokens=extra.get("max_tokens", trl_arguments["max_completion_length"]),
         temperature=trl_arguments["temperature"],
         top_p=trl_arguments["top_p"],
         top_k=trl_arguments["top_k"],
@@ -155,7 +187,6 @@ def _sampling(trl_arguments: dict[str, Any]) -> Sampling:
     )
     if sampling.temperature == 0:
         raise ValueError("`temperature` is 0; a token that was not drawn has no probability to train with. Raise it.")
-    extra = trl_arguments["generation_kwargs"] or {}
     for name in extra:
         if name not in Sampling.__dataclass_fields__:
             raise ValueError(unknown_option("entry of `generation_kwargs`", name, Sampling.__dataclass_fields__))

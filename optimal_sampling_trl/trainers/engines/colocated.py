@@ -17,7 +17,7 @@ from trl.generation import vllm_generation
 from ...pairing import Pair, Source
 from ...rollouts.request import Request
 from ...rollouts.rollout import Rollout
-from .base import MixturePlan, on_all_ranks, refuse_images
+from .base import MixturePlan, as_trl_returns, on_all_ranks, refuse_images
 from .push import PushedGeneration
 from .student import check_overrides, check_student
 
@@ -51,6 +51,7 @@ class EngineGeneration(PushedGeneration):
     """
 
     llm: Any  # a `FusedLLM`, where TRL holds a `vllm.LLM`
+    pair: Pair
 
     def __init__(self, plan: MixturePlan, pair: Pair, folder: Source, **trl_arguments: Any) -> None:
         self.pair, self.folder = pair, folder
@@ -96,14 +97,14 @@ class EngineGeneration(PushedGeneration):
     def generate(
         self, prompts: list[list[int]], images: list[Any] | None, num_generations: int, profiler: Any = None
     ) -> tuple:
-        """TRL's own, through `FusedLLM.generate`."""
+        """TRL's own, through `FusedLLM.generate`; see `as_trl_returns` for what comes back."""
         refuse_images(images)
-        result = vllm_generation.VLLMGeneration.generate(self, prompts, images, num_generations, profiler)
+        vllm_generation.VLLMGeneration.generate(self, prompts, images, num_generations, profiler)
         # With tensor parallelism each rank samples its group's prompts and keeps its own.
         start = self.accelerator.process_index % self.tensor_parallel_size * len(prompts)
         self.rollouts = self.llm.rollouts[start : start + len(prompts)]
         self.seconds = self.llm.seconds
-        return result
+        return as_trl_returns(prompts, self.rollouts)
 
     def types(self) -> set[torch.dtype]:
         """The one type of both models in the engine."""
@@ -115,7 +116,7 @@ class EngineGeneration(PushedGeneration):
 
 
 class FusedLLM:
-    """The fused engine as TRL uses a `vllm.LLM`: takes its prompts, hands back one log-probability a token.
+    """The fused engine as TRL uses a `vllm.LLM`: takes its prompts, hands back completions.
 
     `rollouts` holds those of the last call, and `seconds` how long it took.
 
@@ -133,14 +134,15 @@ class FusedLLM:
         self.seconds = 0.0
 
     def generate(self, prompts: list[dict[str, Any]], sampling_params: Any, use_tqdm: bool = False) -> list[Any]:
-        """vLLM's outputs with what TRL reads of each token; `sampling_params` stand in the requests already."""
-        from ...backends.vllm.requests import with_log_theta
-
+        """vLLM's outputs without log-probabilities, of which TRL would sort one dictionary a token: they stand in
+        `rollouts`. `sampling_params` stand in the requests already."""
         requests = self.make_requests([prompt["prompt_token_ids"] for prompt in prompts])
         start = time.perf_counter()
         outputs, self.rollouts = on_all_ranks(partial(self.backend.sample, requests), self.accelerator)
         self.seconds = time.perf_counter() - start
-        return with_log_theta(outputs, self.rollouts)
+        for output in outputs:
+            output.outputs[0].logprobs = None
+        return outputs
 
     def sleep(self, level: int = 1) -> None:
         """Free the engine's memory and keep both models, whatever level TRL asks for: see `VLLMBackend.sleep`."""

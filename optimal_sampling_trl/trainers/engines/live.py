@@ -12,7 +12,15 @@ from transformers import PreTrainedModel
 
 from ...backends.transformers import TransformersBackend
 from ...pairing import Source
-from .base import MixtureGeneration, MixturePlan, as_trl_returns, on_all_ranks, refuse_images
+from .base import (
+    LogThetas,
+    MixtureGeneration,
+    MixturePlan,
+    as_trl_returns,
+    on_all_ranks,
+    refuse_images,
+    tokenizer_of,
+)
 
 
 class LiveGeneration(MixtureGeneration):
@@ -50,14 +58,15 @@ class LiveGeneration(MixtureGeneration):
         self.backend = TransformersBackend(
             teacher,
             trl_arguments["model"],
-            tokenizer=trl_arguments["processing_class"],
+            tokenizer=tokenizer_of(trl_arguments["processing_class"]),
             device=accelerator.device,
             **options,
         )
+        self.pair = self.backend.pair
 
     def generate(
         self, prompts: list[list[int]], images: list[Any] | None, num_generations: int, profiler: Any = None
-    ) -> tuple[list[list[int]], list[list[int]], list[list[list[float]]], None]:
+    ) -> tuple[list[list[int]], list[list[int]], list[LogThetas], None]:
         """Sample a completion of each prompt; see `as_trl_returns` for what comes back."""
         refuse_images(images)
         requests = self.make_requests(prompts, self.accelerator.process_index * len(prompts))

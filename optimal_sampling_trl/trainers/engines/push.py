@@ -34,7 +34,8 @@ class PushedGeneration(MixtureGeneration, vllm_generation.VLLMGeneration):
                 "engine. Set `fsdp_version: 2` (recipes/accelerate/fsdp2.yaml), or train without an adapter."
             )
         self._pushed: tuple[Tensor, Any] | None = None
-        vllm_generation.VLLMGeneration.__init__(self, **trl_arguments)
+        # The requests hold all settings; TRL would make vLLM's parameters of these too, which take no tuple.
+        vllm_generation.VLLMGeneration.__init__(self, **trl_arguments | {"generation_kwargs": {}})
 
     @property
     def weights(self) -> StudentWeights:

@@ -16,7 +16,7 @@ from unittest.mock import patch
 from transformers import PreTrainedModel
 
 from ...backends import choose
-from .base import MixtureGeneration, MixturePlan
+from .base import MixtureGeneration, MixturePlan, tokenizer_of
 from .colocated import EngineGeneration, pair_arguments
 from .live import LiveGeneration
 
@@ -51,6 +51,8 @@ def build_generation(
         model.name_or_path or model,
         pair_arguments(plan, trl_arguments),
         two_prompts=generator.two_prompts,
+        tokenizer=tokenizer_of(trl_arguments["processing_class"]),
+        theta_settings=getattr(model, "generation_config", None),
     )
     if generator.backend == "vllm" and choice.reason is not None:
         raise ValueError(f"`backend` is 'vllm', but {choice.reason}. Use backend='transformers', or 'auto'.")

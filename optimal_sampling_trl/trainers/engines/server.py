@@ -17,9 +17,9 @@ import torch
 from trl.generation import vllm_generation
 
 from ...backends.vllm.server.client import FusedServer, refuse_silence
-from ...pairing import check_adapter
+from ...pairing import check_adapter, stop_tokens
 from ...rollouts.rollout import Rollout
-from .base import MixturePlan, as_trl_returns, on_all_ranks, refuse_images
+from .base import LogThetas, MixturePlan, as_trl_returns, on_all_ranks, refuse_images, tokenizer_of
 from .push import PushedGeneration
 from .student import check_float, tied_heads
 
@@ -59,8 +59,10 @@ class ServerGeneration(PushedGeneration):
         """Build TRL's client: a server that cannot be used is refused before weights are sent."""
         refuse_silence(arguments["base_url"], self.server_timeout)
         client = client_class(**arguments)
-        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
-        self.server = FusedServer(client, str(self.plan.generator.named_teacher), tokenizer, self.server_timeout)
+        teacher, tokenizer = str(self.plan.generator.named_teacher), tokenizer_of(self.processing_class)
+        self.server = FusedServer(client, teacher, tokenizer, self.server_timeout)
+        self.pair = self.server.pair
+        self.server.check_ending(stop_tokens(self.model.generation_config, tokenizer.eos_token_id))
         if self.plan.generator.two_prompts:
             self.server.check_two_prompts()
         return client
@@ -92,7 +94,7 @@ class ServerGeneration(PushedGeneration):
 
     def generate(
         self, prompts: list[list[int]], images: list[Any] | None, num_generations: int, profiler: Any = None
-    ) -> tuple[list[list[int]], list[list[int]], list[list[list[float]]], None]:
+    ) -> tuple[list[list[int]], list[list[int]], list[LogThetas], None]:
         """Sample a completion of each prompt; see `as_trl_returns` for what comes back."""
         refuse_images(images)
         everyone = vllm_generation.gather_object(prompts)

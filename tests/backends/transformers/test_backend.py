@@ -246,6 +246,17 @@ def test_padding_is_never_drawn(pair: Pair) -> None:
         pair.backend.generate([Request([288], [288])])
 
 
+@pytest.mark.parametrize("role", ["teacher", "theta"])
+def test_experts_whose_scores_a_configuration_asks_for(tmp_path: Path, role: str) -> None:
+    folders = [
+        make_model(tmp_path / name, "qwen3_moe", seed, **({"output_router_logits": True} if name == role else {}))
+        for seed, name in enumerate(("teacher", "theta"))
+    ]
+    pair = Pair(*folders)
+    requests = [ask(text, max_tokens=6) for text in TEXTS]
+    pair.check(pair.backend.generate(requests), requests)
+
+
 def test_an_end_of_sequence_token_ends(pair: Pair) -> None:
     settings = {"max_tokens": 40, "temperature": 2.0}
     requests = [ask(TEXTS[i % 6], seed=i, **settings) for i in range(30)]

@@ -13,11 +13,12 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import nn
+from transformers import AutoTokenizer
 
 import common
 from helpers.engines import TOLERANCE  # the engine's environment is set before vLLM is imported
 from helpers.models import copy_with, make_model, publish
-from helpers.training import TEXTS, Watch, load, make_trainer, make_untrained_pair, train_and_check
+from helpers.training import TEXTS, Watch, load, make_trainer, make_untrained_pair, one_batch, train_and_check
 from optimal_sampling_trl.pairing import source
 from optimal_sampling_trl.trainers.engines import colocated, live
 
@@ -185,3 +186,23 @@ def test_a_recipe_ends_with_its_engine(pair: tuple[str, str], tmp_path: Path, mo
     assert not workspace.is_workspace_manager_initialized()
     with pytest.raises(RuntimeError, match="This engine was closed"):
         trainer.vllm_generation.sync_weights()
+
+
+def test_the_trainers_ending_and_stop_texts(pair: tuple[str, str], tmp_path: Path) -> None:
+    """The engine ends at the end token of the tokenizer that is passed; TRL counts rows of a stop text as ended."""
+    tokenizer = AutoTokenizer.from_pretrained(pair[1])
+    tokenizer.eos_token = "7"
+    end = tokenizer.eos_token_id
+    settings = {"mask_truncated_completions": True, "generation_kwargs": {"stop": ("1", "2", "3")}}
+    trainer = make_trainer(
+        "grpo", pair, tmp_path, generator=ENGINE, trainer={"processing_class": tokenizer}, **settings
+    )
+    batch = one_batch(trainer, [text for text in TEXTS for _ in range(4)])
+    completions = [rollout.completion_ids for rollout in trainer.rollouts]
+    assert any(ids[-1] == end for ids in completions)
+    assert not any(end in ids[:-1] for ids in completions)
+    ended = [rollout.finish_reason == "stop" for rollout in trainer.rollouts]
+    assert any(reason and ids[-1] not in trainer.eos_token_ids for reason, ids in zip(ended, completions))
+    assert batch["completion_mask"].bool().any(1).tolist() == ended
+    assert trainer._metrics["train"]["engine/log_theta_difference"][0] < TOLERANCE
+    trainer.close()

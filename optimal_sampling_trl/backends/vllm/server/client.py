@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import requests as http
@@ -14,13 +16,18 @@ import torch
 from requests.adapters import HTTPAdapter
 from urllib3.util.retry import Retry
 
+from ....pairing import checkpoint_digest
 from ....rollouts.request import Request
-from ....rollouts.rollout import Rollout, check_solved
+from ....rollouts.rollout import Rollout, check_solved, has_nan
 from ..requests import check_request
 from .messages import pair_of, to_arguments, to_rollouts
 
 CONCURRENT = 64
 """Requests that are sent at a time: as many connections as TRL's client keeps."""
+
+
+MOST_STOPS = 4
+"""Stop texts that the protocol of vLLM's server lets a request have."""
 
 
 class FusedServer:
@@ -41,9 +48,9 @@ class FusedServer:
         for scheme in ("http://", "https://"):
             client.session.mount(scheme, TimeoutAdapter(timeout, client.session.adapters[scheme].max_retries))
         with self._explain_errors("does not fit the trainer"):
-            self.pair = pair_of(client.get_server_info(), tokenizer)
-            if _basename(self.pair.teacher) != _basename(teacher):
-                raise ValueError(f"its teacher is {self.pair.teacher!r}, and the generator's {teacher!r}.")
+            info = client.get_server_info()
+            self.pair = pair_of(info, tokenizer)
+            _check_teacher(self.pair.teacher, info["additional_config"]["optimal_sampling"]["teacher_digest"], teacher)
         self.pushed: list[dict[str, Any]] | None = None
 
     def check_two_prompts(self) -> None:
@@ -55,6 +62,25 @@ class FusedServer:
         with self._explain_errors("does not fit the trainer"):
             if not self.pair.two_prompts:
                 raise ValueError("teacher and student are to read different prompts, which takes a server on a GPU.")
+
+    def check_ending(self, stop: Sequence[int]) -> None:
+        """Refuse a server that ends completions at other tokens than the trainer.
+
+        Args:
+            stop: the trainer's: `pairing.stop_tokens` of its model and its tokenizer.
+
+        Raises:
+            RuntimeError: naming both.
+        """
+        wanted = sorted(id for id in stop if id < self.pair.vocabulary)
+        found = sorted(self.pair.ending.stop)
+        with self._explain_errors("does not fit the trainer"):
+            if found != wanted:
+                raise ValueError(
+                    f"its student {self.pair.theta!r} ends completions at the tokens {found}, and the trainer at "
+                    f"{wanted} (`eos_token` of its tokenizer, `generation_config.eos_token_id` of its model). Save "
+                    "both into the student's folder and start the server anew."
+                )
 
     def check_shapes(self, shapes: Sequence[tuple[str, Sequence[int]]]) -> None:
         """Refuse weights that are no whole set of the server's student: in the middle of sending it would be too late.
@@ -95,6 +121,11 @@ class FusedServer:
         """
         for index, request in enumerate(requests):
             check_request(request, self.pair, index)
+            if len(request.sampling.stop) > MOST_STOPS:
+                raise ValueError(
+                    f"Request {index} has {len(request.sampling.stop)} stop texts; wanted at most {MOST_STOPS}, as "
+                    "many as vLLM's server takes. Drop some, or sample without a server."
+                )
         groups = [list(group) for _, group in groupby(requests)]
         seeds = torch.randint(2**31, (len(groups),)).tolist()
         with self._explain_errors("did not sample"):
@@ -104,14 +135,14 @@ class FusedServer:
             self._check_weights(self._call_workers("theta_state"), self.pushed)
         rollouts = [rollout for answer in answers for rollout in answer]
         # What `VLLMBackend.clean_caches` does in process; not while somebody else's requests read the caches.
-        if any(bool(rollout.alpha.isnan().any()) for rollout in rollouts) and self._drop_prefix_cache():
+        if any(map(has_nan, rollouts)) and self._drop_prefix_cache():
             self._call_workers("zero_caches")
         check_solved(rollouts)
         return rollouts
 
     def _sample_group(self, group: list[Request], seed: int) -> list[Rollout]:
-        answer = self.client.generate(**to_arguments(group[0], self.pair.ending, len(group), seed))
-        return to_rollouts(answer, group[0], self.pair)
+        choices = complete(self.client, to_arguments(group[0], self.pair.ending, len(group), seed))
+        return to_rollouts(choices, group[0], self.pair)
 
     def _drop_prefix_cache(self) -> bool:
         """Tell whether the server dropped the blocks that it had cached; TRL asks for it, and not for the answer."""
@@ -167,6 +198,19 @@ class FusedServer:
         return str(error)
 
 
+def complete(client: Any, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """Send the request that TRL's client sends for `arguments`, and return the choices of the answer as they came.
+
+    TRL's `generate` drops why each completion ended, and sorts a dictionary for each token: 10 µs, and of a batch of
+    512 completions of 8 192 tokens 40 s.
+    """
+    further = dict(arguments)
+    prompt, nested = further.pop("prompts"), further.pop("generation_kwargs")
+    flags = {"return_token_ids": True, "return_tokens_as_token_ids": True}
+    body = {"model": client.model, "prompt": prompt, **flags, **further, **nested}
+    return client._post(f"{client.base_url}/v1/completions", json=body)["choices"]
+
+
 class TimeoutAdapter(HTTPAdapter):
     """Waits a given time for an answer, where TRL's session waits for ever.
 
@@ -201,6 +245,33 @@ def _timeout_text(timeout: float) -> str:
         f"it did not answer within {timeout:g} s. It hangs, or a completion takes longer: then raise "
         "`vllm_server_timeout`."
     )
+
+
+def _check_teacher(found: str, digest: str | None, wanted: str) -> None:
+    """Refuse a server whose teacher is another than the generator's, by its name and by its weights.
+
+    Args:
+        found: the server's: a folder there, or a model id.
+        digest: `checkpoint_digest` of it; None of a model id.
+        wanted: the generator's: a folder here or there, or a model id.
+
+    Raises:
+        ValueError: where they differ.
+    """
+    if _basename(found) != _basename(wanted):
+        raise ValueError(f"its teacher is {found!r}, and the generator's {wanted!r}.")
+    here = checkpoint_digest(Path(wanted))
+    if None not in (digest, here):
+        if digest != here:
+            raise ValueError(f"its teacher {found!r} has other weights than the generator's, {wanted!r}.")
+    elif found != wanted:
+        if not any(Path(name).is_absolute() for name in (found, wanted)) and digest is here:
+            raise ValueError(f"its teacher is {found!r}, and the generator's {wanted!r}.")
+        warnings.warn(
+            f"The server's teacher is {found!r}, and the generator's {wanted!r}: whether their weights are the same "
+            "cannot be told from here. Name a folder that both see, or the same model id.",
+            stacklevel=4,
+        )
 
 
 def _basename(name: str) -> str:

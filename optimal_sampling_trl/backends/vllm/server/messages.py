@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from operator import itemgetter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Float
 
 from .... import __version__
-from ....pairing import Ending, Pair, token_digest
+from ....pairing import Ending, Pair, checkpoint_digest, token_digest
 from ....rollouts.request import Request
 from ....rollouts.rollout import Rollout
-from ..wire import RECORD_COLUMNS, column_ids, extra_arguments, same_arguments, stop_arguments, to_columns
+from ..wire import RECORD_COLUMNS, extra_arguments, same_arguments, stop_arguments, to_columns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,6 +31,8 @@ def describe(pair: Pair) -> dict[str, Any]:
         "vocabulary": pair.vocabulary,
         "engine_vocabulary": pair.engine_vocabulary,
         "two_prompts": pair.two_prompts,
+        "template": pair.teacher_template,
+        "teacher_digest": checkpoint_digest(Path(pair.teacher)),
     }
 
 
@@ -59,6 +65,7 @@ def pair_of(info: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Pair:
         context=model["max_model_len"],
         ending=Ending(**{name: tuple(ids) for name, ids in settings["ending"].items()}),
         two_prompts=settings["two_prompts"],
+        teacher_template=settings["template"],
     )
 
 
@@ -81,34 +88,37 @@ def to_arguments(request: Request, ending: Ending, n: int, seed: int) -> dict[st
     }
 
 
-def to_rollouts(answer: dict[str, Any], request: Request, pair: Pair) -> list[Rollout]:
-    """The n rollouts in what TRL's client returned for `to_arguments`."""
-    columns = zip(answer["completion_ids"], answer["logprob_token_ids"], answer["logprobs"], strict=True)
-    return [_to_rollout(ids, names, values, request, pair) for ids, names, values in columns]
+def to_rollouts(choices: Sequence[dict[str, Any]], request: Request, pair: Pair) -> list[Rollout]:
+    """The n rollouts in the choices with which a server answered `to_arguments`, n of one request."""
+    return [_to_rollout(choice, request, pair) for choice in choices]
 
 
-def _to_rollout(
-    ids: list[int], names: list[list[int]], values: list[list[float]], request: Request, pair: Pair
-) -> Rollout:
-    wanted = column_ids(ids, pair.engine_vocabulary)
-    rows = np.zeros(wanted.shape, dtype=np.float32)
-    for row, columns, *pairs in zip(rows, wanted.tolist(), names, values, strict=True):
-        found = dict(zip(*pairs, strict=True))
-        if found.keys() != set(columns):
-            raise RuntimeError(
-                f"The server returned log-probabilities of the ids {sorted(found)}; wanted those of {columns[0]} and "
-                f"of {columns[1:]}: another column is in the way of the records."
-            )
-        row[:] = [found[column] for column in columns]
+def _to_rollout(choice: dict[str, Any], request: Request, pair: Pair) -> Rollout:
+    ids: list[int] = choice["token_ids"]
+    rows = np.empty((len(ids), 1 + RECORD_COLUMNS), dtype=np.float32)
+    if ids:
+        rows[:, 0] = choice["logprobs"]["token_logprobs"]
+        rows[:, 1:] = _columns(choice["logprobs"]["top_logprobs"], pair)
     rows[rows <= LEAST] = -np.inf
     text = request.sampling.cut(str(pair.tokenizer.decode(ids, skip_special_tokens=True)))
-    reason = "length" if _is_cut_short(ids, request, pair) else "stop"
-    return Rollout.from_request(request, ids, to_columns(rows), text, reason)
+    return Rollout.from_request(request, ids, to_columns(rows), text, str(choice["finish_reason"]))
 
 
-def _is_cut_short(ids: list[int], request: Request, pair: Pair) -> bool:
-    """Tell whether a completion met a limit: TRL's client does not hand on the server's word for it."""
-    if not request.sampling.ignore_eos and ids[-1:] and ids[-1] in pair.ending.stop:
-        return False
-    limit = min(request.sampling.max_tokens, pair.context - len(request.prompt_ids))
-    return len(ids) >= limit
+def _columns(tokens: Sequence[dict[str, float]], pair: Pair) -> Float[np.ndarray, "T 3"]:
+    """The columns of `RECORD_NAMES`, from a dictionary for each token: its own log q, and these.
+
+    Raises:
+        RuntimeError: where the dictionaries hold anything else.
+    """
+    names = [f"token_id:{pair.engine_vocabulary + column}" for column in range(RECORD_COLUMNS)]
+    try:
+        values = np.array(list(map(itemgetter(*names), tokens)), dtype=np.float32)
+    except KeyError:
+        values = None
+    if values is None or set(map(len, tokens)) != {1 + RECORD_COLUMNS}:
+        other = next(token for token in tokens if len(token) != 1 + RECORD_COLUMNS or not token.keys() > set(names))
+        raise RuntimeError(
+            f"The server returned log-probabilities of the ids {sorted(other)}; wanted those of a sampled token and "
+            f"of {names}: another column is in the way of the records."
+        )
+    return values

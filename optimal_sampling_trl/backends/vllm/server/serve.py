@@ -9,6 +9,7 @@ put the server to sleep and read its settings.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import signal
 from collections.abc import Sequence
@@ -85,12 +86,41 @@ async def serve(args: argparse.Namespace) -> None:
     address, sock = setup_server(args, reuse_port=False)
     try:
         async with build_async_engine_client(args) as engine:
+            answer_for_replicas(engine)
             await engine.collective_rpc("install_mixture_sampler")
             refuse_early(engine)
             stopped = await build_and_serve(engine, address, sock, args)
         await stopped
     finally:
         sock.close()
+
+
+def answer_for_replicas(engine: Any) -> None:
+    """Let the engine of a data-parallel server answer for all of its replicas.
+
+    Symptom: a trainer is told of one replica's weights and caches, and does not see that another missed a reload.
+    Cause: vLLM asks all replicas, and hands on the first one's answer alone.
+    Safe: the answers of all are handed on, and the caches count as dropped where each replica dropped them.
+    Upstream: none found; `DPLBAsyncMPClient.call_utility_async` says so in a comment.
+    Delete when: vLLM's `collective_rpc` returns the answers of all replicas.
+    """
+    core = engine.engine_core
+
+    async def ask(method: str, *arguments: Any) -> list[Any]:
+        engines = core.core_engines
+        return await asyncio.gather(*(core._call_utility_async(method, *arguments, engine=one) for one in engines))
+
+    async def collective_rpc(
+        method: str, timeout: float | None = None, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> list[Any]:
+        answers = await ask("collective_rpc", method, timeout, args, kwargs)
+        return [one for answer in answers for one in answer]
+
+    async def reset_prefix_cache(reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        return all(await ask("reset_prefix_cache", reset_running_requests, reset_connector))
+
+    if len(getattr(core, "core_engines", ())) > 1:
+        engine.collective_rpc, engine.reset_prefix_cache = collective_rpc, reset_prefix_cache
 
 
 def refuse_early(engine: Any) -> None:

@@ -60,7 +60,7 @@ def mix_step(
 ) -> Mixed:
     """Mix raw logits on a CPU. A row without a solution (see `mixture.mix`) has α = NaN and ends its sequence.
 
-    Reads both logits about ten times where α is solved, three times where it is known.
+    Reads both logits about ten times where α is solved, four times where it is known.
     """
     V_engine = teacher.shape[1]
     V = min(theta.shape[1], V_engine)
@@ -74,8 +74,10 @@ def mix_step(
     if mixtures.temperature is not None:
         log_theta, log_teacher = (x / mixtures.temperature[:, None] for x in (log_theta, log_teacher))
     theta_sum, teacher_sum = log_theta.logsumexp(-1), log_teacher.logsumexp(-1)
-    # A NaN among the logits is one in their sum; no finite logit at all is no distribution either.
-    alpha = alpha.float().masked_fill(~(theta_sum.isfinite() & teacher_sum.isfinite()), torch.nan)
+    # A NaN among the logits is one in their sum; no finite logit at all is no distribution either. In the mixture
+    # there is none where no token has mass under both models, or where a grammar leaves the student no token.
+    solved = theta_sum.isfinite() & teacher_sum.isfinite() & ~mixed.amax(-1).isneginf()
+    alpha = alpha.float().masked_fill(~solved, torch.nan)
     if bool(alpha.isnan().any()):
         mixed = torch.where(alpha.isnan()[:, None], _last_words(V, ending, mixed), mixed)
     if V_engine > V:

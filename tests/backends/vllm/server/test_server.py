@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from helpers.engines import TEXTS, TOLERANCE, Oracle, request
-from helpers.models import make_model, make_tokenizer
+from helpers.models import EOS, make_model, make_tokenizer
 from helpers.training import TEXTS as PROMPTS
 from helpers.training import Watch, load, make_trainer, make_untrained_pair, train_and_check
 
@@ -42,7 +43,7 @@ from vllm.sampling_params import StructuredOutputsParams
 from helpers.servers import MIXED, Server
 from optimal_sampling_trl.backends.vllm.requests import check_params
 from optimal_sampling_trl.backends.vllm.server import serve
-from optimal_sampling_trl.backends.vllm.server.client import FusedServer, refuse_silence
+from optimal_sampling_trl.backends.vllm.server.client import FusedServer, complete, refuse_silence
 from optimal_sampling_trl.backends.vllm.server.messages import pair_of, to_arguments, to_rollouts
 from optimal_sampling_trl.backends.vllm.wire import THETA_PROMPT
 from processes.serve_from_files import FileClient
@@ -102,12 +103,13 @@ def test_records_through_trls_own_client(server: Server, oracle: Oracle) -> None
     asked, rollouts = [], []
     for seed, settings in enumerate(MIXED):
         one = request(TEXTS[seed % len(TEXTS)], **settings)
-        rollouts += to_rollouts(client.generate(**to_arguments(one, pair.ending, 3, seed)), one, pair)
+        rollouts += to_rollouts(complete(client, to_arguments(one, pair.ending, 3, seed)), one, pair)
         asked += [one] * 3
     oracle.check(rollouts, asked)
     assert len({tuple(rollout.completion_ids) for rollout in rollouts[:3]}) == 3, "n completions are n samples"
-    again = client.generate(**to_arguments(asked[0], pair.ending, 3, 0))["completion_ids"]
-    assert again == [rollout.completion_ids for rollout in rollouts[:3]], "a seed makes them the same"
+    again = complete(client, to_arguments(asked[0], pair.ending, 3, 0))
+    completions = [rollout.completion_ids for rollout in rollouts[:3]]
+    assert [choice["token_ids"] for choice in again] == completions, "a seed makes them the same"
 
 
 def test_200_requests_at_once_with_strangers_among_them(
@@ -143,6 +145,14 @@ def test_200_requests_at_once_with_strangers_among_them(
             "this server runs on a CPU, where both models read one",
         ),
         ({"prompt_logprobs": 1}, "`prompt_logprobs` (or `echo`) is 1, and vLLM computes it of the teacher alone"),
+        (
+            {"echo": True, "logprobs": 3, "vllm_xargs": {"alpha_min": 1.0, "optimal_sampling_record": 1}},
+            "`prompt_logprobs` (or `echo`) is 3 in a request for records",
+        ),
+        (
+            {"prompt_logprobs": 0, "logprobs": 3, "vllm_xargs": {"alpha_min": 1.0, "optimal_sampling_record": 1}},
+            "`prompt_logprobs` (or `echo`) is 0 in a request for records",
+        ),
         ({"use_beam_search": True, "n": 2}, "vLLM would search without the request's mixture"),
         ({"prompt": [1, 280]}, "The prompt has the token 280; wanted ids below 272, which both models read"),
     ],
@@ -199,7 +209,7 @@ def test_after_all_bad_requests_the_records_are_right(server: Server, models: tu
     client = VLLMClient(base_url=server.url)
     pair = pair_of(client.get_server_info(), make_tokenizer())
     one = request("after", **MIXED[0])
-    oracle.check(to_rollouts(client.generate(**to_arguments(one, pair.ending, 2, 0)), one, pair), [one] * 2)
+    oracle.check(to_rollouts(complete(client, to_arguments(one, pair.ending, 2, 0)), one, pair), [one] * 2)
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"\xff\xfe", b'{"prompt": "x"', b"null"])
@@ -303,6 +313,7 @@ def test_nan_is_named_and_leaves_nothing_behind(
         ({"tokens": "0"}, "its student '.*theta' has another tokenizer than the model that is trained"),
         ({"model_config": {"logprobs_mode": "raw_logprobs"}}, "its `logprobs_mode` is 'raw_logprobs'; wanted"),
         ({"teacher": "larger"}, "its teacher is '.*teacher', and the generator's 'larger'"),
+        ({"teacher_digest": "0"}, "its teacher '.*teacher' has other weights than the generator's, '.*teacher'"),
     ],
 )
 def test_another_server_than_wanted_is_refused(
@@ -322,6 +333,44 @@ def test_another_server_than_wanted_is_refused(
         RuntimeError, match=f"^The server at {server.url} does not fit the trainer: {words}.*{command}"
     ):
         FusedServer(client, change.get("teacher", models[0]), make_tokenizer())
+
+
+def test_another_checkpoint_of_one_name_is_another_teacher(
+    server: Server, models: tuple[str, str], tmp_path: Path
+) -> None:
+    other = make_model(tmp_path / "teacher", "qwen2", 7)
+    with pytest.raises(RuntimeError, match="has other weights than the generator's"):
+        FusedServer(VLLMClient(base_url=server.url), other, make_tokenizer())
+    copied = shutil.copytree(models[0], tmp_path / "copy" / "teacher")
+    FusedServer(VLLMClient(base_url=server.url), str(copied), make_tokenizer())
+    with pytest.warns(UserWarning, match="whether their weights are the same cannot be told from here"):
+        FusedServer(VLLMClient(base_url=server.url), "/elsewhere/teacher", make_tokenizer())
+
+
+def test_other_endings_than_the_trainers_are_refused(server: Server, models: tuple[str, str]) -> None:
+    served = FusedServer(VLLMClient(base_url=server.url), models[0], make_tokenizer())
+    served.check_ending((EOS,))
+    served.check_ending((EOS, 300))
+    with pytest.raises(RuntimeError, match=r"ends completions at the tokens \[256\], and the trainer at \[5, 256\]"):
+        served.check_ending((5, EOS))
+
+
+def test_a_stop_text_that_ends_at_the_last_token(server: Server, models: tuple[str, str]) -> None:
+    """vLLM's word counts, not the number of tokens."""
+    client = VLLMClient(base_url=server.url)
+    pair = pair_of(client.get_server_info(), make_tokenizer())
+    letters = ("a", "E", "7", "#")
+    one = request("hello", max_tokens=1, stop=letters)
+    rollouts = to_rollouts(complete(client, to_arguments(one, pair.ending, 300, 0)), one, pair)
+    at_text = [r for r in rollouts if pair.tokenizer.decode(r.completion_ids) in letters]
+    others = [r for r in rollouts if r not in at_text and r.completion_ids[0] not in pair.ending.stop]
+    assert at_text
+    assert others
+    assert {r.finish_reason for r in at_text} == {"stop"}
+    assert {r.finish_reason for r in others} == {"length"}
+    served = FusedServer(client, models[0], make_tokenizer())
+    with pytest.raises(ValueError, match="Request 1 has 5 stop texts; wanted at most 4"):
+        served.sample([one, replace(one, sampling=replace(one.sampling, stop=(*letters, "x")))])
 
 
 def test_a_server_that_is_gone_or_was_restarted(

@@ -1,0 +1,60 @@
+"""A step of the CPU's sampler by itself: rows without a solution are flagged as `mix` flags them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from optimal_sampling_trl.mixture import Mixture, mix
+from optimal_sampling_trl.pairing import Ending
+
+ENDING = Ending((3,), ())
+NOWHERE = -torch.inf
+APART = (torch.tensor([[1.0, 2.0, NOWHERE, NOWHERE]]), torch.tensor([[NOWHERE, NOWHERE, 0.5, 0.1]]))
+"""Raw logits of a student and a teacher that share no token."""
+INSIDE = [
+    Mixture(),
+    Mixture("ess_balance"),
+    Mixture("trust_region"),
+    Mixture("fixed", fixed_alpha=0.5),
+    Mixture("entropy", alpha_min=0.2, alpha_max=0.8),
+    Mixture(alpha_min=0.3, alpha_max=0.3),
+]
+"""Mixtures whose α lies between the two models in each row."""
+ENDS = [Mixture.theta_only(), Mixture.teacher_only(), Mixture("fixed", fixed_alpha=0.0)]
+
+
+def step(theta: Tensor, teacher: Tensor, mixtures: list[Mixture], masked: bool = False) -> Any:
+    """One step with a row for each mixture."""
+    sampler = pytest.importorskip("optimal_sampling_trl.backends.vllm.worker.row_sampler", reason="vLLM")
+    N = len(mixtures)
+    batch = sampler.BatchMixtures.of(mixtures, [1.0] * N, [masked] * N, torch.device("cpu"))
+    return sampler.mix_step(theta.expand(N, -1), teacher.expand(N, -1), batch, ENDING)
+
+
+@pytest.mark.parametrize("mixtures", [[mixture] for mixture in INSIDE] + [INSIDE, [*INSIDE, *ENDS]], ids=len)
+def test_rows_without_a_common_token(mixtures: list[Mixture]) -> None:
+    mixed = step(*APART, mixtures)
+    expected, _ = mix(*(x.expand(len(mixtures), -1) for x in APART), mixtures)
+    assert torch.equal(mixed.alpha.isnan(), expected.isnan())
+    assert mixed.alpha.isnan().tolist() == [mixture in INSIDE for mixture in mixtures]
+    log_q = mixed.logits.log_softmax(-1)
+    assert not bool(log_q.isnan().any())
+    assert set(log_q.argmax(-1)[mixed.alpha.isnan()].tolist()) <= {ENDING.stop[0]}
+
+
+def test_a_grammar_that_leaves_the_student_no_token() -> None:
+    mixed = step(*APART, ENDS, masked=True)
+    assert mixed.alpha.isnan().tolist() == [True, False, True]
+    assert not bool(mixed.logits.log_softmax(-1).isnan().any())
+
+
+def test_one_common_token_is_enough() -> None:
+    theta, teacher = (logits.clone() for logits in APART)
+    teacher[0, 1] = -3.0
+    mixed = step(theta, teacher, INSIDE)
+    assert not bool(mixed.alpha.isnan().any())
+    assert mixed.logits.argmax(-1).tolist() == [1] * len(INSIDE)
