@@ -205,13 +205,7 @@ class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
             )
             total, count = self.accelerator.reduce(torch.stack([log_ratio.sum(), mask.sum()]))
             output["mean_log_ratio"] = (total / count.clamp(min=1)).expand(len(mask))  # TRL shuffles and splits rows
-        output["weights"] = self.correction.weights(
-            output["log_theta"],
-            output["log_q"],
-            output["completion_mask"].float(),
-            output["mixture_rows"],
-            inclusive=self.sampled_token,
-        )
+        output["weights"] = self._correction_weights(output, inclusive=self.sampled_token)
 
     def _compute_loss(self, unwrapped_student: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
         if self.sampled_token:

@@ -157,6 +157,7 @@ class MixtureTrainer(TrlTrainer):
         if dropout := dropout_of(self.model):
             warnings.warn(
                 f"The student has dropout ({', '.join(dropout)}): the trainer's log θ is taken with it, the rollouts' "
+        self._weigh(output)
                 f"without, so that ratios of the two are noisy and `{metrics.LOG_THETA_DIFFERENCE}` is no rounding. "
                 "Set it to 0 in the configurations of the model and of the adapter; `disable_dropout=True` switches "
                 "off what is a module.",
@@ -215,10 +216,28 @@ class MixtureTrainer(TrlTrainer):
         mixed = mask & output["mixture_rows"][:, None]
         alpha, log_q, log_theta, log_teacher = (self._gathered(output[name], mixed) for name in RECORDS)
         if len(alpha):  # there are none where the schedule has arrived at the student, or `theta_fraction` is 1
+    def _weigh(self, output: dict[str, Any]) -> None:
+        """Put weights into the batch that the loss reads in evaluation too; by default there are none."""
+
             self._append_metrics(metrics.of_mixture(alpha, log_q, log_theta, log_teacher))
             self.histograms = metrics.histograms_of_mixture(alpha, log_q, log_theta)
 
     def _log_difference(self, output: dict[str, Any], mask: Tensor) -> None:
+    def _trained_on(self, output: dict[str, Any]) -> Tensor | None:
+        """Factors of each completion (B,) or token (B, T) in the loss; None where TRL's table has no advantage."""
+        return output.get("advantages")
+
+    def _correction_weights(self, output: dict[str, Any], inclusive: bool = True) -> Tensor:
+        """Weights (B, T) of the correction for a batch; the mean that some are divided by is that of all processes."""
+        return self.correction.weights(
+            output["log_theta"],
+            output["log_q"],
+            output["completion_mask"].float(),
+            output["mixture_rows"],
+            inclusive=inclusive,
+            total=self.accelerator.reduce,
+        )
+
         """Log the distance between the engine's log θ and the trainer's, where TRL computed the latter."""
         if (of_tokens := output.get("old_per_token_logps")) is not None:  # GRPO's (B, T)
             differences = self._gathered(metrics.token_differences(of_tokens, output["log_theta"]), mask)

@@ -101,7 +101,5 @@ class RLOOTrainer(PolicyGradientTrainer, trl.RLOOTrainer):
             )
 
     def _correct(self, output: dict[str, Any]) -> None:
-        weights = self.correction.weights(
-            output["log_theta"], output["log_q"], output["completion_mask"].float(), output["mixture_rows"]
-        )
+        weights = self._correction_weights(output)
         output["advantages"] = self._advantages(output) * weights[:, 0]  # equal along a completion

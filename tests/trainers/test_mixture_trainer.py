@@ -174,14 +174,6 @@ def test_refusals_of_every_trainer(pair: tuple[str, str], tmp_path: Path, kind: 
 
 
 def test_refusals_of_one_trainer(pair: tuple[str, str], tmp_path: Path) -> None:
-    refused(
-        r"`correction` is 'token_mask' and `vllm_importance_sampling_correction` is False, .*Leave the latter True",
-        "grpo",
-        pair,
-        tmp_path,
-        correction="token_mask",
-        vllm_importance_sampling_correction=False,
-    )
     for name in ("token_truncate", "prefix_luffy"):
         refused(
             rf"`correction` is '{name}'; RLOO weighs whole completions, so wanted 'none' or .*'sequence_truncate'",
