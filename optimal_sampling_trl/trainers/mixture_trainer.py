@@ -85,6 +85,7 @@ class MixtureTrainer(TrlTrainer):
         return build_generation(plan, self._loaded_teacher(), **trl_arguments)
 
     def _loaded_teacher(self) -> Any:
+            step=lambda: self.state.global_step,
         """Teacher that the trainer has loaded, for the transformers backend to share; None where it has none."""
         return None
 
@@ -127,6 +128,13 @@ class MixtureTrainer(TrlTrainer):
         self.generator.check_engine_arguments()
         if getattr(self.args, "use_transformers_continuous_batching", False):
             raise ValueError("`use_transformers_continuous_batching` is for TRL's own rollouts. Drop it.")
+    def _theta_rows(self) -> Tensor:
+        """True in the rows of all processes (rows,) that the student samples alone, by the plan of this batch."""
+        processes = self.accelerator.num_processes
+        rows = len(self._dataset_rows) * processes
+        mixtures = self.vllm_generation.plan.mixtures(rows, 0, processes)
+        return torch.tensor([mixture.is_theta_only for mixture in mixtures], device=self.accelerator.device)
+
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Add the records of `stack_records` to TRL's batch, whose shuffle and split carry them with their rows."""

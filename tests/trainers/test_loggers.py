@@ -103,6 +103,19 @@ def test_histograms_and_figures_reach_tensorboard(
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_the_figure_keeps_the_last_rollouts_of_the_mixture(pair: tuple[str, str], tmp_path: Path) -> None:
+    """A process that holds a row of a group may have none of the mixture's in its last batch."""
+    trainer = make_trainer("grpo", pair, tmp_path, mixin=Watch)
+    (figures,) = (each for each in trainer.callback_handler.callbacks if isinstance(each, FigureCallback))
+    one_batch(trainer, TEXTS[:1] * 4)
+    mixed = [rollout for rollout in trainer.rollouts if not rollout.mixture.is_theta_only]
+    figures.on_step_end(trainer.args, trainer.state, trainer.control)
+    trainer.rollouts = [rollout for rollout in trainer.rollouts if rollout.mixture.is_theta_only]
+    figures.on_step_end(trainer.args, trainer.state, trainer.control)
+    assert len(mixed) == 2
+    assert figures.rollouts == mixed
+
+
 def test_other_loggers_get_the_same(
     pair: tuple[str, str], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

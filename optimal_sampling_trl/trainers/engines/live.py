@@ -60,7 +60,7 @@ class LiveGeneration(MixtureGeneration):
     ) -> tuple[list[list[int]], list[list[int]], list[list[list[float]]], None]:
         """Sample a completion of each prompt; see `as_trl_returns` for what comes back."""
         refuse_images(images)
-        requests = self.make_requests(prompts, self.accelerator.process_index * len(prompts))
+        requests = self.make_requests(prompts, self.accelerator.process_index * len(prompts), self.teacher_prompts)
         if self.sleeps:
             self.backend.wake_up()
         start = time.perf_counter()
