@@ -12,6 +12,7 @@ from ..losses import sampled_token_coefficients
 from ..options import unknown_option
 from .config import GRPOConfig, with_our_default
 from .policy_gradient import PolicyGradientTrainer
+from .unread import has_negatives
 
 if TYPE_CHECKING:
     import torch
@@ -30,10 +31,10 @@ if TYPE_CHECKING:
 
 VESPO = ("none", "token_truncate", "token_mask")
 """Corrections that the loss of this name takes: a weight of each token, and 1 on padding."""
-
 RATIO_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 RATIO_DETAILS = tuple(f"vllm_importance_sampling_{detail}" for detail in ("mode", "clip_max", "clip_min"))
 """TRL's names, in its configuration and on its trainer, of what its ratio of the trainer to the engine reads."""
+
 
 class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
     """TRL's `GRPOTrainer` with `generator=`: rollouts from the mixture of a teacher and the model.
@@ -108,7 +109,6 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
-
         self._let_trl_weigh()
 
     def _let_trl_weigh(self) -> None:
@@ -120,6 +120,7 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
             for name in RATIO_DETAILS:
                 setattr(self, name, getattr(trl.GRPOConfig, name))
         self.vllm_importance_sampling_correction = True
+
     def _check_settings(self) -> None:
         super()._check_settings()
         if (mode := self.args.vllm_importance_sampling_mode) not in RATIO_MODES:
@@ -136,7 +137,8 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
                 "Watch the evaluation.",
                 stacklevel=4,
             )
-        if self.args.beta != 0 or self.args.off_policy_mask_threshold is not None:
+        reads_threshold = self.args.off_policy_mask_threshold is not None and has_negatives(self.args)
+        if self.args.beta != 0 or reads_threshold:
             warnings.warn(
                 f"`beta` is {self.args.beta} and `off_policy_mask_threshold` {self.args.off_policy_mask_threshold}: "
                 "TRL computes both on the mixture's tokens as if the student had sampled them. "
@@ -144,8 +146,6 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
                 stacklevel=4,
             )
 
-    def _correct(self, output: dict[str, Any]) -> None:
-        mask = output["completion_mask"].float()
     def _weigh(self, output: dict[str, Any]) -> None:
         """Put our weights where TRL has its ratio of the trainer to the engine, times it if that is asked for."""
         weights = self._correction_weights(output)  # 1 in an evaluation, which samples from the student alone
@@ -153,6 +153,8 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
             weights = output["importance_sampling_ratio"] * weights  # TRL's (B, T) or (B, 1)
         output["importance_sampling_ratio"] = weights
 
+    def _correct(self, output: dict[str, Any]) -> None:
+        mask = output["completion_mask"].float()
         output["advantages"] = self._advantages(output)
         if coefficient := getattr(self.args, "distillation_coefficient", 0.0):
             towards_teacher = sampled_token_coefficients(

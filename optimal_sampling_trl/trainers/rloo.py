@@ -8,6 +8,7 @@ import trl
 
 from .config import RLOOConfig
 from .policy_gradient import PolicyGradientTrainer
+from .unread import warn_user
 
 if TYPE_CHECKING:
     import torch
@@ -98,6 +99,13 @@ class RLOOTrainer(PolicyGradientTrainer, trl.RLOOTrainer):
             raise ValueError(
                 f"`correction` is {self.correction.name!r}; RLOO weighs whole completions, so wanted 'none' or one of "
                 "the level 'sequence', for example 'sequence_truncate'."
+            )
+
+        if self.args.beta != 0:
+            warn_user(
+                f"`beta` is {self.args.beta}: RLOO takes β·Σ(log θ − log θ_reference) from the reward of each "
+                "completion, on the mixture's tokens as if the student had sampled them, and so punishes what the "
+                "mixture's half teaches. Leave it at 0."
             )
 
     def _correct(self, output: dict[str, Any]) -> None:

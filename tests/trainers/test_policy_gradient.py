@@ -112,7 +112,8 @@ def test_trls_ratio_multiplies_ours_where_it_is_asked_for(
 def test_details_of_trls_ratio_do_no_harm_where_it_does_not_count(pair: tuple[str, str], tmp_path: Path) -> None:
     """TRL computes its ratio for the metrics all the same, and would fail on a truncation without a bound."""
     settings = {"vllm_importance_sampling_mode": "token_truncate", "vllm_importance_sampling_clip_max": None}
-    trainer = make_trainer("grpo", pair, tmp_path, **settings)
+    with pytest.warns(UserWarning, match=r"`vllm_importance_sampling_mode` is 'token_truncate' and does nothing here"):
+        trainer = make_trainer("grpo", pair, tmp_path, **settings)
     batch = one_batch(trainer, TEXTS[:1] * 4)
     assert bool((batch["importance_sampling_ratio"] == 1).all())
     with pytest.raises(ValueError, match=r"^Unknown value of `vllm_importance_sampling_mode` 'token'\. Known: "):

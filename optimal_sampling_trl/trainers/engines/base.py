@@ -125,6 +125,10 @@ class MixtureGeneration:
             for teacher, theta, mixture in zip(teacher_prompts or prompts, prompts, mixtures, strict=True)
         ]
 
+    def unread_settings(self) -> dict[str, str]:
+        """Fields of TRL's configuration that this engine does not read, and what would read each."""
+        return {}
+
     def close(self) -> None:
         """Free the engine. Doing so twice is fine."""
         raise NotImplementedError
@@ -180,6 +184,11 @@ def _sampling(trl_arguments: dict[str, Any]) -> Sampling:
     """TRL's settings of generation as ours; `generation_kwargs` may add or replace some."""
     if trl_arguments["structured_outputs_regex"] is not None:
         raise ValueError("`vllm_structured_outputs_regex` is not supported with rollouts from the mixture. Drop it.")
+    if trl_arguments["max_completion_length"] is None:
+        raise ValueError(
+            "`max_completion_length` is None; wanted the largest number of tokens of a completion. Set it: the "
+            "engines of the mixture have no limit of their own."
+        )
     sampling = Sampling(
         max_tokens=trl_arguments["max_completion_length"],
         temperature=trl_arguments["temperature"],

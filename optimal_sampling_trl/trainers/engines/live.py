@@ -55,6 +55,11 @@ class LiveGeneration(MixtureGeneration):
             **options,
         )
 
+    def unread_settings(self) -> dict[str, str]:
+        """Those of vLLM's."""
+        reader = "by vLLM, and rollouts are sampled with transformers"
+        return dict.fromkeys(("vllm_gpu_memory_utilization", "vllm_model_impl"), reader)
+
     def generate(
         self, prompts: list[list[int]], images: list[Any] | None, num_generations: int, profiler: Any = None
     ) -> tuple[list[list[int]], list[list[int]], list[list[list[float]]], None]:
