@@ -27,6 +27,7 @@ Filtered imitation needs no correction: the completions that a reward accepts ar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +52,7 @@ class Correction:
         clip_min: c of the shape `mask`; None is no lower bound.
         gamma: γ of the shape `luffy`.
         window: number of the last ratios that the level `prefix` multiplies; None is all.
-        self_normalise: divide the weights by their mean over the mixture's tokens.
+        self_normalise: divide the weights by their mean over the mixture's tokens, in all processes together.
 
     Raises:
         ValueError: on an unknown name, or a number out of range.
@@ -83,6 +84,7 @@ class Correction:
         mixture_rows: Bool[Tensor, " B"],
         *,
         inclusive: bool = True,
+        total: Callable[[Tensor], Tensor] = lambda sums: sums,
     ) -> Float[Tensor, "B T"]:
         """Weight of each token; 1 in rows that the student sampled. Carries no gradient.
 
@@ -92,6 +94,7 @@ class Correction:
             mask: 1 on tokens, 0 on padding.
             mixture_rows: True in rows that the mixture sampled.
             inclusive: see `log_weights`.
+            total: adds up a tensor over all processes that share the batch; by default this one has all of it.
         """
         ones = torch.ones_like(log_theta)
         if self.name == "none":
@@ -102,7 +105,8 @@ class Correction:
         rows = mixture_rows[:, None]
         if self.self_normalise:
             tokens = rows * mask
-            weight = weight * tokens.sum() / (weight * tokens).sum().clamp(min=torch.finfo(weight.dtype).tiny)
+            count, whole = total(torch.stack([tokens.sum(), (weight * tokens).sum()]))
+            weight = weight * count / whole.clamp(min=torch.finfo(weight.dtype).tiny)
         return torch.where(rows, weight, ones)
 
     def _shape(self, weight: Tensor, shape: str) -> Tensor:

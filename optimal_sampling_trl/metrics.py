@@ -1,7 +1,9 @@
 """Numbers that the trainers log of a batch, and the names under which they are logged.
 
 q is the mixture, θ the student, t the teacher, x a sampled token. Each function takes the values of all processes and
-returns floats by name, so that a trainer only has to gather and to append.
+returns floats by name, so that a trainer only has to gather and to append. They are finite: where there is nothing to
+average there is no name, and a token that one of the models rules out is left out of a divergence, which it would make
+infinite. The mean reward of a half that no function could score is NaN, which TRL leaves out of its means.
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ KL_TEACHER = "mixture/kl_teacher"
 """KL(q‖t), likewise."""
 SAMPLE_SIZE = "mixture/ess"
 """Effective sample size of the mixture's tokens for the student, as a share of their number."""
+ACCEPTANCE = "mixture/acceptance"
+"""Mean of min(1, θ/q) over the mixture's tokens: an estimate of Σ min(θ, q), the share of the student's drafts that
+speculative sampling would accept."""
 REWARD_THETA = "mixture/reward_theta"
 """Mean reward of the completions that the student sampled."""
 REWARD_MIXTURE = "mixture/reward_mixture"
@@ -62,17 +67,27 @@ def of_mixture(
     return {
         ALPHA_MEAN: float(alpha.mean()),
         **dict(zip(ALPHA_QUANTILES, quantiles(alpha, list(ALPHA_QUANTILES.values())), strict=True)),
-        KL_THETA: float((log_q - log_theta).mean()),
-        KL_TEACHER: float((log_q - log_teacher).mean()),
+        **_finite_mean(KL_THETA, log_q - log_theta),
+        **_finite_mean(KL_TEACHER, log_q - log_teacher),
         SAMPLE_SIZE: float(effective_sample_size(log_theta - log_q) / len(alpha)),
     }
+
+
+def of_drafts(log_q: Float[Tensor, " N"], log_theta: Float[Tensor, " N"]) -> dict[str, float]:
+    """Estimate the acceptance of the student's drafts from the N tokens that the mixture sampled; empty without any.
+
+    Source: Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", arXiv:2211.17192, §3.3.
+    """
+    return _finite_mean(ACCEPTANCE, (log_theta - log_q).clamp(max=0.0).exp())
 
 
 def histograms_of_mixture(
     alpha: Float[Tensor, " N"], log_q: Float[Tensor, " N"], log_theta: Float[Tensor, " N"]
 ) -> dict[str, Float[Tensor, " N"]]:
-    """Values of the histograms over the N tokens that the mixture sampled, by name; empty where there are none."""
-    return {ALPHA_TOKENS: alpha, LOG_WEIGHT: log_theta - log_q} if len(alpha) else {}
+    """Finite values of the histograms over the N tokens that the mixture sampled, by name, where there are any."""
+    values = {ALPHA_TOKENS: alpha, LOG_WEIGHT: log_theta - log_q}
+    finite = {name: value[value.isfinite()] for name, value in values.items()}
+    return {name: value for name, value in finite.items() if len(value)}
 
 
 def of_speed(tokens: Float[Tensor, " P"], seconds: Float[Tensor, " P"]) -> dict[str, float]:
@@ -135,8 +150,14 @@ def completion_differences(
 
 
 def of_differences(differences: Float[Tensor, " N"]) -> dict[str, float]:
-    """Average the differences of N tokens or completions."""
-    return {LOG_THETA_DIFFERENCE: float(differences.mean())}
+    """Average the differences of N tokens or completions; empty where there are none."""
+    return _finite_mean(LOG_THETA_DIFFERENCE, differences)
+
+
+def _finite_mean(name: str, values: Float[Tensor, " N"]) -> dict[str, float]:
+    """Average the finite ones of N values; empty where there are none."""
+    finite = values[values.isfinite()]
+    return {name: float(finite.mean())} if len(finite) else {}
 
 
 def quantiles(values: Float[Tensor, " N"], shares: Sequence[float]) -> list[float]:

@@ -135,6 +135,7 @@ def _page_data(
             "ids": ids,
             **{name: _rounded(record) for name, record in zip(RECORDS, records, strict=True)},
             "mean": _rounded(records[RECORDS.index("alpha")].nanmean()[None])[0],
+            "acceptance": _rounded(_acceptance(rollout, records)[None])[0],
             "reward": _rounded(torch.tensor([math.nan if reward is None else float(reward)]).double())[0],
             "step": None if step is None else int(step),
             "prompt": prompts.setdefault(tuple(rollout.prompt_ids), len(prompts)),
@@ -171,6 +172,13 @@ def _records(rollout: Rollout, index: int) -> torch.Tensor:
             )
         rows.append(row.detach().cpu().double())
     return torch.stack(rows)
+
+
+def _acceptance(rollout: Rollout, records: torch.Tensor) -> torch.Tensor:
+    """Average min(1, θ/q) over the tokens of a rollout (`metrics.ACCEPTANCE`); NaN where no token was drawn."""
+    ratios = dict(zip(RECORDS, records, strict=True))
+    accepted = (ratios["log_theta"] - ratios["log_q"]).clamp(max=0.0).exp().nanmean()
+    return accepted if rollout.temperature > 0 else torch.full_like(accepted, math.nan)
 
 
 def _rounded(values: torch.Tensor) -> list[float | str | None]:

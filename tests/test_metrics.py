@@ -49,6 +49,35 @@ def test_no_token_of_the_mixture_has_no_number() -> None:
     assert metrics.histograms_of_mixture(none, none, none) == {}
 
 
+def test_a_token_that_a_model_rules_out_leaves_no_infinite_number() -> None:
+    """log t = −inf at α = 0, log θ = −inf at α = 1: the divergence of one token is infinite, the metric is not."""
+    alpha, nothing = torch.tensor([0.0, 1.0, 0.5, 0.5]), torch.zeros(4)
+    log_theta = torch.tensor([-0.5, -torch.inf, -1.0, -1.0])
+    log_teacher = torch.tensor([-torch.inf, -0.5, -2.0, -1.0])
+    numbers = metrics.of_mixture(alpha, nothing, log_theta, log_teacher)
+    assert numbers["mixture/kl_theta"] == pytest.approx(2.5 / 3)
+    assert numbers["mixture/kl_teacher"] == pytest.approx(3.5 / 3)
+    every = numbers | metrics.of_drafts(nothing, log_theta)
+    assert all(np.isfinite(value) for value in every.values())
+    drawn = metrics.histograms_of_mixture(alpha, nothing, log_theta)
+    assert drawn["mixture/log_weight"].tolist() == [-0.5, -1.0, -1.0]
+    assert len(drawn["alpha/tokens"]) == 4
+    ruled_out = torch.full((4,), -torch.inf)
+    assert metrics.of_mixture(alpha, nothing, nothing, ruled_out).keys().isdisjoint({"mixture/kl_teacher"})
+
+
+def test_the_acceptance_of_the_students_drafts() -> None:
+    """Mean of min(1, θ/q) by hand, and as an estimate of Σ min(θ, q), which both distributions give exactly."""
+    log_q, log_theta = torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([-2.0, -1.0, -torch.inf])
+    assert metrics.of_drafts(log_q, log_theta) == pytest.approx({"mixture/acceptance": (np.exp(-1) + 1 + 0) / 3})
+    assert metrics.of_drafts(torch.zeros(0), torch.zeros(0)) == {}
+    chance = torch.Generator().manual_seed(0)
+    log_theta, log_q = torch.randn(2, 20, generator=chance).log_softmax(-1).unbind(0)
+    tokens = torch.multinomial(log_q.exp(), 100_000, replacement=True, generator=chance)
+    exact = float(torch.minimum(log_theta.exp(), log_q.exp()).sum())
+    assert metrics.of_drafts(log_q[tokens], log_theta[tokens])["mixture/acceptance"] == pytest.approx(exact, abs=5e-3)
+
+
 def test_quantiles_of_many_values() -> None:
     """As torch's own, which refuses as many values as a large batch has."""
     values = torch.rand(1001, generator=torch.Generator().manual_seed(0))
@@ -112,3 +141,5 @@ def test_the_difference_between_trainer_and_engine() -> None:
     per_token = metrics.completion_differences(torch.tensor([-3.5, -0.75]), engine, mask)
     assert per_token.tolist() == [0.25, 0.25]
     assert metrics.of_differences(per_token) == {"engine/log_theta_difference": 0.25}
+    assert metrics.of_differences(torch.zeros(0)) == {}
+    assert metrics.of_differences(torch.tensor([0.5, torch.inf])) == {"engine/log_theta_difference": 0.5}

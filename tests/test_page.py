@@ -383,6 +383,15 @@ def test_a_first_token_keeps_its_space(tokenizer):
     assert page._piece(tokenizer, tokenizer.encode(" 24")[0]) == tokenizer.decode(tokenizer.encode(" 24")[:1])
 
 
+def test_the_page_holds_the_acceptance_of_each_rollout(tokenizer, tmp_path):
+    """Mean of min(1, θ/q): θ/q is exp(-0.5) at each token, or above 1; at temperature 0 there is none."""
+    rollouts = [rollout(tokenizer, "We add"), rollout(tokenizer, "We add", temperature=0.0)]
+    rollouts.append(rollout(tokenizer, "We add", log_q=torch.full((len(rollouts[0].completion_ids),), -3.0)))
+    written = write_page(tmp_path / "page.html", rollouts, tokenizer).read_text()
+    data = json.loads(re.search(r'<script[^>]*type="application/json"[^>]*>(.*?)</script>', written, re.S)[1])
+    assert [row["acceptance"] for row in data["rollouts"]] == [pytest.approx(0.6065), None, 1.0]
+
+
 def test_errors_say_what_to_do(tokenizer, tmp_path, monkeypatch):
     path, one = tmp_path / "page.html", rollout(tokenizer, " 24")
     with pytest.raises(ValueError, match="no rollouts; a page needs at least one"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -14,6 +15,8 @@ LOSSES = ("divergence", "sampled_token")
 WEIGHTS = ("accepted", "reward")
 DENOMINATORS = ("all", "accepted")
 POSITIVE_ONLY = ("mixture", "all", "none")
+OTHER_DEFAULTS = ("vllm_importance_sampling_correction", "beta")
+"""Fields of TRL's whose default is another one here."""
 
 
 @dataclass
@@ -64,7 +67,8 @@ class CorrectionConfig(GuardConfig):
         default=None, metadata={"help": "Number of the last ratios that the level 'prefix' multiplies; None is all."}
     )
     correction_self_normalise: bool = field(
-        default=False, metadata={"help": "Divide the weights by their mean over the mixture's tokens."}
+        default=False,
+        metadata={"help": "Divide the weights by their mean over the mixture's tokens, in all processes together."},
     )
 
 
@@ -98,6 +102,16 @@ class GRPOConfig(PolicyGradientConfig, trl.GRPOConfig):
     (`OptimalSamplingGenerator.theta_fraction`), the other half from the mixture with weight 1, and of both halves the
     positive advantages only. The best learning rate may differ from the one with negatives: see recipes/README.md.
 
+    Weight 1 is exact: `vllm_importance_sampling_correction`, TRL's correction of the engine's rounding, is off here.
+    On, it multiplies our weight by TRL's ratio of the trainer to the engine. In TRL's default mode `sequence_mask`
+    that is exp(Σ(log θ_trainer − log θ_engine)) over a completion, 0 above 3; in bfloat16 its logarithm spreads with
+    the square root of the length (docs/robustness.md, "Rounding in the engine"). `engine/log_theta_difference` is
+    logged either way, and so is TRL's `sampling/importance_sampling_ratio/*`: the ratio that would multiply the loss.
+
+    A completion whose advantage is dropped still counts in the loss's denominator, as one of advantage 0 does in TRL:
+    the gradient estimates E[max(A, 0)·∇log θ], and is smaller than TRL's while half of the advantages are negative.
+    Adam does not notice; `max_grad_norm` and plain SGD do.
+
     Example:
         ```python
         GRPOConfig("output/grpo", distillation_coefficient=0.1)  # 0.1·(log t - log θ) beside the reward
@@ -105,6 +119,14 @@ class GRPOConfig(PolicyGradientConfig, trl.GRPOConfig):
         ```
     """
 
+    vllm_importance_sampling_correction: bool = field(
+        default=False,
+        metadata={
+            "help": "Multiply the weights by TRL's ratio of the trainer to the engine, as "
+            "`vllm_importance_sampling_mode` says. Off by default, where TRL has it on: in bfloat16 the ratio of a "
+            "long completion is mostly rounding."
+        },
+    )
     distillation_coefficient: float = field(
         default=0.0,
         metadata={
@@ -120,11 +142,18 @@ class GRPOConfig(PolicyGradientConfig, trl.GRPOConfig):
 class RLOOConfig(PolicyGradientConfig, trl.RLOOConfig):
     """TRL's `RLOOConfig` with the correction for completions of the mixture; the defaults are `GRPOConfig`'s.
 
+    `beta` is 0, where TRL has 0.05: RLOO takes β·Σ(log θ − log θ_reference) from the reward of each completion, and on
+    the mixture's, whose likelihood is raised on purpose, that is no divergence from the reference.
+
     Example:
         ```python
         RLOOConfig("output/rloo", positive_only="none")  # the mixture's failures count as well
         ```
     """
+
+    beta: float = field(
+        default=0.0, metadata={"help": "Weight of TRL's KL penalty in the reward; see the class for why it is 0."}
+    )
 
 
 @dataclass
@@ -219,6 +248,17 @@ class DistillationConfig(CorrectionConfig, trl.DistillationConfig):
         super().__post_init__()
         if self.loss not in LOSSES:
             raise ValueError(unknown_option("loss of distillation", self.loss, LOSSES))
+
+
+def with_our_default(args: Any) -> Any:
+    """Give TRL's own `GRPOConfig` our default of its engine's correction; return any other configuration as it is.
+
+    TRL's configuration does not tell whether its default was set on purpose. The user's object stays as it was.
+    """
+    if isinstance(args, trl.GRPOConfig) and not isinstance(args, GRPOConfig):
+        args = copy.copy(args)
+        args.vllm_importance_sampling_correction = GRPOConfig.vllm_importance_sampling_correction
+    return args
 
 
 def correction_of(args: Any) -> Correction:

@@ -45,6 +45,10 @@ class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
     `DistillationConfig(loss="sampled_token")` one that uses the recorded log t of the sampled tokens and needs no
     teacher in the trainer. `theta_fraction` is 0 by default: all rollouts come from the mixture.
 
+    An evaluation samples from the student alone, and `eval_loss` is a divergence a token that falls as the student
+    improves: TRL's, or for the sampled tokens the estimate log θ − log t of KL(θ‖t). In training the `loss` of the
+    sampled tokens has the right gradient and no meaning as a number: read `mixture/kl_theta` and `mixture/kl_teacher`.
+
     Args:
         model, train_dataset, eval_dataset, processing_class, callbacks, optimizers, quantization_config, peft_config:
             as TRL's.
@@ -95,7 +99,7 @@ class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
                 model=model,
                 generator=generator,
                 args=args,
-                teacher_model=self._teacher_of_loss(teacher_model, check_generator(generator)),
+                teacher_model=self._teacher_of_loss(teacher_model, args, check_generator(generator)),
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
                 processing_class=processing_class,
@@ -112,13 +116,16 @@ class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
         else:
             self._warn_of_endings()
 
-    def _teacher_of_loss(self, teacher_model: Any, generator: OptimalSamplingGenerator) -> Any:
+    def _teacher_of_loss(self, teacher_model: Any, args: Any, generator: OptimalSamplingGenerator) -> Any:
         """Teacher that TRL loads for its loss; None where the loss reads the rollouts.
 
         Raises:
-            ValueError: where a teacher was passed that the loss does not read, or another than the generator's.
+            ValueError: where a teacher was passed that the loss does not read, or another than the generator's, as an
+                argument or by name in the configuration.
         """
         if not self.sampled_token:
+            named = getattr(args, "teacher_model_name_or_path", None)
+            one_teacher(named, generator.named_teacher, "teacher_model_name_or_path")
             return one_teacher(teacher_model, generator.named_teacher)
         if teacher_model is not None:
             raise ValueError(
@@ -179,7 +186,8 @@ class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
     def _check_read(self) -> None:
         """Refuse settings that the loss does not read, and different revisions of the teacher in loss and rollouts."""
         of_tokens = ("sampled_token_clip", "sampled_token_centre")
-        for name in ("beta", "teacher_model_revision") if self.sampled_token else of_tokens:
+        of_divergence = ("beta", "teacher_model_revision", "teacher_model_init_kwargs", "teacher_model_name_or_path")
+        for name in of_divergence if self.sampled_token else of_tokens:
             default = getattr(DistillationConfig, name)
             if (value := getattr(self.args, name, default)) != default:
                 raise ValueError(
@@ -187,7 +195,7 @@ class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
                     "Drop it, or set the other loss."
                 )
         revision = (self.generator.engine_arguments or {}).get("revision")
-        in_loss = self.args.teacher_model_revision
+        in_loss = (self.args.teacher_model_init_kwargs or {}).get("revision", self.args.teacher_model_revision)
         if not self.sampled_token and self.args.vllm_mode != "server" and revision != in_loss:
             raise ValueError(
                 f"`teacher_model_revision` is {in_loss!r} and the `revision` among the generator's `engine_arguments` "
@@ -202,13 +210,7 @@ class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
             )
             total, count = self.accelerator.reduce(torch.stack([log_ratio.sum(), mask.sum()]))
             output["mean_log_ratio"] = (total / count.clamp(min=1)).expand(len(mask))  # TRL shuffles and splits rows
-        output["weights"] = self.correction.weights(
-            output["log_theta"],
-            output["log_q"],
-            output["completion_mask"].float(),
-            output["mixture_rows"],
-            inclusive=self.sampled_token,
-        )
+        output["weights"] = self._correction_weights(output, inclusive=self.sampled_token)
 
     def _compute_loss(self, unwrapped_student: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
         if self.sampled_token:
@@ -220,7 +222,10 @@ class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
             return super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
 
     def _sampled_token_loss(self, student: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
-        """Σ −c·log θ(x) over the sampled tokens, with c from `losses.sampled_token_coefficients`.
+        """Σ −c·log θ(x) over the sampled tokens, with c from `losses.sampled_token_coefficients`; in evaluation Σ −c.
+
+        On the student's own samples −c = log θ − log t is an estimate of KL(θ‖t) without bias, which the surrogate's
+        value is not.
 
         Returns:
             as TRL's: the loss, the sum of the student's entropies, the number of tokens.
@@ -234,6 +239,16 @@ class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
             fused_lm_head=True,
         )
         log_theta = output.log_probs[:, -T:].float()  # (B, T), at the temperature; 0 on padding
+        entropy = (output.entropy[:, -T:].detach() * mask).sum()
+        count = mask.sum()
+        divisor = count.clamp(min=1) if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        training = "weights" in inputs  # an evaluation has none
+        total = self._surrogate(log_theta, inputs) if training else _divergence(log_theta, inputs)
+        return total / divisor.to(total), entropy, count
+
+    def _surrogate(self, log_theta: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """Σ −c·w·log θ(x): its gradient is the loss's, its value is no divergence."""
+        mask = inputs["completion_mask"]
         coefficients = sampled_token_coefficients(
             inputs["log_teacher"],
             log_theta.detach(),
@@ -241,20 +256,22 @@ class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
             clip=self.args.sampled_token_clip,
             mean=inputs.get("mean_log_ratio"),
         )
-        weights = inputs.get("weights", torch.ones_like(log_theta))
-        total = -(coefficients * weights * log_theta * mask).sum()
-        entropy = (output.entropy[:, -T:].detach() * mask).sum()
-        count = mask.sum()
-        divisor = count.clamp(min=1) if num_items_in_batch is None else torch.as_tensor(num_items_in_batch).to(total)
-        return total / divisor, entropy, count
+        return -(coefficients * inputs["weights"] * log_theta * mask).sum()
 
 
-def one_teacher(in_loss: Any, in_rollouts: Any) -> Any:
+def _divergence(log_theta: Tensor, inputs: dict[str, Any]) -> Tensor:
+    """Σ log θ(x) − log t(x) over a batch's tokens, without those that the teacher rules out."""
+    mask = inputs["completion_mask"].float()
+    return -sampled_token_coefficients(inputs["log_teacher"], log_theta, mask).sum()
+
+
+def one_teacher(in_loss: Any, in_rollouts: Any, setting: str = "teacher_model") -> Any:
     """Pick the teacher of the loss: the generator's, or the one that was passed, which must be the same.
 
     Args:
         in_loss: the `teacher_model` that was passed, or None.
         in_rollouts: the generator's teacher.
+        setting: by which the first was passed, for the error.
 
     Raises:
         ValueError: where they differ.
@@ -269,8 +286,8 @@ def one_teacher(in_loss: Any, in_rollouts: Any) -> Any:
     if in_loss is in_rollouts or (names[0] == names[1] and not all(loaded)):
         return in_loss
     raise ValueError(
-        f"`teacher_model` is {names[0]!r} and the generator's `teacher` {names[1]!r}; wanted one teacher for the loss "
-        "and the rollouts. Drop `teacher_model`."
+        f"`{setting}` is {names[0]!r} and the generator's `teacher` {names[1]!r}; wanted one teacher for the loss "
+        f"and the rollouts. Drop `{setting}`."
     )
 
 

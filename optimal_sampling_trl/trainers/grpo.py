@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import trl
 
 from ..losses import sampled_token_coefficients
-from .config import GRPOConfig
+from ..options import unknown_option
+from .config import GRPOConfig, with_our_default
 from .policy_gradient import PolicyGradientTrainer
+from .unread import has_negatives
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
 
 VESPO = ("none", "token_truncate", "token_mask")
 """Corrections that the loss of this name takes: a weight of each token, and 1 on padding."""
+RATIO_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+RATIO_DETAILS = tuple(f"vllm_importance_sampling_{detail}" for detail in ("mode", "clip_max", "clip_min"))
+"""TRL's names, in its configuration and on its trainer, of what its ratio of the trainer to the engine reads."""
 
 
 class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
@@ -41,7 +46,7 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
     Args:
         model, reward_funcs, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks,
             optimizers, quantization_config, peft_config: as TRL's.
-        args: our `GRPOConfig`, or TRL's, which gets the default correction.
+        args: our `GRPOConfig`, or TRL's, which gets the default correction, and none of the engine's rounding.
         tools, rollout_func, environment_factory: refused, since completions would hold tokens that were not sampled.
         generator: source of the rollouts; has to be passed.
 
@@ -90,7 +95,7 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
         super().__init__(
             model=model,
             generator=generator,
-            args=args,
+            args=with_our_default(args),
             reward_funcs=reward_funcs,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -104,14 +109,22 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
+        self._let_trl_weigh()
+
+    def _let_trl_weigh(self) -> None:
+        """Let TRL compute the trainer's log θ of each batch and multiply its loss by `importance_sampling_ratio`.
+
+        TRL's own ratio, where it does not count, is computed as TRL does by default, for its metrics.
+        """
+        if not self.vllm_importance_sampling_correction:
+            for name in RATIO_DETAILS:
+                setattr(self, name, getattr(trl.GRPOConfig, name))
+        self.vllm_importance_sampling_correction = True
 
     def _check_settings(self) -> None:
         super()._check_settings()
-        if self.correction.name != "none" and not self.args.vllm_importance_sampling_correction:
-            raise ValueError(
-                f"`correction` is {self.correction.name!r} and `vllm_importance_sampling_correction` is False, with "
-                "which TRL applies no weight. Leave the latter True, or set `correction='none'`."
-            )
+        if (mode := self.args.vllm_importance_sampling_mode) not in RATIO_MODES:
+            raise ValueError(unknown_option("value of `vllm_importance_sampling_mode`", mode, RATIO_MODES))
         if self.args.loss_type == "vespo":
             if self.correction.name not in VESPO:
                 raise ValueError(
@@ -124,7 +137,8 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
                 "Watch the evaluation.",
                 stacklevel=4,
             )
-        if self.args.beta != 0 or self.args.off_policy_mask_threshold is not None:
+        reads_threshold = self.args.off_policy_mask_threshold is not None and has_negatives(self.args)
+        if self.args.beta != 0 or reads_threshold:
             warnings.warn(
                 f"`beta` is {self.args.beta} and `off_policy_mask_threshold` {self.args.off_policy_mask_threshold}: "
                 "TRL computes both on the mixture's tokens as if the student had sampled them. "
@@ -132,11 +146,15 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
                 stacklevel=4,
             )
 
+    def _weigh(self, output: dict[str, Any]) -> None:
+        """Put our weights where TRL has its ratio of the trainer to the engine, times it if that is asked for."""
+        weights = self._correction_weights(output)  # 1 in an evaluation, which samples from the student alone
+        if self.args.vllm_importance_sampling_correction:
+            weights = output["importance_sampling_ratio"] * weights  # TRL's (B, T) or (B, 1)
+        output["importance_sampling_ratio"] = weights
+
     def _correct(self, output: dict[str, Any]) -> None:
         mask = output["completion_mask"].float()
-        if "importance_sampling_ratio" in output:  # TRL's (B, T) or (B, 1), of the trainer against the engine
-            weights = self.correction.weights(output["log_theta"], output["log_q"], mask, output["mixture_rows"])
-            output["importance_sampling_ratio"] = output["importance_sampling_ratio"] * weights
         output["advantages"] = self._advantages(output)
         if coefficient := getattr(self.args, "distillation_coefficient", 0.0):
             towards_teacher = sampled_token_coefficients(

@@ -48,8 +48,9 @@ class FigureCallback(TrainerCallback):
         self.rollouts: list[Rollout] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
-        # At the end of training `trainer.rollouts` may be an evaluation's.
-        self.rollouts = [rollout for rollout in self.trainer.rollouts if not rollout.mixture.is_theta_only]
+        # At the end of training `trainer.rollouts` may be an evaluation's; a process with few rows may hold none.
+        mixed = [rollout for rollout in self.trainer.rollouts if not rollout.mixture.is_theta_only]
+        self.rollouts = mixed or self.rollouts
 
     def on_train_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
         if not state.is_world_process_zero or find_spec("matplotlib") is None:

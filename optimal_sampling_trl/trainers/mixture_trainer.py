@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import metrics
+from ..options import unknown_option
 from ..rollouts.rollout import RECORDS, Rollout
 from .checkpoints import last_whole_checkpoint, lock_folder
 from .config import correction_of
@@ -25,7 +26,10 @@ from .guard import ROWS, TOKENS, WeightGuard, bound_of, dropout_of, log_theta_of
 from .loggers import FigureCallback, send_histograms
 from .prompts import PromptReader
 from .records import stack_records
+from .table import complete_table
+from .unread import unread_settings, warn_of_unread
 
+VLLM_MODES = ("colocate", "server")
 REFUSED = ("tools", "rollout_func", "environment_factory")
 """Arguments of TRL's trainers with which completions hold tokens that were not sampled."""
 
@@ -79,10 +83,12 @@ class MixtureTrainer(PromptReader):
             theta_count=self._theta_count,
             training=lambda: self.model.training,
             progress=lambda: self.state.global_step / max(self.state.max_steps, 1),
+            step=lambda: self.state.global_step,
         )
         longest = on_all_ranks(self._check_shapes, self.accelerator)
         engine = build_generation(plan, self._loaded_teacher(), **trl_arguments)
         on_all_ranks(lambda: self._check_lengths(longest, engine), self.accelerator)
+        warn_of_unread(self.args, engine.unread_settings())
         return engine
 
     def _loaded_teacher(self) -> Any:
@@ -122,9 +128,21 @@ class MixtureTrainer(PromptReader):
     def _theta_count(self) -> int:
         return self.generator.theta_count(self._group_size(), self.default_theta_fraction)
 
+    def _theta_rows(self) -> Tensor:
+        """True in the rows of all processes (rows,) that the student samples alone, by the plan of this batch."""
+        processes = self.accelerator.num_processes
+        rows = len(self._dataset_rows) * processes
+        mixtures = self.vllm_generation.plan.mixtures(rows, 0, processes)
+        return torch.tensor([mixture.is_theta_only for mixture in mixtures], device=self.accelerator.device)
+
     def _check_settings(self) -> None:
-        """Refuse settings that would do nothing, before anything is loaded; a subclass adds its refusals."""
+        """Refuse settings that contradict each other, and warn of those that do nothing, before anything is loaded.
+
+        A subclass adds its refusals.
+        """
         self._theta_count()
+        if self.args.vllm_mode not in VLLM_MODES:
+            raise ValueError(unknown_option("value of `vllm_mode`", self.args.vllm_mode, VLLM_MODES))
         self.generator.check_engine_arguments()
         if self.args.max_completion_length is None and "max_tokens" not in (self.args.generation_kwargs or {}):
             raise ValueError(
@@ -133,6 +151,7 @@ class MixtureTrainer(PromptReader):
             )
         if getattr(self.args, "use_transformers_continuous_batching", False):
             raise ValueError("`use_transformers_continuous_batching` is for TRL's own rollouts. Drop it.")
+        warn_of_unread(self.args, unread_settings(self.args))
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Add the records of `stack_records` to TRL's batch, whose shuffle and split carry them with their rows."""
@@ -144,9 +163,12 @@ class MixtureTrainer(PromptReader):
         rollouts = self.rollouts = self.vllm_generation.pop_rollouts()
         output.update(stack_records(rollouts, output["completion_ids"]))
         self._guard_weights(output)
+        self._weigh(output)
         if self.model.training:
             self._correct(output)
         self._log_batch(output)
+        if (trained_on := self._trained_on(output)) is not None:
+            complete_table(self._logs, trained_on, output["completion_mask"].bool(), rollouts)
         return output
 
     def evaluation_loop(self, *positional: Any, **keywords: Any) -> Any:
@@ -190,9 +212,27 @@ class MixtureTrainer(PromptReader):
         engine, trainer = every[~every.isnan().all(1)].unbind(1)  # of all processes
         self.guard.check(engine, trainer, hints)
 
+    def _weigh(self, output: dict[str, Any]) -> None:
+        """Put weights into the batch that the loss reads in evaluation too; by default there are none."""
+
     def _correct(self, output: dict[str, Any]) -> None:
         """Put the weights or advantages into the batch that the loss of the subclass reads."""
         raise NotImplementedError
+
+    def _trained_on(self, output: dict[str, Any]) -> Tensor | None:
+        """Factors of each completion (B,) or token (B, T) in the loss; None where TRL's table has no advantage."""
+        return output.get("advantages")
+
+    def _correction_weights(self, output: dict[str, Any], inclusive: bool = True) -> Tensor:
+        """Weights (B, T) of the correction for a batch; the mean that some are divided by is that of all processes."""
+        return self.correction.weights(
+            output["log_theta"],
+            output["log_q"],
+            output["completion_mask"].float(),
+            output["mixture_rows"],
+            inclusive=inclusive,
+            total=self.accelerator.reduce,
+        )
 
     def _append_metrics(self, numbers: dict[str, float]) -> None:
         """Add numbers of this batch to those that TRL averages until it logs them."""
@@ -213,6 +253,7 @@ class MixtureTrainer(PromptReader):
         alpha, log_q, log_theta, log_teacher = (self._gathered(output[name], mixed) for name in RECORDS)
         if len(alpha):  # there are none where the schedule has arrived at the student, or `theta_fraction` is 1
             self._append_metrics(metrics.of_mixture(alpha, log_q, log_theta, log_teacher))
+            self._append_metrics(metrics.of_drafts(log_q, log_theta))
             self.histograms = metrics.histograms_of_mixture(alpha, log_q, log_theta)
 
     def _log_difference(self, output: dict[str, Any], mask: Tensor) -> None:

@@ -171,19 +171,22 @@ class RAFTTrainer(RewardedTrainer, trl.GRPOTrainer):
         by_prompt = (values.view(-1, size) for values in (self.rewards, accepted, self._theta_rows()))
         self._append_metrics(metrics.of_acceptance(*by_prompt))
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        output = super()._generate_and_score_completions(inputs)
-        if not self.model.training:
-            self._correct(output)  # the loss of an evaluation imitates the student's accepted completions
-        return output
+    def _weigh(self, output: dict[str, Any]) -> None:
+        """Put `imitation_weights` (B,) into the batch, and the tokens that they weigh where they divide the loss.
 
-    def _correct(self, output: dict[str, Any]) -> None:
-        """Put `imitation_weights` (B,) into the batch, and the tokens that they weigh where they divide the loss."""
+        The loss of an evaluation imitates the student's accepted completions.
+        """
         weights, mask = self._imitation_weights(), output["completion_mask"]
         first = self.accelerator.process_index * len(mask)
         output["imitation_weights"] = weights = weights[first : first + len(mask)]
         if self._setting("denominator") == "accepted":
             output["num_items_in_batch"] = self.accelerator.reduce((weights[:, None] * mask).sum())
+
+    def _correct(self, output: dict[str, Any]) -> None:
+        """Nothing: the weights are those of an evaluation too."""
+
+    def _trained_on(self, output: dict[str, Any]) -> Tensor:
+        return output["imitation_weights"]
 
     def _imitation_weights(self) -> Tensor:
         """Weight of each row of all processes, 0 where it is not accepted.

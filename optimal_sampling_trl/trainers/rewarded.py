@@ -36,13 +36,6 @@ class RewardedTrainer(MixtureTrainer):
         self._log_rewards()
         return rewards
 
-    def _theta_rows(self) -> Tensor:
-        """True in the rows of all processes that the student sampled alone."""
-        rows = torch.arange(len(self.rewards), device=self.rewards.device)
-        if not self.model.training:
-            return torch.ones_like(rows, dtype=torch.bool)
-        return rows % self._group_size() < self._theta_count()
-
     def _log_rewards(self) -> None:
         """Log the mean reward of each half of the groups in training; TRL logs that of all rows."""
         if self.model.training:

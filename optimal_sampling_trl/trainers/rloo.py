@@ -8,6 +8,7 @@ import trl
 
 from .config import RLOOConfig
 from .policy_gradient import PolicyGradientTrainer
+from .unread import warn_user
 
 if TYPE_CHECKING:
     import torch
@@ -100,8 +101,13 @@ class RLOOTrainer(PolicyGradientTrainer, trl.RLOOTrainer):
                 "the level 'sequence', for example 'sequence_truncate'."
             )
 
+        if self.args.beta != 0:
+            warn_user(
+                f"`beta` is {self.args.beta}: RLOO takes β·Σ(log θ − log θ_reference) from the reward of each "
+                "completion, on the mixture's tokens as if the student had sampled them, and so punishes what the "
+                "mixture's half teaches. Leave it at 0."
+            )
+
     def _correct(self, output: dict[str, Any]) -> None:
-        weights = self.correction.weights(
-            output["log_theta"], output["log_q"], output["completion_mask"].float(), output["mixture_rows"]
-        )
+        weights = self._correction_weights(output)
         output["advantages"] = self._advantages(output) * weights[:, 0]  # equal along a completion

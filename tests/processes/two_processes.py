@@ -2,6 +2,7 @@
 
 Trains a few steps of each kind and writes what this rank saw to FOLDER/<kind>-<rank>.json: a run is judged by these
 files, since torch may abort at exit after all work was done. A rank has six rows of groups of four: the second spans.
+`two_prompts_server` and `two_prompts_engine` sample where both ranks' prompts go to one engine.
 On GPUs each rank trains on its own; with `--backend vllm` it has an engine, or a share of one
 (`--tensor-parallel-size`). With `--server URL` one process trains, all rows of a batch are its own, and a server
 of the pair samples.
@@ -11,16 +12,38 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from accelerate import PartialState
 
+from helpers.local_engines import LocalServer, LocalTensorParallel
 from helpers.oracle import check_rollout
 from helpers.training import Watch, digits, load, make_trainer, rows_of, whole
-from optimal_sampling_trl import Mixture
+from optimal_sampling_trl import GRPOTrainer, Mixture
 from optimal_sampling_trl.rollouts.rollout import Rollout
+from optimal_sampling_trl.trainers import mixture_trainer
+
+
+class Case(NamedTuple):
+    """One of `helpers.training.KINDS`, what is set of it, and what stands for the engine of both ranks."""
+
+    kind: str
+    settings: Mapping[str, Any] = MappingProxyType({})
+    engine: Callable[..., Any] | None = None
+
+
+CASES = {
+    "self_normalise": Case("grpo", {"correction": "token_truncate", "correction_self_normalise": True}),
+    "two_prompts_server": Case("sampled_token", {"vllm_mode": "server"}, LocalServer),
+    "two_prompts_engine": Case("grpo", {"vllm_tensor_parallel_size": 2}, LocalTensorParallel),
+}
+SYSTEM_PROMPT = "sort"
+"""The teacher's, in the cases of two prompts."""
 
 
 def parse() -> argparse.Namespace:
@@ -56,21 +79,36 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 def worst_error(trainer: Any, args: argparse.Namespace) -> float:
     """The largest error of this rank's records, each batch against the student of its moment."""
     teacher, theta, worst = load(args.teacher), load(args.student), 0.0
-    for weights, (_, own, _) in zip(trainer.weights, trainer.generations, strict=True):
+    for weights, (_, own, rollouts) in zip(trainer.weights, trainer.generations, strict=True):
         theta.load_state_dict({name: weight.cpu() for name, weight in weights.items()}, strict=False)
-        for (prompt, ids, records), mixed in zip(rows_of(own), own["mixture_rows"].tolist(), strict=True):
+        mixed_rows = own["mixture_rows"].tolist()
+        for (prompt, ids, records), mixed, sampled in zip(rows_of(own), mixed_rows, rollouts, strict=True):
             mixture = Mixture() if mixed else Mixture.theta_only()
             on_host = {name: record.cpu() for name, record in records.items()}
-            rollout = Rollout(prompt, prompt, ids, **on_host, text="", finish_reason="stop", mixture=mixture)
+            rollout = Rollout(
+                sampled.prompt_ids, prompt, ids, **on_host, text="", finish_reason="stop", mixture=mixture
+            )
             worst = max(worst, *check_rollout(rollout, teacher, theta, tolerance=args.tolerance).values())
     return worst
 
 
+def build(name: str, args: argparse.Namespace) -> Any:
+    """The trainer of a case, or of a kind."""
+    case = CASES.get(name, Case(name))
+    given = settings(args) | dict(case.settings)
+    pair, engine = (args.teacher, args.student), case.engine
+    if engine is None:
+        return make_trainer(case.kind, pair, args.folder, mixin=Watch, **given)
+    given["generator"] |= {"backend": "auto", "teacher_system_prompt": SYSTEM_PROMPT}
+    with patch.object(mixture_trainer, "build_generation", lambda plan, teacher, **trl: engine(plan, **trl)):
+        return make_trainer(case.kind, pair, args.folder, mixin=Watch, **given)
+
+
 def run(kind: str, args: argparse.Namespace) -> None:
-    trainer = make_trainer(kind, (args.teacher, args.student), args.folder, mixin=Watch, **settings(args))
+    trainer = build(kind, args)
     trainer.train()
     accelerator = trainer.accelerator
-    decode = trainer.processing_class.decode
+    decode, is_grpo = trainer.processing_class.decode, isinstance(trainer, GRPOTrainer)
     seen = {
         "processes": accelerator.num_processes,
         "kind": accelerator.distributed_type.value,
@@ -80,16 +118,20 @@ def run(kind: str, args: argparse.Namespace) -> None:
                 "rows": [
                     {
                         "prompt": decode(prompt),
+                        "teacher_prompt": decode(rollout.prompt_ids),
+                        "ratios": output["importance_sampling_ratio"][row, : len(ids)].tolist() if is_grpo else None,
                         "reward": digits(decode(ids, skip_special_tokens=True)),
                         "mixed": mixed,
                         **{name: record.tolist() for name, record in records.items()},
                     }
-                    for (prompt, ids, records), mixed in zip(rows_of(output), output["mixture_rows"].tolist())
+                    for row, ((prompt, ids, records), mixed, rollout) in enumerate(
+                        zip(rows_of(output), output["mixture_rows"].tolist(), rollouts)
+                    )
                 ],
                 "advantages": output["advantages"].tolist() if "advantages" in output else None,
                 "weights": output["imitation_weights"].tolist() if "imitation_weights" in output else None,
             }
-            for _, output, _ in trainer.generations
+            for _, output, rollouts in trainer.generations
         ],
         "log": [entry for entry in trainer.state.log_history if "alpha/mean" in entry],
         "parameters": float(sum(whole(p).double().abs().sum() for p in trainer.model.parameters())),

@@ -25,6 +25,7 @@ METRICS = (
     metrics.SAMPLE_SIZE,
     metrics.KL_THETA,
     metrics.KL_TEACHER,
+    metrics.ACCEPTANCE,
     metrics.REWARD_THETA,
     metrics.REWARD_MIXTURE,
     metrics.GROUPS_WITH_SIGNAL,
@@ -102,6 +103,19 @@ def test_histograms_and_figures_reach_tensorboard(
         assert min(image.width, image.height) > 300
 
 
+def test_the_figure_keeps_the_last_rollouts_of_the_mixture(pair: tuple[str, str], tmp_path: Path) -> None:
+    """A process that holds a row of a group may have none of the mixture's in its last batch."""
+    trainer = make_trainer("grpo", pair, tmp_path, mixin=Watch)
+    (figures,) = (each for each in trainer.callback_handler.callbacks if isinstance(each, FigureCallback))
+    one_batch(trainer, TEXTS[:1] * 4)
+    mixed = [rollout for rollout in trainer.rollouts if not rollout.mixture.is_theta_only]
+    figures.on_step_end(trainer.args, trainer.state, trainer.control)
+    trainer.rollouts = [rollout for rollout in trainer.rollouts if rollout.mixture.is_theta_only]
+    figures.on_step_end(trainer.args, trainer.state, trainer.control)
+    assert len(mixed) == 2
+    assert figures.rollouts == mixed
+
+
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_other_loggers_get_the_same(
     pair: tuple[str, str], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
@@ -174,7 +188,7 @@ def test_rloo_measures_the_engines_difference_per_token(pair: tuple[str, str], t
 
 def test_rloo_leaves_masked_completions_out_of_the_difference(pair: tuple[str, str], tmp_path: Path) -> None:
     """A truncated completion that TRL masks has no token: it is no zero in the mean."""
-    trainer = make_trainer("rloo", pair, tmp_path, mask_truncated_completions=True)
+    trainer = make_trainer("rloo", pair, tmp_path, mask_truncated_completions=True, log_theta_tolerance=1.0)
     take = trainer.vllm_generation.pop_rollouts
 
     def off() -> Any:

@@ -51,6 +51,7 @@ def test_metrics_by_recomputation(pair: tuple[str, str], tmp_path: Path, kind: s
             "mixture/kl_theta": (log_q - log_theta).mean(),
             "mixture/kl_teacher": (log_q - log_teacher).mean(),
             "mixture/ess": weights.sum() ** 2 / (weights**2).sum() / len(weights),
+            "mixture/acceptance": np.minimum(weights, 1).mean(),
         }
         if kind in RL:
             scores = np.array([digits(rollout.text) for rollout in rollouts]).reshape(-1, 4)
@@ -65,6 +66,18 @@ def test_metrics_by_recomputation(pair: tuple[str, str], tmp_path: Path, kind: s
         if kind == "grpo":
             assert 0 <= log["engine/log_theta_difference"] < 1e-5
             assert log["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", RL)
+def test_a_batch_without_a_token_to_train_on_has_finite_metrics(
+    pair: tuple[str, str], tmp_path: Path, kind: str
+) -> None:
+    settings = {"mask_truncated_completions": True, "max_completion_length": 1}
+    trainer = make_trainer(kind, pair, tmp_path, mixin=Watch, **settings)
+    batch = one_batch(trainer, [text for text in TEXTS[:2] for _ in range(4)])
+    assert not batch["completion_mask"].any()
+    for name, values in trainer._metrics["train"].items():
+        assert bool(np.isfinite(values).all()), name
 
 
 def test_the_engines_difference_is_measured_against_the_trainer(pair: tuple[str, str], tmp_path: Path) -> None:
@@ -174,14 +187,6 @@ def test_refusals_of_every_trainer(pair: tuple[str, str], tmp_path: Path, kind: 
 
 
 def test_refusals_of_one_trainer(pair: tuple[str, str], tmp_path: Path) -> None:
-    refused(
-        r"`correction` is 'token_mask' and `vllm_importance_sampling_correction` is False, .*Leave the latter True",
-        "grpo",
-        pair,
-        tmp_path,
-        correction="token_mask",
-        vllm_importance_sampling_correction=False,
-    )
     for name in ("token_truncate", "prefix_luffy"):
         refused(
             rf"`correction` is '{name}'; RLOO weighs whole completions, so wanted 'none' or .*'sequence_truncate'",

@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
 from helpers.training import (
+    KINDS,
     TEXTS,
+    Watch,
     make_trainer,
     one_batch,
     rows_of,
@@ -45,6 +48,87 @@ def test_grpo_multiplies_trls_ratio_on_mixture_rows(pair: tuple[str, str], tmp_p
     if name != "none":
         mixed = batch["importance_sampling_ratio"][batch["mixture_rows"]]
         assert float((mixed - 1).abs().max()) > 0.05
+
+
+class Rounds:
+    """Goes before a trainer's class: its engine's log θ and log q are off, as bfloat16 makes them, by far more."""
+
+    def _build_generation(self, **trl_arguments: Any) -> Any:
+        generation = super()._build_generation(**trl_arguments)  # type: ignore[misc]
+        exact, noise = generation.backend.generate, torch.Generator().manual_seed(0)
+
+        def rounded(requests: Any) -> Any:
+            rollouts = exact(requests)
+            for rollout in rollouts:
+                error = 0.3 * torch.randn(len(rollout.log_q), generator=noise)
+                rollout.log_theta.add_(error)
+                rollout.log_q.add_(error)
+            return rollouts
+
+        generation.backend.generate = rounded
+        return generation
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weight_one_is_exact_beside_an_engine_that_rounds(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
+    """The default trains each completion with weight 1, whatever the engine's error: no bit of the gradient moves."""
+    gradients = []
+    for mixin in (None, Rounds):
+        trainer = make_trainer(kind, pair, tmp_path, mixin=mixin, log_theta_tolerance=np.inf)
+        batch = one_batch(trainer, [text for text in TEXTS[:4] for _ in range(4)])
+        trainer.current_gradient_accumulation_steps = 1
+        trainer.compute_loss(trainer.model, batch).backward()
+        gradients.append({name: p.grad for name, p in trainer.model.named_parameters()})
+    if kind in RL:
+        difference = trainer._metrics["train"]["engine/log_theta_difference"][0]
+        assert difference == pytest.approx(0.24 if kind == "grpo" else 0.08, rel=0.5)  # it is seen, and not corrected
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
+
+
+@pytest.mark.parametrize(("correction", "mode"), [("none", "sequence_mask"), ("token_truncate", "token_truncate")])
+def test_trls_ratio_multiplies_ours_where_it_is_asked_for(
+    pair: tuple[str, str], tmp_path: Path, correction: str, mode: str
+) -> None:
+    settings = {"vllm_importance_sampling_correction": True, "vllm_importance_sampling_mode": mode}
+    settings["log_theta_tolerance"] = np.inf
+    trainer = make_trainer("grpo", pair, tmp_path, mixin=Rounds, correction=correction, **settings)
+    batch = one_batch(trainer, [text for text in TEXTS[:4] for _ in range(4)])
+    difference, found = batch["old_per_token_logps"] - batch["log_theta"], set()
+    for row, mask in enumerate(batch["completion_mask"].bool()):
+        ratio = difference[row][mask].exp()
+        if mode == "sequence_mask":
+            ratio = ratio.prod().expand_as(ratio)
+            ratio = ratio * (ratio <= 3)
+        weight = (batch["log_theta"] - batch["log_q"])[row][mask].exp().clamp(max=3)
+        mixed = correction != "none" and batch["mixture_rows"][row]
+        wanted = ratio.clamp(max=3) * weight if mixed else ratio.clamp(max=3)
+        got = batch["importance_sampling_ratio"][row, : len(wanted)].expand_as(wanted)
+        assert torch.allclose(got, wanted, rtol=1e-4)
+        found.add(bool((got - 1).abs().max() > 0.05))
+    assert True in found
+
+
+def test_details_of_trls_ratio_do_no_harm_where_it_does_not_count(pair: tuple[str, str], tmp_path: Path) -> None:
+    """TRL computes its ratio for the metrics all the same, and would fail on a truncation without a bound."""
+    settings = {"vllm_importance_sampling_mode": "token_truncate", "vllm_importance_sampling_clip_max": None}
+    with pytest.warns(UserWarning, match=r"`vllm_importance_sampling_mode` is 'token_truncate' and does nothing here"):
+        trainer = make_trainer("grpo", pair, tmp_path, **settings)
+    batch = one_batch(trainer, TEXTS[:1] * 4)
+    assert bool((batch["importance_sampling_ratio"] == 1).all())
+    with pytest.raises(ValueError, match=r"^Unknown value of `vllm_importance_sampling_mode` 'token'\. Known: "):
+        make_trainer("grpo", pair, tmp_path, vllm_importance_sampling_mode="token")
+
+
+def test_an_evaluation_has_weight_one(pair: tuple[str, str], tmp_path: Path) -> None:
+    class Both(Watch, Rounds):
+        pass
+
+    given = {"eval_dataset": Dataset.from_dict({"prompt": TEXTS[:4]})}
+    trainer = make_trainer("grpo", pair, tmp_path, mixin=Both, trainer=given, log_theta_tolerance=np.inf)
+    trainer.evaluate()
+    for _, output, _ in trainer.generations:
+        assert bool((output["importance_sampling_ratio"] == 1).all())
 
 
 @pytest.mark.parametrize("settings", [{"top_k": 5}, {"top_p": 0.8}, {"repetition_penalty": 1.3}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +136,35 @@ def test_a_group_may_span_processes(fraction: float, processes: int, rows: int) 
     generator, group = OptimalSamplingGenerator(teacher="t", theta_fraction=fraction), 4
     plan = MixturePlan(generator, lambda: group, lambda: generator.theta_count(group, 0.5), lambda: True, lambda: 0.0)
     drawn = [mixture for rank in range(processes) for mixture in plan.mixtures(rows, rank * rows)]
-    alone = round(4 * fraction)
-    assert [mixture.is_theta_only for mixture in drawn] == ([True] * alone + [False] * (4 - alone)) * 6
+    alone, is_theta = round(4 * fraction), [mixture.is_theta_only for mixture in drawn]
+    assert [sum(is_theta[i : i + 4]) for i in range(0, 24, 4)] == [alone] * 6
+    assert drawn == plan.mixtures(24, 0, processes)  # of all ranks at once, as one engine of theirs is asked
+    if rows % 4 == 0:
+        assert is_theta == ([True] * alone + [False] * (4 - alone)) * 6
+
+
+@pytest.mark.parametrize(("group", "alone"), [(4, 1), (4, 2), (8, 4), (8, 1), (6, 3), (5, 2)])
+@pytest.mark.parametrize(("processes", "rows"), [(2, 4), (2, 6), (4, 2), (8, 1), (3, 5), (7, 3)])
+def test_a_rank_gets_its_share_of_both_halves(group: int, alone: int, processes: int, rows: int) -> None:
+    """Ranks that hold a part of a group: each part has its share of the student's rows, first, within one row; over as
+    many steps as a group has rows every part has had exactly its share."""
+    generator, now = OptimalSamplingGenerator(teacher="t"), [0]
+    plan = MixturePlan(generator, lambda: group, lambda: alone, lambda: True, lambda: 0.0, lambda: now[0])
+    cuts = sorted({*range(0, processes * rows + 1, rows), *range(0, processes * rows + 1, group)})
+    whole = processes * rows // group * group
+    parts = [(begin, end) for begin, end in pairwise(cuts) if begin < whole]
+    seen: dict[tuple[int, int], int] = defaultdict(int)
+    for step in range(group):
+        now[0] = step
+        is_theta = [mixture.is_theta_only for mixture in plan.mixtures(processes * rows, 0, processes)]
+        for begin, end in parts:
+            count = sum(is_theta[begin:end])
+            assert is_theta[begin:end] == [True] * count + [False] * (end - begin - count)
+            assert abs(count - (end - begin) * alone / group) < 1
+            seen[begin, end] += count
+        for begin in range(0, whole, group):
+            assert sum(is_theta[begin : begin + group]) == alone
+    assert seen == {(begin, end): (end - begin) * alone for begin, end in parts}
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.25, 0.5, 1.0])

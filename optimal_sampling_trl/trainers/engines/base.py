@@ -33,6 +33,7 @@ class MixturePlan:
         theta_count: how many of each group come from the student alone.
         training: whether the trainer trains; an evaluation samples from the student alone.
         progress: the share of training that is done, in [0, 1].
+        step: number of updates so far; what does not divide by the processes moves on with it.
     """
 
     generator: OptimalSamplingGenerator
@@ -40,14 +41,36 @@ class MixturePlan:
     theta_count: Callable[[], int]
     training: Callable[[], bool]
     progress: Callable[[], float]
+    step: Callable[[], int] = lambda: 0
 
-    def mixtures(self, rows: int, first: int) -> list[Mixture]:
-        """The mixture of each of `rows` completions, which start at row `first` of the batch of all processes."""
+    def mixtures(self, rows: int, first: int, processes: int = 1) -> list[Mixture]:
+        """The mixture of each of `rows` completions, which start at row `first` of the batch of all processes.
+
+        Args:
+            rows: number of completions.
+            first: position of the first of them.
+            processes: number of processes whose completions these are, equally many of each.
+        """
         if not self.training():
             return [Mixture.theta_only()] * rows
-        mixture = self.generator.current_mixture(self.progress())
+        mixture, share = self.generator.current_mixture(self.progress()), rows // processes
+        return [
+            Mixture.theta_only() if self._is_of_theta(row, share) else mixture for row in range(first, first + rows)
+        ]
+
+    def _is_of_theta(self, row: int, share: int) -> bool:
+        """True for a row of the batch that the student samples alone.
+
+        The student's rows stand first in a group. A group that several processes of `share` rows hold is cut where
+        they meet; each part has its share of the student's rows, first in the part. Which part gets one more, where
+        they do not divide, turns with the group and the step.
+        """
         group, alone = self.group(), self.theta_count()
-        return [Mixture.theta_only() if (first + row) % group < alone else mixture for row in range(rows)]
+        number, place = divmod(row, group)
+        process = row // share * share - number * group  # where the process's rows begin, counted from the group's
+        begin, end = max(process, 0), min(process + share, group)
+        turn = (number + self.step()) % group
+        return place - begin < (end * alone + turn) // group - (begin * alone + turn) // group
 
 
 class MixtureGeneration:
@@ -68,7 +91,7 @@ class MixtureGeneration:
     def __init__(self, plan: MixturePlan, **trl_arguments: Any) -> None:
         self.plan = plan
         self.sampling = _sampling(trl_arguments)
-        self.teacher_prompts: Sequence[list[int]] | None = None
+        self.teacher_prompts: Sequence[list[int]] | None = None  # of this process
         self.rollouts: list[Rollout] = []
         self.seconds = 0.0
         self.pushes = 0
@@ -90,14 +113,30 @@ class MixtureGeneration:
         rollouts, self.rollouts = self.rollouts, []
         return rollouts
 
-    def make_requests(self, prompts: Sequence[list[int]], first: int) -> list[Request]:
-        """A request for each prompt; `first` is the position of the first of them in the batch of all processes."""
-        teacher_prompts = prompts if self.teacher_prompts is None else self.teacher_prompts
-        mixtures = self.plan.mixtures(len(prompts), first)
+    def make_requests(
+        self,
+        prompts: Sequence[list[int]],
+        first: int,
+        teacher_prompts: Sequence[list[int]] | None,
+        processes: int = 1,
+    ) -> list[Request]:
+        """A request for each prompt.
+
+        Args:
+            prompts: the student's, of one process or, in order, of several that sample together.
+            first: position of the first of them in the batch of all processes.
+            teacher_prompts: the teacher's of the same processes; None where it reads the student's.
+            processes: how many processes these are.
+        """
+        mixtures = self.plan.mixtures(len(prompts), first, processes)
         return [
             Request(list(teacher), list(theta), mixture, self.sampling)
-            for teacher, theta, mixture in zip(teacher_prompts, prompts, mixtures, strict=True)
+            for teacher, theta, mixture in zip(teacher_prompts or prompts, prompts, mixtures, strict=True)
         ]
+
+    def unread_settings(self) -> dict[str, str]:
+        """Fields of TRL's configuration that this engine does not read, and what would read each."""
+        return {}
 
     def close(self) -> None:
         """Free the engine. Doing so twice is fine."""

@@ -82,9 +82,22 @@ class EngineGeneration(PushedGeneration):
         return FusedLLM(backend, self._make_requests_of_group, self.accelerator)
 
     def _make_requests_of_group(self, prompts: Sequence[list[int]]) -> list[Request]:
-        """The requests of the ranks that share one engine by tensor parallelism."""
-        first = self.accelerator.process_index // self.tensor_parallel_size * len(prompts)
-        return self.make_requests(prompts, first)
+        """The requests of the ranks that share one engine by tensor parallelism: `prompts` are theirs together."""
+        ranks = self.tensor_parallel_size
+        first = self.accelerator.process_index // ranks * len(prompts)
+        teacher_prompts = self.teacher_prompts
+        if teacher_prompts is not None and ranks > 1:  # TRL gathers the student's alone
+            gathered: list[Any] = [None] * ranks
+            torch.distributed.all_gather_object(gathered, list(teacher_prompts), group=self.tp_group)
+            teacher_prompts = [prompt for of_rank in gathered for prompt in of_rank]
+        return self.make_requests(prompts, first, teacher_prompts, ranks)
+
+    def unread_settings(self) -> dict[str, str]:
+        """TRL's share of a GPU's memory, where there is none."""
+        if self.accelerator.device.type != "cpu":
+            return {}
+        reader = "on a GPU; on a CPU `kv_cache_memory_bytes` among the generator's `engine_arguments` is the cache's"
+        return {"vllm_gpu_memory_utilization": reader}
 
     def _push(self) -> None:
         """Load the trainer's weights into the engine's student, all of them, in place."""

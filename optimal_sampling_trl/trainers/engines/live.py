@@ -64,12 +64,17 @@ class LiveGeneration(MixtureGeneration):
         )
         self.pair = self.backend.pair
 
+    def unread_settings(self) -> dict[str, str]:
+        """Those of vLLM's."""
+        reader = "by vLLM, and rollouts are sampled with transformers"
+        return dict.fromkeys(("vllm_gpu_memory_utilization", "vllm_model_impl"), reader)
+
     def generate(
         self, prompts: list[list[int]], images: list[Any] | None, num_generations: int, profiler: Any = None
     ) -> tuple[list[list[int]], list[list[int]], list[LogThetas], None]:
         """Sample a completion of each prompt; see `as_trl_returns` for what comes back."""
         refuse_images(images)
-        requests = self.make_requests(prompts, self.accelerator.process_index * len(prompts))
+        requests = self.make_requests(prompts, self.accelerator.process_index * len(prompts), self.teacher_prompts)
         if self.sleeps:
             self.backend.wake_up()
         start = time.perf_counter()

@@ -98,19 +98,26 @@ class ServerGeneration(PushedGeneration):
         """Sample a completion of each prompt; see `as_trl_returns` for what comes back."""
         refuse_images(images)
         everyone = vllm_generation.gather_object(prompts)
+        teacher_prompts = self.teacher_prompts
+        if teacher_prompts is not None:
+            teacher_prompts = vllm_generation.gather_object(list(teacher_prompts))
         box: list[Any] = [None]
         start = time.perf_counter()
         with profiler or nullcontext():
-            box[0] = on_all_ranks(partial(self._sample, everyone), self.accelerator)
+            box[0] = on_all_ranks(partial(self._sample, everyone, teacher_prompts), self.accelerator)
         self.seconds = time.perf_counter() - start
         vllm_generation.broadcast_object_list(box, from_process=0)
         first = self.accelerator.process_index * len(prompts)
         self.rollouts = box[0][first : first + len(prompts)]
         return as_trl_returns(prompts, self.rollouts)
 
-    def _sample(self, prompts: Sequence[list[int]]) -> list[Rollout] | None:
+    def _sample(
+        self, prompts: Sequence[list[int]], teacher_prompts: Sequence[list[int]] | None
+    ) -> list[Rollout] | None:
         """The rollouts of all processes' prompts, in the main process."""
-        return self.server.sample(self.make_requests(prompts, 0)) if self.accelerator.is_main_process else None
+        if not self.accelerator.is_main_process:
+            return None
+        return self.server.sample(self.make_requests(prompts, 0, teacher_prompts, self.accelerator.num_processes))
 
     def types(self) -> set[torch.dtype]:
         """A server's default on a GPU, since it does not say."""
