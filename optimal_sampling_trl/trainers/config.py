@@ -100,7 +100,8 @@ class GRPOConfig(PolicyGradientConfig, trl.GRPOConfig):
 
     The defaults taught best in our measurements: half of each group from the student
     (`OptimalSamplingGenerator.theta_fraction`), the other half from the mixture with weight 1, and of both halves the
-    positive advantages only. The best learning rate may differ from the one with negatives: see recipes/README.md.
+    positive advantages only. The best learning rate may differ from the one with negatives: see
+    recipes/studies/README.md.
 
     Weight 1 is exact: `vllm_importance_sampling_correction`, TRL's correction of the engine's rounding, is off here.
     On, it multiplies our weight by TRL's ratio of the trainer to the engine. In TRL's default mode `sequence_mask`
