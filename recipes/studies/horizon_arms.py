@@ -1,4 +1,4 @@
-"""What horizon.py compares: the arms, and the places along the axes where they are run."""
+"""The arms that horizon.py compares, and the places along the axes where they are run."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ MAIN = {
     "GRPO + sampled tokens, 0.1": Arm({**RL, "sampled": 0.1}, ALONE),
     "GRPO, half mixture + sampled tokens, 0.1": Arm({**RL, "sampled": 0.1}),
     "Distillation": Arm(KL, ALONE),
-    "Distillation, mixture": Arm(KL, own=0.0),
-    "Distillation, trust region, annealed": Arm(KL, TRUST, own=0.0, schedule=0.5),
+    "Distillation, mixture": Arm(KL, theta_fraction=0.0),
+    "Distillation, trust region, annealed": Arm(KL, TRUST, theta_fraction=0.0, schedule=0.5),
     "Sampled tokens": Arm(TOKENS, ALONE),
-    "Sampled tokens, mixture": Arm(TOKENS, own=0.0),
-    "SFT on the teacher's samples": Arm({"imitation": 1.0}, Mixture.teacher_only(), own=0.0),
-    "SFT on the mixture's samples": Arm({"imitation": 1.0}, own=0.0),
+    "Sampled tokens, mixture": Arm(TOKENS, theta_fraction=0.0),
+    "SFT on the teacher's samples": Arm({"imitation": 1.0}, Mixture.teacher_only(), theta_fraction=0.0),
+    "SFT on the mixture's samples": Arm({"imitation": 1.0}, theta_fraction=0.0),
 }
 IDEAS = {
     "GRPO, positive only": Arm(DEFAULT, ALONE),
@@ -35,19 +35,19 @@ IDEAS = {
     "GRPO, half mixture + divergence, 0.1": Arm({**RL, "divergence": 0.1}),
     "GRPO, half mixture + divergence, 1": Arm({**RL, "divergence": 1.0}),
     "GRPO + divergence, 1": Arm({**RL, "divergence": 1.0}, ALONE),
-    "GRPO, own share by success": Arm(RL, own=None),
+    "GRPO, own share by success": Arm(RL, theta_fraction=None),
     "GRPO, half mixture, α annealed by success": Arm(RL, schedule="success"),
     "GRPO, half trust region, ε annealed by success": Arm(RL, TRUST, schedule="success"),
     "GRPO, half mixture, first half": Arm(RL, prefix=0.5),
     "GRPO, half mixture, random prefix": Arm(RL, prefix="random"),
-    "GRPO, all random prefix": Arm(RL, own=0.0, prefix="random"),
+    "GRPO, all random prefix": Arm(RL, theta_fraction=0.0, prefix="random"),
     "GRPO, half mixture, random prefix + sampled tokens, 0.1": Arm({**RL, "sampled": 0.1}, prefix="random"),
-    "Distillation, random prefix": Arm(KL, own=0.0, prefix="random"),
+    "Distillation, random prefix": Arm(KL, theta_fraction=0.0, prefix="random"),
 }
 VARIANTS = {
     "GRPO, half mixture, with negatives": Arm({**RL, "negatives": 1.0}),
     "GRPO, default, annealed": Arm(DEFAULT, schedule=0.5),
-    **{f"GRPO, default, {share:g} own": Arm(DEFAULT, own=share) for share in (0.0, 0.25, 0.75)},
+    **{f"GRPO, default, {share:g} own": Arm(DEFAULT, theta_fraction=share) for share in (0.0, 0.25, 0.75)},
     "GRPO, default, ess_balance": Arm(DEFAULT, Mixture("ess_balance")),
     "GRPO, default, entropy": Arm(DEFAULT, Mixture("entropy")),
     "GRPO, default, trust region 0.05": Arm(DEFAULT, TRUST),
@@ -56,11 +56,11 @@ VARIANTS = {
     "GRPO, default, α ≥ 0.5": Arm(DEFAULT, Mixture(alpha_min=0.5)),
     "GRPO, default, α ≤ 0.5": Arm(DEFAULT, Mixture(alpha_max=0.5)),
     "GRPO, default, teacher": Arm(DEFAULT, Mixture.teacher_only()),
-    "Distillation, teacher": Arm(KL, Mixture.teacher_only(), own=0.0),
-    "Distillation, α ≤ 0.5": Arm(KL, Mixture(alpha_max=0.5), own=0.0),
-    "Distillation, half mixture": Arm(KL, own=0.5),
-    "Distillation, mixture, annealed": Arm(KL, own=0.0, schedule=0.5),
-    "Sampled tokens, trust region, annealed": Arm(TOKENS, TRUST, own=0.0, schedule=0.5),
+    "Distillation, teacher": Arm(KL, Mixture.teacher_only(), theta_fraction=0.0),
+    "Distillation, α ≤ 0.5": Arm(KL, Mixture(alpha_max=0.5), theta_fraction=0.0),
+    "Distillation, half mixture": Arm(KL, theta_fraction=0.5),
+    "Distillation, mixture, annealed": Arm(KL, theta_fraction=0.0, schedule=0.5),
+    "Sampled tokens, trust region, annealed": Arm(TOKENS, TRUST, theta_fraction=0.0, schedule=0.5),
 }
 ARMS = MAIN | IDEAS | VARIANTS
 FEW = tuple(name for name in MAIN if name not in ("GRPO + sampled tokens, 0.1", "SFT on the mixture's samples"))

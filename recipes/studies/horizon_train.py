@@ -20,7 +20,7 @@ from stage import BATCH, Arm, Stage
 
 WARMUP, HELD_OUT, VALIDATION = 10, 512, 256
 WRONG = 0.05
-"""How often a noisy verifier says the contrary."""
+"""The rate at which a noisy verifier says the contrary."""
 
 
 class Prompts:
@@ -144,6 +144,6 @@ def train(
 
 
 def rows_of(end: End) -> list[dict[str, float]]:
-    """What was measured of each student, by name."""
+    """Returns what was measured of each student, by name."""
     columns = zip(*(values.tolist() for values in end))
     return [dict(zip(End._fields, (round(value, 4) for value in row))) for row in columns]

@@ -61,7 +61,7 @@ def measure(model: Any, task: Task, count: int = HELD_OUT) -> float:
 
 
 class Rung(NamedTuple):
-    """How a model climbs: its shape, its steps, the shares at which it is kept."""
+    """The climb of a model: its shape, its steps, the shares at which it is kept."""
 
     role: str
     shape: Recipe
@@ -84,7 +84,7 @@ def climb(task: Task, rung: Rung, folder: Path, device: str) -> dict[str, float]
 
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
     source = task.sequences("train", rung.steps * BATCH, seed=-1).split(BATCH)
-    left = list(rung.shares)
+    shares = list(rung.shares)
     for step, batch in enumerate(bar := tqdm(source, desc=f"{task.name}-{task.digits} {rung.role}", mininterval=10)):
         late = (1 - step / rung.steps) / 0.4
         optimizer.param_groups[0]["lr"] = rung.shape.learning_rate * min(1.0, (step + 1) / rung.shape.warmup, late)
@@ -98,9 +98,9 @@ def climb(task: Task, rung: Rung, folder: Path, device: str) -> dict[str, float]
         if (step + 1) % rung.every == 0:
             share = measure(model, task)
             bar.set_postfix(loss=f"{loss.item():.3f}", right=f"{share:.2e}", refresh=False)
-            while left and share >= left[0]:
-                keep(f"{rung.role}-{100 * left.pop(0):.0f}", share)
-            if not left and rung.role == "student":
+            while shares and share >= shares[0]:
+                keep(f"{rung.role}-{100 * shares.pop(0):.0f}", share)
+            if not shares and rung.role == "student":
                 break
     if rung.role == LAST:
         keep(LAST, measure(model, task))

@@ -1,7 +1,7 @@
 # /// script
 # dependencies = ["optimal-sampling-trl[plots]", "matplotlib"]
 # ///
-"""Which recipe carries a student past a teacher that is often wrong? Losses, rollouts, tasks, teachers and starts.
+"""Compare recipes that may carry a student past a teacher that is often wrong, over tasks, teachers and starts.
 
     python recipes/studies/past_the_teacher.py --ladder output/ladder --output output/past --minutes 8
     python recipes/studies/past_the_teacher.py --output output/past --report

@@ -1,4 +1,4 @@
-"""What past_the_teacher.py compares: the arms, the places where they are run, and why these.
+"""The arms that past_the_teacher.py compares, the places where they are run, and why these.
 
 All cells of {loss} × {dense} × {rollouts} × {task} × {teacher} × {start} × {length} would be 20 000 runs. The design:
 
@@ -53,14 +53,14 @@ def tries_of(method: str, rollouts: str, dense: float) -> tuple[float, ...]:
 def factorial() -> dict[str, Arm]:
     """Every combination of loss, dense term and rollouts; distillation is the dense term alone, at 1."""
     arms = {}
-    for rollouts, (mixture, own) in ROLLOUTS.items():
+    for rollouts, (mixture, share) in ROLLOUTS.items():
         distilled = {"divergence": 1.0}
-        arms[f"Distillation, {rollouts}"] = Arm(distilled, mixture, own, tries=tries_of("", rollouts, 1.0))
+        arms[f"Distillation, {rollouts}"] = Arm(distilled, mixture, share, tries=tries_of("", rollouts, 1.0))
         for method in ("GRPO", "RAFT"):
             for name, (dense, fade) in DENSE.items():
                 terms = loss_of(method, rollouts) | {"divergence": dense}
                 tries = tries_of(method, rollouts, dense)
-                arms[f"{method}, {rollouts}{name}"] = Arm(terms, mixture, own, tries=tries, fade=fade)
+                arms[f"{method}, {rollouts}{name}"] = Arm(terms, mixture, share, tries=tries, fade=fade)
     return arms
 
 
@@ -68,7 +68,10 @@ RAFT, DEFAULT, KL = {"accepted": 1.0}, {"reward": 1.0, "positives": 1.0}, {"dive
 FACTORIAL = factorial()
 CONTROLS = {
     "GRPO, own, positive only": Arm(DEFAULT, ALONE, tries=SMALL),
-    **{f"RAFT, mixture, groups of {size}": Arm(RAFT, own=0.0, size=size, tries=MIDDLE) for size in (2, 4, 8)},
+    **{
+        f"RAFT, mixture, groups of {size}": Arm(RAFT, theta_fraction=0.0, size=size, tries=MIDDLE)
+        for size in (2, 4, 8)
+    },
     **{f"RAFT, own, groups of {size}": Arm(RAFT, ALONE, size=size, tries=MIDDLE) for size in (4, 8)},
     **{f"GRPO, half, groups of {size}": Arm(DEFAULT, size=size, tries=MIDDLE) for size in (2, 4)},
     **{f"GRPO, own, groups of {size}": Arm({"reward": 1.0}, ALONE, size=size, tries=SMALL) for size in (2, 4)},
@@ -83,19 +86,19 @@ CONTROLS = {
     "Distillation, then GRPO, own": Arm(KL, ALONE, 1.0, then={"reward": 1.0}, tries=MIDDLE),
     "Distillation, then GRPO, half": Arm(KL, then=DEFAULT, tries=MIDDLE),
     "Distillation, then RAFT, own": Arm(KL, ALONE, 1.0, then=RAFT, tries=LARGE),
-    "Distillation, then RAFT, mixture": Arm(KL, own=0.0, then=RAFT, tries=LARGE),
+    "Distillation, then RAFT, mixture": Arm(KL, theta_fraction=0.0, then=RAFT, tries=LARGE),
     # Towards t·exp(R/β): the teacher's samples weighted; on the student's own, reward and dense term are its gradient.
     "Tilted 0.5, teacher": Arm(RAFT, TEACHER, 0.0, tilt=0.5, tries=MIDDLE),
     "Tilted 0.2, teacher": Arm(RAFT, TEACHER, 0.0, tilt=0.2, tries=MIDDLE),
-    "Tilted 0.2, mixture": Arm(RAFT, own=0.0, tilt=0.2, tries=LARGE),
+    "Tilted 0.2, mixture": Arm(RAFT, theta_fraction=0.0, tilt=0.2, tries=LARGE),
     "RAFT, fixed 0.5": Arm(RAFT, Mixture("fixed", fixed_alpha=0.5), 0.0, tries=LARGE),
 }
 GRADED = {
     "RAFT, own, accept 1": Arm(RAFT, ALONE, accept=1.0, tries=MIDDLE),
-    "RAFT, mixture, accept 1": Arm(RAFT, own=0.0, accept=1.0, tries=LARGE),
+    "RAFT, mixture, accept 1": Arm(RAFT, theta_fraction=0.0, accept=1.0, tries=LARGE),
     "RAFT, teacher, accept 1": Arm(RAFT, TEACHER, 0.0, accept=1.0, tries=MIDDLE),
     "RAFT, own, by reward": Arm(RAFT, ALONE, accept=None, tries=MIDDLE),
-    "RAFT, mixture, by reward": Arm(RAFT, own=0.0, accept=None, tries=LARGE),
+    "RAFT, mixture, by reward": Arm(RAFT, theta_fraction=0.0, accept=None, tries=LARGE),
 }
 ARMS = FACTORIAL | CONTROLS | GRADED
 CORE = (

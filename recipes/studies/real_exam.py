@@ -1,4 +1,4 @@
-"""How a student of real_text.py does on held-out questions, sampled by the engine that it is trained with."""
+"""Measure a student of real_text.py on held-out questions, sampled by the engine that it is trained with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TRIES = 8
 
 
 class EngineExam:
-    """What `exam.Watch` asks over training, and more at its end; `trainer` is set once it is built.
+    """The questions of `exam.Watch` over training, and more at its end; `trainer` is set once it is built.
 
     Args:
         count: held-out questions; the measurements of several tries take a quarter of them.

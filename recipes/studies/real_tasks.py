@@ -46,7 +46,7 @@ def _worked(entry: dict[str, Any]) -> str:
 
 
 class Task(NamedTuple):
-    """What is asked.
+    """A task.
 
     Args:
         key: our name, in `TASKS`.
@@ -98,7 +98,7 @@ class Task(NamedTuple):
 
 
 def answer_of(text: str) -> str:
-    """What stands behind the last mark, on its line; the last number of a text without one."""
+    """Returns the text behind the last mark, on its line; the last number of a text without one."""
     _, mark, after = text.rpartition(MARK)
     if mark:
         return after.strip().split("\n")[0].strip().rstrip(".")

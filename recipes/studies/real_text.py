@@ -38,7 +38,7 @@ from runs import Line, read_runs, run_all
 
 
 class Job(NamedTuple):
-    """What one process does: runs (arm, learning rate, seed) of one task and one student, one after the other."""
+    """The work of one process: runs (arm, learning rate, seed) of one task and one student, one after the other."""
 
     task: str
     student: str
@@ -86,7 +86,7 @@ def run(job: Job, name: str, rate: float, seed: int, options: argparse.Namespace
 
 
 def jobs_of(options: argparse.Namespace, done: Iterable[Line]) -> Iterator[Job]:
-    """What is missing: a job for each task and student, cut into parts where there are more jobs than those."""
+    """List what is missing: a job for each task and student, cut into parts where there are more jobs than those."""
     full = {
         (line["task"], line["student"], line["arm"], line["learning_rate"], line["seed"])
         for line in done

@@ -55,7 +55,7 @@ class Stack:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.weights["model.norm.weight"].device
 
     @classmethod
@@ -86,8 +86,8 @@ class Stack:
         """Rotary positions of (rows, H, L, D), whose first token is at `start`."""
         angles = torch.outer(torch.arange(start, start + x.shape[2], device=x.device), self.frequencies)  # (L, D/2)
         cosine, sine = angles.cos(), angles.sin()
-        left, right = x.chunk(2, dim=-1)
-        return torch.cat([left * cosine - right * sine, right * cosine + left * sine], dim=-1)
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
 
     def _attend(self, x: Tensor, layer: int, B: int, cache: Cache | None) -> Tensor:
         """Attention over (S, B·L, hidden), with what the cache holds before it."""

@@ -83,6 +83,8 @@ class Rollouts:
         """Refuse records that are not the student's: log θ of each drawn token, from a pass over the sequences."""
         logits = self.student.logits(torch.cat([batch.prompts, batch.ids], dim=-1), keep=self.length + 1)[:, :, :-1]
         wanted = logits.log_softmax(-1).gather(-1, batch.ids[..., None])[..., 0]
-        apart = float(((wanted - batch.log_theta) * batch.mask).abs().max())
-        if not apart <= TOLERANCE:
-            raise RuntimeError(f"a replayed log θ is {apart:.3f} nats from the student's; wanted {TOLERANCE} at most")
+        difference = float(((wanted - batch.log_theta) * batch.mask).abs().max())
+        if not difference <= TOLERANCE:
+            raise RuntimeError(
+                f"a replayed log θ is {difference:.3f} nats from the student's; wanted {TOLERANCE} at most"
+            )

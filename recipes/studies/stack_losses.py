@@ -1,4 +1,4 @@
-"""What a stack of students learns from, and how: the losses of the trainers, Adam, one gradient for each student.
+"""Losses of a stack of students, as the trainers have them, Adam, and one gradient for each student.
 
 Shapes as in `stack.py`. `tests/recipes/test_stack.py` holds the gradients against the trainers'.
 """
@@ -20,7 +20,7 @@ UNLIKELY = 0.2
 
 
 class Losses(NamedTuple):
-    """What each student learns from, (S,) each: the coefficients of the terms of its loss.
+    """Coefficients of the terms of each student's loss, (S,) each.
 
     Args:
         reward: of GRPO's advantages.

@@ -1,4 +1,4 @@
-"""How good each student of a stack is: how often it is right, in how many of eight tries, how varied, how near."""
+"""Measure each student of a stack: how often it is right, in how many of eight tries, how varied, how near."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def success(student: Stack, task: Task, ids: Tensor) -> Tensor:
 
 
 class End(NamedTuple):
-    """What is measured of each student (S,) at the end, on samples of its own.
+    """Measurements of each student (S,) at the end, on samples of its own.
 
     Args:
         right: the share of right samples.
@@ -91,8 +91,8 @@ def _tries(student: Stack, teacher: Stack | None, task: Task, ids: Tensor, tries
             continue
         logits = student.logits(torch.cat([prompts, batch.ids], -1), keep=length + 1)[:, :, :-1]
         log_theta = logits.log_softmax(-1)
-        entropy, apart = ((log_theta.exp() * x).sum(-1) for x in (-log_theta, log_theta - batch.teacher))
-        sums += torch.stack([(x * batch.mask).sum((1, 2)) for x in (torch.ones_like(entropy), entropy, apart)])
+        entropy, log_ratio = ((log_theta.exp() * x).sum(-1) for x in (-log_theta, log_theta - batch.teacher))
+        sums += torch.stack([(x * batch.mask).sum((1, 2)) for x in (torch.ones_like(entropy), entropy, log_ratio)])
     return _Tries(torch.cat(parts, dim=1), *sums)
 
 

@@ -1,4 +1,4 @@
-"""Which runs of a study are missing, and stacks of them side by side: what the studies of long tasks share."""
+"""The missing runs of a study, in stacks side by side: shared by the studies of long tasks."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ PLACE = ("task", "teacher", "student", "verifier", "prompts")
 
 
 def place_of(line: Line | Setting) -> tuple[Any, ...]:
-    """Where on the axes a run or a setting stands."""
+    """Returns where on the axes a run or a setting stands."""
     values = line._asdict() if isinstance(line, Setting) else line
     return tuple(values[name] for name in PLACE)
 
 
 def key_of(setting: Setting, steps: int, run: Run) -> dict[str, Any]:
-    """What tells a run from all others."""
+    """Returns what tells a run from all others."""
     return dict(zip(PLACE, place_of(setting))) | {"steps": steps} | run._asdict()
 
 
@@ -61,7 +61,7 @@ Rates = Callable[[Setting, str], Sequence[float]]
 def missing(
     settings: Sequence[Setting], rates: Rates, done: Sequence[Line], steps: int, ladder: Path, size: int
 ) -> Iterator[tuple[Setting, list[Run]]]:
-    """What has not been run to its end, in order, in stacks.
+    """Yield what has not been run to its end, in order, in stacks.
 
     Args:
         size: runs of a stack where a completion has 41 tokens; fewer where it has more, by the memory that it takes.
@@ -114,6 +114,6 @@ def one(
 
 
 def words(lines: list[Line]) -> str:
-    """What is printed of a stack that ended."""
+    """Returns what is printed of a stack that ended."""
     stopped = ", stopped" if lines[0]["stopped"] else ""
     return f"{'/'.join(map(str, place_of(lines[0])))}: {len(lines)} runs, {lines[0]['seconds']:.0f} s{stopped}"

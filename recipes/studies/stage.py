@@ -1,4 +1,4 @@
-"""What a stack of students does at each step of training: the arms, and the state that each run is in."""
+"""Steps of training of a stack of students: the arms, and the state that each run is in."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Arm(NamedTuple):
     Args:
         terms: coefficients of the loss, by the names of `stack_losses.Losses`.
         mixture: what the rollouts are sampled from.
-        own: the share of a group that is the student's own; None grows from 0.5 to 1 with the student's success.
+        theta_fraction: the share of a group that is the student's own; None grows from 0.5 to 1 with its success.
         schedule: the share of training over which the mixture is annealed to the student; "success" anneals by the
             success rate of the student's own completions instead.
         prefix: the share of a completion that the mixture draws before the student goes on; "random": a share drawn
@@ -44,7 +44,7 @@ class Arm(NamedTuple):
 
     terms: dict[str, float]
     mixture: Mixture = Mixture()
-    own: float | None = 0.5
+    theta_fraction: float | None = 0.5
     schedule: float | str | None = None
     prefix: float | str = 1.0
     size: int | None = None
@@ -74,7 +74,7 @@ def group_of(terms: dict[str, float]) -> int:
 
 
 class Stage:
-    """What a stack of runs samples from and learns from at each step, by the state that each run is in."""
+    """The mixtures and losses of a stack of runs at each step, by the state that each run is in."""
 
     def __init__(self, arms: list[Arm], length: int, device: str) -> None:
         self.arms, self.length, self.device = arms, length, device
@@ -120,7 +120,7 @@ class Stage:
         return Given(answers, count[:, None].expand(-1, BATCH).contiguous())
 
     def kept(self, progress: float) -> Tensor:
-        """How much of each run's mixture is there, in [0, 1]: 1 less `Mixture.anneal`'s share."""
+        """Returns how much of each run's mixture is there, in [0, 1]: 1 less `Mixture.anneal`'s share."""
         shares = [
             float(success) if arm.schedule == "success" else min(progress / float(arm.schedule), 1.0)
             if arm.schedule is not None else 0.0
@@ -133,7 +133,7 @@ class Stage:
         if self._mixtures is None:
             self._mixtures = self._make_mixtures(progress)
         found = self._mixtures
-        if any(arm.schedule is not None or arm.own is None or arm.prefix == "random" for arm in self.arms):
+        if any(arm.schedule is not None or arm.theta_fraction is None or arm.prefix == "random" for arm in self.arms):
             self._mixtures = None
         return found
 
@@ -141,9 +141,9 @@ class Stage:
         kept = self.kept(progress)
         until = torch.zeros(len(self.arms), BATCH)
         for place, arm in enumerate(self.arms):
-            own = 0.5 + 0.5 * float(self.success[place]) if arm.own is None else arm.own
+            share = 0.5 + 0.5 * float(self.success[place]) if arm.theta_fraction is None else arm.theta_fraction
             block = int(self.groups[place]) if self.groups[place] > 1 else GROUP
-            count = int(own * block + 0.5)
+            count = int(share * block + 0.5)
             share = torch.rand(BATCH) if arm.prefix == "random" else torch.full((BATCH,), float(arm.prefix))
             until[place] = torch.ceil(share * self.length) * (torch.arange(BATCH) % block >= count)
             if arm.mixture.is_theta_only or kept[place] == 0:
@@ -158,11 +158,11 @@ class Stage:
         annealed = annealed._replace(alpha_max=torch.where(trust, self.rows.alpha_max, annealed.alpha_max))
         return annealed, until.to(self.device)
 
-    def note(self, rewards: Tensor, own: Tensor) -> None:
+    def note(self, rewards: Tensor, from_theta: Tensor) -> None:
         """Update the success of the student's own completions, where a run has any, and the length of the hints."""
-        rewards, own = rewards.cpu(), own.cpu()
-        count = own.sum(1)
-        new = (rewards * own).sum(1) / count.clamp(min=1)
+        rewards, from_theta = rewards.cpu(), from_theta.cpu()
+        count = from_theta.sum(1)
+        new = (rewards * from_theta).sum(1) / count.clamp(min=1)
         self.success = torch.where(count > 0, SMOOTHING * self.success + (1 - SMOOTHING) * new, self.success)
         self.hint = (self.hint + HINT_RATE * (0.5 - rewards.mean(1))).clamp(0, 1)
 

@@ -145,14 +145,14 @@ def test_gradients_are_the_trainers(folders: tuple[str, str], tmp_path: Path, na
     settings |= {"per_device_train_batch_size": 8, "max_completion_length": LENGTH, "max_grad_norm": 1e9}
     if is_grpo:
         kept = "none" if "negatives" in values else "all" if "positives" in values else "mixture"
-        own = {"num_generations": 4, "positive_only": kept}
-        own["distillation_coefficient"] = values.get("sampled", 0.0)
+        special = {"num_generations": 4, "positive_only": kept}
+        special["distillation_coefficient"] = values.get("sampled", 0.0)
     else:
-        own = {} if is_raft else {"loss": "sampled_token" if "sampled" in values else "divergence"}
+        special = {} if is_raft else {"loss": "sampled_token" if "sampled" in values else "divergence"}
     kind = "GRPO" if is_grpo else "RAFT" if is_raft else "Distillation"
     trainer = getattr(optimal_sampling_trl, f"{kind}Trainer")(
         AutoModelForCausalLM.from_pretrained(folders[1], dtype=torch.float32),
-        args=getattr(optimal_sampling_trl, f"{kind}Config")(**settings, **own),
+        args=getattr(optimal_sampling_trl, f"{kind}Config")(**settings, **special),
         generator=OptimalSamplingGenerator(folders[0], backend="transformers"),
         processing_class=AutoTokenizer.from_pretrained(folders[1]),
         train_dataset=Dataset.from_dict({"prompt": [text for text in PROMPTS if len(text) == 11] * 4}),

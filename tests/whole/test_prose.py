@@ -17,24 +17,7 @@ QUESTIONS = {"What", "Whether", "Where", "Why", "How", "Which", "When", "Who"}
 VAGUE = {"own", "theirs", "said", "left", "apart", "tails"}
 """Words that say nothing as the name of a variable."""
 LONGEST_FILE, LONGEST_FUNCTION = 400, 80
-EXCEPTIONS: set[str] = {
-    "recipes/studies/digit_tasks.py",
-    "recipes/studies/horizon_arms.py",
-    "recipes/studies/horizon_train.py",
-    "recipes/studies/ladder.py",
-    "recipes/studies/past_the_teacher.py",
-    "recipes/studies/past_the_teacher_arms.py",
-    "recipes/studies/past_the_teacher_report.py",
-    "recipes/studies/real_exam.py",
-    "recipes/studies/real_tasks.py",
-    "recipes/studies/real_text.py",
-    "recipes/studies/stack.py",
-    "recipes/studies/stack_graph.py",
-    "recipes/studies/stack_losses.py",
-    "recipes/studies/stack_measure.py",
-    "recipes/studies/stacks.py",
-    "recipes/studies/stage.py",
-}
+EXCEPTIONS: set[str] = set()
 """Files whose words are still to be mended."""
 
 

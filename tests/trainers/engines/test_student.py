@@ -158,7 +158,11 @@ def log_probabilities(model: Any) -> Tensor:
     return model(input_ids=IDS).logits.log_softmax(-1)
 
 
-@pytest.mark.parametrize(("name", "make", "family", "tied"), PUSHED, ids=lambda value: "" if callable(value) else str(value))
+@pytest.mark.parametrize(
+    ("name", "make", "family", "tied"),
+    PUSHED,
+    ids=lambda value: "" if callable(value) else str(value),  # a function's name differs between processes
+)
 def test_the_weights_are_those_of_the_forward_pass(
     folders: Callable[[str, bool], str], name: str, make: Make, family: str, tied: bool
 ) -> None:
