@@ -224,7 +224,7 @@ def test_a_plain_configuration_is_taken_without_a_word(pair: tuple[str, str], tm
 def test_a_mode_that_does_not_exist_is_refused(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
     with pytest.raises(ValueError, match=r"^Unknown value of `vllm_mode` 'colocated'\. .*Did you mean 'colocate'\?"):
         make_trainer(kind, pair, tmp_path, vllm_mode="colocated")
-    with pytest.raises(ValueError, match=r"^`max_completion_length` is None; wanted the largest number"):
+    with pytest.raises(ValueError, match=r"^`max_completion_length` is None; wanted a whole number"):
         make_trainer(kind, pair, tmp_path, max_completion_length=None)
 
 
