@@ -347,6 +347,26 @@ def test_another_checkpoint_of_one_name_is_another_teacher(
         FusedServer(VLLMClient(base_url=server.url), "/elsewhere/teacher", make_tokenizer())
 
 
+def test_a_data_parallel_server_answers_for_all_of_its_replicas(
+    models: tuple[str, str], oracle: Oracle, tmp_path: Path
+) -> None:
+    """Each has weights and a prefix cache of its own: a trainer must know of both."""
+    running = Server(*models, tmp_path / "server.log", "--max-model-len", "256", "--data-parallel-size", "2")
+    try:
+        served = connect(running, models, tmp_path)
+        push(served, oracle.models["theta"])
+        assert served.pushed is not None
+        assert [state["updates"] for state in served.pushed] == [1, 1]
+        assert len({state["instance"] for state in served.pushed}) == 2
+        asked = [request(text) for text in TEXTS]
+        oracle.check(served.sample(asked), asked)
+        served.pushed[1]["instance"] = "another"
+        with pytest.raises(RuntimeError, match="it was restarted"):
+            served.sample(asked)
+    finally:
+        running.stop()
+
+
 def test_other_endings_than_the_trainers_are_refused(server: Server, models: tuple[str, str]) -> None:
     served = FusedServer(VLLMClient(base_url=server.url), models[0], make_tokenizer())
     served.check_ending((EOS,))
