@@ -37,13 +37,14 @@ class Rollouts:
 
     def __call__(self, prompts: Tensor, rows: MixtureRows, until: Tensor, given: Given | None = None) -> Batch:
         """A completion of each prompt; the arguments are those of `stack.sample`."""
-        tensors = [prompts, until, *rows[1:], *(given or ())]
+        columns = rows[1:]  # all but `present`, which is no tensor
+        tensors = [prompts, until, *columns, *(given or ())]
 
         def work(prompts: Tensor, until: Tensor, *others: Tensor) -> Batch:
-            there = Given(*others[5:]) if given is not None else None
+            there = Given(*others[len(columns) :]) if given is not None else None
             if not self.mixes:
                 return sample_alone(self.student, self.teacher, prompts, self.length, self.eos, there)
-            mixture, teacher = MixtureRows(rows.present, *others[:5]), self.teacher
+            mixture, teacher = MixtureRows(rows.present, *others[: len(columns)]), self.teacher
             assert teacher is not None
             return sample_mixed(self.student, teacher, prompts, mixture, until, self.length, self.eos, there)
 

@@ -66,7 +66,9 @@ SIGNATURES = {
     "vllm.entrypoints.openai.api_server:build_and_serve": ["engine_client", "listen_address", "sock", "args"],
     "vllm.entrypoints.serve.utils.api_utils:cli_env_setup": [],
     "vllm.v1.engine.async_llm:AsyncLLM.generate": ["prompt", "sampling_params", "request_id"],
-    "vllm.v1.engine.async_llm:AsyncLLM.collective_rpc": ["method"],
+    "vllm.v1.engine.async_llm:AsyncLLM.collective_rpc": ["method", "timeout", "args", "kwargs"],
+    "vllm.v1.engine.async_llm:AsyncLLM.reset_prefix_cache": ["reset_running_requests", "reset_connector"],
+    "vllm.v1.engine.core_client:DPLBAsyncMPClient._call_utility_async": ["method", "engine"],
     "vllm.v1.worker.gpu_worker:Worker.finish_weight_update": [],
     "vllm.distributed.weight_transfer.factory:WeightTransferEngineFactory.register_engine": [
         "name",
@@ -127,6 +129,7 @@ MENTIONED = {
         "gen.set_offset(gen.get_offset() - 4)",
     ],
     "vllm.v1.worker.gpu_input_batch": ["def req_ids", "self.generators", "generators=self.generators"],
+    "vllm.v1.engine.core_client": ["for engine in self.core_engines", "Only the result from the first engine"],
     "vllm.v1.engine.core": ["cleanup_dist_env_and_memory()"],
     "vllm.platforms.interface": ["cls._global_graph_pool is None"],
     "vllm.v1.worker.workspace": ["global _manager", "def reset_workspace_manager"],
