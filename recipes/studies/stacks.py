@@ -64,7 +64,7 @@ def missing(
     """Yield what has not been run to its end, in order, in stacks.
 
     Args:
-        size: runs of a stack where a completion has 41 tokens; fewer where it has more, by the memory that it takes.
+        size: runs of a stack where a completion has 41 tokens; by the memory that it takes, more where it has fewer.
     """
     finished = {tuple(line[name] for name in (*PLACE, "steps", *Run._fields)) for line in done if not line["stopped"]}
     for setting in settings:
@@ -79,7 +79,7 @@ def missing(
             for rate in rates(setting, arm)
         ]
         runs = [run for run in every if (*place_of(setting), steps, *run) not in finished]
-        most = max(size * 41 // max(Task.of(setting.task).completion_length, 41), 1)
+        most = max(size * 41 // Task.of(setting.task).completion_length, 1)
         count = -(-len(runs) // most)  # of stacks, about equally large
         for part in range(count):
             yield setting, runs[part * len(runs) // count : (part + 1) * len(runs) // count]
