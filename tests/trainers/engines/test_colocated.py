@@ -18,7 +18,8 @@ from transformers import AutoTokenizer
 import common
 from helpers.engines import TOLERANCE  # the engine's environment is set before vLLM is imported
 from helpers.models import copy_with, make_model, publish
-from helpers.training import TEXTS, Watch, load, make_trainer, make_untrained_pair, one_batch, train_and_check
+from helpers.training import TEXTS, Watch, load, make_untrained_pair, one_batch, train_and_check
+from helpers.training import make_trainer as build_trainer
 from optimal_sampling_trl.pairing import source
 from optimal_sampling_trl.trainers.engines import colocated, live
 
@@ -27,6 +28,22 @@ pytest.importorskip("vllm", reason="vLLM is not installed: pip install -e '.[vll
 
 ENGINE = {"backend": "vllm", "engine_arguments": {"kv_cache_memory_bytes": 64 << 20, "enforce_eager": True}}
 LOGGER = "optimal_sampling_trl.trainers.engines.seam"
+
+
+_made: list[Any] = []
+
+
+def make_trainer(*arguments: Any, **settings: Any) -> Any:
+    """Make a trainer whose engine is closed after the test: the groups of processes go with the last engine."""
+    _made.append(build_trainer(*arguments, **settings))
+    return _made[-1]
+
+
+@pytest.fixture(autouse=True)
+def _close_engines() -> Iterator[None]:
+    yield
+    while _made:
+        _made.pop().close()
 
 
 @pytest.fixture(scope="module")
