@@ -133,7 +133,7 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
                 )
             warnings.warn(
                 "`loss_type='vespo'` on completions of the mixture: in a study of 4-digit addition it collapsed "
-                "(exact match .045 -> .000), on the embedded pair (recipes/README.md) it did not (0.43). "
+                "(exact match .045 -> .000), on the embedded pair (recipes/studies/README.md) it did not (0.43). "
                 "Watch the evaluation.",
                 stacklevel=4,
             )
