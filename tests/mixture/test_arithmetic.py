@@ -48,6 +48,15 @@ def test_two_tokens_by_hand(method: str, temperature: float) -> None:
         assert log_q.exp()[0].tolist() == pytest.approx([0.5 + 0.3 * want, 0.5 - 0.3 * want], abs=1e-6)
 
 
+@pytest.mark.parametrize("temperature", [0.75, 1.0, 1.3])
+@pytest.mark.parametrize("epsilon", [1e-4, 0.05, 20.0])
+def test_equal_models_never_spend_the_budget(temperature: float, epsilon: float) -> None:
+    """KL(q‖θ) is 0 or rounding at any α, of either sign: the answer is the end of the range."""
+    logits = torch.tensor([[0.1543, -0.0293], [-1.0, 3.0], [0.0, 0.0]])
+    mixture = Mixture("trust_region", alpha_max=0.9, epsilon=epsilon, form="arithmetic")
+    assert mix(logits, logits.clone(), mixture, temperature)[0].tolist() == pytest.approx([0.9] * 3)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_ess_balance_is_a_half_whatever_the_models(seed: int) -> None:
     """Why it is refused: Σθ²/q = Σt²/q at α = 1/2, also where the two have other tokens."""
