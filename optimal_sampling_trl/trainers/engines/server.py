@@ -21,7 +21,8 @@ from ...pairing import check_adapter, stop_tokens
 from ...rollouts.rollout import Rollout
 from .base import LogThetas, MixturePlan, as_trl_returns, on_all_ranks, refuse_images, tokenizer_of
 from .push import PushedGeneration
-from .student import check_float, tied_heads
+from .student import tied_heads
+from .student_checks import check_float
 
 
 class ServerGeneration(PushedGeneration):
