@@ -121,8 +121,8 @@ class ServerGeneration(PushedGeneration):
         return self.server.sample(self.make_requests(prompts, 0, teacher_prompts, self.accelerator.num_processes))
 
     def types(self) -> set[torch.dtype]:
-        """A server's default on a GPU, since it does not say."""
-        return {torch.bfloat16}
+        """The type that the server computes in."""
+        return {self.server.dtype}
 
     def close(self) -> None:
         """Let go of the server, which runs on."""
