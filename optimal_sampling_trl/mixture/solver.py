@@ -167,8 +167,9 @@ def _solve_arithmetic(
 def _power_residual(log_theta: Tensor, log_teacher: Tensor, alpha: Tensor, epsilon: Tensor) -> _Residual:
     """Return KL(q‖θ) - ε of the arithmetic form, and the slope of the secant to where a power of α would reach ε.
 
-    KL is nearly a power of α, with an exponent αKL'/KL that falls from 2 at α = 0 and is not below 1. Between models that
-    are equal up to rounding KL is 0, or just below: the exponent's range and a positive KL send α to the end of its range.
+    KL is nearly a power of α, with an exponent αKL'/KL that falls from 2 at α = 0 and is not below 1. Between models
+    that are equal up to rounding KL is 0, or just below. There the exponent's range and a positive KL send α to the
+    end of its range.
     """
     value, slope = kl_and_slope(log_theta, log_teacher, alpha)
     positive = value.clamp(min=torch.finfo(value.dtype).tiny)

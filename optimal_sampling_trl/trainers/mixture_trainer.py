@@ -20,7 +20,7 @@ from .config import correction_of
 from .engines.base import MixtureGeneration, MixturePlan, on_all_ranks
 from .engines.endings import endings_known
 from .engines.seam import build_generation, engine_replaced_by
-from .engines.student import check_head, check_teacher_apart
+from .engines.student_checks import check_head, check_teacher_apart
 from .entropy_scale import next_scale
 from .generator import OptimalSamplingGenerator, check_generator
 from .guard import ROWS, TOKENS, WeightGuard, bound_of, dropout_of, log_theta_of
