@@ -40,6 +40,9 @@ def solve_alpha(
         theta, teacher = (torch.special.entr(row.exp()).sum(-1) for row in (log_theta, log_teacher))
         share = torch.where(theta + teacher > 0, theta / (theta + teacher), middle)
         alpha = torch.where(rows.method == METHODS.index("entropy"), share, alpha)
+    if "entropy_gate" in rows.methods("geometric") | rows.methods("arithmetic"):
+        gate = torch.special.entr(log_theta.exp()).sum(-1) / rows.entropy_scale
+        alpha = torch.where(rows.method == METHODS.index("entropy_gate"), gate, alpha)
     if rows.methods("geometric") & _RESIDUALS.keys():
         family = _Family(log_theta.masked_fill(~support, -torch.inf), log_ratio)
         alpha = _solve_geometric(family, rows, alpha, middle)

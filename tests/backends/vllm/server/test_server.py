@@ -186,7 +186,7 @@ FIELDS = (
     "vllm_xargs",
 )
 XARGS = ("method", "form", "alpha_min", "alpha_max", "fixed_alpha", "epsilon", "optimal_sampling_record", "alpha")
-XARGS += ("teacher",)
+XARGS += ("teacher", "entropy_scale")
 
 
 @examples(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
