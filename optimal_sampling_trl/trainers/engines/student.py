@@ -36,22 +36,22 @@ class StudentWeights:
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self._walk(self.model, ""):
+        for name, parameter in self._walk(self.model, "", self.gather):
             yield name, self._whole(parameter)
 
-    def _walk(self, module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    def _walk(self, module: nn.Module, prefix: str, gather: Gather) -> Iterator[tuple[str, Tensor]]:
         """Names and values below a module, which stands at `prefix` of the plain student."""
         module = seen_through(module)
         if is_adapted(module):
-            with self.gather(list(module.parameters())), self._whole_layer(module), merged(module) as base:
-                yield from self._walk(base, prefix)
+            with gather(list(module.parameters())), self._whole_layer(module), merged(module) as base:
+                yield from self._walk(base, prefix, nullcontext)  # DeepSpeed refuses to gather what is gathered
             return
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                with self.gather([parameter]):
+                with gather([parameter]):
                     yield prefix + name, parameter.data
         for name, child in module.named_children():
-            yield from self._walk(child, f"{prefix}{name}.")
+            yield from self._walk(child, f"{prefix}{name}.", gather)
 
     @contextmanager
     def _whole_layer(self, layer: nn.Module) -> Iterator[None]:
@@ -157,4 +157,4 @@ def tied_heads(model: Any) -> set[str]:
 def storages(module: nn.Module | None) -> set[int]:
     """Return the addresses of all that a layer is made of, its adapter included."""
     parameters = [] if module is None else list(module.parameters())
-    return {held_here(one).untyped_storage().data_ptr() for one in parameters}
+    return {held_here(one).data_ptr() for one in parameters}

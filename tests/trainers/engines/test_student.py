@@ -97,13 +97,17 @@ SPLIT = {
 
 
 @pytest.mark.parametrize("tied", SPLIT)
-def test_a_student_that_fsdp_splits_is_handed_out_whole(
-    folders: Callable[[str, bool], str], tmp_path: Path, tied: bool
+@pytest.mark.parametrize("by", ["fsdp2", "zero3"])
+def test_a_student_that_two_processes_split_is_handed_out_whole(
+    folders: Callable[[str, bool], str], tmp_path: Path, by: str, tied: bool
 ) -> None:
     """Each weight merged and brought together on every rank, and each rank's shard bit by bit as it was."""
-    process = run_two_ranks("sharded_students.py", folders("llama", tied), tmp_path, *SPLIT[tied])
+    if by == "zero3":
+        pytest.importorskip("deepspeed")
+    arguments = (by, folders("llama", tied), tmp_path, *SPLIT[tied])
+    process = run_two_ranks("sharded_students.py", *arguments, DS_ACCELERATOR="cpu")
     assert process.returncode == 0, process.stderr[-3000:]
-    differences = json.loads((tmp_path / "sharded.json").read_text())
+    differences = json.loads((tmp_path / "split.json").read_text())
     assert differences.keys() == set(SPLIT[tied])
     assert max(differences.values()) < 1e-6, differences
 
