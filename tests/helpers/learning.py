@@ -1,0 +1,82 @@
+"""Short runs on the embedded pair, and the bands in which they end."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import AutoTokenizer
+
+import pair as embedded
+from arm import EMBEDDED, train
+from demo import BATCH, MIXTURE, RATES
+from horizon_train import train as train_stack
+from optimal_sampling_trl import GRPOConfig, GRPOTrainer, Mixture, OptimalSamplingGenerator
+from past_the_teacher_arms import ARMS
+from stacks import Run, Setting
+
+DEMO_STEPS = 60
+STACK = {"Distillation, mixture": (3e-3, 50), "RAFT, mixture": (3e-3, 70)}
+"""The learning rate and the updates of each arm of past_the_teacher.py that is run."""
+
+
+class Band(NamedTuple):
+    """The range of the mean end of some runs, five of its deviations about the mean of all seeds.
+
+    Args:
+        mean: of the ends of at least eight seeds.
+        deviation: of the same.
+        runs: how many runs the mean is of that lies in the band.
+    """
+
+    mean: float
+    deviation: float
+    runs: int = 1
+
+    @property
+    def low(self) -> float:
+        """Smallest mean."""
+        return self.mean - 5 * self.deviation / math.sqrt(self.runs)
+
+    @property
+    def high(self) -> float:
+        """Largest mean."""
+        return self.mean + 5 * self.deviation / math.sqrt(self.runs)
+
+
+BANDS = {
+    "demo": Band(0.1238, 0.0071),
+    "Distillation, mixture": Band(0.3012, 0.0744, runs=4),
+    "RAFT, mixture": Band(0.4349, 0.0808, runs=4),
+}
+"""Shares of right samples on held-out prompts, of eight seeds (tests/checks/learning_bands.py). The student starts at
+0.019. CPU, one thread, torch 2.13.0, TRL 1.16.0."""
+
+
+def end_of_demo(made: embedded.Pair, folder: Path, seed: int) -> float:
+    """Run the demo's mixture for `DEMO_STEPS`, and return how often the student is right."""
+    tokenizer = AutoTokenizer.from_pretrained(made.student)
+    settings = {"learning_rate": RATES[MIXTURE], "output_dir": str(folder), "seed": seed, "disable_tqdm": True}
+    trainer, _ = train(
+        GRPOTrainer,
+        GRPOConfig,
+        made,
+        DEMO_STEPS,
+        BATCH,
+        settings,
+        EMBEDDED._replace(measure=lambda model, tokenizer: math.nan),  # the end alone is looked at
+        generator=OptimalSamplingGenerator(made.teacher, Mixture(), backend="transformers"),
+    )
+    trainer.close()
+    return embedded.measure(trainer.model.eval(), tokenizer)
+
+
+def end_of_stack(made: embedded.Pair, folder: Path, arm: str, runs: int) -> list[float]:
+    """Run an arm of past_the_teacher.py with some seeds side by side, and return how often each student is right."""
+    (folder / "sort-10").symlink_to(Path(made.teacher).parent)
+    rate, steps = STACK[arm]
+    setting = Setting("sort-10", Path(made.teacher).name, Path(made.student).name, (arm,), runs)
+    seeds = [Run(arm, rate, seed) for seed in range(runs)]
+    lines = train_stack(setting, seeds, ARMS, steps, str(folder), "cpu", math.inf)
+    return [line["curve"][-1][1] for line in lines]
