@@ -55,6 +55,23 @@ def test_engine() -> None:
 
 
 @pytest.mark.engine
+def test_training() -> None:
+    """Two arms, one of each kind; the parts of a step are the whole. TRL's own take a GPU."""
+    need_vllm()
+    arms = ("RAFT, mixture", "sampled token, own")
+    sizes = "--completions 2 --micro-batch 2 --group 2 --tokens 3 --steps 2 --prompt 4".split()  # noqa: SIM905
+    models = "--teacher 64 1 --theta 64 1 --vocabulary 300".split()  # noqa: SIM905
+    output = run("benchmarks/training.py", *sizes, *models, "--arms", *arms)
+    rows = {cells[1].strip(): cells[2:] for cells in (line.split("|") for line in output.splitlines()[-2:])}
+    assert rows.keys() == set(arms)
+    for cells in rows.values():
+        rollout, sync, update, other, step, memory = map(float, cells[:6])
+        assert rollout + sync + update + other == pytest.approx(step, abs=0.03)
+        assert rollout > 0
+        assert memory > 0
+
+
+@pytest.mark.engine
 def test_http_server() -> None:
     need_vllm()
     output = run("benchmarks/http_server.py", "--requests", "4", "--tokens", "3", "--rounds", "1")
