@@ -28,6 +28,7 @@ FLOORS = (
     "mixture.kernels",
     "mixture",
     "losses",
+    "divergences",
     "metrics",
     "pairing",
     "rollouts",
