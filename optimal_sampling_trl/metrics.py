@@ -49,6 +49,13 @@ TOKENS_PER_SECOND = "mixture/tokens_per_second"
 LOG_THETA_DIFFERENCE = "engine/log_theta_difference"
 """Mean of |log θ in the trainer − log θ in the engine|, in nats a token."""
 
+DENSE_DIVERGENCE = "dense/divergence"
+"""Mean divergence of the student from the teacher that the dense term trains on, in nats a token."""
+DENSE_COEFFICIENT = "dense/coefficient"
+"""Coefficient of the dense term."""
+DENSE = "dense/"
+"""Begins the name of each exact number of the dense records; the mean is over all tokens, whoever drew them."""
+
 ALPHA_TOKENS = "alpha/tokens"
 """Histogram of α over the mixture's tokens."""
 LOG_WEIGHT = "mixture/log_weight"
@@ -79,6 +86,16 @@ def of_drafts(log_q: Float[Tensor, " N"], log_theta: Float[Tensor, " N"]) -> dic
     Source: Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", arXiv:2211.17192, §3.3.
     """
     return _finite_mean(ACCEPTANCE, (log_theta - log_q).clamp(max=0.0).exp())
+
+
+def of_dense(name: str, values: Float[Tensor, " N"]) -> dict[str, float]:
+    """Average one of the dense records' exact numbers over N tokens; empty where none is finite.
+
+    Args:
+        name: one of `rollouts.dense.SCALARS`.
+        values: the numbers; a divergence is infinite where one model rules out what the other may draw.
+    """
+    return _finite_mean(DENSE + name, values)
 
 
 def histograms_of_mixture(

@@ -10,8 +10,9 @@ import trl
 
 from ..losses import LEVELS, Correction
 from ..options import check_number, check_whole, unknown_option
+from .dense_config import TOP_K, DenseTermConfig
 
-LOSSES = ("divergence", "sampled_token")
+LOSSES = ("divergence", "dense", "sampled_token")
 WEIGHTS = ("accepted", "reward")
 DENOMINATORS = ("all", "accepted")
 POSITIVE_ONLY = ("mixture", "all", "none")
@@ -73,8 +74,8 @@ class CorrectionConfig(GuardConfig):
 
 
 @dataclass
-class PolicyGradientConfig(CorrectionConfig):
-    """The correction of a policy gradient, which has advantages.
+class PolicyGradientConfig(DenseTermConfig, CorrectionConfig):
+    """The correction of a policy gradient, which has advantages, and the dense term beside it.
 
     Raises:
         ValueError: where `positive_only` is none of `POSITIVE_ONLY`, and as TRL's.
@@ -116,6 +117,7 @@ class GRPOConfig(PolicyGradientConfig, trl.GRPOConfig):
     Example:
         ```python
         GRPOConfig("output/grpo", distillation_coefficient=0.1)  # 0.1·(log t - log θ) beside the reward
+        GRPOConfig("output/grpo", dense_coefficient=1.0, dense_fade=0.5)  # the divergence, gone by half of training
         GRPOConfig("output/grpo", correction="token_truncate", correction_clip_max=2.0)
         ```
     """
@@ -158,7 +160,7 @@ class RLOOConfig(PolicyGradientConfig, trl.RLOOConfig):
 
 
 @dataclass
-class RAFTConfig(GuardConfig, trl.GRPOConfig):
+class RAFTConfig(DenseTermConfig, GuardConfig, trl.GRPOConfig):
     """TRL's `GRPOConfig` with the fields of filtered imitation; fields that the loss does not read are refused.
 
     By default each prompt of a batch has one completion, sampled from the mixture, since a batch of many prompts
@@ -220,13 +222,17 @@ class _GroupOfAnySize(int):
 
 @dataclass
 class DistillationConfig(CorrectionConfig, trl.DistillationConfig):
-    """TRL's `DistillationConfig` with the correction, and a loss that needs no teacher in the trainer.
+    """TRL's `DistillationConfig` with the correction, and losses that need no teacher in the trainer.
+
+    `loss="dense"` is TRL's divergence (`beta` means the same) over the likeliest tokens of both models, from the dense
+    records of the rollouts; see `divergences.union_divergence`.
 
     Raises:
         ValueError: on a loss that does not exist, and as TRL's.
 
     Example:
         ```python
+        DistillationConfig("output/distill", loss="dense", beta=0.5)
         DistillationConfig("output/distill", loss="sampled_token")
         ```
     """
@@ -234,8 +240,16 @@ class DistillationConfig(CorrectionConfig, trl.DistillationConfig):
     loss: str = field(
         default="divergence",
         metadata={
-            "help": "'divergence': TRL's, over the whole vocabulary; 'sampled_token': log t - log theta of the "
-            "sampled tokens alone, without a teacher in the trainer."
+            "help": "'divergence': TRL's, over the whole vocabulary; without a teacher in the trainer 'dense': the "
+            "same over the likeliest tokens of both models, or 'sampled_token': log t - log theta of the sampled "
+            "tokens alone."
+        },
+    )
+    dense_top_k: int = field(
+        default=TOP_K,
+        metadata={
+            "help": "Likeliest tokens of each model in the loss 'dense', or all of a small vocabulary; the others "
+            "count together."
         },
     )
     sampled_token_clip: float | None = field(
@@ -249,6 +263,7 @@ class DistillationConfig(CorrectionConfig, trl.DistillationConfig):
         super().__post_init__()
         if self.loss not in LOSSES:
             raise ValueError(unknown_option("loss of distillation", self.loss, LOSSES))
+        check_whole("DistillationConfig", "dense_top_k", self.dense_top_k, 1)
 
 
 def with_our_default(args: Any) -> Any:

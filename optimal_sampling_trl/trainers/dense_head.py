@@ -26,7 +26,7 @@ TILE = 1 << 27
 
 
 class Layer(NamedTuple):
-    """What an output layer does beside its weight and bias.
+    """Hold what an output layer does beside its weight and bias.
 
     Attributes:
         temperature: divides the logits.

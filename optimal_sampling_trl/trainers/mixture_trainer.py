@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from torch import Tensor
 
 from .. import metrics
 from ..options import unknown_option
+from ..rollouts.dense import SCALARS, Dense
 from ..rollouts.rollout import RECORDS, Rollout
 from .checkpoints import last_whole_checkpoint, lock_folder
 from .config import correction_of
+from .dense_config import dense_of
 from .engines.base import MixtureGeneration, MixturePlan, on_all_ranks
 from .engines.endings import endings_known
 from .engines.seam import build_generation, engine_replaced_by
@@ -25,7 +28,7 @@ from .generator import OptimalSamplingGenerator, check_generator
 from .guard import ROWS, TOKENS, WeightGuard, bound_of, dropout_of, log_theta_of
 from .loggers import FigureCallback, send_histograms
 from .prompts import PromptReader
-from .records import stack_records
+from .records import stack_dense, stack_records
 from .table import complete_table
 from .unread import unread_settings, warn_of_unread
 
@@ -82,14 +85,24 @@ class MixtureTrainer(PromptReader):
             group=self._group_size,
             theta_count=self._theta_count,
             training=lambda: self.model.training,
-            progress=lambda: self.state.global_step / max(self.state.max_steps, 1),
+            progress=self._progress,
             step=lambda: self.state.global_step,
+            dense=self._dense_wish,
         )
         longest = on_all_ranks(self._check_shapes, self.accelerator)
         engine = build_generation(plan, self._loaded_teacher(), **trl_arguments)
         on_all_ranks(lambda: self._check_lengths(longest, engine), self.accelerator)
         warn_of_unread(self.args, engine.unread_settings())
         return engine
+
+    def _progress(self) -> float:
+        """Share of training that is done, in [0, 1]."""
+        return self.state.global_step / max(self.state.max_steps, 1)
+
+    def _dense_wish(self) -> Dense | None:
+        """Dense records that the next batch needs: at most all tokens that both models have."""
+        wish, pair = dense_of(self.args), self.vllm_generation.pair
+        return wish if wish is None or pair is None else replace(wish, top_k=min(wish.top_k, pair.vocabulary))
 
     def _loaded_teacher(self) -> Any:
         """Teacher that the trainer has loaded, for the transformers backend to share; None where it has none."""
@@ -162,6 +175,8 @@ class MixtureTrainer(PromptReader):
             output = super()._generate_and_score_completions(self._with_system_prompts(inputs))
         rollouts = self.rollouts = self.vllm_generation.pop_rollouts()
         output.update(stack_records(rollouts, output["completion_ids"]))
+        if self._dense_wish() is not None:
+            output.update(stack_dense(rollouts, output["completion_ids"]))
         self._guard_weights(output)
         self._weigh(output)
         if self.model.training:
@@ -247,6 +262,9 @@ class MixtureTrainer(PromptReader):
         work = torch.tensor([tokens, self.vllm_generation.seconds], device=mask.device)
         self._append_metrics(metrics.of_speed(*self.accelerator.gather(work).view(-1, 2).unbind(1)))
         self._log_difference(output, mask)
+        for name in SCALARS:
+            if (column := f"dense_{name}") in output:
+                self._append_metrics(metrics.of_dense(name, self._gathered(output[column], mask)))
         if not self.model.training:
             return
         mixed = mask & output["mixture_rows"][:, None]

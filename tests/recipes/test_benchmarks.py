@@ -25,6 +25,18 @@ def test_transformers_backend() -> None:
     check_benchmark("benchmarks/transformers_backend.py", columns=5)
 
 
+def test_dense_error() -> None:
+    """On the embedded pair: less than the whole at k = 1, the whole and no error at k = V."""
+    output = run("benchmarks/dense_error.py", "--rounds", "1", "--top-k", "1", "4", "100")
+    rows = [[float(cell) for cell in line.strip("|").split("|")] for line in re.findall(r"^\| \d.*$", output, re.M)]
+    assert [int(row[0]) for row in rows] == [1, 4, 40]
+    shares, errors = ([row[first::2] for row in rows] for first in (2, 3))
+    assert all(fewer < more for fewer, more in zip(shares[0], shares[2]))
+    assert shares[2] == pytest.approx([1.0] * 3, abs=1e-3)
+    assert errors[2] == pytest.approx([0.0] * 3, abs=1e-3)
+    assert min(errors[0]) > 0.01
+
+
 @pytest.mark.engine
 def test_host_cost() -> None:
     need_vllm()
