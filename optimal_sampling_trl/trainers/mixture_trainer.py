@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import metrics
 from ..options import unknown_option
+from ..rollouts.dense import SCALARS
 from ..rollouts.rollout import RECORDS, Rollout
 from .checkpoints import last_whole_checkpoint, lock_folder
 from .config import correction_of
@@ -25,7 +26,7 @@ from .generator import OptimalSamplingGenerator, check_generator
 from .guard import ROWS, TOKENS, WeightGuard, bound_of, dropout_of, log_theta_of
 from .loggers import FigureCallback, send_histograms
 from .prompts import PromptReader
-from .records import stack_records
+from .records import stack_dense, stack_records
 from .table import complete_table
 from .unread import unread_settings, warn_of_unread
 
@@ -162,6 +163,7 @@ class MixtureTrainer(PromptReader):
             output = super()._generate_and_score_completions(self._with_system_prompts(inputs))
         rollouts = self.rollouts = self.vllm_generation.pop_rollouts()
         output.update(stack_records(rollouts, output["completion_ids"]))
+        output.update(stack_dense(rollouts, output["completion_ids"]))
         self._guard_weights(output)
         self._weigh(output)
         if self.model.training:
@@ -251,9 +253,11 @@ class MixtureTrainer(PromptReader):
             return
         mixed = mask & output["mixture_rows"][:, None]
         alpha, log_q, log_theta, log_teacher = (self._gathered(output[name], mixed) for name in RECORDS)
+        scalars = {name: output[f"dense_{name}"] for name in SCALARS if f"dense_{name}" in output}
+        exact = {name: self._gathered(values, mixed) for name, values in scalars.items()}
         if len(alpha):  # there are none where the schedule has arrived at the student, or `theta_fraction` is 1
-            self._append_metrics(metrics.of_mixture(alpha, log_q, log_theta, log_teacher))
-            self._append_metrics(metrics.of_drafts(log_q, log_theta))
+            self._append_metrics(metrics.of_mixture(alpha, log_q, log_theta, log_teacher, exact))
+            self._append_metrics(metrics.of_drafts(log_q, log_theta, exact))
             self.histograms = metrics.histograms_of_mixture(alpha, log_q, log_theta)
 
     def _log_difference(self, output: dict[str, Any], mask: Tensor) -> None:

@@ -130,7 +130,7 @@ class MixtureGeneration:
         """
         mixtures = self.plan.mixtures(len(prompts), first, processes)
         return [
-            Request(list(teacher), list(theta), mixture, self.sampling)
+            Request(list(teacher), list(theta), mixture, self.sampling, self.plan.generator.dense)
             for teacher, theta, mixture in zip(teacher_prompts or prompts, prompts, mixtures, strict=True)
         ]
 
