@@ -17,7 +17,7 @@ _AT_ONCE = 1 << 24
 """Logits that are measured at a time: 64 MiB in float32, of which a few copies are held."""
 
 
-class Rows(NamedTuple):
+class Distributions(NamedTuple):
     """Hold the distributions of a step's rows as log-probabilities."""
 
     log_theta: Float[Tensor, "N V"]
@@ -55,7 +55,7 @@ def measure(
     """
     size = max(1, _AT_ONCE // max(theta.shape[1], 1))
     scale = temperature[:, None] if isinstance(temperature, Tensor) else theta.new_full((len(theta), 1), temperature)
-    parts = zip(*(one.split(size) for one in (theta, teacher, mixed, scale)), strict=True)
+    parts = zip(theta.split(size), teacher.split(size), mixed.split(size), scale.split(size), strict=True)
     measured = [_measure_part(*part, scalars, top_k) for part in parts]
     return measured[0] if len(measured) == 1 else Measured(*(torch.cat(column) for column in zip(*measured)))
 
@@ -63,7 +63,7 @@ def measure(
 def _measure_part(
     theta: Tensor, teacher: Tensor, mixed: Tensor, scale: Float[Tensor, "N 1"], scalars: Sequence[str], top_k: int
 ) -> Measured:
-    rows = Rows(*(torch.log_softmax(one.float() / scale.float(), -1) for one in (theta, teacher, mixed)))
+    rows = Distributions(*(torch.log_softmax(one.float() / scale.float(), -1) for one in (theta, teacher, mixed)))
     numbers = [_MEASURES[name](rows) for name in scalars]
     ids = torch.cat([rows.log_theta.topk(top_k).indices, rows.log_teacher.topk(top_k).indices], 1)
     return Measured(
@@ -85,7 +85,7 @@ def _entropy(log_p: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
     return -torch.linalg.vecdot(log_p.exp(), torch.where(log_p.isneginf(), 0.0, log_p))
 
 
-_MEASURES: dict[str, Callable[[Rows], Float[Tensor, " N"]]] = {
+_MEASURES: dict[str, Callable[[Distributions], Float[Tensor, " N"]]] = {
     "kl_theta_teacher": lambda rows: _divergence(rows.log_theta, rows.log_teacher),
     "kl_teacher_theta": lambda rows: _divergence(rows.log_teacher, rows.log_theta),
     "kl_q_theta": lambda rows: _divergence(rows.log_q, rows.log_theta),

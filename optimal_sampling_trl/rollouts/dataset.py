@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..mixture import CHOICES, FIELDS, Mixture
-from .dense import SCALARS, DenseRecords
+from .dense import SCALARS, Dense, DenseRecords
 from .rollout import RECORDS, Rollout
 
 if TYPE_CHECKING:
@@ -20,10 +20,14 @@ LIKELIEST = ("ids", "log_theta", "log_teacher")
 """Fields of `DenseRecords` with K entries a token."""
 
 
-def to_dataset(rollouts: Iterable[Rollout]) -> Dataset:
+def to_dataset(rollouts: Iterable[Rollout], dense: Dense | None = None) -> Dataset:
     """Put rollouts into a `datasets.Dataset`, a row each, without loss: float32 stays float32.
 
     Dense records have columns where some rollout has them, with None in the rows of the others.
+
+    Args:
+        rollouts: the rows.
+        dense: dense records that have columns even where no rollout has them.
 
     Example:
         ```python
@@ -35,7 +39,7 @@ def to_dataset(rollouts: Iterable[Rollout]) -> Dataset:
     from datasets import Dataset
 
     rollouts = list(rollouts)
-    rows, columns = [_to_row(rollout) for rollout in rollouts], features(_dense_names(rollouts))
+    rows, columns = [_to_row(rollout) for rollout in rollouts], features(_dense_names(rollouts, dense))
     return Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns}, features=columns)
 
 
@@ -81,11 +85,12 @@ def features(dense: Iterable[str] = ()) -> Features:
     )
 
 
-def _dense_names(rollouts: Iterable[Rollout]) -> list[str]:
-    """Names of the dense columns that the rollouts need, in a fixed order."""
-    dense = [rollout.dense for rollout in rollouts if rollout.dense is not None]
-    names = [name for name in SCALARS if any(name in one.scalars for one in dense)]
-    return names + (list(LIKELIEST) if any(one.ids.shape[1] for one in dense) else [])
+def _dense_names(rollouts: Iterable[Rollout], wish: Dense | None) -> list[str]:
+    """Names of the dense columns that the rollouts and a wish need, in a fixed order."""
+    records = [rollout.dense for rollout in rollouts if rollout.dense is not None]
+    scalars = set(wish.scalars if wish else ()).union(*(one.scalars for one in records))
+    has_tokens = any(one.ids.shape[1] for one in records) or (wish is not None and wish.top_k > 0)
+    return [name for name in SCALARS if name in scalars] + (list(LIKELIEST) if has_tokens else [])
 
 
 def _to_row(rollout: Rollout) -> dict[str, Any]:

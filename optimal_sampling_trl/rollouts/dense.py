@@ -68,6 +68,30 @@ class Dense:
         check_whole("Dense", "top_k", self.top_k, 0, "Both models share no more tokens.", high=vocabulary)
 
 
+def join_wishes(*wishes: Dense | None) -> Dense | None:
+    """Return the wish for all that some wishes ask for; None where none asks for anything."""
+    asked = [wish for wish in wishes if wish is not None]
+    names = {name for wish in asked for name in wish.scalars}
+    scalars = tuple(name for name in SCALARS if name in names)
+    return Dense(scalars, max(wish.top_k for wish in asked)) if asked else None
+
+
+def check_wish(owner: str, dense: object) -> None:
+    """Refuse what is no wish for dense records.
+
+    Args:
+        owner: the function or class that takes the option, for the error.
+        dense: the value that was given.
+
+    Raises:
+        ValueError: where it is neither None nor a `Dense`.
+    """
+    if dense is not None and not isinstance(dense, Dense):
+        raise ValueError(
+            f"{owner}: `dense` is {shown(dense)}; wanted None or a `Dense`, for example `Dense(top_k=32)`. Pass one."
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class DenseRecords:
     """Dense records of the T tokens of a completion, as float32 and int64 tensors on the CPU.

@@ -22,9 +22,9 @@ class DenseTermTrainer(MixtureTrainer):
     at each position both models' distributions are compared, whoever drew the token.
     """
 
-    def _dense_wish(self) -> Dense | None:
-        """Dense records that the next batch needs; none once the term has faded."""
-        return super()._dense_wish() if self._dense_coefficient() else None
+    def _dense_of_loss(self) -> Dense | None:
+        """Return what the term reads; nothing once it has faded."""
+        return super()._dense_of_loss() if self._dense_coefficient() else None
 
     def _dense_coefficient(self) -> float:
         return coefficient_at(self.args, self._progress())

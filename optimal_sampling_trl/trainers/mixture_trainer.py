@@ -19,7 +19,7 @@ from ..rollouts.dense import SCALARS, Dense
 from ..rollouts.rollout import RECORDS, Rollout
 from .checkpoints import last_whole_checkpoint, lock_folder
 from .config import correction_of
-from .dense_config import dense_of
+from .dense_config import dense_of, joined
 from .engines.base import MixtureGeneration, MixturePlan, on_all_ranks
 from .engines.endings import endings_known
 from .engines.seam import build_generation, engine_replaced_by
@@ -100,9 +100,14 @@ class MixtureTrainer(PromptReader):
         return self.state.global_step / max(self.state.max_steps, 1)
 
     def _dense_wish(self) -> Dense | None:
-        """Dense records that the next batch needs: at most all tokens that both models have."""
-        wish, pair = dense_of(self.args), self.vllm_generation.pair
-        return wish if wish is None or pair is None else replace(wish, top_k=min(wish.top_k, pair.vocabulary))
+        """Dense records that the next batch carries: those that the loss reads, and those that the user asks for."""
+        wish, pair = self._dense_of_loss(), self.vllm_generation.pair
+        if wish is not None and pair is not None:
+            wish = replace(wish, top_k=min(wish.top_k, pair.vocabulary))
+        return joined(self.generator.dense, wish)
+
+    def _dense_of_loss(self) -> Dense | None:
+        return dense_of(self.args)
 
     def _loaded_teacher(self) -> Any:
         """Teacher that the trainer has loaded, for the transformers backend to share; None where it has none."""
@@ -262,16 +267,18 @@ class MixtureTrainer(PromptReader):
         work = torch.tensor([tokens, self.vllm_generation.seconds], device=mask.device)
         self._append_metrics(metrics.of_speed(*self.accelerator.gather(work).view(-1, 2).unbind(1)))
         self._log_difference(output, mask)
-        for name in SCALARS:
+        for name in metrics.DENSE_MEANS:
             if (column := f"dense_{name}") in output:
                 self._append_metrics(metrics.of_dense(name, self._gathered(output[column], mask)))
         if not self.model.training:
             return
         mixed = mask & output["mixture_rows"][:, None]
         alpha, log_q, log_theta, log_teacher = (self._gathered(output[name], mixed) for name in RECORDS)
+        scalars = {name: output[f"dense_{name}"] for name in SCALARS if f"dense_{name}" in output}
+        exact = {name: self._gathered(values, mixed) for name, values in scalars.items()}
         if len(alpha):  # there are none where the schedule has arrived at the student, or `theta_fraction` is 1
-            self._append_metrics(metrics.of_mixture(alpha, log_q, log_theta, log_teacher))
-            self._append_metrics(metrics.of_drafts(log_q, log_theta))
+            self._append_metrics(metrics.of_mixture(alpha, log_q, log_theta, log_teacher, exact))
+            self._append_metrics(metrics.of_drafts(log_q, log_theta, exact))
             self.histograms = metrics.histograms_of_mixture(alpha, log_q, log_theta)
 
     def _log_difference(self, output: dict[str, Any], mask: Tensor) -> None:

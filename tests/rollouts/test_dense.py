@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers.rollouts import rollout
-from optimal_sampling_trl.rollouts.dense import SCALARS, Dense, DenseRecords
+from optimal_sampling_trl.rollouts.dense import SCALARS, Dense, DenseRecords, join_wishes
 
 
 def by_hand() -> DenseRecords:
@@ -56,9 +56,15 @@ def test_a_wish_is_a_value() -> None:
     assert len({Dense(top_k=2), Dense(("overlap",)), Dense(top_k=2)}) == 2
 
 
+def test_wishes_are_joined() -> None:
+    assert join_wishes() is join_wishes(None, None) is None
+    joined = join_wishes(Dense(("overlap",), 2), None, Dense(("kl_q_theta", "overlap"), 1))
+    assert joined == Dense(("kl_q_theta", "overlap"), 2)
+
+
 def test_more_tokens_than_the_models_share_are_refused() -> None:
     Dense(top_k=300).check_vocabulary(300)
-    with pytest.raises(ValueError, match="`top_k` is 301; wanted a whole number from 0 to 300. Both models share no"):
+    with pytest.raises(ValueError, match=r"`top_k` is 301; wanted a whole number from 0 to 300\. Both models share"):
         Dense(top_k=301).check_vocabulary(300)
 
 

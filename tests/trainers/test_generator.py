@@ -79,6 +79,7 @@ def test_a_resumed_run_goes_on_where_it_was(pair: tuple[str, str], tmp_path: Pat
         ({"teacher": "t", "theta_fraction": 1.5}, r"`theta_fraction` is 1\.5; wanted a number in \[0, 1\]"),
         ({"teacher": "t", "schedule": 2}, r"`schedule` is 2; wanted a number in \[0, 1\]"),
         ({"teacher": "t", "schedule": 0}, r"`schedule` is 0; wanted a share of training above 0, or None"),
+        ({"teacher": "t", "dense": ("overlap",)}, r"`dense` is \('overlap',\); wanted None or a `Dense`"),
         ({"teacher": "t", "backend": "vlm"}, r"Unknown backend 'vlm'\..*Did you mean 'vllm'\?"),
     ],
 )
