@@ -71,6 +71,27 @@ class DenseTermConfig:
         super().__post_init__()  # type: ignore[misc]
 
 
+@dataclass
+class DenseLossConfig:
+    """The likeliest tokens of the dense loss of distillation; TRL's `beta` picks its divergence.
+
+    Raises:
+        ValueError: on a number of tokens below 1.
+    """
+
+    dense_top_k: int = field(
+        default=TOP_K,
+        metadata={
+            "help": "Likeliest tokens of each model in the loss 'dense', or all of a small vocabulary; the others "
+            "count together."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        check_whole(type(self).__name__, "dense_top_k", self.dense_top_k, 1)
+        super().__post_init__()  # type: ignore[misc]
+
+
 def dense_of(args: Any) -> Dense | None:
     """Return the dense records that the loss of a configuration reads; None where it reads none, as TRL's do."""
     if getattr(args, "dense_coefficient", 0.0) == 0 and getattr(args, "loss", None) != "dense":
