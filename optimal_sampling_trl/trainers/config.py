@@ -296,7 +296,7 @@ class DistillationConfig(PresetConfig, DenseLossConfig, CorrectionConfig, trl.Di
     loss: str = field(
         default="divergence",
         metadata={
-            "help": "'divergence': TRL's; without a teacher in the trainer 'dense': the same over the likely tokens of "
+            "help": "'divergence': TRL's; without a teacher in the trainer 'dense': the same over likely tokens of "
             "both models, or 'sampled_token': log t - log theta of the sampled tokens alone."
         },
     )
