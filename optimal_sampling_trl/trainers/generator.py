@@ -63,8 +63,8 @@ class OptimalSamplingGenerator:
     backend: str = "auto"
     engine_arguments: dict[str, Any] | None = None
     system_message: str = "refuse"
-    entropy_quantile: float | None = None
     dense: Dense | None = None
+    entropy_quantile: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.mixture, Mixture):
