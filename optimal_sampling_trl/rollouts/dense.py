@@ -68,14 +68,6 @@ class Dense:
         check_whole("Dense", "top_k", self.top_k, 0, "Both models share no more tokens.", high=vocabulary)
 
 
-def join_wishes(*wishes: Dense | None) -> Dense | None:
-    """Return the wish for all that some wishes ask for; None where none asks for anything."""
-    asked = [wish for wish in wishes if wish is not None]
-    names = {name for wish in asked for name in wish.scalars}
-    scalars = tuple(name for name in SCALARS if name in names)
-    return Dense(scalars, max(wish.top_k for wish in asked)) if asked else None
-
-
 def check_wish(owner: str, dense: object) -> None:
     """Refuse what is no wish for dense records.
 

@@ -9,7 +9,8 @@ Records are made up, in the form in which each engine hands them over; no model 
 processor's, so that other work on the machine does not count, of one process: in training this work stands between two
 steps of the GPU. `whole` is the time of a batch of 512 completions of 8 192 tokens. The paths' sums leave out the text
 of each completion, which TRL makes of it once more, and dense records, which only those pay who ask for them. Of these
-two ways are timed from the engine's numbers on: the lists that vLLM keeps, and the rows that are kept in their place.
+two ways are timed from the engine's numbers on: the lists that vLLM keeps, and the rows that are kept in their place;
+and what a client of a server reads.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import repeat
 from types import SimpleNamespace
@@ -108,6 +110,11 @@ def _tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
 
 
+def _silent(pair: Pair) -> SimpleNamespace:
+    """The pair with a tokenizer whose texts are empty."""
+    return SimpleNamespace(**vars(pair) | {"tokenizer": SimpleNamespace(decode=lambda *_, **__: "")})
+
+
 def cost(work: Callable[[], object], rounds: int) -> float:
     """The processor's seconds of a piece of work: the least of some rounds."""
     seconds = []
@@ -129,7 +136,7 @@ def measure(batch: Batch, rounds: int) -> list[Part]:
     rollouts, V = batch.rollouts(), batch.pair.engine_vocabulary
     answers = batch.answers()
     read = [json.loads(answer)["choices"] for answer in answers]
-    silent = SimpleNamespace(**vars(batch.pair) | {"tokenizer": SimpleNamespace(decode=lambda *_, **__: "")})
+    silent: Any = _silent(batch.pair)
     works: list[tuple[str, Sequence[str], Callable[[], object]]] = [
         (
             "records of vLLM's outputs",
@@ -140,7 +147,7 @@ def measure(batch: Batch, rounds: int) -> list[Part]:
         (
             "rollouts of the answer",
             ["server"],
-            lambda: [to_rollouts(choices, batch.request, silent) for choices in read],  # type: ignore[arg-type]
+            lambda: [to_rollouts(choices, batch.request, silent) for choices in read],
         ),
         ("log θ for TRL, and its reading", ["colocated", "server"], lambda: read_as_trl(rollouts)),
         ("records beside TRL's batch", ["colocated", "server"], lambda: stack_records(rollouts, batch.ids)),
@@ -159,6 +166,8 @@ class DenseBatch:
 
     def __init__(self, batch: Batch, dense: Dense) -> None:
         self.dense, self.V, self.ids = dense, batch.pair.engine_vocabulary, batch.ids
+        self.request = replace(batch.request, dense=dense)
+        self.pair: Any = _silent(batch.pair)
         completions, tokens = batch.ids.shape
         generator = torch.Generator().manual_seed(1)
         likely = torch.randint(self.V, (completions * tokens, 2 * dense.top_k), generator=generator)
@@ -191,6 +200,21 @@ class DenseBatch:
                 kept.add(step)
             read_arrays(*kept.arrays(), ids, self.dense, self.V)
 
+    def answers(self) -> list[str]:
+        """Returns what a server sends: a JSON text for each completion."""
+        texts = []
+        for ids, columns, numbers in zip(self.ids.tolist(), self.columns, self.numbers):
+            names = [[f"token_id:{name}" for name in row] for row in columns.tolist()]
+            top = [dict(zip(row, values)) for row, values in zip(names, numbers.tolist())]
+            choice = {"token_ids": ids, "finish_reason": "length", "logprobs": {"top_logprobs": top}}
+            texts.append(json.dumps({"choices": [choice]}))
+        return texts
+
+    def read(self, answers: Sequence[str]) -> None:
+        """Read a server's answers."""
+        for answer in answers:
+            to_rollouts(json.loads(answer)["choices"], self.request, self.pair)
+
 
 def measure_dense(batch: Batch, top_k: int, rounds: int) -> list[Part]:
     """Both ways of keeping all scalars and so many likely tokens of each model; that of vLLM where it is installed."""
@@ -198,6 +222,8 @@ def measure_dense(batch: Batch, top_k: int, rounds: int) -> list[Part]:
     parts = [Part(f"dense records, k = {top_k}, rows", [], cost(made.rows, rounds))]
     if find_spec("vllm") is not None:
         parts.append(Part(f"dense records, k = {top_k}, lists", [], cost(made.lists, rounds)))
+    answers = made.answers()
+    parts.append(Part(f"dense records, k = {top_k}, JSON", [], cost(lambda: made.read(answers), rounds)))
     return parts
 
 

@@ -42,9 +42,9 @@ def test_host_cost() -> None:
     need_vllm()
     flags = ["--completions", "2", "--tokens", "50", "--vocabulary", "300", "--rounds", "1", "--top_k", "2"]
     output = run("benchmarks/host_cost.py", *flags)
-    rows = {cells[1].strip(): float(cells[2]) for cells in (line.split("|") for line in output.splitlines()[-10:])}
-    assert len(rows) == 10
-    assert {"dense records, k = 2, rows", "dense records, k = 2, lists"} < rows.keys()
+    rows = {cells[1].strip(): float(cells[2]) for cells in (line.split("|") for line in output.splitlines()[-11:])}
+    assert len(rows) == 11
+    assert {f"dense records, k = 2, {way}" for way in ("rows", "lists", "JSON")} < rows.keys()
     parts = ("JSON of a server's answer", "rollouts of the answer")
     both = rows["log θ for TRL, and its reading"] + rows["records beside TRL's batch"]
     assert rows["server path"] == pytest.approx(sum(rows[name] for name in parts) + both, abs=0.03)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers.rollouts import rollout
-from optimal_sampling_trl.rollouts.dense import SCALARS, Dense, DenseRecords, join_wishes
+from optimal_sampling_trl.rollouts.dense import SCALARS, Dense, DenseRecords
 
 
 def by_hand() -> DenseRecords:
@@ -54,12 +54,6 @@ def test_a_bad_wish_is_refused(settings: dict, text: str) -> None:
 def test_a_wish_is_a_value() -> None:
     assert Dense(scalars=list(SCALARS)) == Dense(scalars=SCALARS)
     assert len({Dense(top_k=2), Dense(("overlap",)), Dense(top_k=2)}) == 2
-
-
-def test_wishes_are_joined() -> None:
-    assert join_wishes() is join_wishes(None, None) is None
-    joined = join_wishes(Dense(("overlap",), 2), None, Dense(("kl_q_theta", "overlap"), 1))
-    assert joined == Dense(("kl_q_theta", "overlap"), 2)
 
 
 def test_more_tokens_than_the_models_share_are_refused() -> None:
