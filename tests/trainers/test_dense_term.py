@@ -138,7 +138,7 @@ def test_micro_batches_add_up_to_the_batch(pair: tuple[str, str], tmp_path: Path
 def test_the_term_fades_and_then_asks_for_nothing(pair: tuple[str, str], tmp_path: Path) -> None:
     """Four steps, gone after three: the last batch carries no dense records, nor does the evaluation after it."""
     data = {"eval_dataset": Dataset.from_dict({"prompt": TEXTS[:4]})}
-    settings = {"dense_coefficient": 0.6, "dense_fade": 0.75, "max_steps": 4}
+    settings = {"dense_coefficient": 0.6, "dense_fade": 0.75, "max_steps": 4, "per_device_eval_batch_size": 16}
     trainer = make_trainer("grpo", pair, tmp_path, mixin=Watch, trainer=data, **settings)
     assert "eval_dense/divergence" in trainer.evaluate()
     trainer.train()
@@ -171,7 +171,7 @@ def test_an_adapter_trains_by_the_term_alone(pair: tuple[str, str], tmp_path: Pa
     distances = [log["dense/divergence"] for log in trainer.state.log_history if "loss" in log]
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     assert losses == pytest.approx(distances, rel=0.05)  # micro-batches of different length
-    assert distances[-1] < 0.8 * distances[0]
+    assert distances[-1] < 0.9 * distances[0]
 
 
 # Distillation.
@@ -230,7 +230,7 @@ def test_what_trls_divergence_refuses(pair: tuple[str, str], tmp_path: Path, cas
     ruled_out = (batch["dense_ids"][batch["completion_mask"].bool()] == 3) & dense.isneginf()
     assert bool(ruled_out.any(1).all())  # the token counts with the tail, of which the teacher has next to nothing
     before = student_mass(trainer, batch, 3)
-    for _ in range(3):
+    for _ in range(5):
         loss_of(trainer, batch)
         with torch.no_grad():
             for parameter in trainer.model.parameters():
