@@ -108,6 +108,6 @@ def joined(one: Dense | None, other: Dense | None) -> Dense | None:
 
 def coefficient_at(args: Any, progress: float) -> float:
     """Coefficient of the dense term at a share of training in [0, 1]; 0 where the configuration has no such term."""
-    coefficient = getattr(args, "dense_coefficient", 0.0)
+    coefficient = float(getattr(args, "dense_coefficient", 0.0))
     fade = getattr(args, "dense_fade", None)
     return coefficient if fade is None else coefficient * max(0.0, 1 - progress / fade)
