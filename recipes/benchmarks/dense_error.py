@@ -1,7 +1,7 @@
 # /// script
 # dependencies = ["optimal-sampling-trl"]
 # ///
-"""Measure what k costs a dense loss: the divergence over both models' k likeliest tokens, against the whole vocabulary's.
+"""Measure what k costs a dense loss: the divergence over few tokens of each model, against the whole vocabulary's.
 
     python recipes/benchmarks/dense_error.py --teacher output/smollm2 --student output/smollm2 --drop-layers 4
 
