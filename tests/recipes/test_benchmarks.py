@@ -25,14 +25,26 @@ def test_transformers_backend() -> None:
     check_benchmark("benchmarks/transformers_backend.py", columns=5)
 
 
+def test_dense_error() -> None:
+    """On the embedded pair: less than the whole at k = 1, the whole and no error at k = V."""
+    output = run("benchmarks/dense_error.py", "--rounds", "1", "--top-k", "1", "4", "100")
+    rows = [[float(cell) for cell in line.strip("|").split("|")] for line in re.findall(r"^\| \d.*$", output, re.M)]
+    assert [int(row[0]) for row in rows] == [1, 4, 40]
+    shares, errors = ([row[first::2] for row in rows] for first in (2, 3))
+    assert all(fewer < more for fewer, more in zip(shares[0], shares[2]))
+    assert shares[2] == pytest.approx([1.0] * 3, abs=1e-3)
+    assert errors[2] == pytest.approx([0.0] * 3, abs=1e-3)
+    assert min(errors[0]) > 0.01
+
+
 @pytest.mark.engine
 def test_host_cost() -> None:
     need_vllm()
-    output = run(
-        "benchmarks/host_cost.py", "--completions", "2", "--tokens", "50", "--vocabulary", "300", "--rounds", "1"
-    )
-    rows = {cells[1].strip(): float(cells[2]) for cells in (line.split("|") for line in output.splitlines()[-8:])}
-    assert len(rows) == 8
+    flags = ["--completions", "2", "--tokens", "50", "--vocabulary", "300", "--rounds", "1", "--top_k", "2"]
+    output = run("benchmarks/host_cost.py", *flags)
+    rows = {cells[1].strip(): float(cells[2]) for cells in (line.split("|") for line in output.splitlines()[-11:])}
+    assert len(rows) == 11
+    assert {f"dense records, k = 2, {way}" for way in ("rows", "lists", "JSON")} < rows.keys()
     parts = ("JSON of a server's answer", "rollouts of the answer")
     both = rows["log θ for TRL, and its reading"] + rows["records beside TRL's batch"]
     assert rows["server path"] == pytest.approx(sum(rows[name] for name in parts) + both, abs=0.03)

@@ -29,6 +29,7 @@ FLOORS = (
     "mixture.kernels",
     "mixture",
     "losses",
+    "divergences",
     "metrics",
     "pairing",
     "rollouts",

@@ -15,6 +15,7 @@ PACKAGE = ROOT / "optimal_sampling_trl"
 ELSEWHERE = {
     "__init__.py": ("whole/test_rooms.py", "loads a name when it is first used"),
     "backends/transformers/decoding.py": ("backends/transformers/test_backend.py", "the rows of its batches"),
+    "backends/transformers/dense.py": ("backends/transformers/test_backend.py", "dense records of its batches"),
     "backends/vllm/blocks.py": ("backends/vllm/worker/test_shift.py", "blocks below the student's stream"),
     "backends/vllm/launch.py": ("backends/vllm/test_backend.py", "starts each live engine"),
     "backends/vllm/plugin.py": ("whole/test_upstream_vllm.py", "vLLM calls it by name"),
@@ -23,6 +24,7 @@ ELSEWHERE = {
     "backends/vllm/server/client.py": ("backends/vllm/server/test_server.py", "the trainer's side of the server"),
     "backends/vllm/server/messages.py": ("backends/vllm/server/test_server.py", "every request over HTTP goes by it"),
     "backends/vllm/server/serve.py": ("backends/vllm/server/test_server.py", "the server's command"),
+    "backends/vllm/worker/dense.py": ("backends/vllm/test_backend.py", "dense records of live rows"),
     "backends/vllm/worker/incoming.py": ("backends/vllm/worker/test_weights.py", "sets of weights, whole or not"),
     "backends/vllm/worker/model.py": ("backends/vllm/test_families.py", "both models of every family in one"),
     "backends/vllm/worker/model_state.py": ("backends/vllm/test_gpu.py", "vLLM asks for it on a GPU alone"),

@@ -450,3 +450,40 @@ def test_the_loss_of_distillation() -> None:
     need({"model", "temperature", "outputs"} <= set(got), f"add_fused_lm_head takes {got}", ours)
     missing = {"teacher_model", "temperature"} - attributes(trl.DistillationTrainer.__init__)
     need(not missing, f"DistillationTrainer has no {missing}", ours)
+
+
+# trainers/dense_head.py.
+
+
+def test_the_fused_output_layer() -> None:
+    ours = "trainers/dense_head.py (FUNCTION, DenseHead)"
+    function = getattr(utils, "_ChunkedLogProbFunction", None)
+    need(function is not None and hasattr(function, "apply"), "trl.trainer.utils has no _ChunkedLogProbFunction", ours)
+    wanted = ["hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping"]
+    wanted += ["logit_scale", "outputs"]
+    got = parameters(function.forward)
+    need(got == ["ctx", *wanted], f"it takes {got}", ours)
+    (applied,) = calls(utils.add_fused_lm_head, "_ChunkedLogProbFunction.apply")
+    need(len(applied.args) == len(wanted) and not applied.keywords, "it is applied to other arguments", ours)
+    hidden = ast.unparse(applied.args[0])
+    need(
+        hidden == "hidden_states[mask] if compact else hidden_states.reshape(-1, hidden_states.size(-1))",
+        f"it is applied to {hidden}",
+        ours,
+    )
+    need(
+        "compact = _use_triton(hidden_states.device)" in inspect.getsource(utils.add_fused_lm_head),
+        "positions are picked by another rule",
+        ours,
+    )
+    for name in ("GRPO", "RLOO"):
+        loss = TRAINERS[name]._compute_loss
+        need(
+            len(calls(loss, "_get_per_token_logps_and_entropies")) == 1, f"{name}'s loss runs the student twice", ours
+        )
+        need(
+            "self._compute_loss" in inspect.getsource(inspect.unwrap(TRAINERS[name].compute_loss)),
+            f"{name}Trainer.compute_loss does not call _compute_loss",
+            ours,
+        )
+    need(hasattr(utils, "maybe_gather_lm_head_ctx"), "trl.trainer.utils has no maybe_gather_lm_head_ctx", ours)

