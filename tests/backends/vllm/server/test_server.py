@@ -142,7 +142,7 @@ def test_200_requests_at_once_with_strangers_among_them(
         ({"vllm_xargs": {"optimal_sampling_record": 7}}, "wanted 0 or 1"),
         (
             {"vllm_xargs": {"optimal_sampling_theta_prompt": [1]}},
-            "this server runs on a CPU, where both models read one",
+            "both models of this server read one stream of tokens",
         ),
         ({"prompt_logprobs": 1}, "`prompt_logprobs` (or `echo`) is 1, and vLLM computes it of the teacher alone"),
         (
