@@ -110,9 +110,8 @@ def test_adapters_on_students_of_other_families(tmp_path: Path, kind: str) -> No
     family, settings, places = STUDENTS[kind]
     config = peft.LoraConfig(r=4, lora_alpha=64, **places)
     models = make_model(tmp_path / "teacher", family, 1, **settings), make_model(tmp_path / "s", family, 2, **settings)
-    trainer = make_trainer(
-        "grpo", models, tmp_path, generator=ENGINE, trainer={"peft_config": config}, learning_rate=3e-2
-    )
+    further = {"peft_config": config, "processing_class": AutoTokenizer.from_pretrained(models[1])}
+    trainer = make_trainer("grpo", models, tmp_path, generator=ENGINE, trainer=further, learning_rate=3e-2)
     trainer.train()
     logs = [log["engine/log_theta_difference"] for log in trainer.state.log_history if "alpha/mean" in log]
     assert len(logs) == 3

@@ -268,7 +268,7 @@ def use_own_window(cache_config: Any, theta: ModelConfig) -> None:
     Cause: where all layers of the engine's model have a window, vLLM writes it into the settings of every layer.
     Safe: the student's copy of the settings holds its own window, by vLLM's own rule.
     Upstream: none; vLLM knows of one model in an engine.
-    Delete when: test_records passes for the pair "mistral, windows apart" without this function.
+    Delete when: test_records passes for the pair "mistral-window-and-none" without this function.
     """
     kinds = set(getattr(theta.hf_text_config, "layer_types", None) or ())
     cache_config.sliding_window = theta.get_sliding_window() if kinds <= {"sliding_attention"} else None
