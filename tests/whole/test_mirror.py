@@ -17,6 +17,7 @@ ELSEWHERE = {
     "backends/transformers/decoding.py": ("backends/transformers/test_backend.py", "the rows of its batches"),
     "backends/transformers/dense.py": ("backends/transformers/test_backend.py", "dense records of its batches"),
     "backends/vllm/blocks.py": ("backends/vllm/worker/test_shift.py", "blocks below the student's stream"),
+    "backends/vllm/hooks.py": ("backends/vllm/test_limits.py", "what vLLM sets for an architecture"),
     "backends/vllm/launch.py": ("backends/vllm/test_backend.py", "starts each live engine"),
     "backends/vllm/plugin.py": ("whole/test_upstream_vllm.py", "vLLM calls it by name"),
     "backends/vllm/requests.py": ("backends/vllm/test_backend.py", "each live batch goes in and out by it"),
@@ -57,7 +58,6 @@ ELSEWHERE = {
 }
 """Modules without a test of their name: the file below `tests/` that tests each, and what is tested there."""
 OTHERS = {
-    "backends/vllm/test_families.py": "families of models, tied and untied",
     "backends/vllm/test_gpu.py": "the fused engine on a GPU; skipped without one",
     "backends/vllm/test_neighbours.py": "engines in one process, and a training job's group",
     "backends/vllm/worker/test_schedule.py": "vLLM's scheduler: prefix cache, chunked prefill, preemption",
