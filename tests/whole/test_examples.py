@@ -74,13 +74,15 @@ def test_it_has_an_example_that_runs(name: str, models: Path, monkeypatch: pytes
             **TOOLS,
             "torch": torch,
             "reward": lambda completions, **columns: [float(len(text)) for text in completions],
-            "dataset": Dataset.from_dict({"prompt": ["3 + 4 =", "1 + 1 ="] * 8}),
+            "dataset": Dataset.from_dict({"prompt": ["3 + 4 =", "1 + 1 ="] * 32}),
         }
         exec(compile(small(code), f"<example of {name}>", "exec"), given)
 
 
 SMALL: dict[str, Any] = {"max_steps": 1, "max_completion_length": 4, "report_to": "none", "save_strategy": "no"}
 SMALL |= {"use_cpu": True, "bf16": False, "disable_tqdm": True, "gradient_checkpointing": False}
+LARGEST = {"max_tokens": 8, "n": 4}
+"""Upper bounds of what an example samples."""
 
 
 class Small(ast.NodeTransformer):
@@ -90,6 +92,9 @@ class Small(ast.NodeTransformer):
         self.generic_visit(call)
         name = call.func.id if isinstance(call.func, ast.Name) else ""
         given = {keyword.arg for keyword in call.keywords}
+        for keyword in call.keywords:
+            if keyword.arg in LARGEST and isinstance(keyword.value, ast.Constant):
+                keyword.value = ast.Constant(min(keyword.value.value, LARGEST[keyword.arg]))
         if name.endswith("Trainer") and "args" not in given:
             config = f"{name.removesuffix('Trainer')}Config('output/run', per_device_train_batch_size=8, **{SMALL!r})"
             call.keywords.append(ast.keyword("args", ast.parse(config, mode="eval").body))

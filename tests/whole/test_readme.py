@@ -7,9 +7,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from helpers.bad_inputs import CASES
 from helpers.paths import ROOT
+from optimal_sampling_trl import __version__
+from optimal_sampling_trl.trainers.card import CITATION
 
 DOCUMENTS = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").rglob("*.md")],
@@ -113,6 +116,14 @@ def test_the_tests_that_run_the_commands_exist() -> None:
         if place.startswith("tests/"):
             path, function = place.split("::")
             assert f"def {function}(" in (ROOT / path).read_text(), place
+
+
+def test_the_version_is_the_same_wherever_one_cites_it() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors", "license", "references"} <= set(citation)
+    assert citation["version"] == __version__
+    (block,) = re.findall(r"```bibtex\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert block.strip() == CITATION.split("```bibtex\n")[1].split("```")[0].strip(), "a model's card cites otherwise"
 
 
 def test_each_page_stands_in_the_navigation() -> None:
