@@ -51,6 +51,7 @@ class MixtureTrainer(PromptReader):
     config_class: type
     default_theta_fraction: float
     rollouts: Sequence[Rollout] = ()
+    _tag_names: list[str]  # TRL's, of the model and its card
     _scale: float | None = None  # of the entropy gate, once a batch has set it
 
     def __init__(self, *, model: Any, generator: OptimalSamplingGenerator | None, args: Any, **trl_arguments: Any):
