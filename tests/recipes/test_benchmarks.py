@@ -7,7 +7,10 @@ import re
 import pytest
 import torch
 
+import memory
+from helpers.paths import ROOT
 from helpers.recipes import need_vllm, run, run_failing
+from random_pair import SHAPES
 
 TINY = "--batches 2 --tokens 2 --rounds 1 --teacher 64 1 --theta 64 1 --vocabulary 300".split()  # noqa: SIM905
 
@@ -49,6 +52,20 @@ def test_host_cost() -> None:
     both = rows["log θ for TRL, and its reading"] + rows["records beside TRL's batch"]
     assert rows["server path"] == pytest.approx(sum(rows[name] for name in parts) + both, abs=0.03)
     assert rows["colocated path"] == pytest.approx(rows["records of vLLM's outputs"] + both, abs=0.03)
+
+
+def test_memory() -> None:
+    """The page of settings shows the table; 7B has 7.6e9 parameters and 57 344 bytes of cache a token."""
+    assert memory.table() in (ROOT / "docs" / "gpus.md").read_text(), (
+        "Put the table that `python recipes/benchmarks/memory.py` prints into docs/gpus.md"
+    )
+    large, small = SHAPES["7b"], SHAPES["1.5b"]
+    one = memory.fit(memory.Card(80, 3350), large, small, 16)
+    assert memory.stored(large) == pytest.approx(7.62e9, rel=0.01)
+    assert 2 * large.cached == 57344
+    assert one.share * 80 + one.trainer <= 80 * (1 - memory.ACTIVATIONS)
+    held = one.weights + memory.ENGINE_GB + one.tokens * 2 * (large.cached + small.cached) / 1e9
+    assert held == pytest.approx(one.share * 80, abs=1e-3)
 
 
 def test_triton_kernels() -> None:
