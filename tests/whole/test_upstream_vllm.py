@@ -59,6 +59,8 @@ SIGNATURES = {
     "vllm:LLM.sleep": ["level"],
     "vllm:LLM.wake_up": ["tags"],
     "vllm.v1.engine.llm_engine:LLMEngine.has_unfinished_requests": [],
+    "vllm.v1.engine.output_processor:OutputProcessor.add_request": ["request"],
+    "vllm.v1.engine.logprobs:LogprobsProcessor._update_sample_logprobs": ["logprobs_lists"],
     "vllm.v1.engine.llm_engine:LLMEngine.is_sleeping": [],
     "vllm.v1.engine.core_client:InprocClient.shutdown": [],
     "vllm.plugins:load_general_plugins": [],
@@ -102,6 +104,8 @@ def test_signatures(path: str) -> None:
 FIELDS = {
     "vllm.v1.outputs:LogprobsTensors": ["logprob_token_ids", "logprobs", "selected_token_ranks"],
     "vllm.logprobs:FlatLogprobs": ["token_ids", "logprobs"],
+    "vllm.v1.outputs:LogprobsLists": ["logprob_token_ids", "logprobs"],
+    "vllm.v1.engine.logprobs:LogprobsProcessor": ["logprobs"],
     "vllm.v1.sample.metadata:SamplingMetadata": ["max_num_logprobs", "generators"],
     "vllm.v1.outputs:SamplerOutput": ["sampled_token_ids", "logprobs_tensors"],
     "vllm.sampling_params:SamplingParams": ["extra_args", "flat_logprobs", "structured_outputs", "logprobs", "seed"],
@@ -132,6 +136,8 @@ def test_fields(path: str) -> None:
 
 MENTIONED = {
     # names that live on objects of a running engine only: looked for in the source that sets them
+    "vllm.v1.engine.llm_engine": ["self.output_processor = OutputProcessor("],
+    "vllm.v1.engine.async_llm": ["self.output_processor = OutputProcessor("],
     "vllm.v1.worker.gpu_model_runner": [
         "self.sampler = Sampler(",
         "self.sampler(",
@@ -160,8 +166,12 @@ MENTIONED = {
     "vllm.v1.core.kv_cache_utils": ["unify_hybrid_kv_cache_specs(kv_cache_spec)"],
     "vllm.model_executor.layers.vocab_parallel_embedding": ["dispatch_cpu_unquantized_gemm(layer"],
     "vllm.v1.worker.cpu_worker": ["sleep mode is not supported on CPU, ignore it"],
-    "vllm.v1.engine.logprobs": ["num_logprobs"],
-    "vllm.v1.engine.output_processor": ["self.request_states: dict[str"],
+    "vllm.v1.engine.logprobs": ["num_logprobs", "self._update_sample_logprobs("],
+    "vllm.v1.engine.output_processor": [
+        "self.request_states: dict[str",
+        "self.request_states[request_id] = req_state",
+        "self.logprobs_processor.logprobs",
+    ],
 }
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers.engines import TEXTS, Oracle, counter, request, runner_of, start
 from helpers.models import make_model
+from helpers.oracle import with_wishes
 from optimal_sampling_trl.mixture import Mixture
 from optimal_sampling_trl.pairing.wrappers import WRAPPERS, text_name
 
@@ -130,10 +131,12 @@ def test_records(name: str, tmp_path: Path) -> None:
     teacher, theta = case.make(tmp_path)
     oracle, backend = Oracle(teacher, theta), start(teacher, theta, **case.arguments)
     mixtures = (Mixture(), Mixture.theta_only(), Mixture.teacher_only(), Mixture("trust_region"))
-    asked = [
-        request(text, mixtures[i % 4], seed=i, temperature=0.8, max_tokens=case.tokens)
-        for i, text in enumerate(case.texts)
-    ]
+    asked = with_wishes(
+        [
+            request(text, mixtures[i % 4], seed=i, temperature=0.8, max_tokens=case.tokens)
+            for i, text in enumerate(case.texts)
+        ]
+    )
     try:
         assert backend.pair.vocabulary == min(case.vocabularies)
         model = runner_of(backend).model

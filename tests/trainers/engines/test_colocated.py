@@ -63,7 +63,7 @@ def free_engine() -> Iterator[None]:
         ("grpo", {"correction": "token_truncate"}),
         ("rloo", {}),
         ("divergence", {"correction": "prefix_truncate"}),
-        ("raft", {}),
+        ("raft", {"dense_coefficient": 1.0, "dense_top_k": 8}),
     ],
 )
 def test_three_steps(pair: tuple[str, str], tmp_path: Path, kind: str, settings: dict[str, Any], caplog: Any) -> None:
@@ -79,7 +79,7 @@ def test_three_steps(pair: tuple[str, str], tmp_path: Path, kind: str, settings:
     train_and_check(trainer, pair, load(pair[1]), TOLERANCE)
 
 
-@pytest.mark.parametrize("kind", ["grpo", "sampled_token"])
+@pytest.mark.parametrize("kind", ["grpo", "dense"])
 def test_lora_is_merged_into_the_engines_student(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
