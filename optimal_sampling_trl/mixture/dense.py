@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_AT_ONCE = 1 << 24
+AT_ONCE = 1 << 24
 """Logits that are measured at a time: 64 MiB in float32, of which a few copies are held."""
 
 
@@ -53,7 +53,7 @@ def measure(
         top_k: how many of each model's likeliest tokens are returned, the student's before the teacher's, in falling
             order; at most V.
     """
-    size = max(1, _AT_ONCE // max(theta.shape[1], 1))
+    size = max(1, AT_ONCE // max(theta.shape[1], 1))
     scale = temperature[:, None] if isinstance(temperature, Tensor) else theta.new_full((len(theta), 1), temperature)
     parts = zip(theta.split(size), teacher.split(size), mixed.split(size), scale.split(size), strict=True)
     measured = [_measure_part(*part, scalars, top_k) for part in parts]

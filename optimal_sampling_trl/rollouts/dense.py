@@ -100,6 +100,14 @@ class DenseRecords:
 
     Raises:
         ValueError: where the shapes do not fit together, or K is odd.
+
+    Example:
+        ```python
+        with OptimalSamplingV1(model_teacher="large", model_theta="small") as sampler:
+            wish = Dense(scalars=("kl_theta_teacher",), top_k=8)
+            dense = sampler.generate(["3 + 4 ="], max_tokens=8, dense=wish).rollouts[0].dense
+        print(dense.scalars["kl_theta_teacher"], dense.ids[:, 8:], dense.tail_teacher)
+        ```
     """
 
     scalars: dict[str, Float[Tensor, " T"]]

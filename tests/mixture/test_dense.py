@@ -73,7 +73,7 @@ def test_a_large_vocabulary_in_bfloat16() -> None:
 def test_rows_are_measured_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     pair, temperature = random_pair(5, 30), torch.tensor([0.5, 1.0, 1.5, 2.0, 0.7])
     whole = measure(*pair, pair.theta, temperature, SCALARS, 2)
-    monkeypatch.setattr(module, "_AT_ONCE", 60)
+    monkeypatch.setattr(module, "AT_ONCE", 60)
     parts = measure(*pair, pair.theta, temperature, SCALARS, 2)
     for got, want in zip(parts, whole):
         torch.testing.assert_close(got, want)

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from vllm.v1.outputs import LogprobsTensors
 
-from ....mixture.dense import measure
+from ....mixture.dense import AT_ONCE, measure
 from ....rollouts.dense import Dense
 from ..wire import NO_NUMBER, RECORD_COLUMNS, dense_ids
 from .records import Mixed
@@ -47,17 +47,24 @@ def _to_device(rows: Tensor, device: torch.device) -> Tensor:
 def measure_wishes(mixed: Mixed, wishes: Sequence[Wish]) -> list[Columns]:
     """Measure the rows of a step that ask for it; before vLLM's sampler, which may write into the mixed logits."""
     V = min(mixed.theta.shape[1], mixed.teacher.shape[1])
-    return [_measure_rows(mixed, wish, V) for wish in wishes]
+    columns = []
+    for dense, rows in wishes:
+        parts = [_measure_rows(mixed, dense, part, V) for part in rows.split(max(1, AT_ONCE // V))]
+        columns.append(Columns(rows, *(torch.cat(column) for column in zip(*parts))))
+    return columns
 
 
-def _measure_rows(mixed: Mixed, wish: Wish, V: int) -> Columns:
-    theta, teacher, q = (one[wish.rows, :V] for one in (mixed.theta, mixed.teacher, mixed.logits))
-    temperature = 1.0 if mixed.temperature is None else mixed.temperature[wish.rows]
+def _measure_rows(
+    mixed: Mixed, dense: Dense, rows: Int[Tensor, " R"], V: int
+) -> tuple[Int[Tensor, "R C"], Float[Tensor, "R C"]]:
+    """The ids and the numbers of some rows: the rows of logits are copied, so that few are taken at a time."""
+    theta, teacher, q = (one[rows, :V] for one in (mixed.theta, mixed.teacher, mixed.logits))
+    temperature = 1.0 if mixed.temperature is None else mixed.temperature[rows]
     teacher = mixed.ending.fold(teacher.float())
-    scalars, ids, *log_probabilities = measure(theta, teacher, q, temperature, wish.dense.scalars, wish.dense.top_k)
+    scalars, ids, *log_probabilities = measure(theta, teacher, q, temperature, dense.scalars, dense.top_k)
     values = torch.cat([-scalars, *log_probabilities], 1)
     values = values.nan_to_num(nan=NO_NUMBER, posinf=torch.inf, neginf=-torch.inf)
-    return Columns(wish.rows, dense_ids(ids, scalars.shape[1], mixed.logits.shape[1]), values)
+    return dense_ids(ids, scalars.shape[1], mixed.logits.shape[1]), values
 
 
 def with_dense(columns: LogprobsTensors, measured: Sequence[Columns]) -> LogprobsTensors:
