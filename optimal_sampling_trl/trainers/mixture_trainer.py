@@ -17,6 +17,7 @@ from .. import metrics
 from ..options import unknown_option
 from ..rollouts.dense import SCALARS, Dense
 from ..rollouts.rollout import RECORDS, Rollout
+from .card import TAG, complete_card
 from .checkpoints import last_whole_checkpoint, lock_folder
 from .config import correction_of
 from .dense_config import dense_of, joined
@@ -47,12 +48,15 @@ class MixtureTrainer(PromptReader):
 
     Attributes:
         rollouts: the rollouts of the last batch, for callbacks.
+        advantages: what the loss multiplies each of them with, the mean over its tokens; empty where it has none.
         histograms: values (N,) over the mixture's tokens in the last batch, of all processes, until they are logged.
     """
 
     config_class: type
     default_theta_fraction: float
     rollouts: Sequence[Rollout] = ()
+    advantages: Sequence[float] = ()
+    _tag_names: list[str]  # TRL's, of the model and its card
     _scale: float | None = None  # of the entropy gate, once a batch has set it
 
     def __init__(self, *, model: Any, generator: OptimalSamplingGenerator | None, args: Any, **trl_arguments: Any):
@@ -71,6 +75,7 @@ class MixtureTrainer(PromptReader):
         args.use_vllm = True  # TRL's word for any engine beside the trainer
         self.args = args
         self._check_settings()
+        self._tag_names = [*type(self)._tag_names, TAG]
         with engine_replaced_by(type(self), self._build_generation):
             super().__init__(model=model, args=args, **trl_arguments)
         self.guard = WeightGuard(self._rounding(), getattr(args, "log_theta_tolerance", None))
@@ -139,6 +144,12 @@ class MixtureTrainer(PromptReader):
         if self.args.should_save and self.args.output_dir is not None:
             lock_folder(Path(self.args.output_dir), stack)
 
+    def create_model_card(self, *positional: Any, **keywords: Any) -> None:
+        """Write TRL's card, and add what the rollouts came from."""
+        super().create_model_card(*positional, **keywords)
+        if self.is_world_process_zero():
+            complete_card(Path(self.args.output_dir) / "README.md", self)
+
     def close(self) -> None:
         """Free the engine. Afterwards the trainer can do all but sample."""
         self.vllm_generation.close()
@@ -192,7 +203,7 @@ class MixtureTrainer(PromptReader):
             self._correct(output)
         self._log_batch(output)
         if (trained_on := self._trained_on(output)) is not None:
-            complete_table(self._logs, trained_on, output["completion_mask"].bool(), rollouts)
+            self.advantages = complete_table(self._logs, trained_on, output["completion_mask"].bool(), rollouts)
         return output
 
     def evaluation_loop(self, *positional: Any, **keywords: Any) -> Any:

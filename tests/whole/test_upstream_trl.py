@@ -10,6 +10,7 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Callable
+from importlib import resources
 from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import utils
 
+from optimal_sampling_trl.trainers import card
 from optimal_sampling_trl.trainers.engines.colocated import FusedLLM
 
 TRAINERS = {name: getattr(trl, f"{name}Trainer") for name in ("GRPO", "RLOO", "Distillation")}
@@ -269,6 +271,15 @@ def test_the_batch_of_a_generation(name: str) -> None:
     need("_metrics" in attributes(trainer.__init__), f"{name}Trainer has no _metrics", ours)
     need({"train", "eval"} <= texts(trainer.__init__), f"{name}Trainer._metrics has no 'train' and 'eval'", ours)
     need(trainer._name in {name}, f"{name}Trainer._name is {trainer._name!r}", ours)
+
+
+def test_the_model_card() -> None:
+    ours = "trainers/card.py"
+    template = resources.files("trl").joinpath("templates/lm_model_card.md").read_text()
+    for place in (card.PLACE, "[{{ base_model }}](https://huggingface.co/{{ base_model }})"):
+        need(place in template, f"the template of a model card has no {place!r}", ours)
+    written = attributes(trl.GRPOTrainer.create_model_card)
+    need({"_tag_names", "_name"} <= written, f"create_model_card reads {sorted(written)}", ours)
 
 
 def test_shuffle_and_split_carry_every_key() -> None:

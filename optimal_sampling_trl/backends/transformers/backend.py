@@ -63,7 +63,7 @@ class TransformersBackend:
         of_teacher, of_theta = name_sources(teacher, theta, model_options)
         for source in (of_teacher, of_theta):
             _check_cache(source.config, source.role)
-        _check_max_model_len(max_model_len, context_length(of_teacher.config, of_theta.config))
+        _check_max_model_len(max_model_len, context_length(of_teacher.text_config, of_theta.text_config))
         self.pair = read_pair(of_teacher, of_theta, tokenizer=tokenizer, max_model_len=max_model_len)
         self.max_num_seqs = max_num_seqs
         self.device = of_theta.device if device is None else _device(device)

@@ -77,7 +77,7 @@ def _check_two_prompts(request: Request, pair: Pair, index: int) -> None:
     )
     if not pair.two_prompts:
         raise ValueError(
-            f"{lengths} On a CPU both models read one stream of tokens in this engine (Model Runner V1). Use "
+            f"{lengths} On a CPU, and where layers have sliding windows, both models read one stream of tokens. Use "
             "backend='transformers', or give both the same system prompt."
         )
     if len(request.theta_prompt_ids) > len(request.prompt_ids):
@@ -163,8 +163,8 @@ def check_params(params: Any, prompt_ids: Sequence[int], settings: dict[str, Any
 def _check_theta_prompt(prompt: Any, longest: int, settings: dict[str, Any]) -> None:
     if not settings["two_prompts"]:
         raise ValueError(
-            f"The request has the extra argument `{THETA_PROMPT}`; this server runs on a CPU, where both models read "
-            "one stream of tokens (Model Runner V1). Drop it, or serve the pair on a GPU."
+            f"The request has the extra argument `{THETA_PROMPT}`; both models of this server read one stream of "
+            "tokens, as on a CPU and where layers have sliding windows. Drop it, or serve a pair without on a GPU."
         )
     vocabulary = settings["vocabulary"]
     if not isinstance(prompt, list) or not all(type(token) is int and 0 <= token < vocabulary for token in prompt):

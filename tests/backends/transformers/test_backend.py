@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Mamba2Config, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Mamba2Config, PreTrainedModel
 
 from helpers.models import EOS, FAMILIES, PAD, make_model, make_tokenizer, publish
 from helpers.oracle import check_rollout, check_rollouts, expected_records, with_wishes
@@ -23,6 +23,7 @@ from optimal_sampling_trl.backends.transformers.decoding import Rows
 from optimal_sampling_trl.mixture import METHODS, Mixture
 from optimal_sampling_trl.mixture.dense import measure
 from optimal_sampling_trl.pairing import Ending
+from optimal_sampling_trl.pairing.names import model_class
 from optimal_sampling_trl.rollouts.dense import Dense
 from optimal_sampling_trl.rollouts.request import Request, Sampling
 from optimal_sampling_trl.rollouts.rollout import RECORDS, Rollout
@@ -39,6 +40,7 @@ MIXTURES = {
     "theta": Mixture.theta_only(),
     "teacher": Mixture.teacher_only(),
 }
+WINDOW = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"], "tied": True}
 PAIRS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen2": ("qwen2", {"vocab_size": 320, "heads": 4, "kv_heads": 2}, {"tied": True}),
     "llama": ("llama", {"layers": 3}, {"vocab_size": 320}),
@@ -47,6 +49,10 @@ PAIRS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "mistral-window": ("mistral", {"sliding_window": 7}, {"sliding_window": 9}),
     "granite": ("granite", {}, {"layers": 1}),
     "linear-attention": ("qwen3_next", {}, {}),
+    "gemma2": ("gemma2", WINDOW, WINDOW),
+    "gemma3": ("gemma3_text", WINDOW, WINDOW),
+    "gemma3-wrapper": ("gemma3", WINDOW, WINDOW),
+    "qwen3_vl-wrapper": ("qwen3_vl", {}, {"tied": True}),
 }
 """Family, and what the teacher's and the student's configuration have of their own. The first is every test's pair."""
 TOKENIZER = make_tokenizer()
@@ -74,7 +80,7 @@ class Pair:
 
 
 def load(folder: str) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def ids(text: str) -> list[int]:

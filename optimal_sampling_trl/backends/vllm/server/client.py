@@ -59,11 +59,14 @@ class FusedServer:
         """Refuse a server whose models read one prompt.
 
         Raises:
-            RuntimeError: where it runs on a CPU.
+            RuntimeError: where it runs on a CPU, or a model has sliding windows.
         """
         with self._explain_errors("does not fit the trainer"):
             if not self.pair.two_prompts:
-                raise ValueError("teacher and student are to read different prompts, which takes a server on a GPU.")
+                raise ValueError(
+                    "teacher and student are to read different prompts, which takes a server on a GPU and models "
+                    "without sliding windows."
+                )
 
     def check_ending(self, stop: Sequence[int]) -> None:
         """Refuse a server that ends completions at other tokens than the trainer.

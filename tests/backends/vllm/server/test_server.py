@@ -158,7 +158,7 @@ def test_200_requests_at_once_with_strangers_among_them(
         ({"vllm_xargs": {"dense_top_k": 2}, "logprobs": 11}, "and no records; wanted the extra argument"),
         (
             {"vllm_xargs": {"optimal_sampling_theta_prompt": [1]}},
-            "this server runs on a CPU, where both models read one",
+            "both models of this server read one stream of tokens",
         ),
         ({"prompt_logprobs": 1}, "`prompt_logprobs` (or `echo`) is 1, and vLLM computes it of the teacher alone"),
         (

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.engines import Oracle, request, start
+from helpers.engines import Oracle, counter, request, start
 from helpers.models import PAD, make_model
 from helpers.oracle import with_wishes
 from optimal_sampling_trl.mixture import Mixture
@@ -57,10 +57,6 @@ def scheduled(request: pytest.FixtureRequest, pair: tuple[str, str]) -> Iterator
     backend = start(*pair, disable_log_stats=False, **SCHEDULES[request.param])
     yield request.param, backend
     backend.close()
-
-
-def counter(backend: Any, name: str) -> int:
-    return sum(getattr(metric, "value", 0) for metric in backend.llm.get_metrics() if metric.name == f"vllm:{name}")
 
 
 def test_records(scheduled: tuple[str, Any], oracle: Oracle) -> None:
