@@ -126,7 +126,7 @@ def _likely(rollout: Rollout) -> dict[str, Any] | None:
 
     Each list has the same number of entries for each of T tokens, one token after the other; a missing entry is None.
     """
-    dense = getattr(rollout, "dense", None)
+    dense = rollout.dense
     if dense is None or 0 in dense.ids.shape:
         return None
     return {"theta": _best(dense.ids, dense.log_theta), "teacher": _best(dense.ids, dense.log_teacher)}

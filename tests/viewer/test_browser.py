@@ -12,8 +12,6 @@ import re
 import resource
 import tempfile
 from collections.abc import Iterator
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -24,6 +22,7 @@ from helpers.children import run
 from helpers.pages import HOSTILE, byte_tokenizer, contrast, text_rollout
 from optimal_sampling_trl.mixture import Mixture
 from optimal_sampling_trl.page import write_page
+from optimal_sampling_trl.rollouts.dense import DenseRecords
 from optimal_sampling_trl.rollouts.rollout import RECORDS, Rollout
 
 needs_browser = pytest.mark.skipif(
@@ -454,14 +453,14 @@ def test_histogram_has_a_bar_for_each_reward_or_equal_widths(browser, tokenizer,
 def test_preferred_tokens_of_both_models_are_shown(browser, tokenizer, tmp_path):
     """Under the records, likeliest first; the token that was drawn is marked."""
     drawn, other, third = (tokenizer.encode(text)[0] for text in (" 24", "We", "?"))
-    one = text_rollout(tokenizer.decode([drawn]))
-    dense = SimpleNamespace(
+    dense = DenseRecords(
+        scalars={},
         ids=torch.tensor([[drawn, other, other, third]]),
         log_theta=torch.tensor([[0.1, 0.6, 0.6, 0.3]]).log(),
         log_teacher=torch.tensor([[0.9, 0.02, 0.02, 0.0]]).log(),
     )
-    with_dense: Any = SimpleNamespace(**vars(one), dense=dense)
-    browser.open(write_page(tmp_path / "page.html", [with_dense], tokenizer))
+    shown = text_rollout(tokenizer.decode([drawn]), dense=dense)
+    browser.open(write_page(tmp_path / "page.html", [shown], tokenizer))
     browser.js("document.querySelector('.token').focus()")
     quoted = {token: json.dumps(tokenizer.decode([token])) for token in (drawn, other, third)}
     assert browser.texts("#tip .likely th") == ["Student prefers", "Teacher prefers"]

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from helpers.pages import byte_tokenizer, text_rollout
 from optimal_sampling_trl.mixture import Mixture
+from optimal_sampling_trl.rollouts.dense import DenseRecords
 from optimal_sampling_trl.rollouts.rollout import Rollout
 from optimal_sampling_trl.viewer.data import _piece, page_data
 
@@ -68,19 +69,15 @@ def test_a_group_is_the_completions_of_one_prompt_at_one_step(tokenizer):
 
 def test_likely_tokens_are_the_best_three_of_each_model():
     """A token that both models name stands once; a missing id and a token without mass are left out."""
-    one = text_rollout("We")
-    T = len(one.completion_ids)
+    T = len(text_rollout("We").completion_ids)
     ids = torch.tensor([[9, 5, 7, 5, 8, -1]]).expand(T, 6)
     theta = torch.tensor([[0.1, 0.5, 0.2, 0.5, 0.15, 0.9]]).log().expand(T, 6)
     teacher = torch.tensor([[0.7, 0.0, 0.2, 0.0, 0.0, 0.9]]).log().expand(T, 6)
-    dense = SimpleNamespace(ids=ids, log_theta=theta, log_teacher=teacher)
-    data = data_of(SimpleNamespace(**vars(one), dense=dense))
+    data = data_of(text_rollout("We", dense=DenseRecords({}, ids, theta, teacher)))
     assert data["rollouts"][0]["likely"] == {
         "theta": {"ids": [5, 7, 8] * T, "probabilities": [0.5, 0.2, 0.15] * T},
         "teacher": {"ids": [9, 7, None] * T, "probabilities": [0.7, 0.2, 0.0] * T},
     }
     assert {"5", "7", "8", "9"} <= set(data["pieces"])
-    without = SimpleNamespace(
-        **vars(one), dense=SimpleNamespace(ids=ids[:, :0], log_theta=theta[:, :0], log_teacher=teacher[:, :0])
-    )
+    without = text_rollout("We", dense=DenseRecords({}, ids[:, :0], theta[:, :0], teacher[:, :0]))
     assert "likely" not in data_of(without)["rollouts"][0]
