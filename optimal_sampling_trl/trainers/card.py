@@ -17,6 +17,7 @@ LOSS_FIELDS = (
     "positive_only",
     "correction",
     "distillation_coefficient",
+    "dense_coefficient",
     "loss",
     "accept",
     "completion_weight",
