@@ -24,11 +24,11 @@ def main() -> None:
     torch.set_num_threads(1)
     made = embedded.make_pair()
     with tempfile.TemporaryDirectory() as scratch:
-        ends = {"demo": [end_of_demo(made, Path(scratch) / "demo", seed) for seed in range(options.seeds)]}
-        for arm in STACK:
-            folder = Path(scratch) / arm
+        folders = {name: Path(scratch) / name for name in ("demo", *STACK)}
+        for folder in folders.values():
             folder.mkdir()
-            ends[arm] = end_of_stack(made, folder, arm, options.seeds)
+        ends = {"demo": [end_of_demo(made, folders["demo"], seed) for seed in range(options.seeds)]}
+        ends |= {arm: end_of_stack(made, folders[arm], arm, options.seeds) for arm in STACK}
     for name, values in ends.items():
         print(f'"{name}": Band({mean(values):.4f}, {stdev(values):.4f})  # {[round(one, 3) for one in values]}')
 
