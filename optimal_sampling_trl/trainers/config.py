@@ -9,7 +9,7 @@ from typing import Any
 import trl
 
 from ..losses import LEVELS, Correction
-from ..options import check_number, check_whole, unknown_option
+from ..options import check_number, check_whole, suggest_arguments, unknown_option
 
 LOSSES = ("divergence", "sampled_token")
 WEIGHTS = ("accepted", "reward")
@@ -84,7 +84,8 @@ class PolicyGradientConfig(CorrectionConfig):
         default="all",
         metadata={
             "help": "Completions that are trained on only where their advantage is above 0: 'all' (the default), "
-            "those of the 'mixture' (the student's keep their negatives, as in TRL), or 'none'."
+            "those of the 'mixture' (the student's keep their negatives, as in TRL), or 'none'.",
+            "choices": POSITIVE_ONLY,
         },
     )
 
@@ -94,6 +95,7 @@ class PolicyGradientConfig(CorrectionConfig):
             raise ValueError(unknown_option("value of `positive_only`", self.positive_only, POSITIVE_ONLY))
 
 
+@suggest_arguments()
 @dataclass
 class GRPOConfig(PolicyGradientConfig, trl.GRPOConfig):
     """TRL's `GRPOConfig` with the correction for completions of the mixture.
@@ -139,6 +141,7 @@ class GRPOConfig(PolicyGradientConfig, trl.GRPOConfig):
     )
 
 
+@suggest_arguments()
 @dataclass
 class RLOOConfig(PolicyGradientConfig, trl.RLOOConfig):
     """TRL's `RLOOConfig` with the correction for completions of the mixture; the defaults are `GRPOConfig`'s.
@@ -157,6 +160,7 @@ class RLOOConfig(PolicyGradientConfig, trl.RLOOConfig):
     )
 
 
+@suggest_arguments()
 @dataclass
 class RAFTConfig(GuardConfig, trl.GRPOConfig):
     """TRL's `GRPOConfig` with the fields of filtered imitation; fields that the loss does not read are refused.
@@ -183,13 +187,17 @@ class RAFTConfig(GuardConfig, trl.GRPOConfig):
     )
     completion_weight: str = field(
         default="accepted",
-        metadata={"help": "'accepted': each accepted completion weighs 1; 'reward': its reward, which is in [0, 1]."},
+        metadata={
+            "help": "'accepted': each accepted completion weighs 1; 'reward': its reward, which is in [0, 1].",
+            "choices": WEIGHTS,
+        },
     )
     denominator: str = field(
         default="all",
         metadata={
             "help": "Tokens by which the loss is divided: 'all' of the batch (the default), or the 'accepted' ones, "
-            "each with its completion's weight."
+            "each with its completion's weight.",
+            "choices": DENOMINATORS,
         },
     )
 
@@ -218,6 +226,7 @@ class _GroupOfAnySize(int):
         return False if other == 2 else super().__lt__(other)
 
 
+@suggest_arguments()
 @dataclass
 class DistillationConfig(CorrectionConfig, trl.DistillationConfig):
     """TRL's `DistillationConfig` with the correction, and a loss that needs no teacher in the trainer.
@@ -235,7 +244,8 @@ class DistillationConfig(CorrectionConfig, trl.DistillationConfig):
         default="divergence",
         metadata={
             "help": "'divergence': TRL's, over the whole vocabulary; 'sampled_token': log t - log theta of the "
-            "sampled tokens alone, without a teacher in the trainer."
+            "sampled tokens alone, without a teacher in the trainer.",
+            "choices": LOSSES,
         },
     )
     sampled_token_clip: float | None = field(

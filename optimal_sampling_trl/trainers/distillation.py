@@ -16,8 +16,9 @@ from torch import Tensor
 from trl.trainer.utils import add_fused_lm_head
 
 from ..losses import sampled_token_coefficients
+from ..options import suggest_arguments
 from .config import LOSSES, DistillationConfig
-from .generator import check_generator
+from .generator import FOR_TRAINERS, check_generator
 from .mixture_trainer import MixtureTrainer
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
     config_class = DistillationConfig
     default_theta_fraction = 0.0
 
+    @suggest_arguments(**FOR_TRAINERS)
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import trl
 
 from ..losses import sampled_token_coefficients
-from ..options import unknown_option
+from ..options import suggest_arguments, unknown_option
 from .config import GRPOConfig, with_our_default
+from .generator import FOR_TRAINERS
 from .policy_gradient import PolicyGradientTrainer
 from .unread import has_negatives
 
@@ -68,6 +69,7 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
     args: Any
     config_class = GRPOConfig
 
+    @suggest_arguments(**FOR_TRAINERS)
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
