@@ -22,6 +22,7 @@ PACKAGE = ROOT / NAME
 FLOORS = (
     "options",
     "files",
+    "mixture.presets",
     "mixture.settings",
     "mixture.arithmetic",
     "mixture.solver",
@@ -41,6 +42,7 @@ FLOORS = (
     "output",
     "generate",
     "sampling_run",
+    "probe",
     "trainers.generator",
     "trainers.engines",
     "trainers",
