@@ -47,9 +47,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         print(__version__)
     elif name in commands():
+        if name != "serve":  # whose log is what a server is watched by
+            _quiet()
         import_module(f".commands.{name}", __package__).run(words)
     else:
         raise SystemExit(f"{PROGRAM}: {unknown_option('command', name, commands())}")
+
+
+def _quiet() -> None:
+    from ..backends.vllm.launch import quiet
+
+    quiet()  # before TRL is imported, which imports vLLM
 
 
 if __name__ == "__main__":

@@ -153,8 +153,10 @@ def measure(model: Any, tokenizer: PreTrainedTokenizerFast, count: int = 2048) -
 
 def write_models(folder: Path) -> None:
     """Save prompts; train, measure and save both models side by side, the note last."""
+    (folder / "data").mkdir(parents=True)
     for split, count in DATA.items():
-        dataset(split, count, seed=1).to_json(folder / "data" / f"{split}.jsonl", storage_options={"auto_mkdir": True})
+        lines = [json.dumps({"prompt": text}) for text in prompts(split, count, seed=1)]
+        (folder / "data" / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
     jobs = [(folder, name, recipe, line) for line, (name, recipe) in enumerate(RECIPES.items())]
     measured = dict(zip(RECIPES, side_by_side(write_model, jobs), strict=True))
     (folder / "pair.json").write_text(json.dumps({"recipe": FINGERPRINT, "models": measured}, indent=2))

@@ -49,12 +49,14 @@ def platform_settings() -> dict[str, str]:
 def quiet() -> None:
     """Let vLLM say warnings and errors alone, unless `VLLM_LOGGING_LEVEL` is set; it logs thirty lines at a start.
 
-    vLLM reads the variable when it is imported.
+    vLLM reads the variable when it is imported. On a CPU it also warns then that Triton has no driver.
     """
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\.reduce_op", category=FutureWarning)
     if "VLLM_LOGGING_LEVEL" not in os.environ:
         os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
         logging.getLogger("vllm").setLevel(logging.WARNING)  # where it was imported before
+        if not torch.cuda.is_available():
+            logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
 
 
 def quick_settings() -> dict[str, Any]:
