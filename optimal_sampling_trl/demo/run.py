@@ -9,12 +9,12 @@ the mixture sampled).
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import transformers
 import trl
 
 from ..backends import BACKENDS
@@ -50,7 +50,7 @@ def run_one(name: str, line: int, pair: Pair, steps: int, backend: str, output: 
         name: one of `RATES`.
         line: of the terminal, for the bar.
     """
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    transformers.logging.disable_progress_bar()  # of loading weights
     settings = {"learning_rate": RATES[name], "output_dir": str(output / f"trainer-{line}")}
     bar = Bar(f"{name:28}", line)
     if name != MIXTURE:
