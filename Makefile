@@ -18,7 +18,7 @@ setup: .venv/.ready-$(EXTRAS)
 # Some builds of torchvision, torchaudio and torchcodec do not load beside a CPU torch and then break transformers.
 # Without --no-compile pip would compile every file, of which a run reads few.
 .venv/.ready-%: pyproject.toml constraints.txt
-	@echo "Set-up: .venv with the extras '$*'. 1.4 GB without vLLM, 4 GB with it; minutes, mostly of downloads."
+	@echo "Set-up: .venv with the extras '$*'. 1.3 GB for the demo, 4 GB with vLLM; minutes, mostly of downloads."
 	$(PY) -m venv .venv
 	$(BIN)/pip install --no-compile -e '.[$*]' -c constraints.txt
 	@if $(BIN)/pip show -q torchvision 2>/dev/null && ! $(BIN)/python -c 'import torchvision' 2>/dev/null; then \
