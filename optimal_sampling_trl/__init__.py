@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .mixture import Mixture, mix
     from .output import OptimalSamplingOutput
     from .rollouts.dataset import from_dataset, to_dataset
+    from .rollouts.dense import Dense, DenseRecords
     from .rollouts.folder import iterate_rollouts, load_rollouts
     from .rollouts.request import Sampling
     from .rollouts.rollout import Rollout, UnsolvedError
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Dense": "rollouts.dense",
+    "DenseRecords": "rollouts.dense",
     "DistillationConfig": "trainers",
     "DistillationTrainer": "trainers",
     "GRPOConfig": "trainers",
@@ -58,6 +61,8 @@ _HOME = {
     "to_dataset": "rollouts.dataset",
 }
 __all__ = [
+    "Dense",
+    "DenseRecords",
     "DistillationConfig",
     "DistillationTrainer",
     "GRPOConfig",

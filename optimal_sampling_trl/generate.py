@@ -13,6 +13,7 @@ from .mixture import Mixture
 from .options import check_whole, suggest_arguments
 from .output import OptimalSamplingOutput
 from .pairing import Prompt, check_system_message, encode, reads_two_prompts, warn_of_templates
+from .rollouts.dense import Dense, check_wish
 from .rollouts.params import takes_sampling_params
 from .rollouts.progress import Progress, is_watched
 from .rollouts.request import Request, Sampling
@@ -128,6 +129,7 @@ class OptimalSamplingV1:
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
         stop: str | Sequence[str] = (),
+        dense: Dense | None = None,
         use_tqdm: bool | None = None,
     ) -> OptimalSamplingOutput:
         """Sample n completions of each prompt.
@@ -141,6 +143,7 @@ class OptimalSamplingV1:
             n: completions of each prompt.
             seed: the r-th sequence of the call uses `seed + r`, so that equal prompts get different completions.
             mixture: one for all prompts or one for each; by default the one that the constructor described.
+            dense: dense records that each rollout shall carry, in its `dense`; None is none.
             use_tqdm: show a bar with tokens, tokens/s, the mean of α and the time left; with vLLM its own bar as well.
                 None shows it in a terminal and in a notebook.
 
@@ -158,6 +161,7 @@ class OptimalSamplingV1:
         check_whole("generate", "n", n, 1)
         if seed is not None:
             check_whole("generate", "seed", seed)
+        check_wish("generate", dense)
         if mixture is not None and not use_optimal_sampling:
             raise ValueError(
                 f"generate: `mixture` is {mixture!r} and `use_optimal_sampling` is False, the teacher alone; "
@@ -182,6 +186,7 @@ class OptimalSamplingV1:
                     stop=tuple(stop) if isinstance(stop, Iterable) else stop,
                     seed=None if seed is None else seed + index * n + sample,
                 ),
+                dense,
             )
             for index in range(len(prompts))
             for sample in range(n)

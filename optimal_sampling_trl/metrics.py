@@ -8,7 +8,8 @@ infinite. The mean reward of a half that no function could score is NaN, which T
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -26,14 +27,15 @@ ALPHA_BAND = ("alpha/q10", "alpha/q90")
 ENTROPY_SCALE = "mixture/entropy_scale"
 """Scale of the entropy gate that the batch was sampled with, in nats, where `entropy_quantile` sets it."""
 KL_THETA = "mixture/kl_theta"
-"""KL(q‖θ), estimated on the mixture's tokens, in nats a token."""
+"""KL(q‖θ) on the mixture's tokens, in nats a token: estimated, or the mean of dense records where they have it. Those
+are of q before truncation, estimates of the distribution that the tokens were drawn from."""
 KL_TEACHER = "mixture/kl_teacher"
 """KL(q‖t), likewise."""
 SAMPLE_SIZE = "mixture/ess"
 """Effective sample size of the mixture's tokens for the student, as a share of their number."""
 ACCEPTANCE = "mixture/acceptance"
 """Mean of min(1, θ/q) over the mixture's tokens: an estimate of Σ min(θ, q), the share of the student's drafts that
-speculative sampling would accept."""
+speculative sampling would accept. Where dense records have that sum, its mean."""
 REWARD_THETA = "mixture/reward_theta"
 """Mean reward of the completions that the student sampled."""
 REWARD_MIXTURE = "mixture/reward_mixture"
@@ -51,6 +53,13 @@ TOKENS_PER_SECOND = "mixture/tokens_per_second"
 LOG_THETA_DIFFERENCE = "engine/log_theta_difference"
 """Mean of |log θ in the trainer − log θ in the engine|, in nats a token."""
 
+DENSE_DIVERGENCE = "dense/divergence"
+"""Mean divergence of the student from the teacher that the dense term trains on, in nats a token."""
+DENSE_COEFFICIENT = "dense/coefficient"
+"""Coefficient of the dense term."""
+DENSE_MEANS = ("kl_theta_teacher", "kl_teacher_theta", "entropy_theta", "entropy_teacher")
+"""Exact numbers of dense records that are logged as `dense/<name>`: the mean over all tokens, whoever drew them."""
+
 ALPHA_TOKENS = "alpha/tokens"
 """Histogram of α over the mixture's tokens."""
 LOG_WEIGHT = "mixture/log_weight"
@@ -62,25 +71,47 @@ def of_mixture(
     log_q: Float[Tensor, " N"],
     log_theta: Float[Tensor, " N"],
     log_teacher: Float[Tensor, " N"],
+    exact: Mapping[str, Float[Tensor, " N"]] = MappingProxyType({}),
 ) -> dict[str, float]:
-    """Summarise the records of the N tokens that the mixture sampled; empty where there are none."""
+    """Summarise the records of the N tokens that the mixture sampled; empty where there are none.
+
+    Args:
+        exact: scalars of dense records by their names, which take the places of estimates.
+    """
     if not len(alpha):
         return {}
     return {
         ALPHA_MEAN: float(alpha.mean()),
         **dict(zip(ALPHA_QUANTILES, quantiles(alpha, list(ALPHA_QUANTILES.values())), strict=True)),
-        **_finite_mean(KL_THETA, log_q - log_theta),
-        **_finite_mean(KL_TEACHER, log_q - log_teacher),
+        **_finite_mean(KL_THETA, exact.get("kl_q_theta", log_q - log_theta)),
+        **_finite_mean(KL_TEACHER, exact.get("kl_q_teacher", log_q - log_teacher)),
         SAMPLE_SIZE: float(effective_sample_size(log_theta - log_q) / len(alpha)),
     }
 
 
-def of_drafts(log_q: Float[Tensor, " N"], log_theta: Float[Tensor, " N"]) -> dict[str, float]:
+def of_drafts(
+    log_q: Float[Tensor, " N"],
+    log_theta: Float[Tensor, " N"],
+    exact: Mapping[str, Float[Tensor, " N"]] = MappingProxyType({}),
+) -> dict[str, float]:
     """Estimate the acceptance of the student's drafts from the N tokens that the mixture sampled; empty without any.
+
+    Args:
+        exact: scalars of dense records by their names; `overlap` takes the place of the estimate.
 
     Source: Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", arXiv:2211.17192, §3.3.
     """
-    return _finite_mean(ACCEPTANCE, (log_theta - log_q).clamp(max=0.0).exp())
+    return _finite_mean(ACCEPTANCE, exact.get("overlap", (log_theta - log_q).clamp(max=0.0).exp()))
+
+
+def of_dense(name: str, values: Float[Tensor, " N"]) -> dict[str, float]:
+    """Average one of the dense records' exact numbers over N tokens; empty where none is finite.
+
+    Args:
+        name: one of `DENSE_MEANS`.
+        values: the numbers; a divergence is infinite where one model rules out what the other may draw.
+    """
+    return _finite_mean(f"dense/{name}", values)
 
 
 def histograms_of_mixture(

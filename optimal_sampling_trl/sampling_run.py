@@ -24,6 +24,7 @@ from .options import check_whole
 from .pairing import folder_digest
 from .pairing.prompts import SYSTEM_MESSAGE
 from .rollouts.card import make_card
+from .rollouts.dense import Dense, check_wish
 from .rollouts.folder import CARD, RUN, Key, RolloutFolder
 from .rollouts.progress import Progress
 from .rollouts.request import Request, Sampling
@@ -42,6 +43,9 @@ MAY_CHANGE_ON_RESUME = ("device", "enforce_eager", "kv_cache_memory_bytes", "max
 DIGEST = "sha256:"
 """Opens the number of a model's weights. Versions before this one wrote another number, without it."""
 
+NO_DENSE: dict[str, Any] = {"dense.scalars": [], "dense.top_k": 0}
+"""The settings of a run without dense records."""
+
 
 def sample_to_folder(
     sampler: OptimalSamplingV1,
@@ -51,6 +55,7 @@ def sample_to_folder(
     n: int = 1,
     sampling: Sampling | None = None,
     mixture: Mixture | None = None,
+    dense: Dense | None = None,
     seed: int = 0,
     batch_size: int = 1024,
     use_tqdm: bool = True,
@@ -68,6 +73,7 @@ def sample_to_folder(
         n: completions of each prompt.
         sampling: settings by which tokens are drawn; without a seed.
         mixture: rule by which α is chosen; by default the sampler's.
+        dense: dense records of each token, which take columns of their own; by default none.
         seed: seed of the whole run, from which each rollout's is made.
         batch_size: number of rollouts sampled at once and written as one shard; a kill can cost as many.
         use_tqdm: show a bar with tokens/s, the mean of α and the time left.
@@ -92,6 +98,7 @@ def sample_to_folder(
     check_whole("sample_to_folder", "n", n, 1)
     check_whole("sample_to_folder", "batch_size", batch_size, 1)
     check_whole("sample_to_folder", "seed", seed)
+    check_wish("sample_to_folder", dense)
     sampling, mixture = sampling or Sampling(), mixture or sampler.mixture
     if sampling.seed is not None:
         raise ValueError(
@@ -100,15 +107,16 @@ def sample_to_folder(
         )
     texts = read_prompts(prompts)
     with RolloutFolder(folder) as store:
-        encode = _encoder(sampler, mixture, sampling)
-        settings = _settings(sampler, mixture, sampling) | {"n": n, "seed": seed, "batch_size": batch_size}
+        encode = _encoder(sampler, mixture, sampling, dense)
+        settings = _settings(sampler, mixture, sampling, dense) | {"n": n, "seed": seed, "batch_size": batch_size}
         run = _open_run(store, {"settings": settings, "prompts": len(texts), "sha256": _digest(texts, encode)})
         total = len(texts) * n
         batches = _missing(store, total, n, batch_size)
         with Progress(total, use_tqdm, done=total - sum(map(len, batches.values()))) as progress:
             for number, keys in batches.items():
                 requests = [_seeded(encode(texts[key.prompt_index], key.prompt_index), seed, key) for key in keys]
-                store.write_shard(number, *_sample(sampler.backend, dict(zip(keys, requests)), progress, store))
+                sampled = _sample(sampler.backend, dict(zip(keys, requests)), progress, store)
+                store.write_shard(number, *sampled, dense)
         if batches or not (store.path / CARD).exists():
             store.write_file(CARD, make_card(store, run).encode())
             _name_failed(store)
@@ -187,9 +195,11 @@ def _seeded(request: Request, seed: int, key: Key) -> Request:
     return replace(request, sampling=replace(request.sampling, seed=rollout_seed(seed, key)))
 
 
-def _encoder(sampler: OptimalSamplingV1, mixture: Mixture, sampling: Sampling) -> Callable[[Prompt, int], Request]:
+def _encoder(
+    sampler: OptimalSamplingV1, mixture: Mixture, sampling: Sampling, dense: Dense | None
+) -> Callable[[Prompt, int], Request]:
     def encode(prompt: Prompt, index: int) -> Request:
-        request = Request(*sampler.encode(prompt, index), mixture, sampling)
+        request = Request(*sampler.encode(prompt, index), mixture, sampling, dense)
         sampler.backend.check(request, index)
         return request
 
@@ -205,7 +215,7 @@ def _digest(texts: Sequence[Any], encode: Callable[[Prompt, int], Request]) -> s
     return digest.hexdigest()
 
 
-def _settings(sampler: OptimalSamplingV1, mixture: Mixture, sampling: Sampling) -> dict[str, Any]:
+def _settings(sampler: OptimalSamplingV1, mixture: Mixture, sampling: Sampling, dense: Dense | None) -> dict[str, Any]:
     """Everything beside the prompts on which the rollouts depend, in JSON's types."""
     arguments = {name: value for name, value in sampler.engine_arguments.items() if name not in MAY_CHANGE_ON_RESUME}
     drawn = {name: value for name, value in asdict(sampling).items() if name != "seed"}
@@ -222,6 +232,7 @@ def _settings(sampler: OptimalSamplingV1, mixture: Mixture, sampling: Sampling) 
         **{f"engine.{name}": value for name, value in arguments.items()},
         **{f"mixture.{name}": value for name, value in mixture.to_dict().items()},
         **drawn,
+        **(NO_DENSE if dense is None else {f"dense.{name}": value for name, value in asdict(dense).items()}),
     }
     return json.loads(json.dumps(settings, default=str))
 
@@ -281,6 +292,7 @@ def _differences(old: dict[str, Any], run: dict[str, Any], folder: Path) -> dict
         **{f"mixture.{name}": value for name, value in Mixture().to_dict().items()},
         **asdict(Sampling()),
         "system_message": SYSTEM_MESSAGE[0],
+        **NO_DENSE,
     }
     before, now = (
         {**values["settings"], "prompts": f"{values['prompts']} with SHA-256 {values['sha256'][:12]}"}

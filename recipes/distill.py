@@ -15,8 +15,8 @@ On models of the Hub:
         --dataset_name trl-lib/DeepMath-103K --per_device_train_batch_size 8 --max_completion_length 1024 \
         --learning_rate 1e-5 --bf16 --output_dir output/distill
 
-`--loss sampled_token` needs no teacher in the trainer, and takes one whose vocabulary is padded to another size
-(Qwen2.5-7B's). `--theta_fraction 1` is plain on-policy distillation.
+`--loss dense` and `--loss sampled_token` need no teacher in the trainer, and take one whose vocabulary is padded to
+another size (Qwen2.5-7B's). `--theta_fraction 1` is plain on-policy distillation.
 `--help` lists all flags: TRL's, the correction's and the generator's. They may stand in a YAML file, `--config`.
 """
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from helpers.models import EOS, make_model, make_tokenizer, make_unfit_models
 from helpers.oracle import check_rollout
-from optimal_sampling_trl import Mixture, OptimalSamplingOutput, OptimalSamplingV1, backends
+from optimal_sampling_trl import Dense, Mixture, OptimalSamplingOutput, OptimalSamplingV1, backends
 from optimal_sampling_trl.backends.transformers import decoding
 from optimal_sampling_trl.pairing.source import Source
 from optimal_sampling_trl.rollouts.request import Sampling
@@ -177,11 +177,12 @@ def test_sampling_settings_reach_the_backend(sampler: OptimalSamplingV1, monkeyp
     monkeypatch.setattr(sampler.backend, "generate", lambda requests, progress: asked.extend(requests) or [])
     monkeypatch.setattr(sampler, "track_alpha_stats", False)
     sampler.generate("a", 7, 0.8, 0.9, 40, n=2, seed=3, min_p=0.1, repetition_penalty=1.2, stop="x")
-    sampler.generate("a", stop=["x", "yz"])
+    sampler.generate("a", stop=["x", "yz"], dense=Dense(top_k=3))
     settings = {"max_tokens": 7, "temperature": 0.8, "top_p": 0.9, "top_k": 40, "min_p": 0.1}
     first = Sampling(**settings, repetition_penalty=1.2, stop=("x",), seed=3)
     assert asked[0].sampling == first
     assert asked[1].sampling.seed == 4
+    assert (asked[1].dense, asked[2].dense) == (None, Dense(top_k=3))
     assert asked[2].sampling == Sampling(max_tokens=100, stop=("x", "yz"))
 
 
@@ -394,6 +395,8 @@ GENERATE: dict[str, tuple[dict[str, Any], list[str]]] = {
     "penalty": ({"repetition_penalty": 0}, ["`repetition_penalty` is 0", "wanted both above 0"]),
     "seed": ({"seed": "x"}, ["`seed` is 'x'", "wanted a whole number"]),
     "stop": ({"stop": ""}, ["`stop` is ('',)", "wanted a tuple of texts, none of them empty"]),
+    "dense": ({"dense": {"top_k": 8}}, ["`dense` is {'top_k': 8}", "wanted None or a `Dense`"]),
+    "dense top_k": ({"dense": Dense(top_k=400)}, ["`top_k` is 400", "wanted a whole number from 0 to"]),
     "stop ids": ({"stop": [EOS]}, ["`stop` is (256,)", "wanted a tuple of texts"]),
 }
 

@@ -36,6 +36,15 @@ def test_the_mixtures_tokens_against_numpy() -> None:
     assert torch.equal(drawn["mixture/log_weight"], log_theta - log_q)
 
 
+def test_exact_numbers_take_the_places_of_estimates() -> None:
+    """An infinite one is left out of its mean; where there is none the estimate stays."""
+    log_q, log_theta, log_teacher = torch.zeros(3), torch.full((3,), -1.0), torch.full((3,), -2.0)
+    exact = {"kl_q_theta": torch.tensor([0.5, 0.25, torch.inf]), "overlap": torch.tensor([0.5, 0.75, 1.0])}
+    numbers = metrics.of_mixture(torch.zeros(3), log_q, log_theta, log_teacher, exact)
+    assert (numbers["mixture/kl_theta"], numbers["mixture/kl_teacher"]) == (0.375, 2.0)
+    assert metrics.of_drafts(log_q, log_theta, exact) == {"mixture/acceptance": 0.75}
+
+
 def test_weights_beyond_a_float_have_a_sample_size() -> None:
     """exp(200) is no float32: the ratio of a token that the mixture hardly draws."""
     nothing = torch.zeros(4)

@@ -16,6 +16,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
@@ -25,6 +26,7 @@ from helpers.children import wait_until
 from helpers.models import make_model
 from helpers.oracle import check_rollout
 from optimal_sampling_trl import (
+    Dense,
     Mixture,
     OptimalSamplingV1,
     Rollout,
@@ -220,8 +222,36 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
     "n": (["a"], {"n": 0}, ["`n` is 0", "at least 1"]),
     "batch": (["a"], {"batch_size": 0}, ["`batch_size` is 0", "at least 1"]),
     "seed": (["a"], {"seed": 0.5}, ["`seed` is 0.5", "wanted a whole number"]),
+    "dense": (["a"], {"dense": Dense(top_k=400)}, ["`top_k` is 400", "wanted a whole number from 0 to"]),
+    "no wish": (["a"], {"dense": 8}, ["`dense` is 8", "for example `Dense(top_k=32)`"]),
     "two seeds": (["a"], {"sampling": Sampling(seed=1)}, ["`sampling.seed` is 1", "Pass `seed=`"]),
 }
+
+
+def test_dense_records_come_back_after_a_stop(sampler: OptimalSamplingV1, tmp_path: Path) -> None:
+    """A shard that was lost is sampled again with its dense records, and every column is explained in the card."""
+    settings = RUN | {"dense": Dense(("overlap", "kl_q_theta"), 3), "use_tqdm": False}
+    folder = sample_to_folder(sampler, PROMPTS, tmp_path / "run", **settings)
+    first = content(folder)
+    card = (folder / "README.md").read_text()
+    columns = pq.read_schema(folder / "data" / "rollouts-000001.parquet").names
+    assert [name for name in columns if f"| `{name}` |" not in card] == []
+    assert {"dense_overlap", "dense_kl_q_theta", "dense_ids", "dense_log_theta", "dense_log_teacher"} < set(columns)
+    (folder / "data" / "rollouts-000001.parquet").unlink()
+    sample_to_folder(sampler, PROMPTS, folder, **settings)
+    assert content(folder) == first
+    for rollout in load_rollouts(folder):
+        assert rollout.dense is not None
+        assert rollout.dense.ids.shape == (len(rollout.completion_ids), 6 if rollout.completion_ids else 0)
+    for other, words in ((None, "`dense.top_k` was 3, now is 0"), (Dense(("overlap",), 3), "`dense.scalars` was")):
+        with pytest.raises(ValueError, match=words):
+            sample_to_folder(sampler, PROMPTS, folder, **settings | {"dense": other})
+
+
+def test_a_run_without_dense_records_has_none_of_their_columns(whole: Path) -> None:
+    columns = pq.read_schema(whole / "data" / "rollouts-000001.parquet").names
+    assert [name for name in columns if "dense" in name] == []
+    assert "dense_" not in (whole / "README.md").read_text().split("## Settings")[0]
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -246,6 +276,7 @@ OTHER: dict[str, tuple[dict[str, Any], dict[str, Any], list[str], str]] = {
     "fewer": ({}, {}, PROMPTS[:-1], "now is '9 with SHA-256"),
     "system": ({"theta_system_prompt": "S"}, {}, PROMPTS, "`theta_system_prompt` was None, now is 'S'"),
     "engine": ({"max_model_len": 400}, {}, PROMPTS, "`engine.max_model_len` was None, now is 400"),
+    "dense": ({}, {"dense": Dense(top_k=2)}, PROMPTS, "`dense.top_k` was 0, now is 2"),
     "student": ({"model_theta": "trained"}, {}, PROMPTS, "`weights_theta` was '"),
 }
 

@@ -154,7 +154,10 @@ def _read_for_vllm(
     if two_prompts and not can_read_two_prompts():
         raise ValueError("teacher and student read different prompts, which the fused vLLM engine does on GPUs alone")
     check_platform(engine_arguments)
-    return check_pair(teacher, theta, engine_arguments, tokenizer, theta_settings)
+    pair = check_pair(teacher, theta, engine_arguments, tokenizer, theta_settings)
+    if two_prompts and not pair.two_prompts:
+        raise ValueError("teacher and student read different prompts, which takes models without sliding windows")
+    return pair
 
 
 def why_not_vllm(

@@ -2,8 +2,8 @@
 
 With TRL's GRPO on the student's own samples, at its best learning rate and at the mixture's, and with half of each
 group sampled from the mixture with its teacher; each with the same number of samples. Prints exact match on held-out
-prompts before and after, and writes learning.png (the curves, and α over training) and rollouts.html (the tokens that
-the mixture sampled).
+prompts before and after, and writes learning.png (the curves, and α over training) and rollouts.html (the
+completions of both halves side by side, with each token's records).
 """
 
 from __future__ import annotations
@@ -67,17 +67,16 @@ def _result(trainer: Any, watch: Watch) -> Result:
 
 
 def write_rollouts(watch: Watch, path: Path) -> Path:
-    """Write the page of the mixture's rollouts."""
-    pairs = zip(watch.rollouts, watch.steps, strict=True)
-    rollouts, steps = zip(*[(rollout, step) for rollout, step in pairs if not rollout.mixture.is_theta_only])
-    prompts = watch.tokenizer.batch_decode([rollout.prompt_ids for rollout in rollouts])
+    """Write the page of a run's rollouts, of both halves."""
+    prompts = watch.tokenizer.batch_decode([rollout.prompt_ids for rollout in watch.rollouts])
     return write_page(
         path,
-        rollouts,
+        watch.rollouts,
         watch.tokenizer,
-        rewards=reward(prompts, [rollout.text for rollout in rollouts]),
-        steps=steps,
-        title="Sorting ten digits: rollouts of the mixture",
+        rewards=reward(prompts, [rollout.text for rollout in watch.rollouts]),
+        steps=watch.steps,
+        advantages=watch.advantages,
+        title="Sorting ten digits: rollouts of a training run",
     )
 
 
@@ -85,14 +84,17 @@ def draw(results: dict[str, Result], path: Path) -> Path:
     """Draw the curves, and α over the mixture's training."""
     log = results[MIXTURE].log
     at = [entry["step"] * BATCH for entry in log]
+    ends = {name: result.curve[-1][1] for name, result in results.items()}
+    without = max(end for name, end in ends.items() if name != MIXTURE)
     return plot_learning(
         path,
-        {f"{name}, {RATES[name]:g}": result.curve for name, result in reversed(results.items())},
+        {name: result.curve for name, result in reversed(results.items())},
         alpha=list(zip(at, (entry["alpha/mean"] for entry in log), strict=True)),
         alpha_band=[(x, entry["alpha/q10"], entry["alpha/q90"]) for x, entry in zip(at, log, strict=True)],
         x_label="sampled completions",
         y_label="exact match on held-out prompts",
-        title="Sorting ten digits",
+        title=f"Sorting ten digits: {ends[MIXTURE]:.0%} {MIXTURE}, {without:.0%} with GRPO alone",
+        percent=True,
     )
 
 
@@ -123,7 +125,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     picture = draw(results, options.output / "learning.png")
     print(f"\n{report(results, options.steps * BATCH)}")
     print("\nThe runs shared this machine: their seconds are no measure of speed.")
-    print(f"Curves: {picture}\nRollouts, token by token: {options.output / 'rollouts.html'}")
+    print(f"Curves: {picture}\nRollouts of both halves: {options.output / 'rollouts.html'}")
 
 
 if __name__ == "__main__":

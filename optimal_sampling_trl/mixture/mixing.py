@@ -175,6 +175,9 @@ def fold_eos(teacher_logits: Float[Tensor, "N V"], teacher_eos: Sequence[int], t
     if not teacher_eos:
         return teacher_logits
     folded = teacher_logits.clone()
-    folded[:, theta_eos] = torch.logsumexp(teacher_logits[:, [theta_eos, *teacher_eos]], dim=-1)
-    folded[:, list(teacher_eos)] = -torch.inf
+    # Columns one by one: a list of them would be copied to the device, and a step would wait.
+    ends = torch.stack([teacher_logits[:, id] for id in (theta_eos, *teacher_eos)], dim=-1)
+    folded[:, theta_eos] = torch.logsumexp(ends, dim=-1)
+    for id in teacher_eos:
+        folded[:, id] = -torch.inf
     return folded

@@ -49,6 +49,38 @@ def reference(
     return alpha, log_q
 
 
+def reference_dense(
+    theta_logits: Float[Tensor, "N V_theta"],
+    teacher_logits: Float[Tensor, "N V_teacher"],
+    mixture: Mixture | Iterable[Mixture],
+    temperature: float = 1.0,
+) -> dict[str, Float[Tensor, " N"]]:
+    """Return each of `dense.SCALARS` of each row by its definition, in float64, at the α of `reference`."""
+    V = min(theta_logits.shape[-1], teacher_logits.shape[-1])
+    log_q = reference(theta_logits, teacher_logits, mixture, temperature)[1]
+    rows = []
+    for theta, teacher, q in zip(theta_logits, teacher_logits, log_q, strict=True):
+        log_theta, log_teacher = (torch.log_softmax(row[:V].double() / temperature, -1) for row in (theta, teacher))
+        rows.append(
+            {
+                "kl_theta_teacher": _kl_of_supports(log_theta, log_teacher),
+                "kl_teacher_theta": _kl_of_supports(log_teacher, log_theta),
+                "kl_q_theta": _kl_of_supports(q, log_theta),
+                "kl_q_teacher": _kl_of_supports(q, log_teacher),
+                "entropy_theta": float(torch.special.entr(log_theta.exp()).sum()),
+                "entropy_teacher": float(torch.special.entr(log_teacher.exp()).sum()),
+                "overlap": float(torch.minimum(log_theta.exp(), q.exp()).sum()),
+            }
+        )
+    return {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in (rows[0] if rows else ())}
+
+
+def _kl_of_supports(log_p: Float[Tensor, " V"], log_other: Float[Tensor, " V"]) -> float:
+    """Return KL(p‖other) where p may lack tokens, and infinity where it has one that the other lacks."""
+    has = log_p != -torch.inf
+    return float("inf") if bool((log_other[has] == -torch.inf).any()) else _kl(log_p[has], log_other[has])
+
+
 def _reference_row(
     log_theta: Float[Tensor, " V"], log_teacher: Float[Tensor, " V"], mixture: Mixture
 ) -> tuple[float, Float[Tensor, " V"]]:

@@ -6,11 +6,13 @@ from .checkpoint import checkpoint_digest
 from .ending import Ending, end_of_sequence, stop_tokens
 from .pair import (
     Pair,
+    attention_window,
     check_same_tokens,
     check_vocabulary,
     context_length,
     name_sources,
     read_pair,
+    rope_kinds,
 )
 from .prompts import (
     Prompt,
@@ -36,6 +38,7 @@ from .source import (
     token_digest,
     weight_digest,
 )
+from .wrappers import is_wrapper, language_model
 
 __all__ = [
     "MODEL_OPTIONS",
@@ -43,6 +46,7 @@ __all__ = [
     "Pair",
     "Prompt",
     "Source",
+    "attention_window",
     "check_adapter",
     "check_decoder",
     "check_prompt",
@@ -55,12 +59,15 @@ __all__ = [
     "encode",
     "end_of_sequence",
     "folder_digest",
+    "is_wrapper",
+    "language_model",
     "load_config",
     "load_generation_config",
     "load_tokenizer",
     "name_sources",
     "read_pair",
     "reads_two_prompts",
+    "rope_kinds",
     "stop_tokens",
     "template_digest",
     "template_refusal",

@@ -12,11 +12,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 
+from .wrappers import is_wrapper
+
 logger = logging.getLogger(__name__)
+
+
+def model_class(config: PreTrainedConfig) -> Any:
+    """The automatic class of transformers that a model is loaded with: some wrappers are no causal model to it."""
+    is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or not is_wrapper(config)
+    return AutoModelForCausalLM if is_causal else AutoModelForImageTextToText
 
 
 class WeightNames:
@@ -34,7 +48,7 @@ class WeightNames:
 
     def __init__(self, config: PreTrainedConfig, trust_remote_code: bool = False) -> None:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model = model_class(config).from_config(config, trust_remote_code=trust_remote_code)
         # Kept on the model, where `revert_weight_conversion` looks before it walks through all modules.
         conversions = get_model_conversion_mapping(model, add_legacy=False)
         model._weight_conversions = [item for item in conversions if not isinstance(item, PrefixChange)]

@@ -26,6 +26,7 @@ class Pair:
         context: most tokens, prompt and completion together, that both can read in this engine.
         ending: where completions end.
         two_prompts: whether this engine takes another prompt for the student than for the teacher.
+        windows: lengths of the two models' sliding windows, in tokens; empty where neither has one.
         teacher_template: `template_digest` of the teacher's own tokenizer; None where it has no chat template.
     """
 
@@ -38,6 +39,7 @@ class Pair:
     ending: Ending
     two_prompts: bool = True
     teacher_template: str | None = None
+    windows: tuple[int, ...] = ()
 
 
 def name_sources(
@@ -82,14 +84,14 @@ def read_pair(
     tokenizer = theta.tokenizer() if tokenizer is None else tokenizer
     teacher_tokenizer = teacher.tokenizer() if teacher_tokenizer is None else teacher_tokenizer
     check_same_tokens(teacher_tokenizer, tokenizer)
-    vocabulary = check_vocabulary(teacher.config, theta.config, tokenizer)
+    vocabulary = check_vocabulary(teacher.text_config, theta.text_config, tokenizer)
     return Pair(
         teacher=teacher.name,
         theta=theta.name,
         tokenizer=tokenizer,
         vocabulary=vocabulary,
-        engine_vocabulary=teacher.config.vocab_size,
-        context=max_model_len or context_length(teacher.config, theta.config),
+        engine_vocabulary=teacher.text_config.vocab_size,
+        context=max_model_len or context_length(teacher.text_config, theta.text_config),
         ending=end_of_sequence(
             teacher.generation_config(),
             theta.generation_config() if theta_settings is None else theta_settings,
@@ -99,6 +101,9 @@ def read_pair(
         ),
         two_prompts=two_prompts,
         teacher_template=template_digest(teacher_tokenizer),
+        windows=tuple(
+            sorted({window for window in map(attention_window, (teacher.text_config, theta.text_config)) if window})
+        ),
     )
 
 
@@ -137,5 +142,33 @@ def check_vocabulary(teacher: PreTrainedConfig, theta: PreTrainedConfig, tokeniz
 
 
 def context_length(*configs: PreTrainedConfig) -> int:
-    """Most tokens, prompt and completion together, that all the models can read."""
-    return min(getattr(config, "max_position_embeddings", None) or 2**31 for config in configs)
+    """Most tokens, prompt and completion together, that all the models can read.
+
+    A model with LongRoPE is read to its original context: beyond it transformers turns all keys by other angles, those
+    that were cached before too, and vLLM takes the other angles for short texts as well.
+    """
+    return min(map(_context_length, configs))
+
+
+def _context_length(config: PreTrainedConfig) -> int:
+    lengths = [getattr(config, "max_position_embeddings", None) or 2**31]
+    if "longrope" in (ropes := rope_kinds(config)):
+        lengths.append(
+            ropes["longrope"].get("original_max_position_embeddings") or config.original_max_position_embeddings
+        )
+    return min(lengths)
+
+
+def rope_kinds(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
+    """The settings of a model's rotary embeddings by their kind, as transformers calls it; layers may differ."""
+    found = getattr(config, "rope_parameters", None) or {}
+    layers = [found] if "rope_type" in found else [each for each in found.values() if isinstance(each, dict)]
+    return {str(each.get("rope_type")): each for each in layers}
+
+
+def attention_window(config: PreTrainedConfig) -> int | None:
+    """Most tokens that a layer with a sliding window reads, its own among them; None where no layer has one."""
+    kinds = getattr(config, "layer_types", None)
+    if not getattr(config, "use_sliding_window", True) or (kinds and "sliding_attention" not in kinds):
+        return None
+    return getattr(config, "sliding_window", None) or None

@@ -17,7 +17,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -25,7 +24,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .names import WeightNames, names_of
+from .names import WeightNames, model_class, names_of
+from .wrappers import WRAPPERS, is_wrapper, language_model
 
 MODEL_OPTIONS = ("attn_implementation", "dtype", "revision", "trust_remote_code")
 """Options that go to `from_pretrained`; `revision` to the teacher's alone, as vLLM has it."""
@@ -91,6 +91,11 @@ class Source:
         return self.model.config
 
     @cached_property
+    def text_config(self) -> PreTrainedConfig:
+        """The same of the language model alone, where it stands in a multimodal wrapper."""
+        return language_model(self.config)
+
+    @cached_property
     def weight_names(self) -> WeightNames | None:
         """The weights by name and shape; None where transformers cannot build a model of this kind without values."""
         return names_of(self.config, **self._code)
@@ -115,7 +120,7 @@ class Source:
         if not isinstance(self.model, str):
             return self.model
         with patch.dict(os.environ, EVERY_RANK):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(self.model, **self.options)
+            loaded: Any = model_class(self.config).from_pretrained(self.model, **self.options)
         return loaded.to(device).eval()
 
     @property
@@ -212,6 +217,8 @@ def check_decoder(config: PreTrainedConfig, role: str) -> None:
     kind = None
     if getattr(config, "is_encoder_decoder", False):
         kind = "an encoder-decoder"
+    elif is_wrapper(config):
+        return
     elif any(getattr(config, part, None) is not None for part in ("vision_config", "audio_config")):
         kind = "a multimodal model"
     elif getattr(config, "vocab_size", None) is None:  # Qwen2.5-Omni, Granite Speech: models inside of a model
@@ -219,7 +226,8 @@ def check_decoder(config: PreTrainedConfig, role: str) -> None:
     if kind:
         raise ValueError(
             f"The {role} {config.name_or_path!r} ({', '.join(config.architectures or ['?'])}) is {kind}; "
-            "wanted a decoder-only language model. Pass a text checkpoint of its family."
+            f"wanted a decoder-only language model, or one inside of {', '.join(WRAPPERS)}. Pass a text checkpoint of "
+            "its family."
         )
 
 

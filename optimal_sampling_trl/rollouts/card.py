@@ -25,6 +25,21 @@ COLUMNS = {
     "prompt_index": "number of the prompt in the data set that was given, from 0",
     "sample": "number of the completion of that prompt, from 0",
 }
+SCALARS = {
+    "kl_theta_teacher": "KL(θ‖t) in nats",
+    "kl_teacher_theta": "KL(t‖θ) in nats",
+    "kl_q_theta": "KL(q‖θ) in nats, q before penalties and truncation",
+    "kl_q_teacher": "KL(q‖t) in nats, likewise",
+    "entropy_theta": "the student's entropy in nats",
+    "entropy_teacher": "the teacher's entropy in nats",
+    "overlap": "Σ min(θ, q), the probability that a draft of the student would be accepted",
+}
+LIKELIEST = {
+    "dense_ids": "T lists of token ids: the student's k likeliest tokens in falling order, then the teacher's; one "
+    "that is among both stands twice",
+    "dense_log_theta": "their log-probabilities under the student, nats, at the sampling temperature",
+    "dense_log_teacher": "under the teacher, likewise",
+}
 HEAD = """---
 configs:
 - config_name: default
@@ -76,7 +91,7 @@ def make_card(store: RolloutFolder, run: dict[str, Any]) -> str:
             HEAD.format(q=FORMULAS[settings.get("mixture.form", "geometric")]),
             _table(("", ""), facts),
             "## Columns\n",
-            _table(("column", "what it is"), {f"`{name}`": text for name, text in COLUMNS.items()}),
+            _table(("column", "what it is"), {f"`{name}`": text for name, text in _columns(settings).items()}),
             LOAD,
             "## Settings\n",
             _table(("setting", "value"), {f"`{name}`": _code(value) for name, value in settings.items()}),
@@ -86,6 +101,13 @@ def make_card(store: RolloutFolder, run: dict[str, Any]) -> str:
             "",
         ]
     )
+
+
+def _columns(settings: dict[str, Any]) -> dict[str, str]:
+    """Descriptions of the columns; those of dense records where the run asked for them."""
+    scalars = settings.get("dense.scalars", [])
+    dense = {f"dense_{name}": f"T numbers: {SCALARS[name]}, of the whole common vocabulary" for name in scalars}
+    return {**COLUMNS, **dense, **(LIKELIEST if settings.get("dense.top_k", 0) else {})}
 
 
 def _counts(store: RolloutFolder, prompts: int) -> dict[str, str]:

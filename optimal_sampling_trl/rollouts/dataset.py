@@ -8,14 +8,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..mixture import CHOICES, FIELDS, Mixture
+from .dense import SCALARS, Dense, DenseRecords
 from .rollout import RECORDS, Rollout
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
+DENSE = "dense_"
+"""Begins the name of each column of dense records."""
+LIKELIEST = ("ids", "log_theta", "log_teacher")
+"""Fields of `DenseRecords` with K entries a token."""
 
-def to_dataset(rollouts: Iterable[Rollout]) -> Dataset:
+
+def to_dataset(rollouts: Iterable[Rollout], dense: Dense | None = None) -> Dataset:
     """Put rollouts into a `datasets.Dataset`, a row each, without loss: float32 stays float32.
+
+    Dense records have columns where some rollout has them, with None in the rows of the others.
+
+    Args:
+        rollouts: the rows.
+        dense: dense records that have columns even where no rollout has them.
 
     Example:
         ```python
@@ -26,8 +38,9 @@ def to_dataset(rollouts: Iterable[Rollout]) -> Dataset:
     """
     from datasets import Dataset
 
-    rows, columns = [_to_row(rollout) for rollout in rollouts], features()
-    return Dataset.from_dict({name: [row[name] for row in rows] for name in columns}, features=columns)
+    rollouts = list(rollouts)
+    rows, columns = [_to_row(rollout) for rollout in rollouts], features(_dense_names(rollouts, dense))
+    return Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns}, features=columns)
 
 
 def from_dataset(dataset: Iterable[dict[str, Any]]) -> list[Rollout]:
@@ -49,8 +62,12 @@ def from_dataset(dataset: Iterable[dict[str, Any]]) -> list[Rollout]:
     return [_from_row(row) for row in dataset]
 
 
-def features() -> Features:
-    """Columns of `to_dataset` with their types."""
+def features(dense: Iterable[str] = ()) -> Features:
+    """Columns of `to_dataset` with their types.
+
+    Args:
+        dense: names of the scalars, and of `LIKELIEST`, that have columns.
+    """
     from datasets import Features, List, Value
 
     ids, record = List(Value("int64")), List(Value("float32"))
@@ -63,17 +80,32 @@ def features() -> Features:
             "finish_reason": Value("string"),
             "mixture": mixture,
             "temperature": Value("float64"),
+            **{DENSE + name: record if name in SCALARS else List(ids if name == "ids" else record) for name in dense},
         }
     )
 
 
+def _dense_names(rollouts: Iterable[Rollout], wish: Dense | None) -> list[str]:
+    """Names of the dense columns that the rollouts and a wish need, in a fixed order."""
+    records = [rollout.dense for rollout in rollouts if rollout.dense is not None]
+    scalars = set(wish.scalars if wish else ()).union(*(one.scalars for one in records))
+    has_tokens = any(one.ids.shape[1] for one in records) or (wish is not None and wish.top_k > 0)
+    return [name for name in SCALARS if name in scalars] + (list(LIKELIEST) if has_tokens else [])
+
+
 def _to_row(rollout: Rollout) -> dict[str, Any]:
-    row = dict(vars(rollout))
-    return row | {name: row[name].numpy() for name in RECORDS} | {"mixture": rollout.mixture.to_dict()}
+    row = dict(vars(rollout)) | {"mixture": rollout.mixture.to_dict()}
+    numbers = {name: row[name] for name in RECORDS}
+    dense = row.pop("dense")
+    if dense is not None:
+        numbers |= {DENSE + name: tensor for name, tensor in dense.scalars.items()}
+        if dense.ids.shape[1]:
+            numbers |= {DENSE + name: getattr(dense, name) for name in LIKELIEST}
+    return row | {name: tensor.numpy() for name, tensor in numbers.items()}
 
 
 def _from_row(row: dict[str, Any]) -> Rollout:
-    names = Rollout.__dataclass_fields__
+    names = [name for name in Rollout.__dataclass_fields__ if name != "dense"]
     missing = [name for name in names if name not in row]
     if missing:
         raise ValueError(
@@ -82,4 +114,17 @@ def _from_row(row: dict[str, Any]) -> Rollout:
         )
     records = {name: torch.tensor(row[name], dtype=torch.float32) for name in RECORDS}
     mixture = Mixture.from_dict(row["mixture"])
-    return Rollout(**{**{name: row[name] for name in names}, **records, "mixture": mixture})
+    fields = {name: row[name] for name in names} | records | {"mixture": mixture}
+    return Rollout(**fields, dense=_dense_records(row, len(row["completion_ids"])))
+
+
+def _dense_records(row: dict[str, Any], T: int) -> DenseRecords | None:
+    """Read the dense records of a row; None where it has none."""
+    given = {name: row.get(DENSE + name) for name in (*SCALARS, *LIKELIEST)}
+    if all(value is None for value in given.values()):
+        return None
+    scalars = {name: torch.tensor(given[name], dtype=torch.float32) for name in SCALARS if given[name] is not None}
+    K = len(given["ids"][0]) if given["ids"] else 0
+    types = {"ids": torch.int64, "log_theta": torch.float32, "log_teacher": torch.float32}
+    likeliest = {name: torch.tensor(given[name] or [], dtype=kind).reshape(T, K) for name, kind in types.items()}
+    return DenseRecords(scalars, **likeliest)

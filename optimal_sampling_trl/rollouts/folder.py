@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..files import Lock, write_atomically
 from .dataset import from_dataset, to_dataset
+from .dense import Dense
 from .rollout import Rollout
 
 if TYPE_CHECKING:
@@ -169,12 +170,19 @@ class RolloutFolder:
         found = {match: path for path in (self.path / DATA).glob("*") if (match := SHARD.fullmatch(path.name))}
         return [found[match] for match in sorted(found, key=lambda match: int(match[1]))]
 
-    def write_shard(self, number: int, rollouts: dict[Key, Rollout], failed: dict[Key, str] | None = None) -> None:
+    def write_shard(
+        self,
+        number: int,
+        rollouts: dict[Key, Rollout],
+        failed: dict[Key, str] | None = None,
+        dense: Dense | None = None,
+    ) -> None:
         """Write shard `number` with these rollouts.
 
         Args:
             failed: places of the shard that have no rollout, with the reason of each; kept in the file's metadata, so
                 that both appear at once.
+            dense: dense records of the run, whose columns are in each shard.
 
         Raises:
             OSError: saying what could not be written and what is kept.
@@ -182,7 +190,7 @@ class RolloutFolder:
         import pyarrow.parquet as pq
         from datasets import Value
 
-        dataset = to_dataset(rollouts.values())
+        dataset = to_dataset(rollouts.values(), dense)
         for name in Key._fields:
             column = [getattr(key, name) for key in rollouts]
             dataset = dataset.add_column(name, column, feature=Value("int64"))  # type: ignore[call-arg]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from ..mixture import Mixture
 from ..options import check_flag, check_number, check_whole, suggest_arguments
+from .dense import Dense
 
 LAST_SEED = 2**63 - 1
 """Largest seed that both engines accept."""
@@ -86,9 +87,11 @@ class Request:
         theta_prompt_ids: token ids that the student reads; equal to `prompt_ids` unless the two prompts differ.
         mixture: rule by which α is chosen.
         sampling: settings by which tokens are drawn.
+        dense: dense records that are wanted of each token; None is none.
     """
 
     prompt_ids: list[int]
     theta_prompt_ids: list[int]
     mixture: Mixture = field(default_factory=Mixture)
     sampling: Sampling = field(default_factory=Sampling)
+    dense: Dense | None = None

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..losses import effective_sample_size
 from ..mixture import Mixture
+from .dense import DenseRecords
 from .request import Request
 
 RECORDS = ("alpha", "log_q", "log_theta", "log_teacher")
@@ -38,6 +39,7 @@ class Rollout:
         finish_reason: `"stop"` (an end-of-sequence token or a stop text) or `"length"`.
         mixture: rule by which α was chosen.
         temperature: the sampling temperature.
+        dense: dense records of the T tokens, where they were asked for.
 
     Raises:
         ValueError: where a record has not one entry for each token.
@@ -61,6 +63,7 @@ class Rollout:
     finish_reason: str
     mixture: Mixture
     temperature: float = 1.0
+    dense: DenseRecords | None = None
 
     def __post_init__(self) -> None:
         for name in RECORDS:
@@ -72,10 +75,21 @@ class Rollout:
                     f"wanted one entry for each of the {len(self.completion_ids)} tokens of "
                     "`completion_ids`."
                 )
+        if self.dense is not None and len(self.dense) != len(self.completion_ids):
+            raise ValueError(
+                f"Rollout: `dense` has records of {len(self.dense)} tokens; wanted one for each of the "
+                f"{len(self.completion_ids)} tokens of `completion_ids`."
+            )
 
     @classmethod
     def from_request(
-        cls, request: Request, completion_ids: list[int], records: Float[Tensor, "4 T"], text: str, finish_reason: str
+        cls,
+        request: Request,
+        completion_ids: list[int],
+        records: Float[Tensor, "4 T"],
+        text: str,
+        finish_reason: str,
+        dense: DenseRecords | None = None,
     ) -> Rollout:
         """Make the rollout with which an engine answers a request.
 
@@ -85,6 +99,7 @@ class Rollout:
             records: a row for each of `RECORDS`, in their order.
             text: the completion without special tokens.
             finish_reason: `"stop"` or `"length"`.
+            dense: the dense records that the request asked for.
         """
         return cls(
             prompt_ids=list(request.prompt_ids),
@@ -95,6 +110,7 @@ class Rollout:
             finish_reason=finish_reason,
             mixture=request.mixture,
             temperature=request.sampling.temperature,
+            dense=dense,
         )
 
     def __repr__(self) -> str:

@@ -10,9 +10,10 @@ import trl
 
 from ..losses import LEVELS, Correction
 from ..options import check_number, check_whole, suggest_arguments, unknown_option
+from .dense_config import DenseLossConfig, DenseTermConfig
 from .presets import PresetConfig
 
-LOSSES = ("divergence", "sampled_token")
+LOSSES = ("divergence", "dense", "sampled_token")
 WEIGHTS = ("accepted", "reward")
 DENOMINATORS = ("all", "accepted")
 BASELINES = ("group", "own")
@@ -75,8 +76,8 @@ class CorrectionConfig(GuardConfig):
 
 
 @dataclass
-class PolicyGradientConfig(CorrectionConfig):
-    """The correction of a policy gradient, which has advantages.
+class PolicyGradientConfig(DenseTermConfig, CorrectionConfig):
+    """The correction of a policy gradient, which has advantages, and the dense term beside it.
 
     Raises:
         ValueError: where `positive_only` is none of `POSITIVE_ONLY`, and as TRL's.
@@ -120,6 +121,7 @@ class GRPOConfig(PresetConfig, PolicyGradientConfig, trl.GRPOConfig):
     Example:
         ```python
         GRPOConfig("output/grpo", distillation_coefficient=0.1)  # 0.1·(log t - log θ) beside the reward
+        GRPOConfig("output/grpo", dense_coefficient=1.0, dense_fade=0.5)  # the divergence, gone by half of training
         GRPOConfig("output/grpo", correction="token_truncate", correction_clip_max=2.0)
         GRPOConfig("output/grpo", preset="mentor")  # what that publication sets, in the generator, too
         ```
@@ -198,7 +200,7 @@ class RLOOConfig(PolicyGradientConfig, trl.RLOOConfig):
 
 @suggest_arguments()
 @dataclass
-class RAFTConfig(GuardConfig, trl.GRPOConfig):
+class RAFTConfig(DenseTermConfig, GuardConfig, trl.GRPOConfig):
     """TRL's `GRPOConfig` with the fields of filtered imitation; fields that the loss does not read are refused.
 
     By default each prompt of a batch has one completion, sampled from the mixture, since a batch of many prompts
@@ -264,14 +266,18 @@ class _GroupOfAnySize(int):
 
 @suggest_arguments()
 @dataclass
-class DistillationConfig(PresetConfig, CorrectionConfig, trl.DistillationConfig):
-    """TRL's `DistillationConfig` with the correction, and a loss that needs no teacher in the trainer.
+class DistillationConfig(PresetConfig, DenseLossConfig, CorrectionConfig, trl.DistillationConfig):
+    """TRL's `DistillationConfig` with the correction, and losses that need no teacher in the trainer.
+
+    `loss="dense"` is TRL's divergence (`beta` means the same) over the likeliest tokens of both models, from the dense
+    records of the rollouts; see `divergences.union_divergence`.
 
     Raises:
         ValueError: on a loss or a preset that does not exist, and as TRL's.
 
     Example:
         ```python
+        DistillationConfig("output/distill", loss="dense", beta=0.5)
         DistillationConfig("output/distill", loss="sampled_token")
         ```
     """
@@ -279,8 +285,8 @@ class DistillationConfig(PresetConfig, CorrectionConfig, trl.DistillationConfig)
     loss: str = field(
         default="divergence",
         metadata={
-            "help": "'divergence': TRL's, over the whole vocabulary; 'sampled_token': log t - log theta of the "
-            "sampled tokens alone, without a teacher in the trainer.",
+            "help": "'divergence': TRL's; without a teacher in the trainer 'dense': the same over likely tokens of "
+            "both models, or 'sampled_token': log t - log theta of the sampled tokens alone.",
             "choices": LOSSES,
         },
     )

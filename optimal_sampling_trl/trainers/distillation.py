@@ -1,11 +1,11 @@
-"""On-policy distillation with rollouts from the mixture: the full divergence, or the sampled tokens alone."""
+"""On-policy distillation with rollouts from the mixture: TRL's divergence, or losses of what the rollouts carry."""
 
 from __future__ import annotations
 
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -17,7 +17,9 @@ from trl.trainer.utils import add_fused_lm_head
 
 from ..losses import sampled_token_coefficients
 from ..options import suggest_arguments
-from .config import LOSSES, DistillationConfig
+from .config import DistillationConfig
+from .dense_head import DenseHead, dense_head
+from .dense_term import divergences_of
 from .generator import FOR_TRAINERS, check_generator
 from .mixture_trainer import MixtureTrainer
 
@@ -37,24 +39,36 @@ if TYPE_CHECKING:
 _TRL_MODULE = sys.modules[trl.DistillationTrainer.__module__]
 _DIVERGENCE = "ChunkedDivergenceFunction"
 """Name in TRL's module under which its loss finds the divergence of each position."""
+READERS = {
+    "beta": ("divergence", "dense"),
+    "teacher_model_revision": ("divergence",),
+    "teacher_model_init_kwargs": ("divergence",),
+    "teacher_model_name_or_path": ("divergence",),
+    "dense_top_k": ("dense",),
+    "sampled_token_clip": ("sampled_token",),
+    "sampled_token_centre": ("sampled_token",),
+}
+"""The losses that read a field which not all do."""
 
 
 class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
     """TRL's `DistillationTrainer` with `generator=`: rollouts from the mixture of the teacher and the model.
 
-    The loss is TRL's divergence from the teacher, computed over the whole vocabulary, or with
-    `DistillationConfig(loss="sampled_token")` one that uses the recorded log t of the sampled tokens and needs no
-    teacher in the trainer. `theta_fraction` is 0 by default: all rollouts come from the mixture.
+    The loss is TRL's divergence from the teacher, computed over the whole vocabulary, or one of two that need no
+    teacher in the trainer, since the rollouts carry what they read: `DistillationConfig(loss="dense")`, the same
+    divergence over the likeliest tokens of both models and what is left, and `loss="sampled_token"`, log t of the
+    sampled tokens. `theta_fraction` is 0 by default: all rollouts come from the mixture.
 
     An evaluation samples from the student alone, and `eval_loss` is a divergence a token that falls as the student
-    improves: TRL's, or for the sampled tokens the estimate log θ − log t of KL(θ‖t). In training the `loss` of the
-    sampled tokens has the right gradient and no meaning as a number: read `mixture/kl_theta` and `mixture/kl_teacher`.
+    improves: TRL's, the dense one, or for the sampled tokens the estimate log θ − log t of KL(θ‖t). In training the
+    `loss` of the sampled tokens has the right gradient and no meaning as a number: read `mixture/kl_theta` and
+    `mixture/kl_teacher`.
 
     Args:
         model, train_dataset, eval_dataset, processing_class, callbacks, optimizers, quantization_config, peft_config:
             as TRL's.
-        teacher_model: the generator's teacher, which is the default; no other is taken. The loss of sampled tokens
-            needs none.
+        teacher_model: the generator's teacher, which is the default; no other is taken. The other losses need
+            none.
         args: our `DistillationConfig`, or TRL's, which gets the divergence without weights.
         tools: refused, since completions would hold tokens that were not sampled.
         generator: source of the rollouts; has to be passed.
@@ -95,7 +109,7 @@ class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
         *,
         generator: OptimalSamplingGenerator | None = None,
     ) -> None:
-        self.sampled_token = getattr(args, "loss", "divergence") == "sampled_token"
+        self.loss = getattr(args, "loss", "divergence")
         with _advice_on_vocabularies():
             super().__init__(
                 model=model,
@@ -113,10 +127,10 @@ class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
             )
         if self.is_fsdp_enabled and self._loaded_teacher() is not None:
             self._place_teacher()
-        if self.sampled_token:
-            self._read_head_in_tiles()
-        else:
+        if self.loss == "divergence":
             self._warn_of_endings()
+        else:
+            self._read_head_in_tiles()
 
     def _teacher_of_loss(self, teacher_model: Any, args: Any, generator: OptimalSamplingGenerator) -> Any:
         """Teacher that TRL loads for its loss; None where the loss reads the rollouts.
@@ -125,14 +139,14 @@ class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
             ValueError: where a teacher was passed that the loss does not read, or another than the generator's, as an
                 argument or by name in the configuration.
         """
-        if not self.sampled_token:
+        if self.loss == "divergence":
             named = getattr(args, "teacher_model_name_or_path", None)
             one_teacher(named, generator.named_teacher, "teacher_model_name_or_path")
             return one_teacher(teacher_model, generator.named_teacher)
         if teacher_model is not None:
             raise ValueError(
-                "`loss` is 'sampled_token', which reads the teacher from the rollouts, and a `teacher_model` was "
-                "given as well. Drop it, or set `loss='divergence'`."
+                f"`loss` is {self.loss!r}, which reads the teacher from the rollouts, and a `teacher_model` was given "
+                "as well. Drop it, or set `loss='divergence'`."
             )
         return None
 
@@ -150,7 +164,7 @@ class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
             warnings.warn(
                 f"The teacher also ends with the tokens {list(ending.folded)}, and the student does not stop there. "
                 f"The rollouts count them for {ending.stop[0]}; TRL's divergence trains the student to draw them. "
-                "Give both models the same `eos_token_id`, or set `loss='sampled_token'`.",
+                "Give both models the same `eos_token_id`, or set `loss='dense'` or `loss='sampled_token'`.",
                 stacklevel=3,
             )
 
@@ -173,12 +187,14 @@ class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
     def _check_settings(self) -> None:
         super()._check_settings()
         self._check_read()
-        if not self.sampled_token and self.generator.two_prompts:
+        whole = self.loss == "divergence"
+        if whole and self.generator.two_prompts:
             raise ValueError(
                 "`teacher_system_prompt` and `theta_system_prompt` differ, but TRL's divergence reads both models on "
-                "the student's prompt. Set `loss='sampled_token'`, which reads the recorded log t, or give both one."
+                "the student's prompt. Give both one, or set `loss='dense'` or `loss='sampled_token'`, which read the "
+                "recorded log t."
             )
-        if not self.sampled_token and not self.correction.name.startswith(("none", "prefix")):
+        if self.loss != "sampled_token" and not self.correction.name.startswith(("none", "prefix")):
             raise ValueError(
                 f"`correction` is {self.correction.name!r}; the divergence at a position is exact over the vocabulary "
                 "and depends on the tokens before it alone, so wanted 'none' or one of the level 'prefix', "
@@ -187,66 +203,79 @@ class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
 
     def _check_read(self) -> None:
         """Refuse settings that the loss does not read, and different revisions of the teacher in loss and rollouts."""
-        of_tokens = ("sampled_token_clip", "sampled_token_centre")
-        of_divergence = ("beta", "teacher_model_revision", "teacher_model_init_kwargs", "teacher_model_name_or_path")
-        for name in of_divergence if self.sampled_token else of_tokens:
+        for name, losses in READERS.items():
             default = getattr(DistillationConfig, name)
-            if (value := getattr(self.args, name, default)) != default:
+            if self.loss not in losses and (value := getattr(self.args, name, default)) != default:
                 raise ValueError(
-                    f"`{name}` is {value!r}, and `loss={LOSSES[self.sampled_token]!r}` does not read it. "
-                    "Drop it, or set the other loss."
+                    f"`{name}` is {value!r}, and `loss={self.loss!r}` does not read it. Drop it, or set "
+                    f"{' or '.join(f'`loss={loss!r}`' for loss in losses)}."
                 )
         revision = (self.generator.engine_arguments or {}).get("revision")
         in_loss = (self.args.teacher_model_init_kwargs or {}).get("revision", self.args.teacher_model_revision)
-        if not self.sampled_token and self.args.vllm_mode != "server" and revision != in_loss:
+        if self.loss == "divergence" and self.args.vllm_mode != "server" and revision != in_loss:
             raise ValueError(
                 f"`teacher_model_revision` is {in_loss!r} and the `revision` among the generator's `engine_arguments` "
                 f"{revision!r}; wanted one teacher for the loss and the rollouts. Set both, or none."
             )
 
     def _correct(self, output: dict[str, Any]) -> None:
-        if self.sampled_token and self.args.sampled_token_centre:
+        if self.loss == "sampled_token" and self.args.sampled_token_centre:
             mask = output["completion_mask"].float()
             log_ratio = sampled_token_coefficients(
                 output["log_teacher"], output["log_theta"], mask, clip=self.args.sampled_token_clip
             )
             total, count = self.accelerator.reduce(torch.stack([log_ratio.sum(), mask.sum()]))
             output["mean_log_ratio"] = (total / count.clamp(min=1)).expand(len(mask))  # TRL shuffles and splits rows
-        output["weights"] = self._correction_weights(output, inclusive=self.sampled_token)
+        output["weights"] = self._correction_weights(output, inclusive=self.loss == "sampled_token")
 
     def _compute_loss(self, unwrapped_student: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
-        if self.sampled_token:
-            return self._sampled_token_loss(unwrapped_student, inputs, num_items_in_batch)
+        if self.loss != "divergence":
+            return self._loss_of_records(unwrapped_student, inputs, num_items_in_batch)
         if self.correction.name == "none" or "weights" not in inputs:  # an evaluation has none
             return super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
         weighted = _WeightedDivergence(getattr(_TRL_MODULE, _DIVERGENCE), inputs["weights"], inputs["completion_mask"])
         with patch.object(_TRL_MODULE, _DIVERGENCE, weighted):
             return super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
 
-    def _sampled_token_loss(self, student: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
-        """Σ −c·log θ(x) over the sampled tokens, with c from `losses.sampled_token_coefficients`; in evaluation Σ −c.
-
-        On the student's own samples −c = log θ − log t is an estimate of KL(θ‖t) without bias, which the surrogate's
-        value is not.
+    def _loss_of_records(self, student: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
+        """Compute the loss from the student and what the rollouts carry of the teacher.
 
         Returns:
             as TRL's: the loss, the sum of the student's entropies, the number of tokens.
         """
         ids, mask = inputs["completion_ids"], inputs["completion_mask"]
-        T = ids.shape[1]
-        output = student(
-            input_ids=torch.cat([inputs["prompt_ids"], ids], dim=1),
-            attention_mask=torch.cat([inputs["prompt_mask"], mask], dim=1),
-            labels=torch.cat([torch.full_like(inputs["prompt_ids"], -100), ids.masked_fill(mask == 0, -100)], dim=1),
-            fused_lm_head=True,
-        )
+        T, dense = ids.shape[1], self.loss == "dense"
+        with dense_head(inputs["dense_ids"], mask.bool()) if dense else nullcontext() as head:
+            output = student(
+                input_ids=torch.cat([inputs["prompt_ids"], ids], dim=1),
+                attention_mask=torch.cat([inputs["prompt_mask"], mask], dim=1),
+                labels=torch.cat(
+                    [torch.full_like(inputs["prompt_ids"], -100), ids.masked_fill(mask == 0, -100)], dim=1
+                ),
+                fused_lm_head=True,
+            )
         log_theta = output.log_probs[:, -T:].float()  # (B, T), at the temperature; 0 on padding
         entropy = (output.entropy[:, -T:].detach() * mask).sum()
         count = mask.sum()
         divisor = count.clamp(min=1) if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
-        training = "weights" in inputs  # an evaluation has none
-        total = self._surrogate(log_theta, inputs) if training else _divergence(log_theta, inputs)
+        total = self._dense_total(head, inputs) if head else self._sampled_token_total(log_theta, inputs)
         return total / divisor.to(total), entropy, count
+
+    def _dense_total(self, head: DenseHead, inputs: dict[str, Any]) -> Tensor:
+        """Σ w·divergence over the tokens; w is 1 in an evaluation, which has no weights."""
+        divergences = divergences_of(head, inputs, self.beta)
+        if "weights" in inputs:
+            divergences = divergences * inputs["weights"][inputs["completion_mask"].bool()]
+        return divergences.sum()
+
+    def _sampled_token_total(self, log_theta: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """Σ −c·log θ(x) over the sampled tokens, with c from `losses.sampled_token_coefficients`; in evaluation Σ −c.
+
+        On the student's own samples −c = log θ − log t is an estimate of KL(θ‖t) without bias, which the surrogate's
+        value is not.
+        """
+        training = "weights" in inputs  # an evaluation has none
+        return self._surrogate(log_theta, inputs) if training else _divergence(log_theta, inputs)
 
     def _surrogate(self, log_theta: Tensor, inputs: dict[str, Any]) -> Tensor:
         """Σ −c·w·log θ(x): its gradient is the loss's, its value is no divergence."""
@@ -302,8 +331,8 @@ def _advice_on_vocabularies() -> Iterator[None]:
         if "vocab_size" not in str(error):
             raise
         raise ValueError(
-            f"{error} (One that is padded to another size will do for `loss='sampled_token'`, which reads the teacher "
-            "from the rollouts.)"
+            f"{error} (One that is padded to another size will do for `loss='dense'` and `loss='sampled_token'`, "
+            "which read the teacher from the rollouts.)"
         ) from error
 
 

@@ -15,6 +15,7 @@ from ..backends.transformers.backend import ENGINE_OPTIONS
 from ..mixture import FIELDS, Mixture
 from ..options import check_number, shown, suggest_arguments, unknown_option
 from ..pairing import check_system_message, reads_two_prompts
+from ..rollouts.dense import Dense, check_wish
 
 ELSEWHERE = {
     "model_teacher": "teacher=",
@@ -47,9 +48,12 @@ class OptimalSamplingGenerator:
         backend: `"vllm"`, `"transformers"` (the student is then the module being trained: no copy, nothing to
             synchronise), or `"auto"`: vLLM where it is installed and able.
         engine_arguments: go to the backend, as in `OptimalSamplingV1`.
+        dense: dense records that the rollouts carry for each token, beside those that a loss asks for. With
+            `kl_q_theta`, `kl_q_teacher` or `overlap` among its scalars `mixture/kl_theta`, `mixture/kl_teacher` or
+            `mixture/acceptance` is the mean of exact numbers, where it is an estimate otherwise.
 
     Raises:
-        ValueError: on a mixture that is none, an unknown backend or a number out of range.
+        ValueError: on a mixture that is none, an unknown backend, a wish that is none or a number out of range.
 
     Example:
         ```python
@@ -67,6 +71,7 @@ class OptimalSamplingGenerator:
     backend: str = "auto"
     engine_arguments: dict[str, Any] | None = None
     system_message: str = "refuse"
+    dense: Dense | None = None
     entropy_quantile: float | None = None
 
     def __post_init__(self) -> None:
@@ -78,6 +83,7 @@ class OptimalSamplingGenerator:
                 "{'max_num_seqs': 64}."
             )
         check_system_message(self.system_message)
+        check_wish("OptimalSamplingGenerator", self.dense)
         if self.theta_fraction is not None:
             check_number("OptimalSamplingGenerator", "theta_fraction", self.theta_fraction, 0.0, 1.0)
         if self.schedule is not None:

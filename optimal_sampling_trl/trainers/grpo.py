@@ -176,6 +176,7 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
 
     def _weigh(self, output: dict[str, Any]) -> None:
         """Put our weights where TRL has its ratio of the trainer to the engine, times it if that is asked for."""
+        super()._weigh(output)
         weights = self._correction_weights(output)  # 1 in an evaluation, which samples from the student alone
         if self.args.vllm_importance_sampling_correction:
             weights = output["importance_sampling_ratio"] * weights  # TRL's (B, T) or (B, 1)

@@ -24,7 +24,7 @@ BOUNDS = {torch.float32: 1e-2, torch.float16: 2e-2, torch.bfloat16: 0.15}
 """Largest mean of |log θ of the trainer − log θ of the engine| that rounding explains, in nats a token, by the
 coarsest type that a weight or an activation has on either side.
 
-Measured (docs/measured.md, docs/robustness.md): bfloat16 on an H100 0.04 in the mean with a small model, 0.06 over
+Measured (docs/performance.md, docs/robustness.md): bfloat16 on an H100 0.04 in the mean with a small model, 0.06 over
 hundreds of tokens with two prompts and graphs, 0.08 with random weights over 152 000 tokens; float32 there 0.005,
 since attention multiplies in TF32; on a CPU 0.006 to 0.012 in bfloat16. float16 rounds eight times finer than
 bfloat16. A bound is nearly twice the largest that was measured, and less than half of any wrong student's that was

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ from torch import Tensor
 
 from .. import metrics
 from ..options import unknown_option
+from ..rollouts.dense import SCALARS, Dense
 from ..rollouts.rollout import RECORDS, Rollout
+from .card import TAG, complete_card
 from .checkpoints import last_whole_checkpoint, lock_folder
 from .config import correction_of
+from .dense_config import dense_of, joined
 from .engines.base import MixtureGeneration, MixturePlan, check_generation_kwargs, on_all_ranks
 from .engines.endings import endings_known
 from .engines.seam import build_generation, engine_replaced_by
@@ -27,7 +31,7 @@ from .guard import ROWS, TOKENS, WeightGuard, bound_of, dropout_of, log_theta_of
 from .loggers import FigureCallback, send_histograms
 from .presets import with_preset
 from .prompts import PromptReader
-from .records import stack_records
+from .records import stack_dense, stack_records
 from .summary import print_summary
 from .table import complete_table
 from .unread import unread_settings, warn_of_unread
@@ -45,12 +49,15 @@ class MixtureTrainer(PromptReader):
 
     Attributes:
         rollouts: the rollouts of the last batch, for callbacks.
+        advantages: what the loss multiplies each of them with, the mean over its tokens; empty where it has none.
         histograms: values (N,) over the mixture's tokens in the last batch, of all processes, until they are logged.
     """
 
     config_class: type
     default_theta_fraction: float
     rollouts: Sequence[Rollout] = ()
+    advantages: Sequence[float] = ()
+    _tag_names: list[str]  # TRL's, of the model and its card
     _scale: float | None = None  # of the entropy gate, once a batch has set it
 
     def __init__(self, *, model: Any, generator: OptimalSamplingGenerator | None, args: Any, **trl_arguments: Any):
@@ -69,6 +76,7 @@ class MixtureTrainer(PromptReader):
         args.use_vllm = True  # TRL's word for any engine beside the trainer
         self.args = args
         self._check_settings()
+        self._tag_names = [*type(self)._tag_names, TAG]
         with engine_replaced_by(type(self), self._build_generation):
             super().__init__(model=model, args=args, **trl_arguments)
         self.guard = WeightGuard(self._rounding(), getattr(args, "log_theta_tolerance", None))
@@ -86,8 +94,9 @@ class MixtureTrainer(PromptReader):
             group=self._group_size,
             theta_count=self._theta_count,
             training=lambda: self.model.training,
-            progress=lambda: self.state.global_step / max(self.state.max_steps, 1),
+            progress=self._progress,
             step=lambda: self.state.global_step,
+            dense=self._dense_wish,
             entropy_scale=self._entropy_scale,
         )
         longest = on_all_ranks(self._check_shapes, self.accelerator)
@@ -95,6 +104,20 @@ class MixtureTrainer(PromptReader):
         on_all_ranks(lambda: self._check_lengths(longest, engine), self.accelerator)
         warn_of_unread(self.args, engine.unread_settings())
         return engine
+
+    def _progress(self) -> float:
+        """Share of training that is done, in [0, 1]."""
+        return self.state.global_step / max(self.state.max_steps, 1)
+
+    def _dense_wish(self) -> Dense | None:
+        """Dense records that the next batch carries: those that the loss reads, and those that the user asks for."""
+        wish, pair = self._dense_of_loss(), self.vllm_generation.pair
+        if wish is not None and pair is not None:
+            wish = replace(wish, top_k=min(wish.top_k, pair.vocabulary))
+        return joined(self.generator.dense, wish)
+
+    def _dense_of_loss(self) -> Dense | None:
+        return dense_of(self.args)
 
     def _loaded_teacher(self) -> Any:
         """Teacher that the trainer has loaded, for the transformers backend to share; None where it has none."""
@@ -122,6 +145,12 @@ class MixtureTrainer(PromptReader):
     def _lock_folder(self, stack: ExitStack) -> None:
         if self.args.should_save and self.args.output_dir is not None:
             lock_folder(Path(self.args.output_dir), stack)
+
+    def create_model_card(self, *positional: Any, **keywords: Any) -> None:
+        """Write TRL's card, and add what the rollouts came from."""
+        super().create_model_card(*positional, **keywords)
+        if self.is_world_process_zero():
+            complete_card(Path(self.args.output_dir) / "README.md", self)
 
     def close(self) -> None:
         """Free the engine. Afterwards the trainer can do all but sample."""
@@ -169,13 +198,15 @@ class MixtureTrainer(PromptReader):
             output = super()._generate_and_score_completions(self._with_system_prompts(inputs))
         rollouts = self.rollouts = self.vllm_generation.pop_rollouts()
         output.update(stack_records(rollouts, output["completion_ids"]))
+        if self._dense_wish() is not None:
+            output.update(stack_dense(rollouts, output["completion_ids"]))
         self._guard_weights(output)
         self._weigh(output)
         if self.model.training:
             self._correct(output)
         self._log_batch(output)
         if (trained_on := self._trained_on(output)) is not None:
-            complete_table(self._logs, trained_on, output["completion_mask"].bool(), rollouts)
+            self.advantages = complete_table(self._logs, trained_on, output["completion_mask"].bool(), rollouts)
         return output
 
     def evaluation_loop(self, *positional: Any, **keywords: Any) -> Any:
@@ -272,13 +303,18 @@ class MixtureTrainer(PromptReader):
         work = torch.tensor([tokens, self.vllm_generation.seconds], device=mask.device)
         self._append_metrics(metrics.of_speed(*self.accelerator.gather(work).view(-1, 2).unbind(1)))
         self._log_difference(output, mask)
+        for name in metrics.DENSE_MEANS:
+            if (column := f"dense_{name}") in output:
+                self._append_metrics(metrics.of_dense(name, self._gathered(output[column], mask)))
         if not self.model.training:
             return
         mixed = mask & output["mixture_rows"][:, None]
         alpha, log_q, log_theta, log_teacher = (self._gathered(output[name], mixed) for name in RECORDS)
+        scalars = {name: output[f"dense_{name}"] for name in SCALARS if f"dense_{name}" in output}
+        exact = {name: self._gathered(values, mixed) for name, values in scalars.items()}
         if len(alpha):  # there are none where the schedule has arrived at the student, or `theta_fraction` is 1
-            self._append_metrics(metrics.of_mixture(alpha, log_q, log_theta, log_teacher))
-            self._append_metrics(metrics.of_drafts(log_q, log_theta))
+            self._append_metrics(metrics.of_mixture(alpha, log_q, log_theta, log_teacher, exact))
+            self._append_metrics(metrics.of_drafts(log_q, log_theta, exact))
             self._set_entropy_scale(alpha)
             self.histograms = metrics.histograms_of_mixture(alpha, log_q, log_theta)
 

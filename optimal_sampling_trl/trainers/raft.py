@@ -179,6 +179,7 @@ class RAFTTrainer(RewardedTrainer, trl.GRPOTrainer):
 
         The loss of an evaluation imitates the student's accepted completions.
         """
+        super()._weigh(output)
         weights, mask = self._imitation_weights(), output["completion_mask"]
         first = self.accelerator.process_index * len(mask)
         output["imitation_weights"] = weights = weights[first : first + len(mask)]
@@ -209,7 +210,7 @@ class RAFTTrainer(RewardedTrainer, trl.GRPOTrainer):
         return torch.where(accepted, self.rewards, 0.0)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """The loss of imitation; a dense term of the same tokens would be added to it here."""
+        """Compute the loss of imitation."""
         mask = inputs["completion_mask"]
         log_theta, entropies, router_loss = self._get_per_token_logps_and_entropies(
             model,

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import metrics
-from .mixture_trainer import MixtureTrainer
+from .dense_term import DenseTermTrainer
+from .overtaking import Overtaking
+
+logger = logging.getLogger(__name__)
 
 
-class RewardedTrainer(MixtureTrainer):
+class RewardedTrainer(DenseTermTrainer):
     """Base of the trainers with rewards.
 
     Attributes:
@@ -19,6 +23,10 @@ class RewardedTrainer(MixtureTrainer):
     """
 
     rewards: Tensor
+
+    def __init__(self, **arguments: Any) -> None:
+        self._overtaking = Overtaking()
+        super().__init__(**arguments)
 
     def _group_size(self) -> int:
         return self.args.num_generations
@@ -34,7 +42,16 @@ class RewardedTrainer(MixtureTrainer):
         totals = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         self.rewards = totals.masked_fill(rewards.isnan().all(dim=1), torch.nan)  # as TRL does
         self._log_rewards()
+        self._tell_of_overtaking()
         return rewards
+
+    def _tell_of_overtaking(self) -> None:
+        """Log a warning, once, where the student's completions have come to earn more than the mixture's."""
+        if not self.model.training or self._overtaking.told:
+            return
+        message = self._overtaking.add(self.rewards, self._theta_rows())
+        if message is not None and self.accelerator.is_main_process:
+            logger.warning(message)
 
     def _log_rewards(self) -> None:
         """Log the mean reward of each half of the groups in training; TRL logs that of all rows."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import string
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,9 @@ SHAPES = {
 }
 """The sizes of Qwen2.5."""
 
+LETTERS = string.ascii_lowercase
+"""The texts that the pair's tokenizer reads: transformers loads it as Qwen2's, which takes a word apart."""
+
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The flags of all benchmarks."""
@@ -84,7 +88,8 @@ def shapes(args: argparse.Namespace) -> dict[str, Shape]:
 def make_random_pair(root: str, args: argparse.Namespace) -> tuple[str, str]:
     """Folders of a teacher and a student with random weights and one tokenizer; made on a GPU where there is one."""
     models = shapes(args)
-    words = {"<eos>": 0} | {f"w{index}": index for index in range(1, models["theta"].vocabulary - 1)}
+    names = [*LETTERS, *(f"w{index}" for index in range(len(LETTERS) + 1, models["theta"].vocabulary - 1))]
+    words = {"<eos>": 0} | {name: index for index, name in enumerate(names, 1)}
     core = Tokenizer(WordLevel(words, unk_token="<eos>"))
     for seed, (role, shape) in enumerate(models.items()):
         torch.manual_seed(seed)

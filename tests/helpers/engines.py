@@ -15,11 +15,12 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 from helpers.oracle import check_rollouts, common_logits, read_logits
 from optimal_sampling_trl.mixture import Mixture
 from optimal_sampling_trl.pairing import Ending
+from optimal_sampling_trl.pairing.names import model_class
 from optimal_sampling_trl.rollouts.request import Request, Sampling
 from optimal_sampling_trl.rollouts.rollout import Rollout
 
@@ -47,6 +48,11 @@ def start(teacher: str, theta: str, **arguments: Any) -> Any:
 def runner_of(backend: Any) -> Any:
     """vLLM's model runner in this process, which holds the fused model."""
     return backend.llm.llm_engine.model_executor.driver_worker.model_runner
+
+
+def counter(backend: Any, name: str) -> int:
+    """One of vLLM's own counters, of an engine that was started with `disable_log_stats=False`."""
+    return sum(getattr(metric, "value", 0) for metric in backend.llm.get_metrics() if metric.name == f"vllm:{name}")
 
 
 def request(text: str, mixture: Mixture | None = None, **sampling: Any) -> Request:
@@ -77,7 +83,9 @@ class Oracle:
     def __post_init__(self) -> None:
         self.ending = Ending((self.eos,), self.folded)
         self.models = {
-            name: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+            name: model_class(AutoConfig.from_pretrained(path))
+            .from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+            .eval()
             for name, path in (("teacher", self.teacher), ("theta", self.theta))
         }
 

@@ -6,6 +6,7 @@ of n bytes has n tokens. The weights are wide enough (0.08) that teacher and stu
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, T5Config
+from transformers import CONFIG_MAPPING, LlamaConfig, PreTrainedTokenizerFast, T5Config
+
+from optimal_sampling_trl.pairing.names import model_class
 
 EOS, PAD, TOKENS = 256, 257, 258
 CHAT_TEMPLATE = (
@@ -29,7 +32,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "granite": {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "logits_scaling": 1.5},
     "phi3": {"sliding_window": None},
-    "gemma2": {},
+    "gemma2": {"query_pre_attn_scalar": 32, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
+    "gemma3_text": {"query_pre_attn_scalar": 32},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gemma3": {"query_pre_attn_scalar": 32},
+    "qwen3_vl": {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [8, 4, 4],
+            "mrope_interleaved": True,
+        },
+    },
+    "granitemoehybrid": {"num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 128}
+    | {"position_embedding_type": "rope", "mamba_n_heads": 4, "mamba_expand": 2},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "qwen2_moe": MOE | {"shared_expert_intermediate_size": 64, "decoder_sparse_step": 1},
     "qwen3_moe": MOE | {"decoder_sparse_step": 1, "norm_topk_prob": True},
@@ -44,6 +60,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
 }
 """Settings that each family's configuration needs beyond its sizes."""
+TOWER = {"hidden_size": 32, "intermediate_size": 64}
+WRAPPERS: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "mm_tokens_per_image": 4,
+        "vision_config": TOWER | {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8},
+    },
+    "qwen3_vl": {
+        "vision_config": TOWER
+        | {"depth": 1, "num_heads": 2, "patch_size": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": []},
+    },
+}
+"""Settings of multimodal families beyond those of the language model inside, which are `FAMILIES`."""
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -99,10 +127,15 @@ def make_model(
         "eos_token_id": EOS,
         "pad_token_id": PAD,
     }
-    settings = CONFIG_MAPPING[family](**{**sizes, **FAMILIES[family], **config})
+    fields = {**sizes, **copy.deepcopy(FAMILIES[family]), **config}
+    if family in WRAPPERS:
+        towers = copy.deepcopy(WRAPPERS[family])
+        towers["vision_config"]["out_hidden_size"] = hidden
+        fields = {"text_config": fields, "tie_word_embeddings": tied, "eos_token_id": EOS, **towers}
+    settings = CONFIG_MAPPING[family](**fields)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
+        model = model_class(settings).from_config(settings, dtype=torch.float32)
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return str(folder)

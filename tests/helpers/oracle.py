@@ -5,15 +5,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optimal_sampling_trl.mixture.reference import reference
+from optimal_sampling_trl.mixture.reference import reference, reference_dense
 from optimal_sampling_trl.pairing import Ending
+from optimal_sampling_trl.rollouts.dense import SCALARS, Dense
 from optimal_sampling_trl.rollouts.request import Request, Sampling
 from optimal_sampling_trl.rollouts.rollout import RECORDS, Rollout
+
+WISHES = (Dense(SCALARS, 5), None, Dense(("overlap", "kl_q_theta")), Dense(top_k=2), Dense(SCALARS, 5))
+"""Wishes for dense records that a batch may mix."""
+
+
+def with_wishes(requests: Sequence[Request]) -> list[Request]:
+    """The same requests, each with one of `WISHES`."""
+    return [replace(request, dense=WISHES[index % len(WISHES)]) for index, request in enumerate(requests)]
 
 
 @torch.no_grad()
@@ -134,6 +144,41 @@ def check_rollout(
     return worst
 
 
+def check_dense(
+    rollout: Rollout,
+    wish: Dense | None,
+    teacher_model: PreTrainedModel,
+    theta_model: PreTrainedModel,
+    ending: Ending | None = None,
+    tolerance: float = 1e-4,
+) -> None:
+    """Hold the dense records of a rollout against their definitions; without a wish there must be none.
+
+    Raises:
+        AssertionError: where numbers differ, or the likeliest tokens are not the likeliest.
+    """
+    dense = rollout.dense
+    if dense is None or wish is None:
+        assert dense is wish, f"asked for {wish}, got {dense}"
+        return
+    T, k = rollout.temperature or 1.0, wish.top_k
+    logits = pair_logits(rollout, teacher_model, theta_model, ending)
+    expected = reference_dense(*logits, rollout.mixture, T)
+    assert tuple(dense.scalars) == wish.scalars
+    close = {"rtol": tolerance, "atol": tolerance}
+    for name, got in dense.scalars.items():
+        torch.testing.assert_close(
+            got.double(), expected[name], **close, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    assert dense.ids.shape == (len(rollout.completion_ids), 2 * k)
+    rows = [(row / T).log_softmax(1) for row in logits]
+    for got, row in zip((dense.log_theta, dense.log_teacher), rows):
+        torch.testing.assert_close(got.double(), row.gather(1, dense.ids), **close)
+    for got, row in zip((dense.log_theta[:, :k], dense.log_teacher[:, k:]), rows):  # equal ones may change places
+        torch.testing.assert_close(got.double(), row.topk(k).values, **close)
+        assert all(len(set(ids)) == k for half in dense.ids.split(k, 1) for ids in half.tolist()) if k else True
+
+
 def check_rollouts(
     rollouts: Sequence[Rollout],
     requests: Sequence[Request],
@@ -149,6 +194,7 @@ def check_rollouts(
         if (rollout.prompt_ids, rollout.theta_prompt_ids, rollout.mixture, rollout.temperature) != asked:
             raise AssertionError(f"Rollout {index} answers another request than {request}: {rollout}.")
         errors = check_rollout(rollout, teacher_model, theta_model, ending, request.sampling, tolerance)
+        check_dense(rollout, request.dense, teacher_model, theta_model, ending, tolerance)
         worst = {name: max(worst[name], errors[name]) for name in RECORDS}
     print("oracle, worst errors:", {name: f"{error:.1e}" for name, error in worst.items()})
     return worst

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from optimal_sampling_trl.mixture import FORMS, METHODS, Mixture
+from optimal_sampling_trl.rollouts.dense import SCALARS
 from optimal_sampling_trl.rollouts.rollout import RECORDS, Rollout
 
 ROOTS = ("kl_symmetry", "ess_balance", "trust_region")
@@ -122,13 +123,27 @@ def rollouts(draw: st.DrawFn) -> Rollout:
     )
 
 
+def assert_same_numbers(got: Tensor, want: Tensor, name: str) -> None:
+    """Each number bit for bit."""
+    assert got.dtype == torch.float32, name
+    assert torch.equal(got.view(torch.int32), want.view(torch.int32)), name
+
+
 def assert_same(got: Rollout, want: Rollout) -> None:
     """Every field, of the same type, and each number bit for bit."""
     for name, value in vars(want).items():
         other = getattr(got, name)
         assert type(other) is type(value), name
         if name in RECORDS:
-            assert other.dtype == torch.float32, name
-            assert torch.equal(other.view(torch.int32), value.view(torch.int32)), name
+            assert_same_numbers(other, value, name)
+        elif name == "dense" and value is not None:
+            assert list(other.scalars) == [one for one in SCALARS if one in value.scalars]
+            assert torch.equal(other.ids, value.ids)
+            for one, numbers in {
+                **value.scalars,
+                "log_theta": value.log_theta,
+                "log_teacher": value.log_teacher,
+            }.items():
+                assert_same_numbers(other.scalars.get(one, getattr(other, one, None)), numbers, one)
         else:
             assert other == value, name

@@ -36,6 +36,7 @@ KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "grpo": (GRPOTrainer, GRPOConfig, {"num_generations": 4}),
     "rloo": (RLOOTrainer, RLOOConfig, {"num_generations": 4}),
     "divergence": (DistillationTrainer, DistillationConfig, {}),
+    "dense": (DistillationTrainer, DistillationConfig, {"loss": "dense"}),
     "sampled_token": (DistillationTrainer, DistillationConfig, {"loss": "sampled_token"}),
     "raft": (RAFTTrainer, RAFTConfig, {}),
 }

@@ -39,6 +39,7 @@ class Case(NamedTuple):
 
 CASES = {
     "self_normalise": Case("grpo", {"correction": "token_truncate", "correction_self_normalise": True}),
+    "dense_term": Case("raft", {"accept": 2.0, "dense_coefficient": 1.0, "dense_top_k": 40}),
     "two_prompts_server": Case("sampled_token", {"vllm_mode": "server"}, LocalServer),
     "two_prompts_engine": Case("grpo", {"vllm_tensor_parallel_size": 2}, LocalTensorParallel),
 }

@@ -7,7 +7,10 @@ import re
 import pytest
 import torch
 
+import memory
+from helpers.paths import ROOT
 from helpers.recipes import need_vllm, run, run_failing
+from random_pair import SHAPES
 
 TINY = "--batches 2 --tokens 2 --rounds 1 --teacher 64 1 --theta 64 1 --vocabulary 300".split()  # noqa: SIM905
 
@@ -25,18 +28,44 @@ def test_transformers_backend() -> None:
     check_benchmark("benchmarks/transformers_backend.py", columns=5)
 
 
+def test_dense_error() -> None:
+    """On the embedded pair: less than the whole at k = 1, the whole and no error at k = V."""
+    output = run("benchmarks/dense_error.py", "--rounds", "1", "--top-k", "1", "4", "100")
+    rows = [[float(cell) for cell in line.strip("|").split("|")] for line in re.findall(r"^\| \d.*$", output, re.M)]
+    assert [int(row[0]) for row in rows] == [1, 4, 40]
+    shares, errors = ([row[first::2] for row in rows] for first in (2, 3))
+    assert all(fewer < more for fewer, more in zip(shares[0], shares[2]))
+    assert shares[2] == pytest.approx([1.0] * 3, abs=1e-3)
+    assert errors[2] == pytest.approx([0.0] * 3, abs=1e-3)
+    assert min(errors[0]) > 0.01
+
+
 @pytest.mark.engine
 def test_host_cost() -> None:
     need_vllm()
-    output = run(
-        "benchmarks/host_cost.py", "--completions", "2", "--tokens", "50", "--vocabulary", "300", "--rounds", "1"
-    )
-    rows = {cells[1].strip(): float(cells[2]) for cells in (line.split("|") for line in output.splitlines()[-8:])}
-    assert len(rows) == 8
+    flags = ["--completions", "2", "--tokens", "50", "--vocabulary", "300", "--rounds", "1", "--top_k", "2"]
+    output = run("benchmarks/host_cost.py", *flags)
+    rows = {cells[1].strip(): float(cells[2]) for cells in (line.split("|") for line in output.splitlines()[-11:])}
+    assert len(rows) == 11
+    assert {f"dense records, k = 2, {way}" for way in ("rows", "lists", "JSON")} < rows.keys()
     parts = ("JSON of a server's answer", "rollouts of the answer")
     both = rows["log θ for TRL, and its reading"] + rows["records beside TRL's batch"]
     assert rows["server path"] == pytest.approx(sum(rows[name] for name in parts) + both, abs=0.03)
     assert rows["colocated path"] == pytest.approx(rows["records of vLLM's outputs"] + both, abs=0.03)
+
+
+def test_memory() -> None:
+    """The page of settings shows the table; 7B has 7.6e9 parameters and 57 344 bytes of cache a token."""
+    assert memory.table() in (ROOT / "docs" / "gpus.md").read_text(), (
+        "Put the table that `python recipes/benchmarks/memory.py` prints into docs/gpus.md"
+    )
+    large, small = SHAPES["7b"], SHAPES["1.5b"]
+    one = memory.fit(memory.Card(80, 3350), large, small, 16)
+    assert memory.stored(large) == pytest.approx(7.62e9, rel=0.01)
+    assert 2 * large.cached == 57344
+    assert one.share * 80 + one.trainer <= 80 * (1 - memory.ACTIVATIONS)
+    held = one.weights + memory.ENGINE_GB + one.tokens * 2 * (large.cached + small.cached) / 1e9
+    assert held == pytest.approx(one.share * 80, abs=1e-3)
 
 
 def test_triton_kernels() -> None:
@@ -52,6 +81,23 @@ def test_triton_kernels() -> None:
 def test_engine() -> None:
     need_vllm()
     check_benchmark("benchmarks/engine.py", columns=10)
+
+
+@pytest.mark.engine
+def test_training() -> None:
+    """Two arms, one of each kind; the parts of a step are the whole. TRL's own take a GPU."""
+    need_vllm()
+    arms = ("RAFT, mixture", "sampled token, own")
+    sizes = "--completions 2 --micro-batch 2 --group 2 --tokens 3 --steps 2 --prompt 4".split()  # noqa: SIM905
+    models = "--teacher 64 1 --theta 64 1 --vocabulary 300".split()  # noqa: SIM905
+    output = run("benchmarks/training.py", *sizes, *models, "--arms", *arms)
+    rows = {cells[1].strip(): cells[2:] for cells in (line.split("|") for line in output.splitlines()[-2:])}
+    assert rows.keys() == set(arms)
+    for cells in rows.values():
+        rollout, sync, update, other, step, memory = map(float, cells[:6])
+        assert rollout + sync + update + other == pytest.approx(step, abs=0.03)
+        assert rollout > 0
+        assert memory > 0
 
 
 @pytest.mark.engine

@@ -86,6 +86,8 @@ def sample(made: embedded.Pair, folder: Path) -> str:
         "output_dir": folder,
         "max_samples": 32,
         "batch_size": 50,
+        "dense_scalars": "overlap",
+        "dense_top_k": 2,
     }
     return run("sample.py", *(part for flag, value in named.items() for part in (f"--{flag}", value)))
 
@@ -100,6 +102,7 @@ def test_sample(made: embedded.Pair, tmp_path: Path) -> None:
     texts = embedded.prompts("train", 32, 1)
     tokenizer = embedded.make_tokenizer()
     assert tokenizer.batch_decode([r.prompt_ids for r in rollouts]) == [text for text in texts for _ in range(4)]
+    assert {(*rollout.dense.scalars, rollout.dense.ids.shape[1]) for rollout in rollouts} == {("overlap", 4)}
     shards = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (folder / "data").iterdir()}
     assert len(shards) == 3
     gone = folder / "data" / "rollouts-000001.parquet"

@@ -13,6 +13,7 @@ from helpers.rollouts import empty, rollout
 from helpers.strategies import EDGES, assert_same, rollouts
 from optimal_sampling_trl.mixture import Mixture
 from optimal_sampling_trl.rollouts.dataset import features, from_dataset, to_dataset
+from optimal_sampling_trl.rollouts.dense import DenseRecords
 from optimal_sampling_trl.rollouts.rollout import RECORDS, Rollout
 
 
@@ -44,6 +45,30 @@ def test_parquet_and_back_loses_nothing(tmp_path: Path) -> None:
     to_dataset(wanted).to_parquet(path)
     dataset = Dataset.from_parquet(path, cache_dir=str(tmp_path / "cache"))
     assert dataset.features == features()
+    for got, want in zip(from_dataset(dataset), wanted, strict=True):
+        assert_same(got, want)
+
+
+def test_dense_records_have_columns_where_some_rollout_has_them(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    numbers = torch.tensor([*EDGES, torch.nan]).repeat(3, 1)[:, :8]
+    ids = torch.arange(24).reshape(3, 8)
+    scalars = {"overlap": numbers[:, 0], "kl_q_theta": torch.tensor([torch.inf, -0.0, torch.nan])}
+    dense = [
+        DenseRecords(scalars, ids, numbers, numbers.flip(0)),
+        None,
+        DenseRecords({"overlap": torch.zeros(3)}, ids[:, :0], numbers[:, :0], numbers[:, :0]),
+        DenseRecords({}, ids[:, :2], numbers[:, 2:4], numbers[:, 4:6]),
+    ]
+    wanted = [rollout(dense=one) for one in dense]
+    empty_dense = DenseRecords({"overlap": torch.zeros(0)}, ids[:0, :0], numbers[:0, :0], numbers[:0, :0])
+    wanted.append(rollout(**(vars(empty()) | {"dense": empty_dense})))
+    path = str(tmp_path / "rollouts.parquet")
+    to_dataset(wanted).to_parquet(path)
+    dataset = Dataset.from_parquet(path, cache_dir=str(tmp_path / "cache"))
+    columns = {name for name in dataset.column_names if name.startswith("dense_")}
+    assert columns == {"dense_kl_q_theta", "dense_overlap", "dense_ids", "dense_log_theta", "dense_log_teacher"}
     for got, want in zip(from_dataset(dataset), wanted, strict=True):
         assert_same(got, want)
 

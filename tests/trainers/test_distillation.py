@@ -18,7 +18,9 @@ from helpers.training import TEXTS, Watch, load, make_trainer, make_untrained_pa
 def test_the_divergence_warns_of_endings_of_the_teachers_own(pair: tuple[str, str], tmp_path: Path) -> None:
     other = shutil.copytree(pair[0], tmp_path / "other")
     (other / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 1]}))
-    with pytest.warns(UserWarning, match=r"also ends with the tokens \[3\], .*or set `loss='sampled_token'`"):
+    with pytest.warns(
+        UserWarning, match=r"also ends with the tokens \[3\], .*or set `loss='dense'` or `loss='sampled_token'`"
+    ):
         make_trainer("divergence", pair, tmp_path, generator={"teacher": str(other)})
 
 
@@ -40,14 +42,16 @@ def test_a_padded_vocabulary_is_told_of_the_loss_that_takes_it(pair: tuple[str, 
     wide.save_pretrained(tmp_path / "wide")
     AutoTokenizer.from_pretrained(pair[0]).save_pretrained(tmp_path / "wide")
     own = {"teacher": str(tmp_path / "wide")}
-    with pytest.raises(ValueError, match=r"vocab_size .*padded to another size will do for `loss='sampled_token'`"):
+    with pytest.raises(
+        ValueError, match=r"vocab_size .*padded to another size will do for `loss='dense'` and `loss='sampled_token'`"
+    ):
         make_trainer("divergence", pair, tmp_path, generator=own)
     make_trainer("sampled_token", pair, tmp_path, generator=own)
 
 
 def test_the_divergence_refuses_two_prompts(pair: tuple[str, str], tmp_path: Path) -> None:
     """TRL's loss reads both models on one prompt: the teacher's own would be ignored without a word."""
-    with pytest.raises(ValueError, match=r"reads both models on the student's prompt.*`loss='sampled_token'`"):
+    with pytest.raises(ValueError, match=r"reads both models on the student's prompt.*`loss='dense'`"):
         make_trainer("divergence", pair, tmp_path, generator={"teacher_system_prompt": "sort"})
 
 

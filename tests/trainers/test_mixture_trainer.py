@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from helpers.oracle import check_rollout
+from helpers.oracle import check_dense, check_rollout
 from helpers.training import (
     KINDS,
     TEXTS,
@@ -24,7 +24,7 @@ from helpers.training import (
     one_batch,
     rows_of,
 )
-from optimal_sampling_trl import Mixture
+from optimal_sampling_trl import Dense, Mixture
 from optimal_sampling_trl.rollouts.rollout import RECORDS
 
 RL = ("grpo", "rloo")
@@ -66,6 +66,26 @@ def test_metrics_by_recomputation(pair: tuple[str, str], tmp_path: Path, kind: s
         if kind == "grpo":
             assert 0 <= log["engine/log_theta_difference"] < 1e-5
             assert log["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "divergence"])
+def test_exact_numbers_are_logged_where_the_rollouts_carry_them(
+    pair: tuple[str, str], tmp_path: Path, kind: str
+) -> None:
+    """The generator asks for dense records: each batch has them, and the metrics are their means, no estimates."""
+    wish = Dense(("kl_q_theta", "kl_q_teacher", "overlap"), 2)
+    trainer = make_trainer(kind, pair, tmp_path, mixin=Watch, generator={"dense": wish}, max_steps=1)
+    trainer.train()
+    ((_, output, rollouts),) = trainer.generations
+    teacher, theta = load(pair[0]), load(pair[1])
+    for rollout in rollouts:
+        check_dense(rollout, wish, teacher, theta)
+    mixed = [r for r, chosen in zip(rollouts, output["mixture_rows"].tolist(), strict=True) if chosen]
+    log = next(entry for entry in trainer.state.log_history if "alpha/mean" in entry)
+    names = {"mixture/kl_theta": "kl_q_theta", "mixture/kl_teacher": "kl_q_teacher", "mixture/acceptance": "overlap"}
+    for metric, name in names.items():
+        wanted = torch.cat([rollout.dense.scalars[name] for rollout in mixed]).mean()
+        assert log[metric] == pytest.approx(float(wanted), rel=1e-4), metric
 
 
 @pytest.mark.parametrize("kind", RL)

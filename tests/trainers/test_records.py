@@ -23,9 +23,11 @@ from helpers.training import (
     one_batch,
     rows_of,
 )
-from optimal_sampling_trl import Mixture, OptimalSamplingGenerator
+from optimal_sampling_trl import Mixture, OptimalSamplingGenerator, Rollout
+from optimal_sampling_trl.rollouts.dense import DenseRecords
+from optimal_sampling_trl.rollouts.rollout import RECORDS
 from optimal_sampling_trl.trainers.engines.base import MixturePlan
-from optimal_sampling_trl.trainers.records import stack_records
+from optimal_sampling_trl.trainers.records import stack_dense, stack_records
 
 RL = ("grpo", "rloo")
 
@@ -77,6 +79,34 @@ def test_three_steps(pair: tuple[str, str], teacher: Any, tmp_path: Path, kind: 
     assert shuffled  # the test means something: TRL did change the order of rows
     lengths = {int(n) for inputs in trainer.micro_batches for n in inputs["completion_mask"].sum(1)}
     assert len(lengths) > 1  # and padding was there to be got wrong
+
+
+def with_dense(length: int, top_k: int = 2, scalars: tuple[str, ...] = ("kl_theta_teacher",)) -> Rollout:
+    """A rollout of `length` tokens whose dense records count up from 1; `top_k` 0 is one without."""
+    numbers = torch.arange(1.0, length + 1)
+    table = numbers[:, None].expand(length, 2 * top_k)
+    dense = DenseRecords(dict.fromkeys(scalars, numbers), table.long(), -table, -2 * table) if top_k else None
+    nothing = dict.fromkeys(RECORDS, torch.zeros(length))
+    return Rollout([1], [1], [7] * length, **nothing, text="", finish_reason="stop", mixture=Mixture(), dense=dense)
+
+
+def test_dense_records_stand_beside_their_tokens() -> None:
+    """Up to the length that TRL padded to, 0 on padding; an engine that left some out is not taken."""
+    ids = torch.zeros(2, 6, dtype=torch.long)
+    stacked = stack_dense([with_dense(2), with_dense(4)], ids)
+    assert {name: tuple(rows.shape) for name, rows in stacked.items()} == {
+        "dense_kl_theta_teacher": (2, 6),
+        "dense_ids": (2, 6, 4),
+        "dense_log_teacher": (2, 6, 4),
+    }
+    assert stacked["dense_ids"].dtype == torch.int64
+    counted = torch.tensor([[1, 2, 0, 0, 0, 0], [1, 2, 3, 4, 0, 0]])
+    assert torch.equal(stacked["dense_kl_theta_teacher"], counted.float())
+    assert torch.equal(stacked["dense_ids"], counted[..., None].expand(2, 6, 4))
+    assert torch.equal(stacked["dense_log_teacher"], -2.0 * counted[..., None].expand(2, 6, 4))
+    for other in (with_dense(4, 0), with_dense(4, 3), with_dense(4, 2, ("overlap",))):
+        with pytest.raises(RuntimeError, match="have dense records, or they differ in what they record"):
+            stack_dense([with_dense(2), other], ids)
 
 
 @pytest.mark.parametrize("kind", RL)

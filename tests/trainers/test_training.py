@@ -75,7 +75,7 @@ def test_the_score_rises(trained_pair: tuple[str, str], tmp_path: Path, kind: st
 
 
 TWO = ("grpo", "rloo", "divergence", "raft")
-CASES = ("self_normalise", "two_prompts_server", "two_prompts_engine")
+CASES = ("self_normalise", "dense_term", "two_prompts_server", "two_prompts_engine")
 """Of `processes/two_processes.py`."""
 HALVES = {
     "grpo": [False, False, True, True, False, True, False, True, False, False, True, True],
@@ -90,7 +90,7 @@ HALVES = {
 def two_ranks(pair: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """What each of two ranks saw, for each kind; one run, since most of it is starting up."""
     folder = tmp_path_factory.mktemp("ranks")
-    names = TWO + (CASES if find_spec("vllm") is not None else CASES[:2])  # TRL's own engine imports vLLM
+    names = TWO + (CASES if find_spec("vllm") is not None else CASES[:-1])  # TRL's own engine imports vLLM
     process = run_two_ranks("two_processes.py", *pair, folder, *names)
     wanted = sorted(f"{kind}-{rank}.json" for kind in names for rank in (0, 1))
     assert sorted(file.name for file in folder.glob("*.json")) == wanted, process.stderr[-3000:]
@@ -167,7 +167,19 @@ def test_self_normalised_weights_are_those_of_both_ranks(two_ranks: dict[str, li
             assert row["ratios"] == pytest.approx((weight / mean).tolist(), rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", CASES[1:])
+def test_the_dense_term_is_a_mean_over_the_tokens_of_both_ranks(two_ranks: dict[str, list[dict[str, Any]]]) -> None:
+    """Nothing is accepted, so that the loss is the term: over all tokens of two micro-batches of each rank it is the
+    mean of KL(θ‖t) that the engine recorded, and the ranks move as one."""
+    ranks = two_ranks["dense_term"]
+    assert ranks[0]["parameters"] == ranks[1]["parameters"]
+    for step in range(2):
+        logs = [rank["log"][step] for rank in ranks]
+        assert logs[0]["dense/divergence"] == logs[1]["dense/divergence"]
+        for log in logs:
+            assert log["loss"] == pytest.approx(log["dense/kl_theta_teacher"], rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", CASES[2:])
 def test_two_prompts_of_both_ranks_in_one_engine(two_ranks: dict[str, list[dict[str, Any]]], kind: str) -> None:
     """Each rank's rows come back with the teacher's prompt of that row, and the records of a teacher that read it."""
     if kind not in two_ranks:

@@ -15,7 +15,9 @@ PACKAGE = ROOT / "optimal_sampling_trl"
 ELSEWHERE = {
     "__init__.py": ("whole/test_rooms.py", "loads a name when it is first used"),
     "backends/transformers/decoding.py": ("backends/transformers/test_backend.py", "the rows of its batches"),
+    "backends/transformers/dense.py": ("backends/transformers/test_backend.py", "dense records of its batches"),
     "backends/vllm/blocks.py": ("backends/vllm/worker/test_shift.py", "blocks below the student's stream"),
+    "backends/vllm/hooks.py": ("backends/vllm/test_limits.py", "what vLLM sets for an architecture"),
     "backends/vllm/launch.py": ("backends/vllm/test_backend.py", "starts each live engine"),
     "backends/vllm/plugin.py": ("whole/test_upstream_vllm.py", "vLLM calls it by name"),
     "backends/vllm/requests.py": ("backends/vllm/test_backend.py", "each live batch goes in and out by it"),
@@ -23,6 +25,7 @@ ELSEWHERE = {
     "backends/vllm/server/client.py": ("backends/vllm/server/test_server.py", "the trainer's side of the server"),
     "backends/vllm/server/messages.py": ("backends/vllm/server/test_server.py", "every request over HTTP goes by it"),
     "backends/vllm/server/serve.py": ("backends/vllm/server/test_server.py", "the server's command"),
+    "backends/vllm/worker/dense.py": ("backends/vllm/test_backend.py", "dense records of live rows"),
     "backends/vllm/worker/incoming.py": ("backends/vllm/worker/test_weights.py", "sets of weights, whole or not"),
     "backends/vllm/worker/model.py": ("backends/vllm/test_families.py", "both models of every family in one"),
     "backends/vllm/worker/model_state.py": ("backends/vllm/test_gpu.py", "vLLM asks for it on a GPU alone"),
@@ -51,6 +54,7 @@ ELSEWHERE = {
     "pairing/pair.py": ("pairing/test_pairing.py", "what two models must share"),
     "pairing/prompts.py": ("pairing/test_pairing.py", "the prompts of a pair"),
     "pairing/source.py": ("pairing/test_pairing.py", "a model's files as they are named"),
+    "panels.py": ("test_plots.py", "what every figure is made of"),
     "rollouts/card.py": ("test_sampling_run.py", "the card of a finished folder"),
     "rollouts/folder.py": ("test_sampling_run.py", "shards are written by a run"),
     "rollouts/progress.py": ("test_sampling_run.py", "the bar of a run"),
@@ -66,13 +70,13 @@ ELSEWHERE = {
 }
 """Modules without a test of their name: the file below `tests/` that tests each, and what is tested there."""
 OTHERS = {
-    "backends/vllm/test_families.py": "families of models, tied and untied",
     "backends/vllm/test_gpu.py": "the fused engine on a GPU; skipped without one",
     "backends/vllm/test_neighbours.py": "engines in one process, and a training job's group",
     "backends/vllm/worker/test_schedule.py": "vLLM's scheduler: prefix cache, chunked prefill, preemption",
     "backends/vllm/server/test_server.py": "the folder as a whole, from outside",
     "mixture/test_kernels.py": "the folder `kernels` as a whole",
     "pairing/test_pairing.py": "the folder as a whole",
+    "viewer/test_browser.py": "the page in a real browser: its HTML, CSS and JavaScript",
     "trainers/test_signatures.py": "the arguments of the trainers against TRL's",
     "trainers/test_gradients.py": "every loss and correction against float64",
     "trainers/test_training.py": "whole trainings: the score rises, two processes",

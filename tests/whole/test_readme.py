@@ -7,12 +7,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
-import optimal_sampling_trl
 from helpers.bad_inputs import CASES
 from helpers.paths import ROOT
+from optimal_sampling_trl import __version__
+from optimal_sampling_trl.trainers.card import CITATION
 
-README = (ROOT / "README.md").read_text()
 DOCUMENTS = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").rglob("*.md")],
     key=lambda path: str(path.relative_to(ROOT)),
@@ -70,7 +71,7 @@ def test_every_line_of_the_tree_has_a_clause() -> None:
 def test_a_document_names_files_and_targets_that_exist(document: Path) -> None:
     text = document.read_text()
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"`make ([a-z]+)|^ {4}make ([a-z]+)", text, re.MULTILINE)) <= {
+    assert set(re.findall(r"`make ([a-z]+)|^make ([a-z]+)", text, re.MULTILINE)) <= {
         pair for name in targets for pair in ((name, ""), ("", name))
     }
     if document.name == "CHANGELOG.md":  # it names files of older versions
@@ -82,12 +83,54 @@ def test_a_document_names_files_and_targets_that_exist(document: Path) -> None:
     assert not gone, f"{document.relative_to(ROOT)} names {gone}"
 
 
-@pytest.mark.parametrize(
-    "name", sorted(set(re.findall(r"^[+ ]?from optimal_sampling_trl import (.*)$", README, re.M)))
-)
-def test_the_imports_of_the_examples_work(name: str) -> None:
-    for item in name.split(","):
-        assert hasattr(optimal_sampling_trl, item.strip())
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHELL = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
+SERVER = "tests/backends/vllm/server/test_server.py"
+RUN_BY = {
+    "make demo": "tests/recipes/test_starters.py::test_demo",
+    "make setup": "not run: needs the network, and is what sets the tests up",
+    "make test": "the tests themselves",
+    "make docs": "not run by a test: `make test` builds the site before it",
+    "pip install": "not run: needs the network",
+    "PYTHONPATH=recipes python first.py": "tests/whole/test_examples.py::test_it_has_an_example_that_runs",
+    "python recipes/": "tests/recipes/test_recipes.py::test_every_script_is_run",
+    "accelerate launch recipes/": "tests/recipes/test_recipes.py::test_every_script_is_run",
+    "optimal-sampling-serve": f"{SERVER}::test_the_command_listens_on_loopback_unless_told",
+}
+"""The commands of README.md and docs/ by their beginnings: the test that runs each, or the reason why none does."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_a_command_is_run_by_a_test(page: Path) -> None:
+    text = page.read_text()
+    indented = "\n".join(
+        re.findall(r"^ {4}((?:make|pip|python|accelerate|optimal-sampling\S*) .*)", text, re.MULTILINE)
+    )
+    for line in "".join([*SHELL.findall(text), indented]).replace("\\\n", "").splitlines():
+        assert line.startswith((*RUN_BY, "#")), (
+            f"{page.name}: say in RUN_BY which test runs `{line}`, or why none does"
+        )
+
+
+def test_the_tests_that_run_the_commands_exist() -> None:
+    for place in RUN_BY.values():
+        if place.startswith("tests/"):
+            path, function = place.split("::")
+            assert f"def {function}(" in (ROOT / path).read_text(), place
+
+
+def test_the_version_is_the_same_wherever_one_cites_it() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors", "license", "references"} <= set(citation)
+    assert citation["version"] == __version__
+    (block,) = re.findall(r"```bibtex\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert block.strip() == CITATION.split("```bibtex\n")[1].split("```")[0].strip(), "a model's card cites otherwise"
+
+
+def test_each_page_stands_in_the_navigation() -> None:
+    listed = re.findall(r"^- \[[^]]+\]\(([^)#]+)\)", (ROOT / "docs" / "README.md").read_text(), re.MULTILINE)
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert pages - set(listed) == set(), "Give these pages a line in docs/README.md, the navigation of the site"
 
 
 def test_the_tests_that_the_documents_name_exist() -> None:

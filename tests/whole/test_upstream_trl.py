@@ -10,6 +10,7 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Callable
+from importlib import resources
 from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import utils
 
+from optimal_sampling_trl.trainers import card
 from optimal_sampling_trl.trainers.engines.colocated import FusedLLM
 
 TRAINERS = {name: getattr(trl, f"{name}Trainer") for name in ("GRPO", "RLOO", "Distillation")}
@@ -289,6 +291,15 @@ def test_the_batch_of_a_generation(name: str) -> None:
     need(trainer._name in {name}, f"{name}Trainer._name is {trainer._name!r}", ours)
 
 
+def test_the_model_card() -> None:
+    ours = "trainers/card.py"
+    template = resources.files("trl").joinpath("templates/lm_model_card.md").read_text()
+    for place in (card.PLACE, "[{{ base_model }}](https://huggingface.co/{{ base_model }})"):
+        need(place in template, f"the template of a model card has no {place!r}", ours)
+    written = attributes(trl.GRPOTrainer.create_model_card)
+    need({"_tag_names", "_name"} <= written, f"create_model_card reads {sorted(written)}", ours)
+
+
 def test_shuffle_and_split_carry_every_key() -> None:
     ours = "trainers/records.py"
     batch = {
@@ -468,3 +479,40 @@ def test_the_loss_of_distillation() -> None:
     need({"model", "temperature", "outputs"} <= set(got), f"add_fused_lm_head takes {got}", ours)
     missing = {"teacher_model", "temperature"} - attributes(trl.DistillationTrainer.__init__)
     need(not missing, f"DistillationTrainer has no {missing}", ours)
+
+
+# trainers/dense_head.py.
+
+
+def test_the_fused_output_layer() -> None:
+    ours = "trainers/dense_head.py (FUNCTION, DenseHead)"
+    function = getattr(utils, "_ChunkedLogProbFunction", None)
+    need(function is not None and hasattr(function, "apply"), "trl.trainer.utils has no _ChunkedLogProbFunction", ours)
+    wanted = ["hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping"]
+    wanted += ["logit_scale", "outputs"]
+    got = parameters(function.forward)
+    need(got == ["ctx", *wanted], f"it takes {got}", ours)
+    (applied,) = calls(utils.add_fused_lm_head, "_ChunkedLogProbFunction.apply")
+    need(len(applied.args) == len(wanted) and not applied.keywords, "it is applied to other arguments", ours)
+    hidden = ast.unparse(applied.args[0])
+    need(
+        hidden == "hidden_states[mask] if compact else hidden_states.reshape(-1, hidden_states.size(-1))",
+        f"it is applied to {hidden}",
+        ours,
+    )
+    need(
+        "compact = _use_triton(hidden_states.device)" in inspect.getsource(utils.add_fused_lm_head),
+        "positions are picked by another rule",
+        ours,
+    )
+    for name in ("GRPO", "RLOO"):
+        loss = TRAINERS[name]._compute_loss
+        need(
+            len(calls(loss, "_get_per_token_logps_and_entropies")) == 1, f"{name}'s loss runs the student twice", ours
+        )
+        need(
+            "self._compute_loss" in inspect.getsource(inspect.unwrap(TRAINERS[name].compute_loss)),
+            f"{name}Trainer.compute_loss does not call _compute_loss",
+            ours,
+        )
+    need(hasattr(utils, "maybe_gather_lm_head_ctx"), "trl.trainer.utils has no maybe_gather_lm_head_ctx", ours)

@@ -50,12 +50,18 @@ SIGNATURES = {
     ],
     "vllm.model_executor.model_loader.reload:initialize_layerwise_reload": ["model"],
     "vllm.model_executor.model_loader.reload.layerwise:finalize_layerwise_processing": ["model", "model_config"],
+    "vllm.config:VllmConfig.with_hf_config": ["hf_config", "architectures"],
+    "vllm.model_executor.model_loader.reload.layerwise:get_layerwise_info": ["layer"],
+    "vllm.model_executor.models.config:VerifyAndUpdateConfig.verify_and_update_config": ["vllm_config"],
+    "vllm.model_executor.models.config:VerifyAndUpdateConfig.verify_and_update_model_config": ["model_config"],
     "vllm.v1.sample.sampler:Sampler.forward": ["logits", "sampling_metadata"],
     "vllm:LLM.collective_rpc": ["method", "timeout", "args"],
     "vllm:LLM.reset_prefix_cache": [],
     "vllm:LLM.sleep": ["level"],
     "vllm:LLM.wake_up": ["tags"],
     "vllm.v1.engine.llm_engine:LLMEngine.has_unfinished_requests": [],
+    "vllm.v1.engine.output_processor:OutputProcessor.add_request": ["request"],
+    "vllm.v1.engine.logprobs:LogprobsProcessor._update_sample_logprobs": ["logprobs_lists"],
     "vllm.v1.engine.llm_engine:LLMEngine.is_sleeping": [],
     "vllm.v1.engine.core_client:InprocClient.shutdown": [],
     "vllm.plugins:load_general_plugins": [],
@@ -99,10 +105,22 @@ def test_signatures(path: str) -> None:
 FIELDS = {
     "vllm.v1.outputs:LogprobsTensors": ["logprob_token_ids", "logprobs", "selected_token_ranks"],
     "vllm.logprobs:FlatLogprobs": ["token_ids", "logprobs"],
+    "vllm.v1.outputs:LogprobsLists": ["logprob_token_ids", "logprobs"],
+    "vllm.v1.engine.logprobs:LogprobsProcessor": ["logprobs"],
     "vllm.v1.sample.metadata:SamplingMetadata": ["max_num_logprobs", "generators"],
     "vllm.v1.outputs:SamplerOutput": ["sampled_token_ids", "logprobs_tensors"],
     "vllm.sampling_params:SamplingParams": ["extra_args", "flat_logprobs", "structured_outputs", "logprobs", "seed"],
-    "vllm:EngineArgs": ["worker_extension_cls", "additional_config", "hf_overrides", "logprobs_mode", "max_logprobs"],
+    "vllm.config:CacheConfig": ["sliding_window"],
+    "vllm.model_executor.model_loader.reload.types:LayerReloadingInfo": ["loaded_weights", "load_numel_total"],
+    "vllm.model_executor.models.registry:_LazyRegisteredModel": ["module_name"],
+    "vllm:EngineArgs": [
+        "disable_hybrid_kv_cache_manager",
+        "worker_extension_cls",
+        "additional_config",
+        "hf_overrides",
+        "logprobs_mode",
+        "max_logprobs",
+    ],
     "vllm.config:VllmConfig": ["additional_config", "cache_config", "model_config", "quant_config"],
     "vllm.model_executor.model_loader:DefaultModelLoader.Source": ["model_or_path", "revision", "prefix"],
 }
@@ -119,6 +137,8 @@ def test_fields(path: str) -> None:
 
 MENTIONED = {
     # names that live on objects of a running engine only: looked for in the source that sets them
+    "vllm.v1.engine.llm_engine": ["self.output_processor = OutputProcessor("],
+    "vllm.v1.engine.async_llm": ["self.output_processor = OutputProcessor("],
     "vllm.v1.worker.gpu_model_runner": [
         "self.sampler = Sampler(",
         "self.sampler(",
@@ -137,11 +157,22 @@ MENTIONED = {
     "vllm.distributed.parallel_state": ["_WORLD: GroupCoordinator | None", "destroy_process_group(self.device_group)"],
     "vllm.v1.worker.worker_base": ["worker_extension_cls", "worker_class.__bases__ + ("],
     "vllm.model_executor.model_loader.default_loader": ['"secondary_weights"'],
-    "vllm.model_executor.model_loader.reload.layerwise": ["Failed to load weights"],
+    "vllm.model_executor.model_loader.reload.layerwise": [
+        "Failed to load weights",
+        "info.loaded_weights.append((param",
+    ],
+    "vllm.model_executor.layers.attention.attention": ["sliding_window = cache_config.sliding_window"],
+    "vllm.config.vllm": ["MODELS_CONFIG_MAP.get(architecture"],
+    "vllm.engine.arg_utils": ["sliding_window = model_config.get_sliding_window()"],
+    "vllm.v1.core.kv_cache_utils": ["unify_hybrid_kv_cache_specs(kv_cache_spec)"],
     "vllm.model_executor.layers.vocab_parallel_embedding": ["dispatch_cpu_unquantized_gemm(layer"],
     "vllm.v1.worker.cpu_worker": ["sleep mode is not supported on CPU, ignore it"],
-    "vllm.v1.engine.logprobs": ["num_logprobs"],
-    "vllm.v1.engine.output_processor": ["self.request_states: dict[str"],
+    "vllm.v1.engine.logprobs": ["num_logprobs", "self._update_sample_logprobs("],
+    "vllm.v1.engine.output_processor": [
+        "self.request_states: dict[str",
+        "self.request_states[request_id] = req_state",
+        "self.logprobs_processor.logprobs",
+    ],
 }
 
 

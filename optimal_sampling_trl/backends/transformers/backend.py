@@ -63,7 +63,7 @@ class TransformersBackend:
         of_teacher, of_theta = name_sources(teacher, theta, model_options)
         for source in (of_teacher, of_theta):
             _check_cache(source.config, source.role)
-        _check_max_model_len(max_model_len, context_length(of_teacher.config, of_theta.config))
+        _check_max_model_len(max_model_len, context_length(of_teacher.text_config, of_theta.text_config))
         self.pair = read_pair(of_teacher, of_theta, tokenizer=tokenizer, max_model_len=max_model_len)
         self.max_num_seqs = max_num_seqs
         self.device = of_theta.device if device is None else _device(device)
@@ -77,13 +77,15 @@ class TransformersBackend:
         return self.pair.tokenizer
 
     def check(self, request: Request, index: int) -> None:
-        """Refuse a request with a prompt that a model cannot read.
+        """Refuse a request with a prompt that a model cannot read, or for more likeliest tokens than there are.
 
         Raises:
-            ValueError: naming the prompt, what was got and what was wanted.
+            ValueError: naming the prompt or the number, what was got and what was wanted.
         """
         for role, ids in (("teacher", request.prompt_ids), ("student", request.theta_prompt_ids)):
             check_prompt(ids, self.pair.context, self.pair.vocabulary, index, role)
+        if request.dense is not None:
+            request.dense.check_vocabulary(self.pair.vocabulary)
 
     def generate(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Rollout]:
         """One rollout for each request, in their order; `progress` shows them while they are drawn.

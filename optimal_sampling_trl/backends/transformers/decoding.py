@@ -25,6 +25,7 @@ from ...mixture import MixtureRows, has_kernels, log_distributions, mix_at, prec
 from ...pairing import Pair
 from ...rollouts.request import Request, Sampling
 from ...rollouts.rollout import RECORDS, Rollout
+from .dense import DenseRows
 
 
 class Reader:
@@ -119,6 +120,7 @@ class Rows:
         self.step = 0
         seeds = [request.sampling.seed for request in requests]
         self.generators = [None if s is None else torch.Generator(device).manual_seed(s) for s in seeds]
+        self.dense = DenseRows(requests, device)
         self._regroup()
 
     def _regroup(self) -> None:
@@ -126,6 +128,7 @@ class Rows:
         device = self.device
         requests = [self.requests[row] for row in self.active]
         self.index = torch.tensor(self.active, device=device)
+        self.dense.regroup(self.active)
         self.mixtures = MixtureRows.of([request.mixture for request in requests], device)
         temperatures = [request.sampling.temperature for request in requests]
         self.temperature = torch.tensor([t or 1.0 for t in temperatures], dtype=precision(device), device=device)
@@ -141,6 +144,8 @@ class Rows:
         """Draw a token in each active row and record it. Both logits are raw, (N, V of each model)."""
         mix = self._mix_by_kernels if has_kernels(theta_logits) else self._mix
         alpha, scores, read = mix(theta_logits, teacher_logits)
+        V = scores.shape[1]
+        self.dense.measure(theta_logits[:, :V], teacher_logits[:, :V], scores, self.temperature)
         for rows, processors in self.processors:
             scores[rows] = processors(self._seen(rows), scores[rows])  # type: ignore[arg-type]
         # A row without a solution goes on harmlessly; its NaN alpha names it when the batch is done.
@@ -230,13 +235,13 @@ class Rows:
 
     def rollouts(self) -> list[Rollout]:
         """Return a rollout for each request."""
-        tokens, records = self.tokens.cpu(), self.records.cpu()
+        tokens, records, dense = self.tokens.cpu(), self.records.cpu(), self.dense.records(self.lengths)
         rollouts = []
         for row, (request, length) in enumerate(zip(self.requests, self.lengths, strict=True)):
             ids = tokens[row, :length].tolist()
             copied = records[row, :length].T.contiguous()  # (4, T): a view would keep all rows of the batch alive
             text = request.sampling.cut(self._text(ids))
-            rollouts.append(Rollout.from_request(request, ids, copied, text, self.reasons[row]))
+            rollouts.append(Rollout.from_request(request, ids, copied, text, self.reasons[row], dense[row]))
         return rollouts
 
 

@@ -19,7 +19,8 @@ from .launch import engine_settings, in_this_process, quick_settings, quiet, war
 from .limits import check_arguments, check_pair, check_platform
 from .neighbours import Neighbour
 from .plugin import require
-from .requests import check_request, to_rollouts, to_sampling_params
+from .requests import check_request, most_columns, to_rollouts, to_sampling_params
+from .rows import keep_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,8 +79,11 @@ class VLLMBackend:
     def _start(self, arguments: dict[str, Any]) -> LLM:
         from vllm import LLM
 
+        most = {"max_logprobs": most_columns(self.pair)}
         with in_this_process():
-            return LLM(self.pair.teacher, **{**arguments, **engine_settings(self.pair, arguments)})
+            llm = LLM(self.pair.teacher, **{**most, **arguments, **engine_settings(self.pair, arguments)})
+        keep_rows(llm.llm_engine)
+        return llm
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -99,7 +103,7 @@ class VLLMBackend:
 
     def check(self, request: Request, index: int) -> None:
         """Refuse a request that cannot be served: see `requests.check_request`."""
-        check_request(request, self.pair, index)
+        check_request(request, self.pair, index, self.llm.llm_engine.model_config.max_logprobs)
 
     def generate(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Rollout]:
         """One rollout for each request, in their order; `progress` has vLLM's bar below it, and counts at the end.

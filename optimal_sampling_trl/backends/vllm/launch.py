@@ -27,7 +27,10 @@ def engine_settings(pair: Pair, engine_arguments: Mapping[str, Any], **further: 
         **further: what else the engine is to tell about itself.
     """
     ending = {"stop": pair.ending.stop, "folded": pair.ending.folded}
+    # Windows of one length share a table of blocks with layers that read all; others need one each.
+    groups = {"disable_hybrid_kv_cache_manager": True} if len(pair.windows) == 1 else {}
     return {
+        **groups,
         "max_model_len": pair.context,
         "hf_overrides": {**(engine_arguments.get("hf_overrides") or {}), "architectures": [ARCHITECTURE]},
         "additional_config": {
@@ -40,10 +43,10 @@ def engine_settings(pair: Pair, engine_arguments: Mapping[str, Any], **further: 
 
 
 def platform_settings() -> dict[str, str]:
-    """The variables that vLLM starts under: Model Runner V2 on a GPU."""
+    """The variables that vLLM starts under: Model Runner V2 on a GPU, V1 on a CPU, also on one that has Triton."""
     from vllm.platforms import current_platform
 
-    return {} if current_platform.is_cpu() else {"VLLM_USE_V2_MODEL_RUNNER": "1"}
+    return {"VLLM_USE_V2_MODEL_RUNNER": "0" if current_platform.is_cpu() else "1"}
 
 
 def quiet() -> None:

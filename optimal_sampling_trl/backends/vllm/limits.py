@@ -11,10 +11,10 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ...options import unknown_option
-from ...pairing import Pair, Source, context_length, name_sources, read_pair
+from ...pairing import Pair, Source, attention_window, context_length, name_sources, read_pair
+from .families import OTHER_BACKEND, check_family, check_windows, check_wrapper, has_experts
 from .wire import RECORD_COLUMNS
 
-OTHER_BACKEND = "Sample with backend='transformers' instead."
 OWNED = {
     "model": "the engine's model is the teacher: pass it as `teacher`",
     "worker_extension_cls": "this backend installs its sampler through it",
@@ -31,6 +31,8 @@ OWNED = {
     "enable_dbo": "it splits a batch that the two models share",
     "enable_prompt_embeds": "one embedding cannot be read by two models",
     "enable_return_routed_experts": "it looks for the experts of one model, and here are two",
+    "disable_hybrid_kv_cache_manager": "this backend sets it by the windows of the two models",
+    "disable_sliding_window": "a `max_model_len` of at most the window does the same for both models",
     "watermark_config": "its tokens are drawn by a key instead of from the mixture",
     "return_sampling_mask": "its columns and those of the records would meet",
 }
@@ -38,29 +40,6 @@ OWNED = {
 CACHE_TYPES = ("auto", "float16", "bfloat16", "float32")
 LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "mistral", "npcache", "pt")
 """Those of vLLM's default loader, which reads the student's files after the teacher's."""
-RECURRENT = {
-    "bamba",
-    "falcon_h1",
-    "falcon_mamba",
-    "granitemoehybrid",
-    "jamba",
-    "kimi_linear",
-    "lfm2",
-    "mamba",
-    "mamba2",
-    "minimax",
-    "nemotron_h",
-    "plamo2",
-    "qwen3_5",
-    "qwen3_next",
-    "recurrent_gemma",
-    "rwkv",
-    "zamba",
-    "zamba2",
-}
-"""Model types with recurrent layers that do not name them in `layer_types`."""
-EXPERTS = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts", "block_configs")
-"""Fields of a configuration by which vLLM knows a mixture of experts."""
 
 
 def check_pair(
@@ -83,9 +62,12 @@ def check_pair(
         ValueError: naming the model and the reason.
     """
     sources = name_sources(teacher, theta, arguments)
-    configs = {source.role: source.config for source in sources}
+    for source in sources:
+        check_wrapper(source.config, source.role)
+    configs = {source.role: source.text_config for source in sources}
+    context = arguments.get("max_model_len") or context_length(*configs.values())
     for role, config in configs.items():
-        _check_architecture(config, role)
+        check_family(config, role, context)
         _check_heads(config, role, arguments.get("tensor_parallel_size", 1))
         if (getattr(config, "quantization_config", None) or {}).get("kv_cache_scheme"):
             other = "student" if role == "teacher" else "teacher"
@@ -98,14 +80,16 @@ def check_pair(
             f"{configs['teacher'].name_or_path!r} has none: vLLM makes what experts need for the engine's own model "
             f"alone, which is the teacher. Wanted a teacher with experts, or a dense student. {OTHER_BACKEND}"
         )
+    check_windows(configs, can_differ=not can_read_two_prompts())
     _check_max_model_len(configs, arguments.get("max_model_len"))
+    has_windows = any((attention_window(config) or context) < context for config in configs.values())
     return read_pair(
         *sources,
         tokenizer=tokenizer,
         theta_settings=theta_settings,
         teacher_tokenizer=_teacher_tokenizer(sources[0], arguments),
         max_model_len=arguments.get("max_model_len"),
-        two_prompts=can_read_two_prompts(),
+        two_prompts=can_read_two_prompts() and not has_windows,
     )
 
 
@@ -123,40 +107,12 @@ def can_read_two_prompts() -> bool:
     return not current_platform.is_cpu()
 
 
-def _check_architecture(config: PreTrainedConfig, role: str) -> None:
-    kinds = set(getattr(config, "layer_types", None) or ())
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    reason = None
-    if config.get_text_config() is not config:
-        reason = "is a multimodal wrapper round a language model"
-    elif config.model_type in RECURRENT or kinds - {
-        "full_attention",
-        "attention",
-        "sliding_attention",
-    }:
-        reason = "has recurrent or linear layers (a Mamba or linear hybrid), whose states the engine cannot hold twice"
-    elif getattr(config, "kv_lora_rank", None):
-        reason = "has latent attention (MLA), whose cache has blocks of another kind than the other model's"
-    elif "sliding_attention" in kinds or window:
-        reason = f"has sliding-window attention (window {window}), which is not tested in a shared cache"
-    if reason:
-        name = f"{config.name_or_path!r} ({', '.join(config.architectures or [config.model_type])})"
-        raise ValueError(
-            f"The {role} {name} {reason}. Wanted a dense or MoE decoder with full attention. {OTHER_BACKEND}"
-        )
-
-
 def _check_heads(config: PreTrainedConfig, role: str, tensor_parallel_size: int) -> None:
     if config.num_attention_heads % tensor_parallel_size:
         raise ValueError(
             f"The {role} {config.name_or_path!r} has {config.num_attention_heads} attention heads; wanted a multiple "
             f"of `tensor_parallel_size`, which is {tensor_parallel_size}. Lower it."
         )
-
-
-def has_experts(config: PreTrainedConfig) -> bool:
-    """True for a mixture of experts, as vLLM tells one by its configuration."""
-    return any(getattr(config, name, None) for name in EXPERTS)
 
 
 def _check_max_model_len(configs: dict[str, PreTrainedConfig], wanted: int | None) -> None:

@@ -28,8 +28,10 @@ def register() -> None:
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, _HOME)
     from .blocks import private_blocks
+    from .hooks import run_hooks_of_teachers
 
     private_blocks()
+    run_hooks_of_teachers(ARCHITECTURE)
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     if TRANSFER not in WeightTransferEngineFactory._registry:

@@ -8,14 +8,18 @@ from typing import TYPE_CHECKING, Any
 from ...mixture import Mixture
 from ...options import unknown_option
 from ...pairing import Ending, Pair, check_prompt
+from ...rollouts.dense import SCALARS, Dense
 from ...rollouts.request import Request
 from ...rollouts.rollout import Rollout, check_solved
 from .wire import (
+    DENSE,
     RECORD,
-    RECORD_COLUMNS,
     THETA_PROMPT,
+    columns_of,
+    dense_of,
     extra_arguments,
     mixture_of,
+    read_arrays,
     read_records,
     same_arguments,
     stop_arguments,
@@ -28,12 +32,18 @@ COLDEST, HOTTEST = 0.01, 2.0
 """The temperatures above 0 that vLLM takes as they are."""
 
 
-def check_request(request: Request, pair: Pair, index: int) -> None:
+def check_request(request: Request, pair: Pair, index: int, max_logprobs: int) -> None:
     """Refuse a request that the fused engine cannot serve.
 
+    Args:
+        request: what is asked for.
+        pair: what the engine serves.
+        index: the request's number, for the error.
+        max_logprobs: the engine's setting: the most columns of a token; -1 is as many as the teacher has tokens.
+
     Raises:
-        ValueError: on a prompt that is empty, too long or no tokens, on a prompt of the student's own, and on a
-            temperature that vLLM would not sample at.
+        ValueError: on a prompt that is empty, too long or no tokens, on a prompt of the student's own, on a
+            temperature that vLLM would not sample at, and on more dense records than the engine hands back.
     """
     if list(request.prompt_ids) != list(request.theta_prompt_ids):
         _check_two_prompts(request, pair, index)
@@ -43,6 +53,21 @@ def check_request(request: Request, pair: Pair, index: int) -> None:
             f"Request {index} has `temperature` {request.sampling.temperature}; wanted 0, or {COLDEST} to {HOTTEST}, "
             "beyond which vLLM changes or refuses it. Use backend='transformers'."
         )
+    if request.dense is not None:
+        request.dense.check_vocabulary(pair.vocabulary)
+        most = pair.engine_vocabulary if max_logprobs == -1 else max_logprobs
+        columns = columns_of(request.dense)
+        if columns > most:
+            raise ValueError(
+                f"Request {index} asks for {request.dense}, which takes {columns} columns of each token, and the "
+                f"engine's `max_logprobs` is {max_logprobs}; wanted no more. Raise it (`--max-logprobs` of a "
+                "server), or lower `top_k`."
+            )
+
+
+def most_columns(pair: Pair) -> int:
+    """The most columns that a request's records can take, dense ones of all tokens among them."""
+    return columns_of(Dense(SCALARS, pair.vocabulary))
 
 
 def _check_two_prompts(request: Request, pair: Pair, index: int) -> None:
@@ -52,7 +77,7 @@ def _check_two_prompts(request: Request, pair: Pair, index: int) -> None:
     )
     if not pair.two_prompts:
         raise ValueError(
-            f"{lengths} On a CPU both models read one stream of tokens in this engine (Model Runner V1). Use "
+            f"{lengths} On a CPU, and where layers have sliding windows, both models read one stream of tokens. Use "
             "backend='transformers', or give both the same system prompt."
         )
     if len(request.theta_prompt_ids) > len(request.prompt_ids):
@@ -75,7 +100,7 @@ def to_sampling_params(request: Request, ending: Ending) -> SamplingParams:
         **stop_arguments(request, ending),
         seed=request.sampling.seed,
         detokenize=bool(request.sampling.stop),
-        logprobs=RECORD_COLUMNS,
+        logprobs=columns_of(request.dense),
         flat_logprobs=True,
         extra_args=extra_arguments(request),
     )
@@ -94,7 +119,7 @@ def check_params(params: Any, prompt_ids: Sequence[int], settings: dict[str, Any
             token that one of the models does not know.
     """
     extra = params.extra_args or {}
-    known = (RECORD, THETA_PROMPT, *Mixture.__dataclass_fields__)
+    known = (RECORD, THETA_PROMPT, *DENSE, *Mixture.__dataclass_fields__)
     for name in extra:
         if name not in known:
             raise ValueError(unknown_option("extra argument of a request", name, known))
@@ -116,10 +141,17 @@ def check_params(params: Any, prompt_ids: Sequence[int], settings: dict[str, Any
             f"`prompt_logprobs` (or `echo`) is {params.prompt_logprobs!r} in a request for records, which are of the "
             "tokens that are drawn; wanted one of the two. Drop `echo`, or ask without records."
         )
-    if extra.get(RECORD) and params.logprobs != RECORD_COLUMNS:
+    dense = dense_of(extra)
+    if dense is not None and not extra.get(RECORD):
         raise ValueError(
-            f"`logprobs` is {params.logprobs!r} in a request for records; wanted {RECORD_COLUMNS}, whose places they "
-            "take."
+            f"The request asks for {dense} and no records; wanted the extra argument `{RECORD}` with it. Add it, as 1."
+        )
+    if dense is not None:
+        dense.check_vocabulary(settings["vocabulary"])
+    if extra.get(RECORD) and params.logprobs != columns_of(dense):
+        raise ValueError(
+            f"`logprobs` is {params.logprobs!r} in a request for records; wanted {columns_of(dense)}, whose places "
+            "they take."
         )
     if prompt_ids and max(prompt_ids) >= settings["vocabulary"]:  # vLLM knows the teacher's vocabulary alone
         wanted = f"wanted ids below {settings['vocabulary']}, which both models read."
@@ -131,8 +163,8 @@ def check_params(params: Any, prompt_ids: Sequence[int], settings: dict[str, Any
 def _check_theta_prompt(prompt: Any, longest: int, settings: dict[str, Any]) -> None:
     if not settings["two_prompts"]:
         raise ValueError(
-            f"The request has the extra argument `{THETA_PROMPT}`; this server runs on a CPU, where both models read "
-            "one stream of tokens (Model Runner V1). Drop it, or serve the pair on a GPU."
+            f"The request has the extra argument `{THETA_PROMPT}`; both models of this server read one stream of "
+            "tokens, as on a CPU and where layers have sliding windows. Drop it, or serve a pair without on a GPU."
         )
     vocabulary = settings["vocabulary"]
     if not isinstance(prompt, list) or not all(type(token) is int and 0 <= token < vocabulary for token in prompt):
@@ -161,6 +193,11 @@ def to_rollouts(outputs: Sequence[RequestOutput], requests: Sequence[Request], p
 def _to_rollout(output: RequestOutput, request: Request, pair: Pair) -> Rollout:
     completion = output.outputs[0]
     ids = list(completion.token_ids)
-    records = read_records(completion.logprobs, ids, pair.engine_vocabulary)  # type: ignore[arg-type]
+    given: Any = completion.logprobs
+    if request.dense is None:
+        records, dense = read_records(given, ids, pair.engine_vocabulary), None
+    else:
+        columns, values = given.arrays()
+        records, dense = read_arrays(columns, values, ids, request.dense, pair.engine_vocabulary)
     text = completion.text if request.sampling.stop else str(pair.tokenizer.decode(ids, skip_special_tokens=True))
-    return Rollout.from_request(request, ids, records, text, str(completion.finish_reason))
+    return Rollout.from_request(request, ids, records, text, str(completion.finish_reason), dense)

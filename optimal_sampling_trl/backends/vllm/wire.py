@@ -3,6 +3,10 @@
 Writer (`worker/`) and readers (`requests.py`, `server/messages.py`) stand in different processes, and both read this
 file. It imports no vLLM. A request carries its mixture, flat, among vLLM's extra arguments. A record rides on vLLM's
 log-probabilities: the first column of a token is log q, and the others stand under token ids beyond the vocabulary.
+
+Dense records are further columns. A scalar travels with its sign changed, so that it is not above 0 and +inf is -inf,
+which a server's JSON has a number for. A likely token has two columns, its log-probabilities under the student and
+the teacher. The id of a column is a multiple of V, by which a row has no id twice, and the token.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from torch import Tensor
 
 from ...mixture import Mixture
 from ...pairing import Ending
+from ...rollouts.dense import Dense, DenseRecords
 from ...rollouts.request import Request
 from ...rollouts.rollout import RECORDS
 
@@ -34,6 +39,10 @@ RECORD_COLUMNS = len(RECORD_NAMES)
 """Number of log-probabilities that a request for records asks for."""
 NO_NUMBER = 2.0
 """Encodes NaN: no α and no log-probability is ever 2, and JSON has no NaN."""
+DENSE = {"dense_scalars": "scalars", "dense_top_k": "top_k"}
+"""The extra arguments of a request for dense records, and the fields of `Dense` that they are."""
+FIRST_PLACE = 2
+"""The multiple of V in the id of the first column of a likely token; below it stand the tokens and the scalars."""
 SAME_NAMES = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """The fields of `Sampling` that vLLM and TRL's client know by the same name."""
 _ORDER = [("log_q", *RECORD_NAMES).index(name) for name in RECORDS]
@@ -56,6 +65,9 @@ def stop_arguments(request: Request, ending: Ending) -> dict[str, Any]:
 def extra_arguments(request: Request) -> dict[str, Any]:
     """The extra arguments of a request for records: its mixture, and the student's prompt where that is another."""
     extra: dict[str, Any] = {RECORD: 1, **request.mixture.to_dict()}
+    if request.dense is not None:
+        extra |= {name: getattr(request.dense, field) for name, field in DENSE.items()}
+        extra["dense_scalars"] = list(request.dense.scalars)  # JSON has no tuples
     if list(request.theta_prompt_ids) != list(request.prompt_ids):
         extra[THETA_PROMPT] = list(request.theta_prompt_ids)
     return extra
@@ -66,6 +78,22 @@ def mixture_of(extra_args: dict[str, Any] | None, default: dict[str, Any]) -> Mi
     given = extra_args or {}
     names = Mixture.__dataclass_fields__
     return Mixture(**(default | {name: given[name] for name in names if name in given}))
+
+
+def dense_of(extra_args: dict[str, Any] | None) -> Dense | None:
+    """The dense records that a request's extra arguments ask for; None where they ask for none.
+
+    Raises:
+        ValueError: on what `Dense` refuses.
+    """
+    extra = extra_args or {}
+    given = {field: extra[name] for name, field in DENSE.items() if name in extra}
+    return Dense(**given) if given else None
+
+
+def columns_of(dense: Dense | None) -> int:
+    """Number of columns behind that of the sampled token: of the record and of dense records."""
+    return RECORD_COLUMNS + (0 if dense is None else len(dense.scalars) + 4 * dense.top_k)
 
 
 def theta_prompt_of(params: SamplingParams | None) -> list[int] | None:
@@ -94,13 +122,33 @@ def read_records(logprobs: FlatLogprobs, token_ids: Sequence[int], engine_vocabu
     if not len(token_ids):
         return torch.zeros(len(RECORDS), 0)
     wanted = column_ids(token_ids, engine_vocabulary)
-    ids = np.array(logprobs.token_ids, dtype=np.int64)
-    if not np.array_equal(ids, wanted.ravel()):
+    _check_ids(np.array(logprobs.token_ids, dtype=np.int64), wanted.ravel())
+    return to_columns(np.array(logprobs.logprobs, dtype=np.float32).reshape(wanted.shape))
+
+
+def read_arrays(
+    ids: Int[np.ndarray, "T C"],
+    values: Float[np.ndarray, "T C"],
+    token_ids: Sequence[int],
+    dense: Dense,
+    engine_vocabulary: int,
+) -> tuple[Float[Tensor, "4 T"], DenseRecords]:
+    """The records in their order and the dense records, from all columns of T tokens.
+
+    Raises:
+        RuntimeError: see `read_records`.
+    """
+    split = 1 + RECORD_COLUMNS
+    _check_ids(ids[:, :split].ravel(), column_ids(token_ids, engine_vocabulary).ravel())
+    return to_columns(values[:, :split]), _read_dense(ids[:, split:], values[:, split:], dense, engine_vocabulary)
+
+
+def _check_ids(found: Int[np.ndarray, " C"], wanted: Int[np.ndarray, " C"]) -> None:
+    if not np.array_equal(found, wanted):
         raise RuntimeError(
-            f"vLLM returned log-probabilities of the ids {ids[:8].tolist()}...; wanted {wanted.ravel()[:8].tolist()}"
+            f"vLLM returned log-probabilities of the ids {found[:8].tolist()}...; wanted {wanted[:8].tolist()}"
             "...: the mixture's sampler is not installed in this engine, or another column is in its way."
         )
-    return to_columns(np.array(logprobs.logprobs, dtype=np.float32).reshape(wanted.shape))
 
 
 def to_columns(rows: Float[np.ndarray, "T 4"]) -> Float[Tensor, "4 T"]:
@@ -108,3 +156,25 @@ def to_columns(rows: Float[np.ndarray, "T 4"]) -> Float[Tensor, "4 T"]:
     columns = torch.from_numpy(np.ascontiguousarray(rows.T[_ORDER]))
     columns[columns == NO_NUMBER] = torch.nan
     return columns
+
+
+def dense_ids(ids: Int[Tensor, "N K"], scalars: int, engine_vocabulary: int) -> Int[Tensor, "N C"]:
+    """The ids of the columns of dense records: of the scalars, and of the likely tokens `ids` under each model."""
+    V, K = engine_vocabulary, ids.shape[1]
+    first = V + RECORD_COLUMNS
+    of_scalars = torch.arange(first, first + scalars, device=ids.device).expand(len(ids), -1)
+    places = V * torch.arange(FIRST_PLACE, FIRST_PLACE + 2 * K, device=ids.device)
+    return torch.cat([of_scalars, torch.cat([ids, ids], 1) + places], 1)
+
+
+def _read_dense(
+    ids: Int[np.ndarray, "T C"], values: Float[np.ndarray, "T C"], dense: Dense, engine_vocabulary: int
+) -> DenseRecords:
+    S, K = len(dense.scalars), 2 * dense.top_k
+    tokens = torch.from_numpy(ids[:, S : S + K].astype(np.int64) % engine_vocabulary)
+    _check_ids(ids.ravel(), dense_ids(tokens, S, engine_vocabulary).numpy().ravel())
+    numbers = torch.from_numpy(values.astype(np.float32))  # a copy: the rows are views of whole steps
+    numbers[numbers == NO_NUMBER] = torch.nan
+    scalars = dict(zip(dense.scalars, (-numbers[:, :S]).T.contiguous().unbind(0), strict=True))
+    log_theta, log_teacher = (numbers[:, start : start + K].contiguous() for start in (S, S + K))
+    return DenseRecords(scalars, tokens, log_theta, log_teacher)

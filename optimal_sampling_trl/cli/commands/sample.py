@@ -13,6 +13,7 @@ from typing import Any
 
 from trl import ScriptArguments
 
+from ...rollouts.dense import Dense
 from ...rollouts.request import Sampling
 from ...sampling_run import sample_to_folder
 from ...trainers import SamplerArguments
@@ -37,6 +38,8 @@ class SampleArguments(ScriptArguments):
     min_p: float = field(default=0.0, metadata={"help": "Keep tokens above this share of the likeliest's."})
     repetition_penalty: float = field(default=1.0, metadata={"help": "Divides the logits of tokens seen before."})
     stop: list[str] = field(default_factory=list, metadata={"help": "Texts that end a completion."})
+    dense_scalars: list[str] = field(default_factory=list, metadata={"help": "Exact numbers kept of each token."})
+    dense_top_k: int = field(default=0, metadata={"help": "Likeliest tokens of each model kept of each token."})
     use_tqdm: bool = field(default=True, metadata={"help": "Show tokens/s, mean alpha and the time left."})
 
     def prompts(self) -> Any:
@@ -58,6 +61,11 @@ class SampleArguments(ScriptArguments):
             stop=tuple(self.stop),
         )
 
+    def dense(self) -> Dense | None:
+        """Dense records that are wanted."""
+        asked = self.dense_scalars or self.dense_top_k
+        return Dense(tuple(self.dense_scalars), self.dense_top_k) if asked else None
+
 
 def run(words: Sequence[str] | None = None) -> None:
     """Sample what a command line asks for.
@@ -69,7 +77,7 @@ def run(words: Sequence[str] | None = None) -> None:
     pair, script = parser.read(sys.argv[1:] if words is None else words)
     if not script.model_name_or_path:
         raise SystemExit("`--model_name_or_path` is missing; wanted the student's folder or model id.")
-    prompts, sampling = script.prompts(), script.sampling()
+    prompts, sampling, dense = script.prompts(), script.sampling(), script.dense()
     with pair.sampler(script.model_name_or_path) as sampler:
         folder = sample_to_folder(
             sampler,
@@ -77,6 +85,7 @@ def run(words: Sequence[str] | None = None) -> None:
             script.output_dir,
             n=script.n,
             sampling=sampling,
+            dense=dense,
             seed=script.seed,
             batch_size=script.batch_size,
             use_tqdm=script.use_tqdm,

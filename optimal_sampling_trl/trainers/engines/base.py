@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ...mixture import Mixture
 from ...options import unknown_option
 from ...pairing import Pair
+from ...rollouts.dense import Dense
 from ...rollouts.request import Request, Sampling
 from ...rollouts.rollout import Rollout
 from ..generator import OptimalSamplingGenerator
@@ -34,6 +35,7 @@ class MixturePlan:
         training: whether the trainer trains; an evaluation samples from the student alone.
         progress: the share of training that is done, in [0, 1].
         step: number of updates so far; what does not divide by the processes moves on with it.
+        dense: the dense records that each completion shall carry.
         entropy_scale: the scale of the entropy gate, None for the mixture's own.
     """
 
@@ -43,6 +45,7 @@ class MixturePlan:
     training: Callable[[], bool]
     progress: Callable[[], float]
     step: Callable[[], int] = lambda: 0
+    dense: Callable[[], Dense | None] = lambda: None
     entropy_scale: Callable[[], float | None] = lambda: None
 
     def mixtures(self, rows: int, first: int, processes: int = 1) -> list[Mixture]:
@@ -133,9 +136,9 @@ class MixtureGeneration:
             teacher_prompts: the teacher's of the same processes; None where it reads the student's.
             processes: how many processes these are.
         """
-        mixtures = self.plan.mixtures(len(prompts), first, processes)
+        mixtures, dense = self.plan.mixtures(len(prompts), first, processes), self.plan.dense()
         return [
-            Request(list(teacher), list(theta), mixture, self.sampling)
+            Request(list(teacher), list(theta), mixture, self.sampling, dense)
             for teacher, theta, mixture in zip(teacher_prompts or prompts, prompts, mixtures, strict=True)
         ]
 

@@ -13,15 +13,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Mamba2Config, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Mamba2Config, PreTrainedModel
 
 from helpers.models import EOS, FAMILIES, PAD, make_model, make_tokenizer, publish
-from helpers.oracle import check_rollout, check_rollouts, expected_records
+from helpers.oracle import check_rollout, check_rollouts, expected_records, with_wishes
 from optimal_sampling_trl.backends import make_backend
-from optimal_sampling_trl.backends.transformers import TransformersBackend, decoding
+from optimal_sampling_trl.backends.transformers import TransformersBackend, decoding, dense
 from optimal_sampling_trl.backends.transformers.decoding import Rows
 from optimal_sampling_trl.mixture import METHODS, Mixture
+from optimal_sampling_trl.mixture.dense import measure
 from optimal_sampling_trl.pairing import Ending
+from optimal_sampling_trl.pairing.names import model_class
+from optimal_sampling_trl.rollouts.dense import Dense
 from optimal_sampling_trl.rollouts.request import Request, Sampling
 from optimal_sampling_trl.rollouts.rollout import RECORDS, Rollout
 
@@ -37,6 +40,7 @@ MIXTURES = {
     "theta": Mixture.theta_only(),
     "teacher": Mixture.teacher_only(),
 }
+WINDOW = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"], "tied": True}
 PAIRS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen2": ("qwen2", {"vocab_size": 320, "heads": 4, "kv_heads": 2}, {"tied": True}),
     "llama": ("llama", {"layers": 3}, {"vocab_size": 320}),
@@ -45,6 +49,10 @@ PAIRS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "mistral-window": ("mistral", {"sliding_window": 7}, {"sliding_window": 9}),
     "granite": ("granite", {}, {"layers": 1}),
     "linear-attention": ("qwen3_next", {}, {}),
+    "gemma2": ("gemma2", WINDOW, WINDOW),
+    "gemma3": ("gemma3_text", WINDOW, WINDOW),
+    "gemma3-wrapper": ("gemma3", WINDOW, WINDOW),
+    "qwen3_vl-wrapper": ("qwen3_vl", {}, {"tied": True}),
 }
 """Family, and what the teacher's and the student's configuration have of their own. The first is every test's pair."""
 TOKENIZER = make_tokenizer()
@@ -72,7 +80,7 @@ class Pair:
 
 
 def load(folder: str) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def ids(text: str) -> list[int]:
@@ -140,6 +148,7 @@ ARITHMETIC = (
 def test_the_arithmetic_form_beside_the_geometric(pair: Pair, settings: dict[str, Any]) -> None:
     mixtures = [mixture for one in ARITHMETIC for mixture in (one, replace(one, form="geometric"))]
     requests = [ask(TEXTS[i % 6], mixture, **{"seed": i // 2} | settings) for i, mixture in enumerate(mixtures)]
+    requests = with_wishes(requests)
     rollouts = pair.backend.generate(requests)
     pair.check(rollouts, requests)
     assert rollouts[-1].completion_ids == pair.backend.generate(requests[-1:])[0].completion_ids
@@ -150,7 +159,7 @@ def test_the_records_of_every_family_and_method(make_pair: Callable[[str], Pair]
     pair = make_pair(name)
     assert {mixture.method for mixture in MIXTURES.values()} == set(METHODS)
     assert {family for family, _, _ in PAIRS.values()} <= set(FAMILIES)
-    requests = every_mixture(max_tokens=12) + [ask(TEXTS[2], seed=100 + i) for i in range(4)]
+    requests = with_wishes(every_mixture(max_tokens=12) + [ask(TEXTS[2], seed=100 + i) for i in range(4)])
     rollouts = pair.backend.generate(requests)
     pair.check(rollouts, requests)
     assert len({tuple(rollout.completion_ids) for rollout in rollouts[-4:]}) == 4
@@ -182,6 +191,7 @@ def test_two_prompts(make_pair: Callable[[str], Pair]) -> None:
         for i, (teacher, theta) in enumerate(texts)
         for mixture in (Mixture(), Mixture.theta_only(), Mixture("trust_region"))
     ]
+    requests = with_wishes(requests)
     pair.check(pair.backend.generate(requests), requests)
 
 
@@ -203,7 +213,7 @@ def test_two_prompts(make_pair: Callable[[str], Pair]) -> None:
     ids=lambda settings: "-".join(map(str, settings)),
 )
 def test_temperature_truncation_and_penalty(pair: Pair, settings: dict[str, Any]) -> None:
-    requests = every_mixture(**settings)
+    requests = with_wishes(every_mixture(**settings))
     pair.check(pair.backend.generate(requests), requests)
 
 
@@ -223,10 +233,41 @@ def test_settings_of_a_row_are_its_own(pair: Pair) -> None:
         ask(TEXTS[i % 6], mixture, seed=i, **setting)
         for i, (setting, mixture) in enumerate(zip(settings, MIXTURES.values(), strict=True))
     ]
+    requests = with_wishes(requests)
     together = pair.backend.generate(requests)
     pair.check(together, requests)
     alone = [pair.backend.generate([request])[0] for request in requests]
     assert [rollout.completion_ids for rollout in together] == [rollout.completion_ids for rollout in alone]
+
+
+def test_dense_records_of_the_whole_vocabulary(pair: Pair) -> None:
+    V = pair.backend.pair.vocabulary
+    request = replace(ask(), dense=Dense(top_k=V))
+    (rollout,) = pair.backend.generate([request])
+    pair.check([rollout], [request])
+    assert rollout.dense is not None
+    assert rollout.dense.is_first.sum(1).tolist() == [V] * len(rollout.completion_ids)
+    assert float(rollout.dense.tail_teacher.max()) < 1e-5
+    with pytest.raises(ValueError, match=f"`top_k` is {V + 1}; wanted a whole number from 0 to {V}"):
+        pair.backend.generate([replace(ask(), dense=Dense(top_k=V + 1))])
+
+
+def test_a_request_without_a_wish_is_not_measured(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four requests one has a wish: its rows alone are measured, and the same tokens are drawn as without it."""
+    measured: list[int] = []
+
+    def spy(theta: Tensor, *rest: Any) -> Any:
+        measured.append(len(theta))
+        return measure(theta, *rest)
+
+    monkeypatch.setattr(dense, "measure", spy)
+    requests = [ask(TEXTS[i], seed=i, ignore_eos=True) for i in range(4)]
+    without = pair.backend.generate(requests)
+    assert measured == []
+    requests[2] = replace(requests[2], dense=Dense(("overlap",), 1))
+    together = pair.backend.generate(requests)
+    assert measured == [1] * 8
+    assert [one.completion_ids for one in together] == [one.completion_ids for one in without]
 
 
 def test_greedy(pair: Pair) -> None:
@@ -296,6 +337,7 @@ def test_the_teachers_own_ending_is_folded(tmp_path: Any) -> None:
         for i in range(8)
         for j, mixture in enumerate((Mixture(), Mixture.teacher_only(), Mixture("entropy")))
     ]
+    requests = with_wishes(requests)
     rollouts = pair.backend.generate(requests)
     pair.check(rollouts, requests, ending)
     assert PAD not in {token for rollout in rollouts for token in rollout.completion_ids}
@@ -347,6 +389,7 @@ def test_rows_that_ended_leave_the_batch(pair: Pair, batches: list[int]) -> None
         ask(TEXTS[i % 6], mixture, seed=i, max_tokens=length, ignore_eos=True)
         for i, (length, mixture) in enumerate(zip((1, 9, 3, 14, 2, 6, 3, 1), MIXTURES.values(), strict=True))
     ]
+    requests = with_wishes(requests)
     together = pair.backend.generate(requests)
     rows = batches[2::2]
     assert batches[0] == len({tuple(request.prompt_ids) for request in requests}) == 5  # equal prompts are read once

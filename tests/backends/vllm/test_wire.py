@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from optimal_sampling_trl.backends.vllm import wire
 from optimal_sampling_trl.mixture import Mixture
 from optimal_sampling_trl.pairing import Ending
+from optimal_sampling_trl.rollouts.dense import Dense
 from optimal_sampling_trl.rollouts.request import Request, Sampling
 from optimal_sampling_trl.rollouts.rollout import RECORDS
 
@@ -44,6 +46,58 @@ def test_columns_of_another_token_are_refused(shift: int) -> None:
     answer = flat(np.zeros((1, 4), dtype=np.float32), wire.column_ids([5], 320))
     with pytest.raises(RuntimeError, match="another column is in its way"):
         wire.read_records(answer, [6] if shift == 0 else [5], 320 + shift)
+
+
+DENSE = Dense(("overlap", "kl_q_theta"), 2)
+
+
+def dense_columns(V: int = 320) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and numbers of the columns of two tokens: a record, two scalars, two likely tokens of each model."""
+    ids = torch.tensor([[3, 7, 7, 9], [1, 2, 300, 319]])
+    columns = np.concatenate([wire.column_ids([5, 6], V), wire.dense_ids(ids, 2, V).numpy()], 1)
+    return columns, -np.arange(2 * columns.shape[1], dtype=np.float32).reshape(2, -1) / 16
+
+
+def test_dense_records_arrive_under_their_names() -> None:
+    ids, values = dense_columns()
+    values[0, 4:6] = (wire.NO_NUMBER, -np.inf)
+    values[1, 6] = -np.inf
+    records, dense = wire.read_arrays(ids, values, [5, 6], DENSE, 320)
+    assert records.shape == (4, 2)
+    assert wire.columns_of(DENSE) == ids.shape[1] - 1 == 3 + 2 + 8
+    assert dense.ids.tolist() == [[3, 7, 7, 9], [1, 2, 300, 319]]
+    assert dense.scalars["overlap"].isnan().tolist() == [True, False]
+    assert dense.scalars["kl_q_theta"].tolist() == [torch.inf, -values[1, 5]]
+    assert dense.log_theta.tolist() == values[:, 6:10].tolist()
+    assert dense.log_teacher.tolist() == values[:, 10:].tolist()
+
+
+def test_no_id_stands_twice_in_a_row() -> None:
+    """Not even where both models like the same tokens, and where the vocabulary is barely larger than the scalars."""
+    row = wire.dense_ids(torch.tensor([[0, 1, 0, 11]]), 7, 12)[0].tolist()
+    assert len(set(row)) == len(row) == 7 + 8
+    assert min(row) == 12 + wire.RECORD_COLUMNS
+
+
+def test_dense_records_of_another_layout_are_refused() -> None:
+    ids, values = dense_columns()
+    ids[1, 10] += 1  # another token under the teacher than under the student
+    with pytest.raises(RuntimeError, match="another column is in its way"):
+        wire.read_arrays(ids, values, [5, 6], DENSE, 320)
+
+
+def test_a_completion_without_tokens_has_empty_dense_records() -> None:
+    ids, values = dense_columns()
+    _, dense = wire.read_arrays(ids[:0], values[:0], [], DENSE, 320)
+    assert (len(dense), tuple(dense.ids.shape)) == (0, (0, 4))
+
+
+def test_a_wish_travels_flat_and_comes_back() -> None:
+    extra = wire.extra_arguments(replace(REQUEST, dense=DENSE))
+    assert wire.dense_of(extra) == DENSE
+    assert json.loads(json.dumps(extra)) == extra
+    assert wire.dense_of(wire.extra_arguments(REQUEST)) is wire.dense_of(None) is None
+    assert wire.mixture_of(extra, {}) == REQUEST.mixture
 
 
 def test_a_mixture_travels_flat_and_comes_back() -> None:

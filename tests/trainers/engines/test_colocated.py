@@ -63,7 +63,7 @@ def free_engine() -> Iterator[None]:
         ("grpo", {"correction": "token_truncate"}),
         ("rloo", {}),
         ("divergence", {"correction": "prefix_truncate"}),
-        ("raft", {}),
+        ("raft", {"dense_coefficient": 1.0, "dense_top_k": 8}),
     ],
 )
 def test_three_steps(pair: tuple[str, str], tmp_path: Path, kind: str, settings: dict[str, Any], caplog: Any) -> None:
@@ -79,7 +79,7 @@ def test_three_steps(pair: tuple[str, str], tmp_path: Path, kind: str, settings:
     train_and_check(trainer, pair, load(pair[1]), TOLERANCE)
 
 
-@pytest.mark.parametrize("kind", ["grpo", "sampled_token"])
+@pytest.mark.parametrize("kind", ["grpo", "dense"])
 def test_lora_is_merged_into_the_engines_student(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -88,18 +88,30 @@ def test_lora_is_merged_into_the_engines_student(pair: tuple[str, str], tmp_path
     train_and_check(trainer, pair, peft.get_peft_model(load(pair[1]), config).eval(), TOLERANCE)
 
 
-@pytest.mark.parametrize("kind", ["adapter on a padded embedding", "adapters on experts"])
-def test_students_that_vllm_packs_or_pads(tmp_path: Path, kind: str) -> None:
-    """vLLM keeps what it loads of such a layer until the reload ends, when the adapter is out of it again."""
+WINDOWS = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"], "tied": True}
+STUDENTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    # family, settings of both models, where the adapter goes
+    "adapter on a padded embedding": ("llama", {}, {"target_modules": ["q_proj", "embed_tokens"]}),
+    "adapters on experts": (
+        "qwen3_moe",
+        {},
+        {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+    ),
+    "adapter beside windows": ("gemma3_text", WINDOWS, {"target_modules": ["q_proj", "down_proj"]}),
+    "adapter inside of a wrapper": ("gemma3", WINDOWS, {"target_modules": ["q_proj", "down_proj"]}),
+}
+
+
+@pytest.mark.parametrize("kind", STUDENTS)
+def test_adapters_on_students_of_other_families(tmp_path: Path, kind: str) -> None:
+    """vLLM keeps what it loads of a layer that it packs or pads until the reload ends, when the adapter is out of it
+    again; and TRL trains a wrapper as a whole, under the wrapper's names."""
     peft = pytest.importorskip("peft")
-    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if "experts" in kind else None
-    modules = ["q_proj"] if experts else ["q_proj", "embed_tokens"]
-    config = peft.LoraConfig(r=4, lora_alpha=64, target_modules=modules, target_parameters=experts)
-    family = "qwen3_moe" if experts else "llama"
-    models = make_model(tmp_path / "teacher", family, 1), make_model(tmp_path / "student", family, 2)
-    trainer = make_trainer(
-        "grpo", models, tmp_path, generator=ENGINE, trainer={"peft_config": config}, learning_rate=3e-2
-    )
+    family, settings, places = STUDENTS[kind]
+    config = peft.LoraConfig(r=4, lora_alpha=64, **places)
+    models = make_model(tmp_path / "teacher", family, 1, **settings), make_model(tmp_path / "s", family, 2, **settings)
+    further = {"peft_config": config, "processing_class": AutoTokenizer.from_pretrained(models[1])}
+    trainer = make_trainer("grpo", models, tmp_path, generator=ENGINE, trainer=further, learning_rate=3e-2)
     trainer.train()
     logs = [log["engine/log_theta_difference"] for log in trainer.state.log_history if "alpha/mean" in log]
     assert len(logs) == 3

@@ -50,6 +50,7 @@ class FusedServer:
         with self._explain_errors("does not fit the trainer"):
             info = client.get_server_info()
             self.pair = pair_of(info, tokenizer)
+            self.max_logprobs = info["model_config"]["max_logprobs"]
             self.dtype: torch.dtype = getattr(torch, str(info["model_config"]["dtype"]).removeprefix("torch."))
             _check_teacher(self.pair.teacher, info["additional_config"]["optimal_sampling"]["teacher_digest"], teacher)
         self.pushed: list[dict[str, Any]] | None = None
@@ -58,11 +59,14 @@ class FusedServer:
         """Refuse a server whose models read one prompt.
 
         Raises:
-            RuntimeError: where it runs on a CPU.
+            RuntimeError: where it runs on a CPU, or a model has sliding windows.
         """
         with self._explain_errors("does not fit the trainer"):
             if not self.pair.two_prompts:
-                raise ValueError("teacher and student are to read different prompts, which takes a server on a GPU.")
+                raise ValueError(
+                    "teacher and student are to read different prompts, which takes a server on a GPU and models "
+                    "without sliding windows."
+                )
 
     def check_ending(self, stop: Sequence[int]) -> None:
         """Refuse a server that ends completions at other tokens than the trainer.
@@ -121,7 +125,7 @@ class FusedServer:
             RuntimeError: where the server is gone, or the weights are not those that were pushed last.
         """
         for index, request in enumerate(requests):
-            check_request(request, self.pair, index)
+            check_request(request, self.pair, index, self.max_logprobs)
             if len(request.sampling.stop) > MOST_STOPS:
                 raise ValueError(
                     f"Request {index} has {len(request.sampling.stop)} stop texts; wanted at most {MOST_STOPS}, as "

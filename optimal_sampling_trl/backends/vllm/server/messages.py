@@ -8,13 +8,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from .... import __version__
 from ....pairing import Ending, Pair, checkpoint_digest, token_digest
 from ....rollouts.request import Request
 from ....rollouts.rollout import Rollout
-from ..wire import RECORD_COLUMNS, extra_arguments, same_arguments, stop_arguments, to_columns
+from ..wire import (
+    RECORD_COLUMNS,
+    columns_of,
+    extra_arguments,
+    read_arrays,
+    same_arguments,
+    stop_arguments,
+    to_columns,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,7 +95,7 @@ def to_arguments(request: Request, ending: Ending, n: int, seed: int) -> dict[st
     return {
         "prompts": [list(request.prompt_ids)],
         "n": n,
-        "logprobs": RECORD_COLUMNS,
+        "logprobs": columns_of(request.dense),
         **same_arguments(request),
         "generation_kwargs": further,
     }
@@ -100,13 +108,43 @@ def to_rollouts(choices: Sequence[dict[str, Any]], request: Request, pair: Pair)
 
 def _to_rollout(choice: dict[str, Any], request: Request, pair: Pair) -> Rollout:
     ids: list[int] = choice["token_ids"]
-    rows = np.empty((len(ids), 1 + RECORD_COLUMNS), dtype=np.float32)
-    if ids:
-        rows[:, 0] = choice["logprobs"]["token_logprobs"]
-        rows[:, 1:] = _columns(choice["logprobs"]["top_logprobs"], pair)
-    rows[rows <= LEAST] = -np.inf
+    tokens = choice["logprobs"]["top_logprobs"] if ids else []
+    if request.dense is None:
+        rows = np.empty((len(ids), 1 + RECORD_COLUMNS), dtype=np.float32)
+        if ids:
+            rows[:, 0] = choice["logprobs"]["token_logprobs"]
+            rows[:, 1:] = _columns(tokens, pair)
+        records, dense = to_columns(_restored(rows)), None
+    else:
+        names, rows = _all_columns(tokens, 1 + columns_of(request.dense))
+        records, dense = read_arrays(names, _restored(rows), ids, request.dense, pair.engine_vocabulary)
     text = request.sampling.cut(str(pair.tokenizer.decode(ids, skip_special_tokens=True)))
-    return Rollout.from_request(request, ids, to_columns(rows), text, str(choice["finish_reason"]))
+    return Rollout.from_request(request, ids, records, text, str(choice["finish_reason"]), dense)
+
+
+def _restored(rows: Float[np.ndarray, "T C"]) -> Float[np.ndarray, "T C"]:
+    """The numbers with -inf where the server wrote `LEAST`."""
+    return np.where(rows <= LEAST, np.float32(-np.inf), rows)
+
+
+def _all_columns(
+    tokens: Sequence[dict[str, float]], columns: int
+) -> tuple[Int[np.ndarray, "T C"], Float[np.ndarray, "T C"]]:
+    """The ids and the numbers of all columns, from a dictionary for each token, in their order.
+
+    Raises:
+        RuntimeError: where a token has another number of columns.
+    """
+    wrong = next((token for token in tokens if len(token) != columns), None)
+    if wrong is not None:
+        raise RuntimeError(
+            f"The server returned {len(wrong)} log-probabilities of a token; wanted {columns}, of which dense records "
+            "are: another column is in the way of the records."
+        )
+    names = [[int(name.removeprefix("token_id:")) for name in token] for token in tokens]
+    numbers = [list(token.values()) for token in tokens]
+    shape = (len(tokens), columns)
+    return np.array(names, dtype=np.int64).reshape(shape), np.array(numbers, dtype=np.float32).reshape(shape)
 
 
 def _columns(tokens: Sequence[dict[str, float]], pair: Pair) -> Float[np.ndarray, "T 3"]:

@@ -20,6 +20,7 @@ from ..launch import engine_settings, platform_settings
 from ..limits import check_arguments, check_pair, check_platform
 from ..plugin import TRANSFER, require
 from ..requests import check_params
+from ..rows import keep_rows
 from ..versions import serve_flags
 from ..wire import wants_record
 from .messages import describe
@@ -89,6 +90,7 @@ async def serve(args: argparse.Namespace) -> None:
             answer_for_replicas(engine)
             await engine.collective_rpc("install_mixture_sampler")
             refuse_early(engine)
+            keep_rows(engine)
             stopped = await build_and_serve(engine, address, sock, args)
         await stopped
     finally:

@@ -63,7 +63,7 @@ class IncomingWeights:
 
     def _on_disk(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         names = self.model.theta_names
-        for name, weight in weights:
+        for name, weight in self.model.of_text("theta", weights):
             if name == self._embedding_name and not weight.is_meta:
                 self._embedding = fingerprint(weight)
             yield from [(name, weight)] if names is None else names.on_disk([(name, weight)], self.model.theta_shapes)

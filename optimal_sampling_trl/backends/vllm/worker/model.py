@@ -30,14 +30,18 @@ from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_config
 from vllm.v1.attention.backend import subclass_attention_backend
 
-from ....pairing import Ending
+from ....pairing import Ending, is_wrapper, language_model
 from ....pairing.names import names_of
+from ....pairing.wrappers import text_name
+from ..hooks import own_architectures
 from .destinations import Destinations
 
 ONE_STREAM = "OPTIMAL_SAMPLING_ONE_STREAM"
 """The variable that keeps both models on one stream of the GPU, to measure what the second one brings."""
 THETA = "theta."
 """Prefix of the names of the student's weights while the engine loads both models from disk."""
+
+ROLES = ("teacher", "theta")
 
 COMPUTED = ".rotary_emb.inv_freq"
 """Suffix of buffers that vLLM computes instead of loading."""
@@ -62,17 +66,20 @@ class OptimalSamplingForCausalLM(nn.Module):
         cache_config = _copy_cache_config(vllm_config)
         with set_model_tag("teacher"):
             # Without a prefix: a quantised checkpoint names the layers that it leaves out by their own names.
-            self.teacher = _build(vllm_config, _own_architectures(vllm_config.model_config), "")
+            self.teacher = _build(*as_text(vllm_config, own_architectures(vllm_config.model_config)), "")
         theta = _theta_model_config(vllm_config.model_config, settings["theta"])
+        use_own_window(cache_config, theta)
         self.theta_config = replace(vllm_config, model_config=theta, quant_config=None, cache_config=cache_config)
+        self.wraps = {role: is_wrapper(each.hf_config) for role, each in zip(ROLES, (vllm_config.model_config, theta))}
         with set_model_tag("theta"):
-            self.theta = _build(self.theta_config, theta.architectures, "theta")
+            self.theta_config, architectures = as_text(self.theta_config, theta.architectures)
+            self.theta = _build(self.theta_config, architectures, "theta")
         _bind_attention(self.theta, self.theta_config)
         self.secondary_weights = [DefaultModelLoader.Source(settings["theta"], revision=None, prefix=THETA)]
         self.teacher_size = vllm_config.model_config.get_hidden_size()
         self.theta_size = theta.get_hidden_size()
         self.dtype: Any = vllm_config.model_config.dtype
-        self.theta_names = names_of(theta.hf_config, theta.trust_remote_code)
+        self.theta_names = names_of(self.theta_config.model_config.hf_config, theta.trust_remote_code)
         # Of the student's files: all shapes, the parameters among them, and the values of the buffers.
         self.theta_shapes: dict[str, torch.Size] = {}
         self.theta_required: set[str] = set()
@@ -163,6 +170,7 @@ class OptimalSamplingForCausalLM(nn.Module):
         the names of its own checkpoint, so that vLLM's and TRL's ways of pushing weights reach it."""
         names = self.theta_names
         if self.is_loaded:
+            weights = self.of_text("theta", weights)
             on_disk = weights if names is None else names.on_disk(weights, self.theta_shapes)
             return {THETA + name for name in self.theta.load_weights(on_disk)}
         loaded: set[str] = set()
@@ -170,7 +178,7 @@ class OptimalSamplingForCausalLM(nn.Module):
             if is_theta:
                 loaded |= {THETA + name for name in self.theta.load_weights(self._strip(group))}
             else:
-                loaded |= {"teacher." + name for name in self.teacher.load_weights(group)}
+                loaded |= {"teacher." + name for name in self.teacher.load_weights(self.of_text("teacher", group))}
         if not self.theta_shapes:
             raise ValueError(
                 "vLLM's loader brought no weights of the student; wanted a `load_format` that reads files."
@@ -180,12 +188,18 @@ class OptimalSamplingForCausalLM(nn.Module):
         return loaded
 
     def _strip(self, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
-        for name, weight in ((name.removeprefix(THETA), weight) for name, weight in weights):
+        for name, weight in self.of_text("theta", ((name.removeprefix(THETA), weight) for name, weight in weights)):
             if not name.endswith(COMPUTED):  # old checkpoints hold it, and no parameter has its name
                 self.theta_shapes[name] = weight.shape
                 if self.theta_names is not None and self.theta_names.is_buffer(name):
                     self.theta_buffers[name] = weight.clone()
             yield name, weight
+
+    def of_text(self, role: str, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+        """A model's weights under the names of its language model, without the towers of a multimodal wrapper."""
+        if not self.wraps[role]:
+            return weights
+        return ((inside, weight) for name, weight in weights if (inside := text_name(name)) is not None)
 
     @staticmethod
     def get_model_state_cls() -> type:
@@ -195,10 +209,13 @@ class OptimalSamplingForCausalLM(nn.Module):
         return OptimalSamplingModelState
 
 
-def _own_architectures(config: ModelConfig) -> list[str]:
-    """The architectures in the teacher's checkpoint: the engine's configuration names the fused model instead."""
-    on_disk = get_config(config.model, config.trust_remote_code, revision=config.revision, token=config.hf_token)
-    return list(on_disk.architectures or [])
+def as_text(config: VllmConfig, architectures: list[str]) -> tuple[VllmConfig, list[str]]:
+    """The configuration and architectures of the language model inside of a multimodal wrapper; others as they are."""
+    whole = config.model_config.hf_config
+    if not is_wrapper(whole):
+        return config, architectures
+    text = language_model(whole)
+    return config.with_hf_config(text, text.architectures), list(text.architectures or [])
 
 
 def _build(config: VllmConfig, architectures: list[str], prefix: str) -> nn.Module:
@@ -244,8 +261,24 @@ def _copy_cache_config(vllm_config: VllmConfig) -> Any:
     return copy.copy(vllm_config.cache_config)
 
 
+def use_own_window(cache_config: Any, theta: ModelConfig) -> None:
+    """Give the student's layers the student's window.
+
+    Symptom: a student without windows reads as its teacher does, within a window, or the other way round.
+    Cause: where all layers of the engine's model have a window, vLLM writes it into the settings of every layer.
+    Safe: the student's copy of the settings holds its own window, by vLLM's own rule.
+    Upstream: none; vLLM knows of one model in an engine.
+    Delete when: test_records passes for the pair "mistral-window-and-none" without this function.
+    """
+    kinds = set(getattr(theta.hf_text_config, "layer_types", None) or ())
+    cache_config.sliding_window = theta.get_sliding_window() if kinds <= {"sliding_attention"} else None
+
+
 def _theta_model_config(teacher: ModelConfig, theta: str) -> ModelConfig:
     overrides: Any = teacher.hf_overrides  # a dict, as limits.py has it; `architectures` is the fused model's
+    further = {name: value for name, value in overrides.items() if name != "architectures"}
+    if is_wrapper(whole := get_config(theta, teacher.trust_remote_code, token=teacher.hf_token)):
+        further["architectures"] = language_model(whole).architectures  # no multimodal model to vLLM
     return ModelConfig(
         model=theta,
         tokenizer=teacher.tokenizer,
@@ -255,7 +288,7 @@ def _theta_model_config(teacher: ModelConfig, theta: str) -> ModelConfig:
         dtype=teacher.dtype,
         seed=teacher.seed,
         hf_token=teacher.hf_token,
-        hf_overrides={name: value for name, value in overrides.items() if name != "architectures"},
+        hf_overrides=further,
         max_model_len=teacher.max_model_len,
         enforce_eager=teacher.enforce_eager,
     )

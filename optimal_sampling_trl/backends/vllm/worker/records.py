@@ -38,6 +38,8 @@ class Mixed(NamedTuple):
             ends = torch.stack([self.teacher[:, id] for id in (self.ending.stop[0], *self.ending.folded)], 1)
             ends = ends.float().logsumexp(-1)
             teacher = torch.where(index[:, 0] == self.ending.stop[0], ends, teacher)
+            for id in self.ending.folded:  # the student alone may draw one; its mass went to the end above
+                teacher = teacher.masked_fill(index[:, 0] == id, -torch.inf)
         if self.temperature is not None:
             theta, teacher = theta / self.temperature, teacher / self.temperature
         record = {

@@ -15,7 +15,9 @@ from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 
 from ....mixture import FIELDS, FORMS, Mixture, MixtureRows
 from ....mixture.kernels.launch import mix_logits
-from ..wire import RECORD, mixture_of
+from ....rollouts.dense import Dense
+from ..wire import RECORD, dense_of, mixture_of
+from .dense import group_wishes, measure_wishes, with_dense
 from .records import Mixed, with_records
 
 SLOT_COLUMNS = (*FIELDS, "temperature")
@@ -39,6 +41,7 @@ class SlotSampler:
         self.table = torch.empty(slots, len(SLOT_COLUMNS), device=device)
         self.has_changed = True
         self.wanted_np, self.masked_np, self.arithmetic_np = (np.zeros(slots, dtype=bool) for _ in range(3))
+        self.dense: list[Dense | None] = [None] * slots
         self.wanted = UvaBackedTensor(slots, dtype=torch.bool)
         self.copy_table()
 
@@ -54,6 +57,7 @@ class SlotSampler:
         self.wanted.np[slot] = self.wanted_np[slot] = bool((params.extra_args or {}).get(RECORD))
         self.masked_np[slot] = params.structured_outputs is not None
         self.arithmetic_np[slot] = mixture.form == "arithmetic"
+        self.dense[slot] = dense_of(params.extra_args) if self.wanted_np[slot] else None
         if self.wanted_np[slot]:  # a record's columns need none of the likeliest tokens
             self.base.sampling_states.num_logprobs[slot] = 0
         self.has_changed = True
@@ -80,11 +84,14 @@ class SlotSampler:
         theta, ending = self.model.theta_logits, self.model.ending
         mixed = mix_logits(theta, logits, rows, temperature, masked, ending.stop, ending.folded)
         step = Mixed(mixed.logits, mixed.alpha, theta, logits, mixed.theta_sum, mixed.teacher_sum, temperature, ending)
+        measured = measure_wishes(step, group_wishes([self.dense[slot] for slot in slots_np], slots.device))
         output = self.base(step.logits, batch)
         wanted = self.wanted_np[slots_np]
         if wanted.any():
             some = None if wanted.all() else self.wanted.gpu[slots][:, None]
             output.logprobs_tensors = with_records(output.logprobs_tensors, output.sampled_token_ids[:, 0], step, some)
+        if measured:
+            output.logprobs_tensors = with_dense(output.logprobs_tensors, measured)
         return output
 
     def _masked(self, slots_np: np.ndarray, device: torch.device) -> Tensor | None:

@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 
 from helpers.engines import TEXTS, TOLERANCE, Oracle, request
 from helpers.models import EOS, make_model, make_tokenizer
+from helpers.oracle import WISHES, with_wishes
 from helpers.training import TEXTS as PROMPTS
 from helpers.training import Watch, load, make_trainer, make_untrained_pair, train_and_check
 
@@ -46,7 +47,11 @@ from optimal_sampling_trl.backends.vllm.server import serve
 from optimal_sampling_trl.backends.vllm.server.client import FusedServer, complete, refuse_silence
 from optimal_sampling_trl.backends.vllm.server.messages import pair_of, to_arguments, to_rollouts
 from optimal_sampling_trl.backends.vllm.wire import THETA_PROMPT
+from optimal_sampling_trl.rollouts.dense import Dense
 from processes.serve_from_files import FileClient
+
+COLUMNS = ("--max-logprobs", "64")
+RECORDED = {"optimal_sampling_record": 1}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +64,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def server(models: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    running = Server(*models, tmp_path_factory.mktemp("log") / "server.log", "--max-model-len", "256")
+    running = Server(*models, tmp_path_factory.mktemp("log") / "server.log", "--max-model-len", "256", *COLUMNS)
     try:
         yield running
     finally:
@@ -102,10 +107,11 @@ def test_records_through_trls_own_client(server: Server, oracle: Oracle) -> None
     assert (pair.vocabulary, pair.engine_vocabulary, pair.context) == (272, 288, 256)
     asked, rollouts = [], []
     for seed, settings in enumerate(MIXED):
-        one = request(TEXTS[seed % len(TEXTS)], **settings)
+        one = replace(request(TEXTS[seed % len(TEXTS)], **settings), dense=WISHES[seed % len(WISHES)])
         rollouts += to_rollouts(complete(client, to_arguments(one, pair.ending, 3, seed)), one, pair)
         asked += [one] * 3
     oracle.check(rollouts, asked)
+    assert {rollout.dense is None for rollout in rollouts} == {True, False}
     assert len({tuple(rollout.completion_ids) for rollout in rollouts[:3]}) == 3, "n completions are n samples"
     again = complete(client, to_arguments(asked[0], pair.ending, 3, 0))
     completions = [rollout.completion_ids for rollout in rollouts[:3]]
@@ -117,7 +123,7 @@ def test_200_requests_at_once_with_strangers_among_them(
 ) -> None:
     served = connect(server, models, tmp_path)
     push(served, oracle.models["theta"])
-    asked = [request(TEXTS[i % len(TEXTS)] + str(i), **MIXED[i % len(MIXED)]) for i in range(200)]
+    asked = with_wishes([request(TEXTS[i % len(TEXTS)] + str(i), **MIXED[i % len(MIXED)]) for i in range(200)])
     with ThreadPoolExecutor(8) as pool:
         strangers = [
             pool.submit(post, server, prompt=f"stranger {i}", **extra)
@@ -126,7 +132,10 @@ def test_200_requests_at_once_with_strangers_among_them(
         ]
         rollouts = served.sample(asked)
         assert {stranger.result().status_code for stranger in strangers} == {200, 400}
-    oracle.check(rollouts[::10], asked[::10])
+    oracle.check(rollouts[::9], asked[::9])
+    many = replace(asked[0], dense=Dense(top_k=16))
+    with pytest.raises(ValueError, match=r"takes 67 columns of each token.*`max_logprobs` is 64.*--max-logprobs"):
+        served.sample([many])
 
 
 @pytest.mark.parametrize(
@@ -140,9 +149,16 @@ def test_200_requests_at_once_with_strangers_among_them(
         ({"vllm_xargs": {"alpha_mx": 0.5}}, "Did you mean 'alpha_max'?"),
         ({"vllm_xargs": {"optimal_sampling_record": 1}}, "`logprobs` is None in a request for records; wanted 3"),
         ({"vllm_xargs": {"optimal_sampling_record": 7}}, "wanted 0 or 1"),
+        ({"vllm_xargs": RECORDED | {"dense_top_k": -1}}, "`top_k` is -1; wanted a whole number of at least 0"),
+        ({"vllm_xargs": RECORDED | {"dense_top_k": 0}}, "which asks for nothing"),
+        ({"vllm_xargs": RECORDED | {"dense_top_k": 273}}, "`top_k` is 273; wanted a whole number from 0 to 272"),
+        ({"vllm_xargs": RECORDED | {"dense_scalars": ["overlaps"]}}, "Unknown dense scalar 'overlaps'"),
+        ({"vllm_xargs": RECORDED | {"dense_scalars": "overlap"}}, "wanted a tuple of names"),
+        ({"vllm_xargs": RECORDED | {"dense_top_k": 2}, "logprobs": 3}, "`logprobs` is 3 in a request for records"),
+        ({"vllm_xargs": {"dense_top_k": 2}, "logprobs": 11}, "and no records; wanted the extra argument"),
         (
             {"vllm_xargs": {"optimal_sampling_theta_prompt": [1]}},
-            "this server runs on a CPU, where both models read one",
+            "both models of this server read one stream of tokens",
         ),
         ({"prompt_logprobs": 1}, "`prompt_logprobs` (or `echo`) is 1, and vLLM computes it of the teacher alone"),
         (
@@ -186,7 +202,7 @@ FIELDS = (
     "vllm_xargs",
 )
 XARGS = ("method", "form", "alpha_min", "alpha_max", "fixed_alpha", "epsilon", "optimal_sampling_record", "alpha")
-XARGS += ("teacher", "entropy_scale")
+XARGS += ("teacher", "entropy_scale", "dense_scalars", "dense_top_k")
 
 
 @examples(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])

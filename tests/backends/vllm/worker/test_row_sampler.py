@@ -27,12 +27,14 @@ INSIDE = [
 ENDS = [Mixture.theta_only(), Mixture.teacher_only(), Mixture("fixed", fixed_alpha=0.0)]
 
 
-def step(theta: Tensor, teacher: Tensor, mixtures: list[Mixture], masked: bool = False) -> Any:
+def step(
+    theta: Tensor, teacher: Tensor, mixtures: list[Mixture], masked: bool = False, ending: Ending = ENDING
+) -> Any:
     """One step with a row for each mixture."""
     sampler = pytest.importorskip("optimal_sampling_trl.backends.vllm.worker.row_sampler", reason="vLLM")
     N = len(mixtures)
     batch = sampler.BatchMixtures.of(mixtures, [1.0] * N, [masked] * N, torch.device("cpu"))
-    return sampler.mix_step(theta.expand(N, -1), teacher.expand(N, -1), batch, ENDING)
+    return sampler.mix_step(theta.expand(N, -1), teacher.expand(N, -1), batch, ending)
 
 
 @pytest.mark.parametrize("mixtures", [[mixture] for mixture in INSIDE] + [INSIDE, [*INSIDE, *ENDS]], ids=len)
@@ -58,3 +60,13 @@ def test_one_common_token_is_enough() -> None:
     mixed = step(theta, teacher, INSIDE)
     assert not bool(mixed.alpha.isnan().any())
     assert mixed.logits.argmax(-1).tolist() == [1] * len(INSIDE)
+
+
+def test_a_folded_end_that_the_student_draws() -> None:
+    """The teacher's mass on it counts for the student's end, and not for itself too."""
+    logits, ending = torch.tensor([[1.0, 0.5, 0.2, 0.0]]), Ending((3,), (2,))
+    mixed = step(logits, logits, [Mixture.theta_only()], ending=ending)
+    folded = ending.fold(logits).log_softmax(-1)[0]
+    got = torch.stack([mixed.record(torch.tensor([token]))[0, 2] for token in range(4)])
+    assert got[2] == -torch.inf
+    assert torch.allclose(got, folded)

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.engines import Oracle, request, start
+from helpers.engines import Oracle, counter, request, start
 from helpers.models import PAD, make_model
+from helpers.oracle import with_wishes
 from optimal_sampling_trl.mixture import Mixture
 from optimal_sampling_trl.rollouts.request import Request
 from optimal_sampling_trl.rollouts.rollout import RECORDS, Rollout
@@ -45,7 +46,7 @@ def requests() -> list[Request]:
     letters, mixtures = random.Random(0), (Mixture(), Mixture.theta_only(), Mixture("trust_region"))
     start = "".join(letters.choice("abcdefgh ") for _ in range(70))
     texts = [start + "".join(letters.choice("abcdefgh ") for _ in range(letters.randint(0, 60))) for _ in range(8)]
-    return [request(texts[i // 2], mixtures[i % 3], seed=i, max_tokens=40) for i in range(16)]
+    return with_wishes([request(texts[i // 2], mixtures[i % 3], seed=i, max_tokens=40) for i in range(16)])
 
 
 SEEN: dict[str, list[Rollout]] = {}
@@ -56,10 +57,6 @@ def scheduled(request: pytest.FixtureRequest, pair: tuple[str, str]) -> Iterator
     backend = start(*pair, disable_log_stats=False, **SCHEDULES[request.param])
     yield request.param, backend
     backend.close()
-
-
-def counter(backend: Any, name: str) -> int:
-    return sum(getattr(metric, "value", 0) for metric in backend.llm.get_metrics() if metric.name == f"vllm:{name}")
 
 
 def test_records(scheduled: tuple[str, Any], oracle: Oracle) -> None:
@@ -96,6 +93,7 @@ def test_folded_ends(scheduled: tuple[str, Any], oracle: Oracle) -> None:
     assert backend.pair.ending.stop[0] == 256
     assert backend.pair.ending.folded == (PAD,)
     asked = [request("end", Mixture.teacher_only(), seed=i, temperature=2.0, max_tokens=4) for i in range(200)]
+    asked = with_wishes(asked)
     rollouts = backend.generate(asked)
     assert all(PAD not in rollout.completion_ids for rollout in rollouts)
     oracle.check(rollouts[:20], asked[:20])

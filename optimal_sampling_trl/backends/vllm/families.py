@@ -1,0 +1,123 @@
+"""The families of models that the fused engine takes, and what keeps it from the others: by configurations alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from transformers import PreTrainedConfig
+
+from ...pairing import attention_window, is_wrapper, rope_kinds
+
+WINDOWED = ("gemma2", "gemma3_text", "gpt_oss", "mistral", "phi3")
+"""Model types whose windows were held against the oracle: vLLM reads windows in each family's code by other rules."""
+ATTENTION = {"full_attention", "attention", "sliding_attention"}
+STATES = {"linear_attention", "mamba", "mamba2", "conv", "recurrent", "hybrid"}
+"""Kinds of layers, as `layer_types` calls them."""
+RECURRENT = {
+    "bamba",
+    "falcon_h1",
+    "falcon_mamba",
+    "jamba",
+    "kimi_linear",
+    "lfm2",
+    "mamba",
+    "mamba2",
+    "minimax",
+    "nemotron_h",
+    "plamo2",
+    "qwen3_5",
+    "qwen3_next",
+    "recurrent_gemma",
+    "rwkv",
+    "zamba",
+    "zamba2",
+}
+"""Model types with recurrent layers that do not name them in `layer_types`."""
+EXPERTS = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts", "block_configs")
+"""Fields of a configuration by which vLLM knows a mixture of experts."""
+OTHER_BACKEND = "Sample with backend='transformers' instead."
+
+
+def check_family(config: PreTrainedConfig, role: str, context: int) -> None:
+    """Refuse a model that the fused engine cannot hold beside another one, or was never seen to hold exactly.
+
+    Args:
+        config: the model's.
+        role: what the error calls it.
+        context: most tokens that the engine reads.
+
+    Raises:
+        ValueError: naming the model, the reason and the way out.
+    """
+    for reason in _reasons(config, role, context):
+        name = f"{config.name_or_path!r} ({', '.join(config.architectures or [config.model_type])})"
+        raise ValueError(
+            f"The {role} {name} {reason}. Wanted a dense or MoE decoder of a family in docs/models.md. {OTHER_BACKEND}"
+        )
+
+
+def check_wrapper(config: PreTrainedConfig, role: str) -> None:
+    """Refuse a quantised multimodal wrapper, whose list of layers left out has the wrapper's names.
+
+    Raises:
+        ValueError: naming the model.
+    """
+    if is_wrapper(config) and getattr(config, "quantization_config", None):
+        raise ValueError(
+            f"The {role} {config.name_or_path!r} is a quantised multimodal model, whose layers that stay as they are "
+            f"go by the wrapper's names. Wanted one that is not quantised. {OTHER_BACKEND}"
+        )
+
+
+def _reasons(config: PreTrainedConfig, role: str, context: int) -> Iterator[str]:
+    kinds, window = set(getattr(config, "layer_types", None) or ()), attention_window(config)
+    if config.get_text_config() is not config:
+        yield "is a multimodal wrapper round a language model"
+    if config.model_type in RECURRENT or kinds & STATES:
+        yield "has recurrent or linear layers (a Mamba or linear hybrid), whose states the engine cannot hold twice"
+    if kinds - ATTENTION:
+        yield f"has layers of the kind {', '.join(sorted(kinds - ATTENTION))}, which were never checked beside others"
+    if getattr(config, "kv_lora_rank", None):
+        yield "has latent attention (MLA), whose cache has blocks of another kind than the other model's"
+    if window and window < context and config.model_type not in WINDOWED:
+        yield (
+            f"has sliding-window attention (window {window}), which was checked for {', '.join(WINDOWED)} alone; with "
+            f"`max_model_len` at most {window} the window is none"
+        )
+    if "dynamic" in rope_kinds(config):
+        yield "has dynamic RoPE, whose angles vLLM computes otherwise than transformers, which trains"
+    if role == "student" and config.model_type == "gpt_oss":
+        yield "is a gpt-oss, of which vLLM's reload keeps the old experts; it may be the teacher"
+    if not has_a_class(config):
+        yield "has no class of vLLM's own and would run on vLLM's Transformers backend, which cannot hold two models"
+
+
+def has_a_class(config: PreTrainedConfig) -> bool:
+    """Tell whether this vLLM has code for a model. On its Transformers backend the layers of two models have one name
+    up to 0.31, and the second one's code is not compiled."""
+    from vllm import ModelRegistry
+
+    found = [ModelRegistry.models.get(name) for name in config.architectures or ()]
+    rooms = [getattr(entry, "module_name", "") for entry in found if entry is not None]
+    return bool(rooms) and not any(".transformers" in room for room in rooms)
+
+
+def check_windows(configs: dict[str, PreTrainedConfig], can_differ: bool) -> None:
+    """Refuse two windows of different lengths on a runner that has one table of blocks for both models.
+
+    Raises:
+        ValueError: naming both.
+    """
+    windows = {role: attention_window(config) for role, config in configs.items()}
+    if can_differ or len({window for window in windows.values() if window}) < 2:
+        return
+    words = " and ".join(f"the {role}'s is {window}" for role, window in windows.items())
+    raise ValueError(
+        f"Teacher and student have sliding windows of different lengths: {words}. Wanted the same on a GPU, where the "
+        f"engine has one table of cached blocks for both. {OTHER_BACKEND}"
+    )
+
+
+def has_experts(config: PreTrainedConfig) -> bool:
+    """True for a mixture of experts, as vLLM tells one by its configuration."""
+    return any(getattr(config, name, None) for name in EXPERTS)

@@ -1,0 +1,81 @@
+"""Dense records in the worker: measured before vLLM's sampler changes the logits, written behind the records."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from vllm.v1.outputs import LogprobsTensors
+
+from ....mixture.dense import AT_ONCE, measure
+from ....rollouts.dense import Dense
+from ..wire import NO_NUMBER, RECORD_COLUMNS, dense_ids
+from .records import Mixed
+
+
+class Wish(NamedTuple):
+    """Hold the rows of a batch that ask for the same dense records, as a tensor on the device."""
+
+    dense: Dense
+    rows: Int[Tensor, " R"]
+
+
+class Columns(NamedTuple):
+    """Hold the columns of a wish: C for each of its R rows."""
+
+    rows: Int[Tensor, " R"]
+    ids: Int[Tensor, "R C"]
+    values: Float[Tensor, "R C"]
+
+
+def group_wishes(wishes: Sequence[Dense | None], device: torch.device) -> list[Wish]:
+    """Group the rows of a batch by what they ask for. Does not wait for a GPU."""
+    groups: dict[Dense, list[int]] = {}
+    for row, dense in enumerate(wishes):
+        if dense is not None:
+            groups.setdefault(dense, []).append(row)
+    return [Wish(dense, _to_device(torch.tensor(rows), device)) for dense, rows in groups.items()]
+
+
+def _to_device(rows: Tensor, device: torch.device) -> Tensor:
+    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)
+
+
+def measure_wishes(mixed: Mixed, wishes: Sequence[Wish]) -> list[Columns]:
+    """Measure the rows of a step that ask for it; before vLLM's sampler, which may write into the mixed logits."""
+    V = min(mixed.theta.shape[1], mixed.teacher.shape[1])
+    columns = []
+    for dense, rows in wishes:
+        parts = [_measure_rows(mixed, dense, part, V) for part in rows.split(max(1, AT_ONCE // V))]
+        columns.append(Columns(rows, *(torch.cat(column) for column in zip(*parts))))
+    return columns
+
+
+def _measure_rows(
+    mixed: Mixed, dense: Dense, rows: Int[Tensor, " R"], V: int
+) -> tuple[Int[Tensor, "R C"], Float[Tensor, "R C"]]:
+    """The ids and the numbers of some rows: the rows of logits are copied, so that few are taken at a time."""
+    theta, teacher, q = (one[rows, :V] for one in (mixed.theta, mixed.teacher, mixed.logits))
+    temperature = 1.0 if mixed.temperature is None else mixed.temperature[rows]
+    teacher = mixed.ending.fold(teacher.float())
+    scalars, ids, *log_probabilities = measure(theta, teacher, q, temperature, dense.scalars, dense.top_k)
+    values = torch.cat([-scalars, *log_probabilities], 1)
+    values = values.nan_to_num(nan=NO_NUMBER, posinf=torch.inf, neginf=-torch.inf)
+    return dense_ids(ids, scalars.shape[1], mixed.logits.shape[1]), values
+
+
+def with_dense(columns: LogprobsTensors, measured: Sequence[Columns]) -> LogprobsTensors:
+    """The log-probabilities of a step with dense records behind the records that `with_records` wrote."""
+    first = 1 + RECORD_COLUMNS
+    width = max(columns.logprobs.shape[1], *(first + one.ids.shape[1] for one in measured))
+    missing = (0, width - columns.logprobs.shape[1])
+    ids = nn.functional.pad(columns.logprob_token_ids.long(), missing)
+    values = nn.functional.pad(columns.logprobs, missing)
+    for one in measured:
+        part = slice(first, first + one.ids.shape[1])
+        ids[:, part].index_copy_(0, one.rows, one.ids)
+        values[:, part].index_copy_(0, one.rows, one.values)
+    return columns._replace(logprob_token_ids=ids, logprobs=values)

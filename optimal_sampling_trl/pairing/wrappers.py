@@ -1,0 +1,42 @@
+"""Multimodal models that are used for text: the language model inside of a wrapper, its settings and its weights."""
+
+from __future__ import annotations
+
+import copy
+
+from transformers import PreTrainedConfig
+
+WRAPPERS = {"gemma3": "Gemma3ForCausalLM", "qwen3_vl": "Qwen3ForCausalLM"}
+"""Model types of the wrappers that were checked, and the architecture of the language model inside of each."""
+INSIDE = ("model.language_model.", "language_model.model.")
+"""Prefixes of the language model's weights: in memory and in new files, and in old files."""
+HEADS = ("lm_head.", "language_model.lm_head.")
+OWN = ("model.layers.", "model.embed_tokens.", "model.norm.")
+"""Beginnings of the names that the language model's weights have without a wrapper."""
+
+
+def is_wrapper(config: PreTrainedConfig) -> bool:
+    """Returns True for a model with towers for other inputs, whose language model is used alone."""
+    return config.model_type in WRAPPERS
+
+
+def language_model(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The settings of the language model inside of a wrapper, a copy with the wrapper's name; others as they are."""
+    if not is_wrapper(config):
+        return config
+    text = copy.copy(config.get_text_config())
+    text.name_or_path = config.name_or_path
+    text.architectures = [WRAPPERS[config.model_type]]
+    text.tie_word_embeddings = config.tie_word_embeddings
+    return text
+
+
+def text_name(name: str) -> str | None:
+    """The name of a wrapper's weight in the language model alone; None for a tower's."""
+    for prefix in INSIDE:
+        if name.startswith(prefix):
+            return "model." + name.removeprefix(prefix)
+    for prefix in HEADS:
+        if name.startswith(prefix):
+            return "lm_head." + name.removeprefix(prefix)
+    return name if name.startswith(OWN) else None

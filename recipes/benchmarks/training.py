@@ -1,0 +1,268 @@
+# /// script
+# dependencies = ["optimal-sampling-trl[vllm]"]
+# ///
+"""Measure a training step beside TRL's: seconds of its parts and memory, with the same models, prompts and tokens.
+
+    python recipes/benchmarks/training.py --shapes 3b 0.5b --completions 64 --tokens 256     # on a GPU with 80 GB
+    python recipes/benchmarks/training.py --completions 8 --tokens 8 --steps 2               # on a CPU, small models
+
+Each arm is a process of its own, one after the other: TRL's trainers with vLLM in the same process (GRPO from the
+student's rollouts; distillation with its teacher in the trainer), then this package's. TRL's need a GPU: vLLM on a CPU
+does not take new weights the way they send them. Weights are random, no
+completion ends early, and every other step counts from the second on.
+
+| column | what it says |
+|---|---|
+| `rollout` | s of a step in the engine |
+| `sync` | s in which the student's weights come into the engine |
+| `update` | s of forward and backward passes of the loss and of the optimizer |
+| `other` | s of all else before the loss: log-probabilities, rewards, texts, a teacher's forward pass |
+| `step` | s of the whole |
+| `GiB` | the most memory in use, without the engine's cache; on a CPU the process's, with it |
+| `÷ TRL` | `step` over that of TRL's trainer of the same kind, and `GiB` likewise |
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+import trl
+import vllm
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from optimal_sampling_trl import (
+    DistillationConfig,
+    DistillationTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    OptimalSamplingGenerator,
+    RAFTConfig,
+    RAFTTrainer,
+)
+from random_pair import LETTERS, describe, make_random_pair, parser, synchronize
+
+ON_GPU = torch.cuda.is_available()
+PARTS = ("rollout", "sync", "update", "other", "step")
+HEAD = ("arm", *PARTS, "GiB", "step ÷ TRL", "GiB ÷ TRL")
+
+
+class Arm(NamedTuple):
+    """A trainer and its settings; `share` is of the student's rollouts, None for TRL's own trainers."""
+
+    kind: str
+    trainer: Any
+    config: Any
+    share: float | None = None
+    settings: Mapping[str, Any] = MappingProxyType({})
+
+
+ARMS = {
+    "TRL, GRPO": Arm("reward", trl.GRPOTrainer, trl.GRPOConfig),
+    "GRPO, half mixture": Arm("reward", GRPOTrainer, GRPOConfig, 0.5),
+    "RAFT, mixture": Arm("reward", RAFTTrainer, RAFTConfig, 0.0),
+    "TRL, distillation": Arm("teacher", trl.DistillationTrainer, trl.DistillationConfig),
+    "divergence, own": Arm("teacher", DistillationTrainer, DistillationConfig, 1.0),
+    "divergence, mixture": Arm("teacher", DistillationTrainer, DistillationConfig, 0.0),
+    "sampled token, own": Arm("teacher", DistillationTrainer, DistillationConfig, 1.0, {"loss": "sampled_token"}),
+    "sampled token, mixture": Arm("teacher", DistillationTrainer, DistillationConfig, 0.0, {"loss": "sampled_token"}),
+}
+BASES = {"reward": "TRL, GRPO", "teacher": "TRL, distillation"}
+"""The arm of TRL's that those of a kind are compared with."""
+
+
+def main() -> None:
+    args = parse()
+    if args.arm:
+        print(json.dumps(measure(ARMS[args.arm], *args.pair, args)))
+        return
+    print(describe(args, f"vLLM {vllm.__version__}, TRL {trl.__version__}"))
+    print("| " + " | ".join(HEAD) + " |\n|---|" + "---:|" * (len(HEAD) - 1))
+    found: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory(prefix="training-") as home:
+        pair = make_random_pair(home, args)
+        for name in args.arms:
+            found[name] = run(name, pair)
+            base = next(
+                (found[one] for one in found if one.startswith("TRL") and ARMS[one].kind == ARMS[name].kind), {}
+            )
+            print(line(name, found[name], base), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps({"command": sys.argv, "arms": found}, indent=1))
+
+
+def parse() -> argparse.Namespace:
+    flags = parser(__doc__)
+    here = [name for name, arm in ARMS.items() if ON_GPU or arm.share is not None]
+    flags.add_argument("--arms", nargs="+", choices=ARMS, default=here, metavar="ARM", help=", ".join(ARMS))
+    flags.add_argument("--completions", type=int, default=64, help="of a step")
+    flags.add_argument("--micro-batch", type=int, default=8, help="completions of a forward pass")
+    flags.add_argument("--group", type=int, default=8, help="completions of a prompt in GRPO")
+    flags.add_argument("--steps", type=int, default=4, help="of which the first warms up")
+    flags.add_argument("--memory", type=float, default=0.3, help="the engine's share of the GPU's memory")
+    flags.add_argument("--json", type=Path, help="file for the numbers")
+    flags.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)  # of a process that measures one
+    flags.add_argument("--pair", nargs=2, help=argparse.SUPPRESS)
+    if ON_GPU:
+        flags.set_defaults(prompt=128, tokens=256, dtype="bfloat16")
+    return flags.parse_args()
+
+
+def run(name: str, pair: tuple[str, str]) -> dict[str, float]:
+    """Measure an arm in a process of its own.
+
+    Raises:
+        RuntimeError: with the end of what it said, where it failed.
+    """
+    command = [sys.executable, __file__, *sys.argv[1:], "--arm", name, "--pair", *pair]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode != 0:
+        raise RuntimeError(f"{name}: {process.stderr[-3000:]}")
+    return json.loads(process.stdout.strip().splitlines()[-1])
+
+
+def line(name: str, found: dict[str, float], base: dict[str, float]) -> str:
+    """The table's line of an arm."""
+    ratios = [f"{found[column] / base[column]:.2f}" if base else "" for column in ("step", "GiB")]
+    return "| " + " | ".join([name, *(f"{found[part]:.2f}" for part in PARTS), f"{found['GiB']:.1f}", *ratios]) + " |"
+
+
+def measure(arm: Arm, teacher: str, theta: str, args: argparse.Namespace) -> dict[str, float]:
+    """Train a few steps; the mean seconds of a step's parts, and memory."""
+    trainer = build(arm, teacher, theta, args)
+    watch = Watch(trainer)
+    trainer.add_callback(watch)
+    trainer.train()
+    found = watch.means() | {"GiB": memory(trainer)}
+    trainer.accelerator.end_training()
+    return found
+
+
+def build(arm: Arm, teacher: str, theta: str, args: argparse.Namespace) -> Any:
+    """The trainer of an arm."""
+    settings = {
+        "output_dir": tempfile.mkdtemp(prefix="training-"),
+        "per_device_train_batch_size": args.micro_batch,
+        "gradient_accumulation_steps": args.completions // args.micro_batch,
+        "max_steps": args.steps,
+        "max_completion_length": args.tokens,
+        "vllm_mode": "colocate",
+        "vllm_gpu_memory_utilization": args.memory,
+        "vllm_max_model_length": args.prompt + args.tokens + 1,
+        "generation_kwargs": {"ignore_eos": True},
+        "gradient_checkpointing": ON_GPU,
+        "bf16": ON_GPU,
+        "use_cpu": not ON_GPU,
+        "learning_rate": 1e-6,
+        "logging_steps": args.steps,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "model_init_kwargs": {"dtype": "float32"},
+    } | dict(arm.settings)
+    given: dict[str, Any] = {"model": theta, "train_dataset": prompts(args)}
+    if arm.kind == "reward":
+        given["reward_funcs"] = odd_length
+        settings["num_generations"] = 1 if arm.trainer is RAFTTrainer else args.group
+    if arm.share is None:
+        settings["use_vllm"] = True
+        given |= {"teacher_model": teacher} if arm.kind == "teacher" else {}
+    else:
+        engine = {"dtype": args.dtype} | ({} if ON_GPU else {"kv_cache_memory_bytes": 1 << 28})
+        given["generator"] = OptimalSamplingGenerator(
+            teacher=teacher, theta_fraction=arm.share, backend="vllm", engine_arguments=engine
+        )
+    return arm.trainer(args=arm.config(**settings), **given)
+
+
+def prompts(args: argparse.Namespace) -> Dataset:
+    """Prompts of random letters, each of which is a token."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(len(LETTERS), (args.completions * args.steps, args.prompt), generator=generator).tolist()
+    return Dataset.from_dict({"prompt": ["".join(LETTERS[letter] for letter in row) for row in rows]})
+
+
+def odd_length(completions: list[str], **columns: Any) -> list[float]:
+    """A reward that random completions get half of the time."""
+    return [float(len(text) % 2) for text in completions]
+
+
+class Watch(TrainerCallback):
+    """Times the parts of a trainer's steps."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.seconds: list[dict[str, float]] = []
+        self.began = 0.0
+        self._time(trainer.vllm_generation, "generate", "rollout")
+        self._time(trainer.vllm_generation, "sync_weights", "sync")
+        self._time(trainer, "_prepare_inputs", "before")
+
+    def _time(self, owner: Any, method: str, part: str) -> None:
+        work: Callable[..., Any] = getattr(owner, method)
+
+        def timed(*given: Any, **named: Any) -> Any:
+            synchronize()
+            began = time.perf_counter()
+            result = work(*given, **named)
+            synchronize()
+            self.seconds[-1][part] += time.perf_counter() - began
+            return result
+
+        setattr(owner, method, timed)
+
+    def on_step_begin(self, *given: Any, **named: Any) -> None:
+        """Begin a step."""
+        synchronize()
+        self.seconds.append(dict.fromkeys(("rollout", "sync", "before"), 0.0))
+        self.began = time.perf_counter()
+
+    def on_step_end(self, *given: Any, **named: Any) -> None:
+        """End a step."""
+        synchronize()
+        self.seconds[-1]["step"] = time.perf_counter() - self.began
+
+    def means(self) -> dict[str, float]:
+        """The mean seconds of each part, without the first step."""
+        steps = self.seconds[1:] or self.seconds
+        mean = {part: sum(step[part] for step in steps) / len(steps) for part in steps[0]}
+        before = mean.pop("before")
+        return mean | {"update": mean["step"] - before, "other": before - mean["rollout"] - mean["sync"]}
+
+
+def memory(trainer: Any) -> float:
+    """GiB at the most; on a GPU without the engine's cache, whose size is a setting."""
+    if not ON_GPU:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    cached = sum(trainer.vllm_generation.llm.llm_engine.collective_rpc(cache_bytes))
+    return (torch.cuda.max_memory_allocated() - cached) / 2**30
+
+
+def cache_bytes(worker: Any) -> int:
+    """Bytes of an engine's KV cache."""
+    caches = {cache.untyped_storage().data_ptr(): cache.untyped_storage().nbytes() for cache in tensors(worker)}
+    return sum(caches.values())
+
+
+def tensors(worker: Any) -> list[torch.Tensor]:
+    """The tensors of an engine's KV cache."""
+    return [cache for cache in worker.model_runner.kv_caches if isinstance(cache, torch.Tensor)]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""The card of a trained model says what sampled its rollouts."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import trl
+from huggingface_hub import ModelCard
+
+from helpers.training import make_trainer
+from optimal_sampling_trl import Mixture, __version__
+from optimal_sampling_trl.trainers.card import card_facts, model_name
+
+
+def test_a_card_tells_teacher_mixture_halves_and_version(pair: tuple[str, str], tmp_path: Path) -> None:
+    generator = {
+        "mixture": Mixture("trust_region", epsilon=0.1),
+        "schedule": 0.5,
+        "teacher_system_prompt": "Be | `x`\ny",
+    }
+    trainer = make_trainer("grpo", pair, tmp_path, generator=generator)
+    trainer.create_model_card(model_name="student")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert {"trl", "grpo", "optimal-sampling-trl"} <= set(card.data.tags)
+    rows = dict(re.findall(r"^\| (.+?) \| (.+) \|$", card.text, re.MULTILINE))
+    assert rows["teacher"] == f"`{Path(pair[0]).name}`"
+    assert rows["mixture"] == "`trust_region, geometric`"
+    assert rows["budget of KL(q‖θ), nats a token"] == "`0.1`"
+    assert rows["annealed to the student over"] == "`0.5 of training`"
+    assert rows["completions of the student alone"] == f"`{trainer._theta_count()} of {trainer.args.num_generations}`"
+    assert rows["teacher's system prompt"] == "`Be / x y`"
+    assert rows["engine"] == "`transformers`"
+    assert "positive_only='all', correction='none'" in rows["loss"]
+    assert f"optimal-sampling-trl {__version__}" in card.text
+    assert "@software{optimal_sampling_trl," in card.text
+    assert "None" not in card.text
+    assert str(Path(pair[0]).parent) not in card.text, "it tells a path of the machine"
+
+
+def test_a_configuration_of_trls_gets_our_default_named(pair: tuple[str, str], tmp_path: Path) -> None:
+    assert "positive_only='all'" in card_facts(make_trainer("grpo", pair, tmp_path, config=trl.GRPOConfig))["loss"]
+
+
+@pytest.mark.parametrize("kind", ["rloo", "raft", "divergence", "sampled_token"])
+def test_every_trainer_has_its_facts(kind: str, pair: tuple[str, str], tmp_path: Path) -> None:
+    facts = card_facts(make_trainer(kind, pair, tmp_path))
+    assert facts["trainer"].lower() in (kind, "distillation")
+    own = {"rloo": "positive_only='all'", "raft": "completion_weight='accepted'"}
+    assert own.get(kind, f"loss={kind!r}") in facts["loss"]
+
+
+def test_a_model_id_is_kept_and_a_folder_is_cut(tmp_path: Path) -> None:
+    assert model_name("Qwen/Qwen2.5-3B-Instruct") == "Qwen/Qwen2.5-3B-Instruct"
+    assert model_name(tmp_path) == tmp_path.name
