@@ -3,7 +3,9 @@
 # ///
 """The main job on the embedded pair, on a CPU, in a few minutes: a student that sorts ten digits learns to.
 
-python recipes/demo.py                      # or: make demo, or: optimal-sampling demo
+    python recipes/demo.py                      # or: make demo, or: optimal-sampling demo
+
+It stands in the package, `optimal_sampling_trl/demo/run.py`.
 """
 
 from optimal_sampling_trl.demo.run import main
