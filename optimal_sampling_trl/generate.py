@@ -3,51 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from .backends import GPU_MEMORY_UTILIZATION, Backend, make_backend
 from .mixture import Mixture
-from .options import check_whole
+from .options import check_whole, suggest_arguments
+from .output import OptimalSamplingOutput
 from .pairing import Prompt, check_system_message, encode, reads_two_prompts, warn_of_templates
 from .rollouts.dense import Dense, check_wish
-from .rollouts.progress import Progress
+from .rollouts.params import takes_sampling_params
+from .rollouts.progress import Progress, is_watched
 from .rollouts.request import Request, Sampling
 from .rollouts.rollout import Rollout
 
 OLD_NAMES = {"model_base": "model_theta", "model_guide": "model_teacher"}
 """Arguments of an older version, and what they are called now."""
-
-
-@dataclass(frozen=True)
-class OptimalSamplingOutput:
-    """The result of `OptimalSamplingV1.generate`: an entry for each sequence, the n of a prompt side by side.
-
-    Args:
-        generated_texts: the completions without special tokens.
-        generated_ids: their token ids, an end-of-sequence token included.
-        num_tokens: how many tokens each has.
-        alpha_stats: mean, std, min, max, count and history (a list of `count` numbers) of α over all tokens in order
-            of the sequences; None where α is not tracked.
-        rollouts: the sequences with all their records.
-
-    Example:
-        ```python
-        with OptimalSamplingV1(model_teacher="large", model_theta="small") as sampler:
-            output = sampler.generate(["3 + 4 =", "1 + 1 ="], n=2, max_tokens=8)
-        assert len(output.generated_texts) == 4 and output.alpha_stats["count"] == sum(output.num_tokens)
-        ```
-    """
-
-    generated_texts: list[str]
-    generated_ids: list[list[int]]
-    num_tokens: list[int]
-    alpha_stats: dict[str, Any] | None
-    rollouts: list[Rollout]
+ELSEWHERE = {
+    "teacher": "model_teacher=",
+    "student": "model_theta=",
+    "theta": "model_theta=",
+    "method": "alpha_method=",
+}
+"""Words for arguments in other interfaces, and what is to be written here."""
 
 
 class OptimalSamplingV1:
@@ -82,6 +62,7 @@ class OptimalSamplingV1:
         ```
     """
 
+    @suggest_arguments(**ELSEWHERE)
     def __init__(
         self,
         model_teacher: str | PreTrainedModel | None = None,
@@ -131,6 +112,8 @@ class OptimalSamplingV1:
             **engine_arguments,
         )
 
+    @takes_sampling_params
+    @suggest_arguments(max_new_tokens="max_tokens=", num_return_sequences="n=")
     def generate(
         self,
         prompts: str | Sequence[Prompt],
@@ -147,20 +130,22 @@ class OptimalSamplingV1:
         repetition_penalty: float = 1.0,
         stop: str | Sequence[str] = (),
         dense: Dense | None = None,
-        use_tqdm: bool = False,
+        use_tqdm: bool | None = None,
     ) -> OptimalSamplingOutput:
         """Sample n completions of each prompt.
 
         Args:
             prompts: texts, lists of token ids or lists of chat messages; a single text is one prompt.
-            max_tokens, top_p, top_k, min_p, repetition_penalty, stop: see `Sampling`.
+            max_tokens, top_p, top_k, min_p, repetition_penalty, stop: see `Sampling`. vLLM's `SamplingParams` may
+                stand in the place of `max_tokens`, or be passed as `sampling_params`, instead of these, `n`, `seed`.
             temperature: one for all, or one for each prompt.
             use_optimal_sampling: False samples from the teacher alone.
             n: completions of each prompt.
             seed: the r-th sequence of the call uses `seed + r`, so that equal prompts get different completions.
             mixture: one for all prompts or one for each; by default the one that the constructor described.
             dense: dense records that each rollout shall carry, in its `dense`; None is none.
-            use_tqdm: show a bar with tokens/s, the mean of α and the time left; with vLLM its own bar as well.
+            use_tqdm: show a bar with tokens, tokens/s, the mean of α and the time left; with vLLM its own bar as well.
+                None shows it in a terminal and in a notebook.
 
         Raises:
             ValueError: on an empty or unreadable prompt, a setting out of range, or as many mixtures or temperatures
@@ -206,8 +191,25 @@ class OptimalSamplingV1:
             for index in range(len(prompts))
             for sample in range(n)
         ]
-        with Progress(len(requests), use_tqdm) as progress:
+        with Progress(len(requests), is_watched() if use_tqdm is None else use_tqdm) as progress:
             return self._output(self.backend.generate(requests, progress))
+
+    def chat(self, messages: Sequence[Any], *positional: Any, **keywords: Any) -> OptimalSamplingOutput:
+        """Sample n answers to each conversation, with vLLM's name for it.
+
+        Args:
+            messages: one conversation, a list of messages with `role` and `content`, or several.
+            *positional, **keywords: as `generate`'s after its prompts.
+
+        Raises:
+            ValueError: as `generate`'s.
+        """
+        is_one = isinstance(messages, Sequence) and len(messages) > 0 and isinstance(messages[0], dict)
+        return self.generate([messages] if is_one else messages, *positional, **keywords)
+
+    def __repr__(self) -> str:
+        names = f"teacher={self.model_teacher!r}, student={self.model_theta!r}"
+        return f"OptimalSamplingV1({names}, backend={self.backend.name!r}, mixture={self.mixture})"
 
     def encode(self, prompt: Prompt, index: int = 0) -> tuple[list[int], list[int]]:
         """The token ids of one prompt for the teacher and for the student, after system prompts and chat template.
@@ -230,13 +232,7 @@ class OptimalSamplingV1:
         return teacher, encode(prompt, system_prompt=self.theta_system_prompt, role="student", **settings)
 
     def _output(self, rollouts: list[Rollout]) -> OptimalSamplingOutput:
-        return OptimalSamplingOutput(
-            generated_texts=[rollout.text for rollout in rollouts],
-            generated_ids=[rollout.completion_ids for rollout in rollouts],
-            num_tokens=[len(rollout.completion_ids) for rollout in rollouts],
-            alpha_stats=_alpha_stats(rollouts) if self.track_alpha_stats else None,
-            rollouts=rollouts,
-        )
+        return OptimalSamplingOutput.of(rollouts, self.backend.tokenizer, self.track_alpha_stats)
 
     def load_theta(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Replace the student's weights in place, all or none, under the names of transformers."""
@@ -283,15 +279,3 @@ def _one_each(value: Any, kind: Any, count: int, name: str) -> list[Any]:
         wanted = "Mixture" if kind is Mixture else "number"
         raise ValueError(f"`{name}`: got {got}; wanted one {wanted}, or one for each of the {count} prompts.")
     return values
-
-
-def _alpha_stats(rollouts: list[Rollout]) -> dict[str, Any]:
-    alpha = torch.cat([rollout.alpha for rollout in rollouts]).double()
-    return {
-        "mean": float(alpha.mean()),
-        "std": float(alpha.std(correction=0)),
-        "min": float(alpha.min()),
-        "max": float(alpha.max()),
-        "count": len(alpha),
-        "history": alpha.tolist(),
-    }

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from functools import wraps
+from inspect import Parameter
 from numbers import Integral
+from typing import Any, TypeVar
+
+C = TypeVar("C", bound=Callable[..., Any])
+
+MANY = 40
+"""Number of known names above which the nearest alone is shown, where there is one."""
+NEARLY = 0.8
+"""Similarity from which a keyword counts as a misspelt one of a function that takes any keyword."""
+NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+"""Kinds of parameters that a keyword can name."""
 
 
 def unknown_option(what: str, got: str, known: Iterable[str]) -> str:
@@ -13,7 +26,46 @@ def unknown_option(what: str, got: str, known: Iterable[str]) -> str:
     names = sorted(known)
     close = get_close_matches(str(got), names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"Unknown {what} {got!r}. Known: {', '.join(names)}.{hint}"
+    listed = "" if close and len(names) > MANY else f" Known: {', '.join(names)}."
+    return f"Unknown {what} {got!r}.{listed}{hint}"
+
+
+class UnknownArgumentError(TypeError, ValueError):
+    """A call has a keyword that does not exist: a TypeError as Python's, a ValueError as any refusal here."""
+
+
+def suggest_arguments(**instead: str) -> Callable[[C], C]:
+    """Return a decorator by which a function, or a class, answers an unknown keyword before anything is done.
+
+    The answer names the nearest keyword. A function that takes further ones, such as an engine's, refuses those alone
+    that are nearly one of its own.
+
+    Args:
+        **instead: for words of another interface, what is to be written here.
+    """
+
+    def decorate(called: C) -> C:
+        function: Any = called.__init__ if isinstance(called, type) else called  # type: ignore[misc]
+        kinds = {name: each.kind for name, each in inspect.signature(function).parameters.items() if name != "self"}
+        takes_any = Parameter.VAR_KEYWORD in kinds.values()
+        known = [name for name, kind in kinds.items() if kind in NAMED]
+        owner = called.__qualname__.removesuffix(".__init__")
+
+        @wraps(function)
+        def checked(*positional: Any, **keywords: Any) -> Any:
+            for name in keywords.keys() - set(known):
+                if name in instead:
+                    raise UnknownArgumentError(f"{owner} has no `{name}=`. Write `{instead[name]}`.")
+                if not takes_any or get_close_matches(name, known, cutoff=NEARLY):
+                    raise UnknownArgumentError(unknown_option(f"argument of {owner}", name, known))
+            return function(*positional, **keywords)
+
+        if isinstance(called, type):
+            called.__init__ = checked  # type: ignore[misc]
+            return called
+        return checked  # type: ignore[return-value]
+
+    return decorate
 
 
 def check_number(owner: str, name: str, value: object, low: float, high: float = float("inf")) -> None:

@@ -20,19 +20,7 @@ another size (Qwen2.5-7B's). `--theta_fraction 1` is plain on-policy distillatio
 `--help` lists all flags: TRL's, the correction's and the generator's. They may stand in a YAML file, `--config`.
 """
 
-from trl import ModelConfig, ScriptArguments, TrlParser
-
-from common import load_data, load_options, run
-from optimal_sampling_trl import DistillationConfig, DistillationTrainer
-from optimal_sampling_trl.trainers import GeneratorArguments
+from optimal_sampling_trl.cli.commands.distill import JOB
 
 if __name__ == "__main__":
-    parser = TrlParser((ScriptArguments, DistillationConfig, ModelConfig, GeneratorArguments))
-    script, training, model, sampling = parser.parse_args_and_config()
-    trainer = DistillationTrainer(
-        generator=sampling.generator(),
-        args=training,
-        **load_options(model, training),
-        **load_data(script, evaluate=training.eval_strategy != "no"),
-    )
-    run(trainer)
+    JOB.train()

@@ -19,20 +19,7 @@ On models of the Hub:
 `--help` lists all flags: TRL's, the correction's and the generator's. They may stand in a YAML file, `--config`.
 """
 
-from trl import ModelConfig, TrlParser
-
-from common import RewardArguments, load_data, load_options, run
-from optimal_sampling_trl import GRPOConfig, GRPOTrainer
-from optimal_sampling_trl.trainers import GeneratorArguments
+from optimal_sampling_trl.cli.commands.grpo import JOB
 
 if __name__ == "__main__":
-    parser = TrlParser((RewardArguments, GRPOConfig, ModelConfig, GeneratorArguments))
-    script, training, model, sampling = parser.parse_args_and_config()
-    trainer = GRPOTrainer(
-        reward_funcs=script.rewards(),
-        generator=sampling.generator(),
-        args=training,
-        **load_options(model, training),
-        **load_data(script, evaluate=training.eval_strategy != "no"),
-    )
-    run(trainer)
+    JOB.train()

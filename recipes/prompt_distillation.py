@@ -34,8 +34,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import ModelConfig, ScriptArguments, TrlParser
 
-from common import load_data, load_options, run
 from optimal_sampling_trl import DistillationConfig, DistillationTrainer, Mixture, OptimalSamplingV1
+from optimal_sampling_trl.cli.training import load_data, load_options, run
 from optimal_sampling_trl.plots import plot_learning
 from optimal_sampling_trl.trainers import GeneratorArguments
 

@@ -27,7 +27,7 @@ from datasets import Dataset, load_dataset
 from transformers import AutoTokenizer
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
 
-from common import RewardArguments, load_data, load_options
+from optimal_sampling_trl.cli.training import RewardArguments, load_data, load_options
 
 
 @dataclass

@@ -97,6 +97,19 @@ def test_kinds_of_prompts(sampler: OptimalSamplingV1) -> None:
     assert [rollout.prompt_ids for rollout in output.rollouts] == [rendered, ids("plain"), ids("ids")]
 
 
+def test_habits_of_vllm(sampler: OptimalSamplingV1) -> None:
+    """`SamplingParams` after the prompts, and `chat` with one conversation or several."""
+    settings = {"max_tokens": 4, "seed": 3, "top_p": 0.9}
+    wanted = sampler.generate([CHAT], **settings).generated_ids
+    assert sampler.generate([CHAT], Sampling(**settings)).generated_ids == wanted
+    assert sampler.chat(CHAT, Sampling(**settings)).generated_ids == wanted
+    assert sampler.chat([CHAT, CHAT], n=2, **settings).generated_ids[:1] == wanted
+    assert "backend='transformers', mixture=Mixture(method='kl_symmetry'" in repr(sampler)
+    for wrong, right in (("max_token", "max_tokens"), ("max_new_tokens", "max_tokens")):
+        with pytest.raises(TypeError, match=f"`{right}=`|'{right}'"):
+            sampler.generate(CHAT, **{wrong: 4})
+
+
 def test_chat_template(root: Path) -> None:
     sampler = build(root, enable_chat_template=True, theta_system_prompt="Be brief.")
     output = sampler.generate(["hi", CHAT], max_tokens=4, seed=0)
@@ -250,6 +263,14 @@ CONSTRUCTOR: dict[str, tuple[Callable[[Path], dict[str, Any]], list[str]]] = {
     "unknown argument": (
         lambda root: {"max_num_seq": 8},
         ["argument of the transformers backend 'max_num_seq'", "Known: ", "Did you mean 'max_num_seqs'?"],
+    ),
+    "misspelt": (
+        lambda root: {"alpha_methd": "x"},
+        ["argument of OptimalSamplingV1 'alpha_methd'", "'alpha_method'?"],
+    ),
+    "word of a trainer's": (
+        lambda root: {"teacher": "x"},
+        ["OptimalSamplingV1 has no `teacher=`", "`model_teacher=`"],
     ),
     "of vLLM": (lambda root: {"enforce_eager": True}, ["'enforce_eager'", "Known: ", "max_model_len"]),
     "unknown method": (

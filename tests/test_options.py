@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
-from optimal_sampling_trl.options import check_flag, check_number, check_whole, shown, unknown_option
+from optimal_sampling_trl.options import (
+    check_flag,
+    check_number,
+    check_whole,
+    shown,
+    suggest_arguments,
+    unknown_option,
+)
 
 
 def test_an_unknown_option_is_told_the_nearest() -> None:
@@ -15,6 +24,34 @@ def test_an_unknown_option_is_told_the_nearest() -> None:
         "Unknown method 'entropi'. Known: entropy, kl. Did you mean 'entropy'?"
     )
     assert unknown_option("method", "xyz", ["kl", "entropy"]) == "Unknown method 'xyz'. Known: entropy, kl."
+
+
+def test_of_many_names_the_nearest_alone_is_told() -> None:
+    known = [f"name_{index}" for index in range(100)]
+    assert unknown_option("flag", "name_7x", known) == "Unknown flag 'name_7x'. Did you mean 'name_7'?"
+    assert len(unknown_option("flag", "zzz", known)) > 800
+
+
+@suggest_arguments(maximum="most=")
+def cut(text: str, *, most: int = 3, **further: int) -> str:
+    return text[:most] + str(len(further))
+
+
+@suggest_arguments()
+@dataclass(frozen=True)
+class Point:
+    left: int = 0
+
+
+def test_a_misspelt_argument_is_told_the_nearest() -> None:
+    assert (cut("abcd", most=2), cut(text="abcd", depth=1), Point(1).left) == ("ab0", "abc1", 1)
+    with pytest.raises(TypeError, match=r"Unknown argument of cut 'mostt'\. Known: most, text\."):
+        cut("abcd", mostt=2)
+    with pytest.raises(ValueError, match=r"cut has no `maximum=`\. Write `most=`\."):
+        cut("abcd", maximum=2)
+    with pytest.raises(TypeError, match=r"argument of Point 'lefft'\. Known: left\. Did you mean 'left'\?"):
+        Point(lefft=1)  # type: ignore[call-arg]
+    assert list(inspect.signature(cut).parameters) == ["text", "most", "further"]
 
 
 @pytest.mark.parametrize("value", [0, 1, 0.5, -0.0])

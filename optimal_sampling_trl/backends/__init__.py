@@ -144,6 +144,9 @@ def _read_for_vllm(
         ImportError: where vLLM is missing, unsuited, or did not load this package's plugin.
         ValueError: where it cannot serve the pair, saying why.
     """
+    from .vllm.launch import quiet
+
+    quiet()
     from .vllm.limits import can_read_two_prompts, check_pair, check_platform
     from .vllm.plugin import require
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..options import check_number, unknown_option
+from ..options import check_number, suggest_arguments, unknown_option
 from .presets import published
 
 METHODS = ("kl_symmetry", "ess_balance", "trust_region", "entropy", "fixed", "entropy_gate")
@@ -25,6 +25,7 @@ CERTAIN_LOGIT = 1e4
 Sampling then ends that sequence at any temperature: the number is certain, and stays finite when it is divided."""
 
 
+@suggest_arguments(alpha_method="method=", mixture_epsilon="epsilon=", mixture_form="form=")
 @dataclass(frozen=True)
 class Mixture:
     """Say how α is chosen at each token.

@@ -1,7 +1,8 @@
-"""A bar over rollouts: their number, tokens/s, the mean of α so far, and the time left."""
+"""A bar over rollouts: their number and that of their tokens, tokens/s, the mean of α so far, and the time left."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable
 from types import TracebackType
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
 
 EVERY = 0.25
 """Seconds between two looks at a batch in progress, each of which waits for the device."""
+
+
+def is_watched() -> bool:
+    """Tell whether somebody looks at the bars of this process: in a terminal, or in a notebook."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
 class Progress:
@@ -50,8 +56,10 @@ class Progress:
 
     def _show(self, rollouts: int, tokens: int, alpha: float) -> None:
         self._looked = time.monotonic()
-        rate = f"{tokens / max(self._looked - self._start, 1e-9):,.0f} tokens/s"
-        self._bar.set_postfix_str(f"{rate}, mean α {alpha / max(tokens, 1):.3f}", refresh=False)
+        rate = tokens / max(self._looked - self._start, 1e-9)
+        shown = f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"
+        mean = alpha / max(tokens, 1)
+        self._bar.set_postfix_str(f"{tokens:,} tokens, {shown} tokens/s, mean α {mean:.3f}", refresh=False)
         self._bar.n = rollouts
         self._bar.refresh()
 

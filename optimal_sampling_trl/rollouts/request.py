@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..mixture import Mixture
-from ..options import check_flag, check_number, check_whole
+from ..options import check_flag, check_number, check_whole, suggest_arguments
 from .dense import Dense
 
 LAST_SEED = 2**63 - 1
 """Largest seed that both engines accept."""
 
 
+@suggest_arguments()
 @dataclass(frozen=True)
 class Sampling:
     """Settings by which tokens are drawn from the mixture, in vLLM's words and with vLLM's meaning.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ RECORDS = ("alpha", "log_q", "log_theta", "log_teacher")
 """Numbers that each sampled token carries, in the order of an engine's records."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Rollout:
     """One completion and its record.
 
@@ -111,6 +112,23 @@ class Rollout:
             temperature=request.sampling.temperature,
             dense=dense,
         )
+
+    def __repr__(self) -> str:
+        return f"Rollout({', '.join(f'{name} {value}' for name, value in self._summary().items())})"
+
+    def _repr_html_(self) -> str:
+        """Return a small table for a notebook; the page of every token is `OptimalSamplingOutput.to_html`."""
+        rows = [
+            f"<tr><th>{name}</th><td>{html.escape(value)}</td></tr>" for name, value in self._summary(2000).items()
+        ]
+        return f"<table>{''.join(rows)}</table>"
+
+    def _summary(self, most: int = 60) -> dict[str, str]:
+        """Texts that describe the rollout: at most so many characters of its completion, and means over its tokens."""
+        text = self.text if len(self.text) <= most else f"{self.text[:most]}..."
+        means = {name: float(getattr(self, name).mean()) for name in RECORDS} if self.completion_ids else {}
+        counted = {"text": repr(text), "tokens": str(len(self.completion_ids)), "finish": self.finish_reason}
+        return counted | {f"mean {name}": f"{mean:.3f}" for name, mean in means.items()}
 
     @property
     def weight_theta(self) -> Float[Tensor, " T"]:

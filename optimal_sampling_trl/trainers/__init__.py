@@ -1,4 +1,4 @@
-"""TRL's trainers with rollouts from the mixture. TRL is imported here and nowhere else in the package."""
+"""TRL's trainers with rollouts from the mixture. The demo and the commands are built on them."""
 
 from .arguments import GeneratorArguments, SamplerArguments
 from .config import DistillationConfig, GRPOConfig, RAFTConfig, RLOOConfig

@@ -6,8 +6,10 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..backends import BACKENDS
 from ..generate import OptimalSamplingV1
 from ..mixture import FORMS, METHODS, Mixture
+from ..pairing.prompts import SYSTEM_MESSAGE
 from .generator import OptimalSamplingGenerator
 
 
@@ -17,7 +19,7 @@ class SamplerArguments:
 
     teacher: str = field(default="", metadata={"help": "Folder or model id of the teacher."})
     alpha_method: str = field(
-        default=Mixture.method, metadata={"help": f"Equation that alpha solves: {', '.join(METHODS)}."}
+        default=Mixture.method, metadata={"help": "Equation that alpha solves.", "choices": METHODS}
     )
     alpha_min: float | None = field(
         default=None,
@@ -33,7 +35,7 @@ class SamplerArguments:
         metadata={"help": "Budget KL(q||theta) of the method 'trust_region', in nats a token."},
     )
     mixture_form: str = field(
-        default=Mixture.form, metadata={"help": f"Geometric or arithmetic mean of the two: {', '.join(FORMS)}."}
+        default=Mixture.form, metadata={"help": "Geometric or arithmetic mean of the two.", "choices": FORMS}
     )
     entropy_scale: float = field(
         default=Mixture.entropy_scale,
@@ -45,10 +47,13 @@ class SamplerArguments:
         default="refuse",
         metadata={
             "help": "What is done with the system message of a prompt that a system prompt is put before: 'refuse' "
-            "it, 'replace' it, or 'append' the system prompt to it."
+            "it, 'replace' it, or 'append' the system prompt to it.",
+            "choices": SYSTEM_MESSAGE,
         },
     )
-    backend: str = field(default="auto", metadata={"help": "'vllm', 'transformers', or 'auto'."})
+    backend: str = field(
+        default="auto", metadata={"help": "Engine; 'auto' is vLLM where it is able.", "choices": BACKENDS}
+    )
     engine_arguments: str | None = field(
         default=None, metadata={"help": "Further arguments of the engine, as a JSON object."}
     )

@@ -9,7 +9,7 @@ from typing import Any
 import trl
 
 from ..losses import LEVELS, Correction
-from ..options import check_number, check_whole, unknown_option
+from ..options import check_number, check_whole, suggest_arguments, unknown_option
 from .dense_config import DenseLossConfig, DenseTermConfig
 from .presets import PresetConfig
 
@@ -87,7 +87,8 @@ class PolicyGradientConfig(DenseTermConfig, CorrectionConfig):
         default="all",
         metadata={
             "help": "Completions that are trained on only where their advantage is above 0: 'all' (the default), "
-            "those of the 'mixture' (the student's keep their negatives, as in TRL), or 'none'."
+            "those of the 'mixture' (the student's keep their negatives, as in TRL), or 'none'.",
+            "choices": POSITIVE_ONLY,
         },
     )
 
@@ -97,6 +98,7 @@ class PolicyGradientConfig(DenseTermConfig, CorrectionConfig):
             raise ValueError(unknown_option("value of `positive_only`", self.positive_only, POSITIVE_ONLY))
 
 
+@suggest_arguments()
 @dataclass
 class GRPOConfig(PresetConfig, PolicyGradientConfig, trl.GRPOConfig):
     """TRL's `GRPOConfig` with the correction for completions of the mixture.
@@ -150,7 +152,8 @@ class GRPOConfig(PresetConfig, PolicyGradientConfig, trl.GRPOConfig):
         metadata={
             "help": "Completions whose mean reward is the baseline of a group: all of the 'group' (the default, as in "
             "TRL), or the student's 'own'. With 'own' the student's advantages are divided by the deviation of its "
-            "own rewards, and the mixture's are not divided."
+            "own rewards, and the mixture's are not divided.",
+            "choices": BASELINES,
         },
     )
     mixture_weight_steps: int | None = field(
@@ -176,6 +179,7 @@ class GRPOConfig(PresetConfig, PolicyGradientConfig, trl.GRPOConfig):
             )
 
 
+@suggest_arguments()
 @dataclass
 class RLOOConfig(PolicyGradientConfig, trl.RLOOConfig):
     """TRL's `RLOOConfig` with the correction for completions of the mixture; the defaults are `GRPOConfig`'s.
@@ -194,6 +198,7 @@ class RLOOConfig(PolicyGradientConfig, trl.RLOOConfig):
     )
 
 
+@suggest_arguments()
 @dataclass
 class RAFTConfig(DenseTermConfig, GuardConfig, trl.GRPOConfig):
     """TRL's `GRPOConfig` with the fields of filtered imitation; fields that the loss does not read are refused.
@@ -220,13 +225,17 @@ class RAFTConfig(DenseTermConfig, GuardConfig, trl.GRPOConfig):
     )
     completion_weight: str = field(
         default="accepted",
-        metadata={"help": "'accepted': each accepted completion weighs 1; 'reward': its reward, which is in [0, 1]."},
+        metadata={
+            "help": "'accepted': each accepted completion weighs 1; 'reward': its reward, which is in [0, 1].",
+            "choices": WEIGHTS,
+        },
     )
     denominator: str = field(
         default="all",
         metadata={
             "help": "Tokens by which the loss is divided: 'all' of the batch (the default), or the 'accepted' ones, "
-            "each with its completion's weight."
+            "each with its completion's weight.",
+            "choices": DENOMINATORS,
         },
     )
 
@@ -255,6 +264,7 @@ class _GroupOfAnySize(int):
         return False if other == 2 else super().__lt__(other)
 
 
+@suggest_arguments()
 @dataclass
 class DistillationConfig(PresetConfig, DenseLossConfig, CorrectionConfig, trl.DistillationConfig):
     """TRL's `DistillationConfig` with the correction, and losses that need no teacher in the trainer.
@@ -276,7 +286,8 @@ class DistillationConfig(PresetConfig, DenseLossConfig, CorrectionConfig, trl.Di
         default="divergence",
         metadata={
             "help": "'divergence': TRL's; without a teacher in the trainer 'dense': the same over likely tokens of "
-            "both models, or 'sampled_token': log t - log theta of the sampled tokens alone."
+            "both models, or 'sampled_token': log t - log theta of the sampled tokens alone.",
+            "choices": LOSSES,
         },
     )
     sampled_token_clip: float | None = field(

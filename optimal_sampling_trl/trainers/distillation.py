@@ -16,10 +16,11 @@ from torch import Tensor
 from trl.trainer.utils import add_fused_lm_head
 
 from ..losses import sampled_token_coefficients
+from ..options import suggest_arguments
 from .config import DistillationConfig
 from .dense_head import DenseHead, dense_head
 from .dense_term import divergences_of
-from .generator import check_generator
+from .generator import FOR_TRAINERS, check_generator
 from .mixture_trainer import MixtureTrainer
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
     config_class = DistillationConfig
     default_theta_fraction = 0.0
 
+    @suggest_arguments(**FOR_TRAINERS)
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,

@@ -12,12 +12,20 @@ from transformers import PreTrainedModel
 
 from ..backends import BACKENDS
 from ..backends.transformers.backend import ENGINE_OPTIONS
-from ..mixture import Mixture
-from ..options import check_number, shown, unknown_option
+from ..mixture import FIELDS, Mixture
+from ..options import check_number, shown, suggest_arguments, unknown_option
 from ..pairing import check_system_message, reads_two_prompts
 from ..rollouts.dense import Dense, check_wish
 
+ELSEWHERE = {
+    "model_teacher": "teacher=",
+    "alpha_method": "mixture=Mixture(method=...)",
+    **{name: f"mixture=Mixture({name}=...)" for name in FIELDS},
+}
+"""Words for the teacher and the mixture in other interfaces, and what is to be written here."""
 
+
+@suggest_arguments(**ELSEWHERE)
 @dataclass(frozen=True)
 class OptimalSamplingGenerator:
     """Rollouts from the mixture of a teacher and the model being trained.
@@ -153,6 +161,12 @@ class OptimalSamplingGenerator:
                 check_arguments(arguments)
         elif unknown:
             raise ValueError(unknown_option("argument of the transformers backend", unknown[0], ENGINE_OPTIONS))
+
+
+FOR_TRAINERS = dict.fromkeys(
+    ("teacher", "teacher_model", "model_teacher"), "generator=OptimalSamplingGenerator(teacher=...)"
+)
+"""Words by which a trainer might be given its teacher, and what is to be written."""
 
 
 class GeneratorError(TypeError, ValueError):

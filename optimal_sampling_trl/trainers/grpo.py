@@ -11,8 +11,9 @@ import trl
 from torch import Tensor
 
 from ..losses import mixture_weight, own_baseline, sampled_token_coefficients
-from ..options import unknown_option
+from ..options import suggest_arguments, unknown_option
 from .config import GRPOConfig, with_our_default
+from .generator import FOR_TRAINERS
 from .policy_gradient import PolicyGradientTrainer
 from .unread import has_negatives
 
@@ -69,6 +70,7 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
     args: Any
     config_class = GRPOConfig
 
+    @suggest_arguments(**FOR_TRAINERS)
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,

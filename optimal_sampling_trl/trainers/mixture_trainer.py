@@ -21,7 +21,7 @@ from .card import TAG, complete_card
 from .checkpoints import last_whole_checkpoint, lock_folder
 from .config import correction_of
 from .dense_config import dense_of, joined
-from .engines.base import MixtureGeneration, MixturePlan, on_all_ranks
+from .engines.base import MixtureGeneration, MixturePlan, check_generation_kwargs, on_all_ranks
 from .engines.endings import endings_known
 from .engines.seam import build_generation, engine_replaced_by
 from .engines.student_checks import check_head, check_teacher_apart
@@ -32,6 +32,7 @@ from .loggers import FigureCallback, send_histograms
 from .presets import with_preset
 from .prompts import PromptReader
 from .records import stack_dense, stack_records
+from .summary import print_summary
 from .table import complete_table
 from .unread import unread_settings, warn_of_unread
 
@@ -138,6 +139,7 @@ class MixtureTrainer(PromptReader):
             self._last_loaded_step = -1  # TRL's, by which it knows whether the weights have to be pushed
             if resume_from_checkpoint is True:
                 resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+            print_summary(self)
             return super().train(resume_from_checkpoint, *positional, **keywords)
 
     def _lock_folder(self, stack: ExitStack) -> None:
@@ -177,6 +179,7 @@ class MixtureTrainer(PromptReader):
         if self.args.vllm_mode not in VLLM_MODES:
             raise ValueError(unknown_option("value of `vllm_mode`", self.args.vllm_mode, VLLM_MODES))
         self.generator.check_engine_arguments()
+        check_generation_kwargs(self.args.generation_kwargs or {})
         if self.args.max_completion_length is None and "max_tokens" not in (self.args.generation_kwargs or {}):
             raise ValueError(
                 "`max_completion_length` is None; wanted a whole number of at least 1: room for that many records is "

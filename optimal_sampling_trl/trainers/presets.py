@@ -161,8 +161,9 @@ class PresetConfig:
     preset: str | None = field(
         default=None,
         metadata={
-            "help": f"A publication whose mixture, schedule, share, baseline, correction and clip are set: "
-            f"{', '.join(PRESETS)}. A field that it sets and that is set to another value is refused."
+            "help": "A publication whose mixture, schedule, share, baseline, correction and clip are set. A field "
+            "that it sets and that is set to another value is refused.",
+            "choices": tuple(PRESETS),
         },
     )
 

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from .. import metrics
 from ..losses import accept_rewards, imitation_loss
+from ..options import suggest_arguments
 from .config import PolicyGradientConfig, RAFTConfig
+from .generator import FOR_TRAINERS
 from .rewarded import RewardedTrainer
 
 if TYPE_CHECKING:
@@ -95,6 +97,7 @@ class RAFTTrainer(RewardedTrainer, trl.GRPOTrainer):
             }"""),  # noqa: E501
     }
 
+    @suggest_arguments(**FOR_TRAINERS)
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import trl
 
+from ..options import suggest_arguments
 from .config import RLOOConfig
+from .generator import FOR_TRAINERS
 from .policy_gradient import PolicyGradientTrainer
 from .unread import warn_user
 
@@ -57,6 +59,7 @@ class RLOOTrainer(PolicyGradientTrainer, trl.RLOOTrainer):
 
     config_class = RLOOConfig
 
+    @suggest_arguments(**FOR_TRAINERS)
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,

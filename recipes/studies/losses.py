@@ -21,12 +21,12 @@ import trl
 
 sys.path.append(str(Path(__file__).parents[1]))  # the recipes that a study shares lie one folder up
 
-from arm import EMBEDDED, Job, train
 from ladder import Task
 from ladder import measure as measure_task
 from optimal_sampling_trl import Mixture, OptimalSamplingGenerator, trainers
+from optimal_sampling_trl.demo.arm import EMBEDDED, Job, train
+from optimal_sampling_trl.demo.pair import Pair, make_pair
 from optimal_sampling_trl.plots import plot_learning
-from pair import Pair, make_pair
 from runs import Line, by_rate, read_runs, run_all
 
 BATCH = 64

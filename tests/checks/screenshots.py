@@ -15,9 +15,9 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "recipes")]  # where the helpers and the pair are
 
-from arm import EMBEDDED, Watch, train
 from helpers.browser import Browser
 from optimal_sampling_trl import GRPOConfig, GRPOTrainer, OptimalSamplingGenerator
+from optimal_sampling_trl.demo.arm import EMBEDDED, Watch, train
 from optimal_sampling_trl.page import write_page
 from optimal_sampling_trl.plots import plot_tokens, plot_training
 from pair import make_pair, reward

@@ -18,18 +18,21 @@ from transformers import AutoTokenizer
 import optimal_sampling_trl
 from helpers.models import make_model
 from optimal_sampling_trl import GRPOConfig, GRPOTrainer, OptimalSamplingGenerator, OptimalSamplingV1
+from optimal_sampling_trl.cli.main import main
 from optimal_sampling_trl.page import write_page
 
 
-def main(folder: Path) -> None:
+def check(folder: Path) -> None:
     """Versions agree, the plugin and the command are registered; sampling, a page and a training step work."""
     package = Path(optimal_sampling_trl.__file__).parent
     assert metadata("optimal-sampling-trl")["Version"] == optimal_sampling_trl.__version__
     assert (package / "py.typed").is_file()
-    for group, name in (("vllm.general_plugins", "optimal_sampling"), ("console_scripts", "optimal-sampling-serve")):
+    commands = [("console_scripts", name) for name in ("optimal-sampling", "optimal-sampling-serve")]
+    for group, name in (("vllm.general_plugins", "optimal_sampling"), *commands):
         found = [each for each in entry_points(group=group) if each.name == name]
         assert found, f"{name} of {group} is not registered"
 
+    main(["env"])
     teacher, student = (make_model(folder / role, "llama", seed) for seed, role in enumerate(("teacher", "student")))
     with OptimalSamplingV1(teacher, student, backend="transformers") as sampler:
         output = sampler.generate(["3 + 4 ="], max_tokens=8, n=2, seed=0)
@@ -56,4 +59,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
-        main(Path(scratch))
+        check(Path(scratch))

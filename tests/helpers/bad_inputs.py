@@ -183,7 +183,7 @@ CASES: dict[str, tuple[Callable[[Room], Any], tuple[str, ...]]] = {
     ),
     "config: unknown field": (
         lambda r: GRPOConfig("x", corection="none", use_cpu=True, bf16=False),  # type: ignore[call-arg]
-        ("unexpected keyword argument", "'corection'"),
+        ("argument of GRPOConfig 'corection'", "Did you mean 'correction'?"),
     ),
     "sampler: no teacher": (
         lambda r: r.build(model_teacher=None),

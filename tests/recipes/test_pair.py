@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import pair
+from optimal_sampling_trl.demo import pair
 
 
 def test_the_tokenizer_has_as_many_entries_as_the_models_have_logits():

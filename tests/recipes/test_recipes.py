@@ -17,17 +17,14 @@ import pytest
 import yaml
 from trl import TrlParser
 
-import common
 from helpers.paths import RECIPES
 from helpers.recipes import FOUND, HOME, TRAINING, need_vllm, run
-from optimal_sampling_trl import GRPOConfig
+from optimal_sampling_trl.cli.main import commands
 from optimal_sampling_trl.trainers.arguments import GeneratorArguments
 
 TESTED_IN = {".": "test_starters.py", "benchmarks": "test_benchmarks.py", "studies": "test_studies.py"}
 """The file of tests that runs a folder's scripts."""
 MODULES = {
-    "common.py": "the training scripts import it: their data, model and end",
-    "arm.py": "demo.py and losses.py import it: one watched run",
     "benchmarks/random_pair.py": "the benchmarks import it: flags, random models, stopwatch",
     "studies/stack.py": "horizon_train.py imports it: many students as one batch; test_stack.py",
     "studies/digit_tasks.py": "ladder.py imports it: what is asked; test_past_the_teacher.py",
@@ -86,13 +83,13 @@ def test_help(script: str) -> None:
     assert "usage: " in run(script, "--help")
 
 
-def test_every_field_of_the_recipes_has_a_help() -> None:
+def test_every_field_of_the_flags_has_a_help() -> None:
     """TRL's parser shows it; an argument without one says nothing but its name."""
     from optimal_sampling_trl import trainers
 
-    kinds = [kind for kind in vars(trainers).values() if is_dataclass(kind)]
-    for name in FOUND:
-        kinds += [kind for kind in vars(import_module(Path(name).stem)).values() if is_dataclass(kind)]
+    modules = [trainers, *(import_module(Path(name).stem) for name in FOUND)]
+    modules += [import_module(f"optimal_sampling_trl.cli.commands.{name}") for name in commands()]
+    kinds = [kind for module in modules for kind in vars(module).values() if is_dataclass(kind)]
     parsed = {kind for kind in kinds if any("help" in each.metadata for each in fields(kind))}
     assert {"SampleArguments", "RoleArguments", "GeneratorArguments", "GRPOConfig"} <= {
         kind.__name__ for kind in parsed
@@ -110,19 +107,6 @@ def test_engine_arguments_in_yaml(tmp_path: Path, given: str) -> None:
     config.write_text(f"teacher: large\nengine_arguments: {given}\n")
     (arguments,) = TrlParser((GeneratorArguments,)).parse_args_and_config(["--config", str(config)])
     assert arguments.generator().engine_arguments == {"max_num_seqs": 8, "dtype": "float32"}
-
-
-def test_resuming_as_a_flag_says_it() -> None:
-    (arguments,) = TrlParser((GRPOConfig,)).parse_args_and_config(["--resume_from_checkpoint", "True", "--use_cpu"])
-    assert arguments.resume_from_checkpoint == "True"  # TRL's parser; `train` would look for a folder of this name
-    assert common.checkpoint(arguments.resume_from_checkpoint) is True
-    assert common.checkpoint("output/checkpoint-3") == "output/checkpoint-3"
-    assert common.checkpoint(None) is None
-
-
-def test_a_reward_without_a_module_is_named() -> None:
-    with pytest.raises(SystemExit, match=r"`--reward_funcs` has 'reward'; wanted .* such as my_module\.reward"):
-        common.RewardArguments(reward_funcs=["reward"]).rewards()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -93,3 +93,12 @@ def test_a_nan_in_any_record_is_named(name: str, cause: str) -> None:
 
 def test_no_mass_under_one_model_is_a_number() -> None:
     check_solved([rollout(log_theta=torch.full((3,), -torch.inf)), empty()])
+
+
+def test_its_text_is_short_and_no_markup() -> None:
+    long = rollout(text="<script>" * 100)
+    assert repr(long).startswith("Rollout(text '<script><script>")
+    assert "tokens 3, finish stop, mean alpha 0.500, mean log_q -1.304" in repr(long)
+    assert len(repr(long)) < 220
+    assert "<script>" not in long._repr_html_()
+    assert "tokens 0" in repr(empty())

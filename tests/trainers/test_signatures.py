@@ -134,10 +134,16 @@ def test_a_wrong_generator_has_one_message(name: str, given: dict[str, Any], mes
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_a_misspelt_argument_names_the_trainer(name: str) -> None:
-    with pytest.raises(
-        TypeError, match=rf"{name}Trainer\.__init__\(\) got an unexpected keyword argument 'generater'"
-    ):
-        PAIRS[name][0]("no-such-model", generater=OptimalSamplingGenerator("t"))
+    trainer: Any = PAIRS[name][0]
+    with pytest.raises(TypeError, match=rf"argument of {name}Trainer 'generater'\. .*Did you mean 'generator'\?"):
+        trainer("no-such-model", generater=OptimalSamplingGenerator("t"))
+    with pytest.raises(TypeError, match=rf"{name}Trainer has no `teacher=`\. Write `generator=OptimalSampling"):
+        trainer("no-such-model", teacher="t")
+
+
+def test_a_word_for_the_mixture_says_where_it_goes() -> None:
+    with pytest.raises(TypeError, match=r"has no `alpha_min=`\. Write `mixture=Mixture\(alpha_min=\.\.\.\)`"):
+        OptimalSamplingGenerator("t", alpha_min=0.5)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -149,8 +155,9 @@ def test_a_misspelt_argument_names_the_trainer(name: str) -> None:
             "Unknown argument of the transformers backend 'max_num_seq'.*Did you mean 'max_num_seqs'",
         ),
         ({"generator": {"theta_fraction": 0.01}}, "`theta_fraction` is 0.01 of a group of"),
+        ({"generation_kwargs": {"top_kk": 1}}, "Unknown entry of `generation_kwargs` 'top_kk'.*Did you mean 'top_k'"),
     ],
-    ids=["engine", "share"],
+    ids=["engine", "share", "generation"],
 )
 def test_a_typo_is_answered_before_a_model_is_looked_for(
     kind: str, build: dict[str, Any], message: str, tmp_path: Path

@@ -42,18 +42,24 @@ FLOORS = (
     "backends.vllm.worker",
     "backends.vllm.server",
     "backends",
+    "output",
     "generate",
     "sampling_run",
     "probe",
     "trainers.generator",
     "trainers.engines",
     "trainers",
+    "demo",
+    "cli",
+    "cli.commands",
 )
 """The folders, and modules that stand alone, from the ground up: each imports from those before it. The longest entry
 that a module's name begins with is its own."""
-AT_THE_TOP = {"vllm": "backends.vllm.worker", "triton": "mixture.kernels", "trl": "trainers"}
+TRL = ("trainers", "demo", "cli")
+"""Rooms that are made of TRL's trainers and its parser."""
+AT_THE_TOP = {"vllm": ("backends.vllm.worker",), "triton": ("mixture.kernels",), "trl": TRL}
 """Where a library may be imported at the top of a file, which makes it needed as soon as the file is read."""
-ANYWHERE = {"vllm": "backends.vllm", "triton": "mixture.kernels", "trl": "trainers"}
+ANYWHERE = {"vllm": ("backends.vllm",), "triton": ("mixture.kernels",), "trl": TRL}
 """Where it may be imported at all, in a function or for types."""
 
 
@@ -184,16 +190,16 @@ def test_every_floor_is_there() -> None:
 @pytest.mark.parametrize("library", AT_THE_TOP)
 def test_a_library_stays_in_its_room(library: str) -> None:
     for rooms, only_top in ((AT_THE_TOP, True), (ANYWHERE, False)):
-        room = rooms[library]
+        inside = rooms[library]
         wrong = [
             str(arrow)
             for arrow in ARROWS
             if arrow.target.split(".")[0] == library
             and (arrow.is_at_the_top or not only_top)
-            and not (arrow.source == room or arrow.source.startswith(f"{room}."))
+            and not any(arrow.source == room or arrow.source.startswith(f"{room}.") for room in inside)
         ]
         how = "at the top of a file " if only_top else ""
-        assert not wrong, f"{library} is imported {how}outside of {room}. Open each and move the import: {wrong}"
+        assert not wrong, f"{library} is imported {how}outside of {inside}. Open each and move the import: {wrong}"
 
 
 def test_no_private_name_crosses_a_file() -> None:

@@ -32,6 +32,18 @@ ELSEWHERE = {
     "backends/vllm/worker/records.py": ("backends/vllm/test_backend.py", "records of live rows"),
     "backends/vllm/worker/slot_sampler.py": ("backends/vllm/test_gpu.py", "vLLM's runner on GPUs has slots"),
     "backends/vllm/worker/transfer.py": ("backends/vllm/server/test_server.py", "weights that a trainer sends"),
+    **{
+        f"cli/commands/{name}.py": ("cli/test_main.py", "each command by its words")
+        for name in ("demo", "env", "page", "serve")
+    },
+    **{
+        f"cli/commands/{name}.py": ("recipes/test_starters.py", "the recipe of its name runs it")
+        for name in ("distill", "grpo", "raft", "rloo", "sample")
+    },
+    "demo/arm.py": ("recipes/test_starters.py", "one run of the demo"),
+    "demo/pair.py": ("recipes/test_pair.py", "the pair that the recipes and tests use"),
+    "demo/run.py": ("recipes/test_starters.py", "the demo as a whole"),
+    "demo/workers.py": ("recipes/test_starters.py", "the demo's runs side by side"),
     "mixture/kernels/average.py": ("mixture/test_kernels.py", "the arithmetic form in those tests"),
     "mixture/kernels/blend.py": ("mixture/test_kernels.py", "the kernels as a whole against the reference"),
     "mixture/kernels/layout.py": ("mixture/test_kernels.py", "the kernels as a whole against the reference"),

@@ -51,6 +51,7 @@ ROOMS = {
     "options": BARE,
     "backends.vllm.plugin": BARE,
     "generate": MODELS,
+    "output": HEAVY,
     "sampling_run": MODELS,
     "pairing": MODELS,
     "backends.transformers": MODELS,
@@ -58,6 +59,9 @@ ROOMS = {
     "mixture.kernels.": tuple(name for name in HEAVY if name != "triton"),
     "backends.vllm.worker.": ("accelerate", "datasets", "matplotlib", "trl"),
     "trainers": ("matplotlib", "triton", "vllm"),
+    "demo": ("matplotlib", "triton", "vllm"),
+    "cli": ("matplotlib", "triton", "vllm"),
+    "cli.main": BARE,
 }
 """The libraries that a folder's modules, or one module, must do without: the longest entry that a module's name opens
 with decides. With a dot at its end an entry is for the files in a folder, not for the folder's own `__init__`."""
@@ -168,9 +172,10 @@ def test_the_package_loads_a_room_when_a_name_is_first_used() -> None:
     run(
         "import optimal_sampling_trl as package\n"
         "assert 'torch' not in sys.modules\n"
-        "assert sorted(package.__all__) == dir(package)\n"
+        "assert {*package.__all__, 'page', 'plots', '__version__'} == set(dir(package))\n"
         "package.Mixture\n"
         "assert 'torch' in sys.modules\n"
+        "package.page.write_page, package.plots.plot_training\n"
         "try:\n    package.GRPOTrainer\nexcept ModuleNotFoundError as error:\n    assert error.name == 'trl', error\n"
         "else:\n    raise AssertionError('trl is not hidden')\n"
         "try:\n    package.Mixtur\nexcept AttributeError as error:\n    assert 'Mixtur' in str(error)\n"

@@ -67,6 +67,24 @@ def attributes(thing: Any) -> set[str]:
     return {node.attr for node in ast.walk(tree(thing)) if isinstance(node, ast.Attribute)}
 
 
+def test_the_parser_and_the_profiles_of_the_command() -> None:
+    from trl.cli import accelerate_config
+
+    ours = "cli/parser.py (read)"
+    read = trl.TrlParser.parse_args_and_config
+    need(
+        "return_remaining_strings" in parameters(read),
+        f"TrlParser.parse_args_and_config takes {parameters(read)}",
+        ours,
+    )
+    built = trl.TrlParser((trl.ScriptArguments,), allow_abbrev=False)
+    need(hasattr(built, "_optionals") and hasattr(built, "_option_string_actions"), "TrlParser is no argparse", ours)
+    resolve = accelerate_config.resolve_accelerate_config_argument
+    found = resolve(["--accelerate_config", "fsdp2", "--num_processes", "2"])
+    right = found[0] == "--config_file" and found[1].endswith("fsdp2.yaml") and found[2:] == ["--num_processes", "2"]
+    need(right, f"a profile's name becomes {found}", "cli/launch.py (launch_words)")
+
+
 def test_the_installed_version_is_the_one_asked_for() -> None:
     from importlib.metadata import requires
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import fields
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -255,3 +256,14 @@ def test_the_plugin_is_an_entry_point() -> None:
     assert not [point for point in entry_points(group="vllm.logits_processors") if "optimal" in point.name], (
         "an entry point in vllm.logits_processors forces Model Runner V1 on every user"
     )
+
+
+def test_no_engine_argument_is_nearly_one_of_the_front_door() -> None:
+    """`OptimalSamplingV1` takes a keyword that is nearly its own for a typo, before it asks vLLM."""
+    from optimal_sampling_trl import OptimalSamplingV1
+    from optimal_sampling_trl.options import NEARLY
+
+    front = set(parameters(OptimalSamplingV1.__init__)) - {"engine_arguments"}
+    engine = {field.name for field in fields(find("vllm:EngineArgs"))} | set(parameters(find("vllm:LLM.__init__")))
+    near = {name: close for name in engine - front if (close := get_close_matches(name, front, cutoff=NEARLY))}
+    assert not near, f"Raise NEARLY in optimal_sampling_trl/options.py: {near}"

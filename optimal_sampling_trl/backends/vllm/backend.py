@@ -15,7 +15,7 @@ from ...pairing import Pair
 from ...rollouts.progress import Progress
 from ...rollouts.request import Request
 from ...rollouts.rollout import Rollout, UnsolvedError
-from .launch import engine_settings, in_this_process
+from .launch import engine_settings, in_this_process, quick_settings, quiet, warn_of_precision
 from .limits import check_arguments, check_pair, check_platform
 from .neighbours import Neighbour
 from .plugin import require
@@ -58,8 +58,9 @@ class VLLMBackend:
         gpu_memory_utilization: float = 0.5,
         **engine_arguments: Any,
     ) -> None:
+        quiet()
         require()
-        arguments = engine_arguments | {"gpu_memory_utilization": gpu_memory_utilization}
+        arguments = quick_settings() | engine_arguments | {"gpu_memory_utilization": gpu_memory_utilization}
         check_arguments(arguments)
         check_platform(arguments)
         self.pair = check_pair(teacher, theta, arguments) if pair is None else pair
@@ -67,6 +68,7 @@ class VLLMBackend:
         self.has_nan = False
         self._neighbour = Neighbour()
         self._llm: LLM | None = self._start(arguments)
+        warn_of_precision(self._llm.llm_engine.model_config, arguments)
         self._neighbour.enter()
         try:
             self._llm.collective_rpc("install_mixture_sampler")

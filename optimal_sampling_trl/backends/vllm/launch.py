@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 from ...pairing import Pair
 from .plugin import ARCHITECTURE
@@ -43,6 +47,50 @@ def platform_settings() -> dict[str, str]:
     from vllm.platforms import current_platform
 
     return {"VLLM_USE_V2_MODEL_RUNNER": "0" if current_platform.is_cpu() else "1"}
+
+
+def quiet() -> None:
+    """Let vLLM say warnings and errors alone, unless `VLLM_LOGGING_LEVEL` is set; it logs thirty lines at a start.
+
+    vLLM reads the variable when it is imported. On a CPU it also warns then that Triton has no driver.
+    """
+    warnings.filterwarnings("ignore", message=r".*torch\.distributed\.reduce_op", category=FutureWarning)
+    if "VLLM_LOGGING_LEVEL" not in os.environ:
+        os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
+        logging.getLogger("vllm").setLevel(logging.WARNING)  # where it was imported before
+        if not torch.cuda.is_available():
+            logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
+
+
+def quick_settings() -> dict[str, Any]:
+    """Engine arguments unless the user sets them: no bar for each shard, and on a CPU no compilation."""
+    from vllm.platforms import current_platform
+
+    return {"use_tqdm_on_load": False} | ({"enforce_eager": True} if current_platform.is_cpu() else {})
+
+
+def warn_of_precision(model_config: Any, arguments: Mapping[str, Any]) -> None:
+    """Warn where vLLM computes in fewer bits than the teacher's files have, and nobody asked for it.
+
+    Args:
+        model_config: that of vLLM's engine.
+        arguments: the user's.
+    """
+    stored, used = getattr(model_config.hf_config, "dtype", None), model_config.dtype
+    if (
+        arguments.get("dtype") in (None, "auto")
+        and isinstance(stored, torch.dtype)
+        and stored.itemsize > used.itemsize
+    ):
+        warnings.warn(
+            f"The teacher's files hold {stored}, and vLLM samples with {used}, its default for them. Pass "
+            f"dtype={_name(stored)!r} to keep their precision, or dtype={_name(used)!r} to say that it is meant.",
+            stacklevel=4,
+        )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -89,9 +89,11 @@ class MixtureGeneration:
         **trl_arguments: what TRL passes to its `VLLMGeneration`.
 
     Attributes:
+        engine: words for what samples.
         pushes: how often the trained student came into the engine.
     """
 
+    engine: str
     pair: Pair | None = None
 
     def __init__(self, plan: MixturePlan, **trl_arguments: Any) -> None:
@@ -217,21 +219,12 @@ def as_trl_returns(
     return prompts, mark_endings(rollouts), [LogThetas(rollout.log_theta) for rollout in rollouts], None
 
 
-def _sampling(trl_arguments: dict[str, Any]) -> Sampling:
-    """TRL's settings of generation as ours; `generation_kwargs` may add or replace some."""
-    if trl_arguments["structured_outputs_regex"] is not None:
-        raise ValueError("`vllm_structured_outputs_regex` is not supported with rollouts from the mixture. Drop it.")
-    extra = trl_arguments["generation_kwargs"] or {}
-    sampling = Sampling(
-        max_tokens=extra.get("max_tokens", trl_arguments["max_completion_length"]),
-        temperature=trl_arguments["temperature"],
-        top_p=trl_arguments["top_p"],
-        top_k=trl_arguments["top_k"],
-        min_p=trl_arguments["min_p"] or 0.0,
-        repetition_penalty=trl_arguments["repetition_penalty"],
-    )
-    if sampling.temperature == 0:
-        raise ValueError("`temperature` is 0; a token that was not drawn has no probability to train with. Raise it.")
+def check_generation_kwargs(extra: Mapping[str, Any]) -> None:
+    """Refuse entries of TRL's `generation_kwargs` that no engine reads, before a model is loaded.
+
+    Raises:
+        ValueError: naming the entry, and the nearest known one or the reason.
+    """
     for name in extra:
         if name not in Sampling.__dataclass_fields__:
             raise ValueError(unknown_option("entry of `generation_kwargs`", name, Sampling.__dataclass_fields__))
@@ -244,4 +237,22 @@ def _sampling(trl_arguments: dict[str, Any]) -> Sampling:
                 "`generation_kwargs` has a `seed`, which would make the completions of a group equal. "
                 "Set the trainer's `seed`."
             )
+
+
+def _sampling(trl_arguments: dict[str, Any]) -> Sampling:
+    """TRL's settings of generation as ours; `generation_kwargs` may add or replace some."""
+    if trl_arguments["structured_outputs_regex"] is not None:
+        raise ValueError("`vllm_structured_outputs_regex` is not supported with rollouts from the mixture. Drop it.")
+    extra = trl_arguments["generation_kwargs"] or {}
+    check_generation_kwargs(extra)
+    sampling = Sampling(
+        max_tokens=extra.get("max_tokens", trl_arguments["max_completion_length"]),
+        temperature=trl_arguments["temperature"],
+        top_p=trl_arguments["top_p"],
+        top_k=trl_arguments["top_k"],
+        min_p=trl_arguments["min_p"] or 0.0,
+        repetition_penalty=trl_arguments["repetition_penalty"],
+    )
+    if sampling.temperature == 0:
+        raise ValueError("`temperature` is 0; a token that was not drawn has no probability to train with. Raise it.")
     return replace(sampling, **extra)

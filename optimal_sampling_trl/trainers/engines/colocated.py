@@ -50,6 +50,8 @@ class EngineGeneration(PushedGeneration):
         **trl_arguments: what TRL passes to its `VLLMGeneration`.
     """
 
+    engine = "vLLM in this process"
+
     llm: Any  # a `FusedLLM`, where TRL holds a `vllm.LLM`
     pair: Pair
 

@@ -35,6 +35,8 @@ class LiveGeneration(MixtureGeneration):
         ValueError: on a model that is split over processes, and on what is the trainer's to set.
     """
 
+    engine = "transformers"
+
     def __init__(self, plan: MixturePlan, teacher: PreTrainedModel | Source, **trl_arguments: Any) -> None:
         super().__init__(plan, **trl_arguments)
         self.sleeps = trl_arguments["enable_sleep_mode"]

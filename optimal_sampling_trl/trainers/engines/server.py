@@ -33,6 +33,7 @@ class ServerGeneration(PushedGeneration):
         RuntimeError: where the server is gone, is another than wanted, or samples from other weights than were sent.
     """
 
+    engine = "a vLLM server"
     _weight_metadata: Any  # TRL's: name, dtype and shape of each weight, once it has walked through them
 
     def __init__(self, plan: MixturePlan, **trl_arguments: Any) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from helpers.engines import TEXTS, Oracle, request, start
 from helpers.models import EOS, TOKENS, make_model
 from helpers.oracle import with_wishes
+from optimal_sampling_trl.backends.vllm.launch import quiet
 from optimal_sampling_trl.mixture import Mixture
 from optimal_sampling_trl.mixture.dense import measure
 from optimal_sampling_trl.mixture.reference import reference
@@ -368,3 +371,23 @@ def test_sleep_is_nothing_on_a_cpu(backend: Any) -> None:
     backend.wake_up()
     assert TOKENS == 258
     assert len(backend.generate([request("awake")])) == 1
+
+
+def test_float32_is_not_rounded_without_a_word(pair: tuple[str, str]) -> None:
+    """vLLM's own default for such files is bfloat16, which it logs where nobody looks."""
+    with pytest.warns(
+        UserWarning, match=r"hold torch\.float32, and vLLM samples with torch\.bfloat16.*dtype='float32'"
+    ):
+        start(*pair, dtype="auto").close()
+
+
+def test_vllm_is_quiet_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = logging.getLogger("vllm")
+    before = logger.level
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
+    quiet()
+    assert (os.environ["VLLM_LOGGING_LEVEL"], logger.level) == ("INFO", before)
+    monkeypatch.delenv("VLLM_LOGGING_LEVEL")
+    quiet()
+    assert (os.environ.pop("VLLM_LOGGING_LEVEL"), logger.level) == ("WARNING", logging.WARNING)
+    logger.setLevel(before)

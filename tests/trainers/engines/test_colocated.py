@@ -15,11 +15,11 @@ from datasets import Dataset
 from torch import nn
 from transformers import AutoTokenizer
 
-import common
 from helpers.engines import TOLERANCE  # the engine's environment is set before vLLM is imported
 from helpers.models import copy_with, make_model, publish
 from helpers.training import TEXTS, Watch, load, make_untrained_pair, one_batch, train_and_check
 from helpers.training import make_trainer as build_trainer
+from optimal_sampling_trl.cli.training import run
 from optimal_sampling_trl.pairing import source
 from optimal_sampling_trl.trainers.engines import colocated, live
 
@@ -211,7 +211,7 @@ def test_a_recipe_ends_with_its_engine(pair: tuple[str, str], tmp_path: Path, mo
     )
     trainer = make_trainer("grpo", pair, tmp_path, generator=ENGINE | {"backend": "auto"}, max_steps=1)
     assert [role for _, role in read] == ["teacher", "student"]
-    common.run(trainer)
+    run(trainer)
     assert not workspace.is_workspace_manager_initialized()
     with pytest.raises(RuntimeError, match="This engine was closed"):
         trainer.vllm_generation.sync_weights()

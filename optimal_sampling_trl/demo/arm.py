@@ -1,12 +1,15 @@
-"""One training run on a tiny pair, watched: what the demo and the study share."""
+"""One training run on a tiny pair, watched: what the demo and the studies share."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback, TrainerCallback
 
-from pair import COMPLETION_LENGTH, Pair, dataset, measure, reward
+from .pair import COMPLETION_LENGTH, Pair, dataset, measure, reward
 
 GROUP = 8
 HELD_OUT = 1024
@@ -26,7 +29,21 @@ EMBEDDED = Job(COMPLETION_LENGTH, dataset, reward, lambda model, tokenizer: meas
 
 
 class Bar(ProgressCallback):
-    """The trainer's progress bar with the reward beside it, instead of a line for each log."""
+    """The trainer's progress bar with the reward beside it, instead of a line for each log.
+
+    Args:
+        name: what stands before the bar.
+        line: of the terminal, where several runs go side by side.
+    """
+
+    def __init__(self, name: str = "", line: int = 0) -> None:
+        super().__init__()
+        self.name, self.line = name, line
+        self.training_bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.training_bar = tqdm(total=state.max_steps, desc=self.name, position=self.line, unit="step")
+        self.current_step = 0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         shown = {"reward": "reward", "alpha/mean": "α"}
@@ -72,6 +89,7 @@ def train(
     batch: int,
     settings: dict[str, Any],
     job: Job = EMBEDDED,
+    bar: Bar | None = None,
     **extra: Any,
 ) -> tuple[Any, Watch]:
     """Train the student of `pair` from its start; returns the trainer and what was watched.
@@ -80,6 +98,7 @@ def train(
         batch: completions in a step.
         settings: further fields of the configuration.
         job: what is learned.
+        bar: shows the progress; by default a bar without a name.
         extra: further arguments of the trainer.
     """
     tokenizer = AutoTokenizer.from_pretrained(pair.student)
@@ -110,7 +129,7 @@ def train(
     for printer in (ProgressCallback, PrinterCallback):  # each prints a line for each log
         trainer.remove_callback(printer)
     if not trainer.args.disable_tqdm:
-        trainer.add_callback(Bar)
+        trainer.add_callback(Bar() if bar is None else bar)
     watch.trainer = trainer
     trainer.train()
     watch.seconds = trainer.state.log_history[-1]["train_runtime"]

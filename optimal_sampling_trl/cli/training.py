@@ -1,9 +1,10 @@
-"""Shared by the training recipes: the data and the model that the flags name, and the end of a run."""
+"""The commands that train: data, model and rewards that the flags name, and the run from start to end."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -11,6 +12,11 @@ from typing import Any
 
 from datasets import load_dataset
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
+
+from .. import trainers
+from ..trainers import GeneratorArguments
+from .launch import launch, launch_flags, launch_words, needs_launch
+from .parser import Parser
 
 
 @dataclass
@@ -86,3 +92,75 @@ def run(trainer: Any) -> None:
     trainer.accelerator.print(f"The model is in {trainer.args.output_dir}, trained by {processes} process(es).")
     trainer.close()  # while the engine's groups of processes exist, which `end_training` ends
     trainer.accelerator.end_training()
+
+
+@dataclass(frozen=True)
+class Job:
+    """A trainer as a command.
+
+    Args:
+        name: the command's name, and its module's.
+        method: the trainer's name without its end, such as `GRPO` of `GRPOTrainer` and `GRPOConfig`.
+        description: what the help says.
+        rewarded: True where the trainer takes reward functions.
+    """
+
+    name: str
+    method: str
+    description: str
+    rewarded: bool = True
+
+    def parser(self) -> Parser:
+        """The command's flags: the generator's first, then data, model and training."""
+        config = getattr(trainers, f"{self.method}Config")
+        script = RewardArguments if self.rewarded else ScriptArguments
+        kinds = (GeneratorArguments, script, ModelConfig, config)
+        return Parser(kinds, f"optimal-sampling {self.name}", self.description)
+
+    def run(self, words: Sequence[str]) -> None:
+        """Train in this process, or in those that accelerate is asked to start.
+
+        Args:
+            words: the command line after the command: this package's, TRL's and accelerate's flags.
+        """
+        parser = self.parser()
+        of_file, of_line = parser.unread(words)
+        launcher = launch_words(parser, [*of_file, *of_line])
+        if not launcher and not needs_launch():
+            return self.train(words)
+        launch(f"{__package__}.commands.{self.name}", launcher, _without(words, of_line))
+
+    def train(self, words: Sequence[str] | None = None) -> None:
+        """Train in this process, of which accelerate or torchrun may have started several.
+
+        Args:
+            words: the command line; by default this process's.
+        """
+        parser = self.parser()
+        further = {flag.removeprefix("--") for flag in launch_flags()}
+        sampling, script, model, training = parser.read(sys.argv[1:] if words is None else words, further)
+        try:
+            generator = sampling.generator()
+        except ValueError as error:
+            parser.error(str(error))
+        rewards = {"reward_funcs": script.rewards()} if self.rewarded else {}
+        trainer = getattr(trainers, f"{self.method}Trainer")(
+            generator=generator,
+            args=training,
+            **rewards,
+            **load_options(model, training),
+            **load_data(script, evaluate=training.eval_strategy != "no"),
+        )
+        run(trainer)
+
+
+def _without(words: Sequence[str], taken: Sequence[str]) -> list[str]:
+    """The words that are left after `taken`, which stand among them in this order."""
+    waiting = list(taken)
+    kept = []
+    for word in words:
+        if waiting and word == waiting[0]:
+            waiting.pop(0)
+        else:
+            kept.append(word)
+    return kept

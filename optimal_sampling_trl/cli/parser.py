@@ -1,0 +1,129 @@
+"""TRL's parser with groups in its help, choices of a YAML file checked, and errors of one line."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from trl import TrlParser
+
+from ..options import unknown_option
+
+PACKAGES = {"optimal_sampling_trl": "this package", "trl": "TRL", "transformers": "transformers"}
+"""Packages whose fields a configuration has, in the order in which the help shows them."""
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, keeps the lines of a description, and shows each flag by one spelling of two."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        shown = copy.copy(action)
+        shown.option_strings = [flag for flag in action.option_strings if "-" not in flag.lstrip("-")]
+        return super()._format_action_invocation(shown)
+
+
+class Parser(TrlParser):
+    """Reads dataclasses from a command line and the YAML file that it names.
+
+    Args:
+        kinds: the dataclasses; the help lists their flags in this order.
+        prog: the command, which begins each error.
+        description: the first lines of the help.
+    """
+
+    def __init__(self, kinds: Iterable[Any], prog: str, description: str) -> None:
+        super().__init__(
+            kinds,
+            prog=prog,
+            description=description,
+            usage="%(prog)s [--config FILE.yaml] [flags]",
+            allow_abbrev=False,
+            formatter_class=Formatter,
+        )
+        self._group_flags()
+
+    def read(self, words: Sequence[str], further: Iterable[str] = ()) -> tuple[Any, ...]:
+        """The dataclasses that a command line describes; ends the process on what it does not know.
+
+        Args:
+            words: the command line after the command.
+            further: fields of the YAML file that something else reads.
+        """
+        of_file, of_line = self.unread(words)
+        self.refuse([*of_line, *(flag for flag in of_file[::2] if flag.removeprefix("--") not in set(further))])
+        try:
+            parsed: Any = self.parse_args_and_config(words, return_remaining_strings=True)
+        except ValueError as error:
+            self.error(str(error))
+        *found, _ = parsed
+        self._check_choices(found)
+        return tuple(found)
+
+    def unread(self, words: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Words of the YAML file and of the command line that are no flags of this parser's.
+
+        Nothing is built of the flags: a configuration counts processes, which may be started later. Ends the process
+        on a value that is none of a flag's choices, and after `--help`.
+        """
+        words, of_file = list(words), {}
+        if "--config" in words:
+            at = words.index("--config")
+            try:
+                of_file = yaml.safe_load(Path(words[at + 1]).read_text(encoding="utf-8"))
+            except (OSError, IndexError, yaml.YAMLError) as error:
+                self.error(f"`--config` names no YAML file that can be read: {error}")
+            del words[at : at + 2]
+        known = {action.dest for action in self._actions} | {"env"}
+        rest = [
+            word for name, value in dict(of_file).items() if name not in known for word in (f"--{name}", str(value))
+        ]
+        return rest, self.parse_known_args(words)[1]
+
+    def refuse(self, unread: Iterable[str], further: Iterable[str] = ()) -> None:
+        """End the process where a word is a flag that is neither this parser's nor among `further`."""
+        further = set(further)
+        for word in unread:
+            name = word.split("=")[0]
+            if name.startswith("--") and name not in further:
+                flags = [flag for flag in self._option_string_actions if "-" not in flag.removeprefix("--")]
+                self.error(unknown_option("flag", name, [*flags, *further]))
+
+    def error(self, message: str) -> NoReturn:
+        """End the process with one line, where argparse prints the names of all flags above it."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            raise argparse.ArgumentError(action, unknown_option("value", value, map(str, action.choices)))
+
+    def _check_choices(self, found: Sequence[Any]) -> None:
+        """Check values of the YAML file, which argparse takes for defaults."""
+        for action in self._actions:
+            values = [getattr(each, action.dest) for each in found if hasattr(each, action.dest)]
+            if action.choices and values and isinstance(values[0], str) and values[0] not in action.choices:
+                self.error(unknown_option(f"value of `{action.dest}`", values[0], map(str, action.choices)))
+
+    def _group_flags(self) -> None:
+        """Show each dataclass's flags by the package that defines them, this package's first."""
+        for kind in self.dataclass_types:
+            of_package: dict[str, set[str]] = {package: set() for package in PACKAGES}
+            for each in fields(kind):
+                of_package.setdefault(_package(kind, each), set()).add(each.name)
+            for package, names in of_package.items():
+                actions = [action for action in self._actions if action.dest in names]
+                if actions:
+                    group = self.add_argument_group(f"{kind.__name__}, flags of {PACKAGES.get(package, package)}")
+                    for action in actions:
+                        self._optionals._group_actions.remove(action)
+                        group._group_actions.append(action)
+
+
+def _package(kind: type, each: Field[Any]) -> str:
+    """The package of the class that a dataclass has a field from: an inherited field is the same object there."""
+    owners = [base for base in kind.__mro__ if vars(base).get("__dataclass_fields__", {}).get(each.name) is each]
+    return owners[-1].__module__.split(".")[0]

@@ -1,0 +1,68 @@
+"""One line at the start of a training: the models, the engine, the share of the mixture, the loss and the memory."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+from typing import Any
+
+import torch
+
+from ..mixture import Mixture
+
+POSITIVE = {
+    "all": "completions with a positive advantage alone count",
+    "mixture": "the mixture's completions count where their advantage is positive",
+    "none": "all completions count",
+}
+"""Meaning of each value of `positive_only`."""
+
+
+def print_summary(trainer: Any) -> None:
+    """Print the line of a trainer, in one process, unless its `log_level` asks for errors alone."""
+    if trainer.args.get_process_log_level() < logging.ERROR:
+        trainer.accelerator.print(describe(trainer))
+
+
+def describe(trainer: Any) -> str:
+    """The line of a trainer."""
+    teacher = getattr(trainer.generator.teacher, "name_or_path", trainer.generator.teacher)
+    student = trainer.model.config._name_or_path
+    return (
+        f"{type(trainer).__name__}: student {student!r}, teacher {str(teacher)!r}, sampled by "
+        f"{trainer.vllm_generation.engine}; {_share(trainer)}; {_loss(trainer.args)}; {_memory()}."
+    )
+
+
+def _share(trainer: Any) -> str:
+    generator = trainer.generator
+    share = 1 - trainer._theta_count() / trainer._group_size()
+    annealed = "" if generator.schedule is None else f", annealed over {generator.schedule:g} of training"
+    return f"{share:.0%} of the completions from the mixture ({_words(generator.mixture)}{annealed})"
+
+
+def _words(mixture: Mixture) -> str:
+    if mixture.method == "fixed":
+        return f"α = {mixture.fixed_alpha:g}"
+    budget = f", ε = {mixture.epsilon:g}" if mixture.method == "trust_region" else ""
+    return f"{mixture.method}{budget}, α in [{mixture.alpha_min:g}, {mixture.alpha_max:g}]"
+
+
+def _loss(args: Any) -> str:
+    """Words for the loss; of TRL's own configuration for the defaults here."""
+    weights = getattr(args, "correction", "none")
+    corrected = "" if weights == "none" else f", weighted by {weights}"
+    if hasattr(args, "accept"):
+        return "completions that the reward accepts are imitated"
+    if hasattr(args, "lmbda") or hasattr(args, "loss"):
+        return f"loss {getattr(args, 'loss', 'divergence')!r}{corrected}"
+    return POSITIVE[getattr(args, "positive_only", "all")] + corrected
+
+
+def _memory() -> str:
+    """Memory that is taken when training starts: of this process's GPU, or of the process."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.memory_reserved() / 1e9:.1f} GB of the GPU taken"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB of memory taken"

@@ -1,0 +1,76 @@
+"""The parser of the commands: groups, choices, and one line with the nearest name for what it does not know."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from trl import ScriptArguments
+
+from optimal_sampling_trl.cli.parser import Parser
+from optimal_sampling_trl.trainers import GeneratorArguments, GRPOConfig
+
+KINDS = (GeneratorArguments, ScriptArguments, GRPOConfig)
+CPU = ("--use_cpu", "--bf16", "False", "--report_to", "none")
+
+
+def parser() -> Parser:
+    return Parser(KINDS, "optimal-sampling test", "Tests the parser.")
+
+
+def refused(words: Sequence[object], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line with which a command line is refused."""
+    with pytest.raises(SystemExit) as error:
+        parser().read([str(word) for word in words])
+    assert error.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith("optimal-sampling test: ")
+    assert told.count("\n") == 1
+    return told
+
+
+def test_flags_and_the_file_become_the_dataclasses(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(f"teacher: large\nlearning_rate: 1.0e-3\noutput_dir: {tmp_path}\nnum_processes: 2\n")
+    words = ["--config", str(config), "--alpha-method", "entropy", "--dataset_name", "data", *CPU]
+    sampling, script, training = parser().read(words, ["num_processes"])
+    assert (sampling.teacher, sampling.alpha_method, script.dataset_name) == ("large", "entropy", "data")
+    assert (training.learning_rate, training.use_cpu) == (1e-3, True)
+    assert parser().unread([*words, "--num_machines", "1"]) == (["--num_processes", "2"], ["--num_machines", "1"])
+
+
+def test_what_is_misspelt_is_told_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = refused(["--alpha_methd", "entropy", *CPU], capsys)
+    assert "Unknown flag '--alpha_methd'. Did you mean '--alpha_method'?" in told
+    told = refused(["--alpha_method", "entropi", *CPU], capsys)
+    assert "Unknown value 'entropi'. Known: " in told
+    assert "Did you mean 'entropy'?" in told
+    config = tmp_path / "config.yaml"
+    config.write_text("alpha_method: entropi\n")
+    told = refused(["--config", config, *CPU], capsys)
+    assert "Unknown value of `alpha_method` 'entropi'. " in told
+    config.write_text("learning_rte: 1\n")
+    assert "Did you mean '--learning_rate'?" in refused(["--config", config, *CPU], capsys)
+    assert "nowhere.yaml" in refused(["--config", tmp_path / "nowhere.yaml", *CPU], capsys)
+
+
+def test_a_configuration_that_refuses_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    told = refused(["--log_theta_tolerance", "-1", *CPU], capsys)
+    assert "`log_theta_tolerance` is -1.0; wanted a number of at least 0" in told
+
+
+def test_the_help_begins_with_the_generators_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each flag stands in one group, by the package that defines it, and once by its name."""
+    with pytest.raises(SystemExit):
+        parser().unread(["--help"])
+    told = capsys.readouterr().out
+    titles = ["GeneratorArguments, flags of this package", "ScriptArguments, flags of TRL"]
+    titles += [f"GRPOConfig, flags of {package}" for package in ("this package", "TRL", "transformers")]
+    assert [told.index(title) for title in titles] == sorted(told.index(title) for title in titles)
+    assert told.index("  --teacher") < told.index(titles[1])
+    assert told.index(titles[2]) < told.index("  --correction ") < told.index(titles[3])
+    assert "--alpha-method" not in told
+    built = parser()
+    grouped = [id(action) for group in built._action_groups for action in group._group_actions]
+    assert sorted(grouped) == sorted(map(id, built._actions))

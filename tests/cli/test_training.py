@@ -1,0 +1,47 @@
+"""The commands that train: rewards, data and the way back into a run, as flags say them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from trl import ScriptArguments, TrlParser
+
+from optimal_sampling_trl import GRPOConfig
+from optimal_sampling_trl.cli.training import Job, RewardArguments, checkpoint, load_data
+
+
+def test_resuming_as_a_flag_says_it() -> None:
+    (arguments,) = TrlParser((GRPOConfig,)).parse_args_and_config(["--resume_from_checkpoint", "True", "--use_cpu"])
+    assert arguments.resume_from_checkpoint == "True"  # TRL's parser; `train` would look for a folder of this name
+    assert checkpoint(arguments.resume_from_checkpoint) is True
+    assert checkpoint("output/checkpoint-3") == "output/checkpoint-3"
+    assert checkpoint(None) is None
+
+
+def test_a_reward_without_a_module_is_named() -> None:
+    with pytest.raises(SystemExit, match=r"`--reward_funcs` has 'reward'; wanted .* such as my_module\.reward"):
+        RewardArguments(reward_funcs=["reward"]).rewards()
+    with pytest.raises(SystemExit, match=r"`--reward_funcs` is missing"):
+        RewardArguments().rewards()
+    (found,) = RewardArguments(reward_funcs=["optimal_sampling_trl.demo.pair.reward"]).rewards()
+    assert found(["21="], ["12"]) == [1.0]
+
+
+def test_a_file_is_data(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a"}\n')
+    data = load_data(ScriptArguments(dataset_name=str(tmp_path / "data.jsonl")), evaluate=False)
+    assert data["train_dataset"]["prompt"] == ["a"]
+    assert data["eval_dataset"] is None
+    with pytest.raises(SystemExit, match="`--dataset_name` is missing"):
+        load_data(ScriptArguments(), evaluate=False)
+
+
+@pytest.mark.parametrize("method", ["GRPO", "RLOO", "RAFT", "Distillation"])
+def test_a_missing_teacher_is_one_line(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before data and models are looked for."""
+    job = Job("train", method, "", rewarded=method != "Distillation")
+    with pytest.raises(SystemExit) as error:
+        job.train(["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "False", "--report_to", "none"])
+    assert error.value.code == 2
+    assert "optimal-sampling train: `--teacher` is missing; wanted a folder or a model id." in capsys.readouterr().err

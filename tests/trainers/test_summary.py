@@ -1,0 +1,49 @@
+"""The line at the start of a training."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers.training import make_trainer
+from optimal_sampling_trl import Mixture
+from optimal_sampling_trl.trainers.summary import describe
+
+WANTED: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "grpo": (
+        {},
+        ["50% of the completions from the mixture (kl_symmetry, α in [0, 1])", "a positive advantage alone count"],
+    ),
+    "rloo": (
+        {"positive_only": "none", "correction": "sequence_truncate"},
+        ["all completions count, weighted by sequence_truncate"],
+    ),
+    "raft": ({}, ["100% of the completions from", "that the reward accepts are imitated"]),
+    "divergence": ({"generator": {"schedule": 0.5}}, ["annealed over 0.5 of training", "loss 'divergence'"]),
+    "sampled_token": (
+        {"generator": {"mixture": Mixture("trust_region", epsilon=0.1)}},
+        ["(trust_region, ε = 0.1, α in [0, 1])", "loss 'sampled_token'"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WANTED)
+def test_it_says_what_is_trained(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
+    settings, words = WANTED[kind]
+    line = describe(make_trainer(kind, pair, tmp_path, **settings))
+    words = [f"student '{pair[1]}', teacher '{pair[0]}', sampled by transformers; ", *words]
+    assert [each for each in words if each not in line] == [], line
+    assert re.search(r"; \d+\.\d GB of .* taken\.$", line)
+    assert "\n" not in line
+
+
+def test_it_is_printed_once_unless_errors_alone_are_asked_for(
+    pair: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_trainer("raft", pair, tmp_path, max_steps=1).train()
+    assert capsys.readouterr().out.count("RAFTTrainer: student ") == 1
+    make_trainer("raft", pair, tmp_path, max_steps=1, log_level="error").train()
+    assert "RAFTTrainer: student " not in capsys.readouterr().out
