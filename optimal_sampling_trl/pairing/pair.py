@@ -27,6 +27,7 @@ class Pair:
         ending: where completions end.
         two_prompts: whether this engine takes another prompt for the student than for the teacher.
         teacher_template: `template_digest` of the teacher's own tokenizer; None where it has no chat template.
+        teacher_tokenizer: the teacher's own, which reads the prompts that the teacher alone is given.
     """
 
     teacher: str
@@ -38,6 +39,7 @@ class Pair:
     ending: Ending
     two_prompts: bool = True
     teacher_template: str | None = None
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None
 
 
 def name_sources(
@@ -99,6 +101,7 @@ def read_pair(
         ),
         two_prompts=two_prompts,
         teacher_template=template_digest(teacher_tokenizer),
+        teacher_tokenizer=teacher_tokenizer,
     )
 
 
