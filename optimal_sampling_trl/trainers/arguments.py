@@ -15,7 +15,10 @@ from .generator import OptimalSamplingGenerator
 class SamplerArguments:
     """Flags of the teacher, the mixture and the engine; see `OptimalSamplingV1` and `Mixture`."""
 
-    teacher: str = field(default="", metadata={"help": "Folder or model id of the teacher."})
+    teacher: str = field(
+        default="",
+        metadata={"help": "Folder or model id of the teacher; in a trainer also 'student', the model itself."},
+    )
     alpha_method: str = field(
         default=Mixture.method, metadata={"help": f"Equation that alpha solves: {', '.join(METHODS)}."}
     )
@@ -117,6 +120,16 @@ class GeneratorArguments(SamplerArguments):
     schedule: float | None = field(
         default=None, metadata={"help": "Share of training over which the mixture is annealed to the student."}
     )
+    teacher_refresh: str = field(
+        default=OptimalSamplingGenerator.teacher_refresh,
+        metadata={
+            "help": "Of `--teacher student`: 'step', as new as the student, or 'never', as it was before training."
+        },
+    )
+    teacher_adapter: bool = field(
+        default=OptimalSamplingGenerator.teacher_adapter,
+        metadata={"help": "Of `--teacher student`: whether it has the student's adapter on as well."},
+    )
 
     def generator(self) -> OptimalSamplingGenerator:
         """Build the generator that the flags describe.
@@ -136,6 +149,8 @@ class GeneratorArguments(SamplerArguments):
             teacher_system_prompt=self.teacher_system_prompt,
             theta_system_prompt=self.theta_system_prompt,
             system_message=self.system_message,
+            teacher_refresh=self.teacher_refresh,
+            teacher_adapter=self.teacher_adapter,
             backend=self.backend,
             engine_arguments=None if self.engine_arguments is None else self.engine(),
         )

@@ -16,6 +16,7 @@ from torch import Tensor
 from trl.trainer.utils import add_fused_lm_head
 
 from ..losses import sampled_token_coefficients
+from ..pairing.prompts import TEACHER_PROMPT
 from .config import LOSSES, DistillationConfig
 from .generator import check_generator
 from .mixture_trainer import MixtureTrainer
@@ -171,10 +172,10 @@ class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
     def _check_settings(self) -> None:
         super()._check_settings()
         self._check_read()
-        if not self.sampled_token and self.generator.two_prompts:
+        if not self.sampled_token and self.generator.is_own_teacher:
             raise ValueError(
-                "`teacher_system_prompt` and `theta_system_prompt` differ, but TRL's divergence reads both models on "
-                "the student's prompt. Set `loss='sampled_token'`, which reads the recorded log t, or give both one."
+                "`teacher` is 'student', and TRL's divergence reads a teacher of its own from a folder. Set "
+                "`loss='sampled_token'`, which reads the recorded log t, or name another teacher."
             )
         if not self.sampled_token and not self.correction.name.startswith(("none", "prefix")):
             raise ValueError(
@@ -182,6 +183,17 @@ class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
                 "and depends on the tokens before it alone, so wanted 'none' or one of the level 'prefix', "
                 "for example 'prefix_truncate'."
             )
+
+    def _check_two_prompts(self) -> None:
+        """Refuse two prompts for the divergence, which TRL computes on one."""
+        if self.sampled_token:
+            return
+        both = "`teacher_system_prompt` and `theta_system_prompt` differ"
+        given = both if self.generator.two_prompts else f"The data set has the column `{TEACHER_PROMPT}`"
+        raise ValueError(
+            f"{given}, but TRL's divergence reads both models on the student's prompt. Set `loss='sampled_token'`, "
+            "which reads the recorded log t, or give both one."
+        )
 
     def _check_read(self) -> None:
         """Refuse settings that the loss does not read, and different revisions of the teacher in loss and rollouts."""

@@ -13,8 +13,15 @@ from transformers import PreTrainedModel
 from ..backends import BACKENDS
 from ..backends.transformers.backend import ENGINE_OPTIONS
 from ..mixture import Mixture
-from ..options import check_number, shown, unknown_option
-from ..pairing import check_system_message, reads_two_prompts
+from ..options import check_flag, check_number, shown, unknown_option
+from ..pairing import MODEL_OPTIONS, check_system_message, reads_two_prompts
+
+NO_SHARED_WEIGHTS = "vLLM's engine holds two models, the second a copy of the first that would have to be pushed too"
+OTHER_BACKEND = "Use backend='transformers', or 'auto'."
+STUDENT = "student"
+"""The teacher's name where it is the model that is trained."""
+REFRESH = ("step", "never")
+"""Times at which a teacher that is the student becomes as new as the student."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +29,8 @@ class OptimalSamplingGenerator:
     """Rollouts from the mixture of a teacher and the model being trained.
 
     Args:
-        teacher: a folder, a model id, or (with the transformers backend) a loaded model.
+        teacher: a folder, a model id, (with the transformers backend) a loaded model, or `"student"`: the model being
+            trained is its own teacher, with a prompt of the teacher's own (docs/teacher_prompts.md).
         mixture: rule by which α is chosen.
         theta_fraction: share of each prompt's group that is sampled from the student alone, in [0, 1]; None is 0.5 in
             GRPO and RLOO, whose groups then hold on-policy samples, and 0 in RAFT and distillation.
@@ -36,6 +44,10 @@ class OptimalSamplingGenerator:
         backend: `"vllm"`, `"transformers"` (the student is then the module being trained: no copy, nothing to
             synchronise), or `"auto"`: vLLM where it is installed and able.
         engine_arguments: go to the backend, as in `OptimalSamplingV1`.
+        teacher_refresh: of the teacher `"student"`: `"step"`, it is always as new as the student and is the same
+            module, or `"never"`, it stays as the student was before training; a copy of what is trained.
+        teacher_adapter: of the teacher `"student"`, whether it has the student's adapter on as well. Off, it is the
+            model below the adapter, which is in memory once and is not trained.
 
     Raises:
         ValueError: on a mixture that is none, an unknown backend or a number out of range.
@@ -44,6 +56,7 @@ class OptimalSamplingGenerator:
         ```python
         OptimalSamplingGenerator("large", Mixture("trust_region", epsilon=0.05), schedule=0.5)
         OptimalSamplingGenerator("large", teacher_system_prompt="Think step by step.", theta_fraction=0.25)
+        OptimalSamplingGenerator("student")  # the data set has a column `teacher_prompt`
         ```
     """
 
@@ -56,6 +69,8 @@ class OptimalSamplingGenerator:
     backend: str = "auto"
     engine_arguments: dict[str, Any] | None = None
     system_message: str = "refuse"
+    teacher_refresh: str = "step"
+    teacher_adapter: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.mixture, Mixture):
@@ -74,6 +89,46 @@ class OptimalSamplingGenerator:
                 raise ValueError("`schedule` is 0; wanted a share of training above 0, or None to keep the mixture.")
         if self.backend not in BACKENDS:
             raise ValueError(unknown_option("backend", self.backend, BACKENDS))
+        self._check_own_teacher()
+
+    def _check_own_teacher(self) -> None:
+        if self.teacher_refresh not in REFRESH:
+            raise ValueError(unknown_option("value of `teacher_refresh`", self.teacher_refresh, REFRESH))
+        check_flag("OptimalSamplingGenerator", "teacher_adapter", self.teacher_adapter)
+        given = {"teacher_refresh": self.teacher_refresh != "step", "teacher_adapter": not self.teacher_adapter}
+        set_ones = [f"`{name}` is {getattr(self, name)!r}" for name, is_set in given.items() if is_set]
+        if not self.is_own_teacher:
+            if set_ones:
+                raise ValueError(f"{set_ones[0]}, which is read of `teacher='student'` alone. Drop it.")
+            return
+        if len(set_ones) == 2:
+            raise ValueError(
+                f"{' and '.join(set_ones)}: the model below the adapter never changes; wanted one of the two. Drop "
+                "`teacher_refresh`."
+            )
+        if os.path.isdir(STUDENT):
+            raise ValueError(
+                "`teacher` is 'student', the model that is trained, and there is a folder of that name. Write "
+                "'./student' for the folder, or rename it."
+            )
+        if self.backend == "vllm":
+            raise ValueError(f"`backend` is 'vllm' and `teacher` 'student': {NO_SHARED_WEIGHTS}. {OTHER_BACKEND}")
+        for name in MODEL_OPTIONS:
+            if name in (self.engine_arguments or {}):
+                raise ValueError(
+                    f"`engine_arguments` has `{name}`, which says how a teacher is loaded, and `teacher` is "
+                    "'student', which is loaded already. Drop it."
+                )
+
+    @property
+    def is_own_teacher(self) -> bool:
+        """True where the model being trained is its own teacher."""
+        return isinstance(self.teacher, str) and self.teacher == STUDENT
+
+    @property
+    def is_the_student(self) -> bool:
+        """True where the teacher differs from the student in nothing but its prompt."""
+        return self.is_own_teacher and self.teacher_refresh == "step" and self.teacher_adapter
 
     @property
     def named_teacher(self) -> str | PreTrainedModel:

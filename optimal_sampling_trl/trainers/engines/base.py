@@ -34,6 +34,7 @@ class MixturePlan:
         training: whether the trainer trains; an evaluation samples from the student alone.
         progress: the share of training that is done, in [0, 1].
         step: number of updates so far; what does not divide by the processes moves on with it.
+        teacher_prompts: whether rows have a prompt of the teacher's own.
     """
 
     generator: OptimalSamplingGenerator
@@ -42,6 +43,12 @@ class MixturePlan:
     training: Callable[[], bool]
     progress: Callable[[], float]
     step: Callable[[], int] = lambda: 0
+    teacher_prompts: bool = False
+
+    @property
+    def two_prompts(self) -> bool:
+        """True where the teacher and the student read different prompts."""
+        return self.teacher_prompts or self.generator.two_prompts
 
     def mixtures(self, rows: int, first: int, processes: int = 1) -> list[Mixture]:
         """The mixture of each of `rows` completions, which start at row `first` of the batch of all processes.
