@@ -157,8 +157,10 @@ class OptimalSamplingForCausalLM(nn.Module):
     @staticmethod
     def _write_to(places: Tensor | None, layers: Sequence[str], tokens: int) -> None:
         """Send this step's keys and values of a model to its own places; in a trial step without caches nowhere."""
+        if places is None:
+            return
         planned: Any = get_forward_context().slot_mapping
-        if places is not None and planned:
+        if planned:
             planned.update({name: places[:tokens] for name in layers if name in planned})
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
