@@ -120,6 +120,12 @@ class GeneratorArguments(SamplerArguments):
     schedule: float | None = field(
         default=None, metadata={"help": "Share of training over which the mixture is annealed to the student."}
     )
+    mixture_below: float | None = field(
+        default=None,
+        metadata={
+            "help": "Reward that one of the student's own completions reaches, or its group gets rows of the mixture."
+        },
+    )
     teacher_refresh: str = field(
         default=OptimalSamplingGenerator.teacher_refresh,
         metadata={
@@ -149,6 +155,7 @@ class GeneratorArguments(SamplerArguments):
             teacher_system_prompt=self.teacher_system_prompt,
             theta_system_prompt=self.theta_system_prompt,
             system_message=self.system_message,
+            mixture_below=self.mixture_below,
             teacher_refresh=self.teacher_refresh,
             teacher_adapter=self.teacher_adapter,
             backend=self.backend,

@@ -172,6 +172,11 @@ class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
     def _check_settings(self) -> None:
         super()._check_settings()
         self._check_read()
+        if self.generator.mixture_below is not None:
+            raise ValueError(
+                f"`mixture_below` is {self.generator.mixture_below}, and distillation has no rewards to compare with "
+                "it. Drop it, or use GRPO, RLOO or RAFT."
+            )
         if not self.sampled_token and self.generator.is_own_teacher:
             raise ValueError(
                 "`teacher` is 'student', and TRL's divergence reads a teacher of its own from a folder. Set "

@@ -34,6 +34,9 @@ class OptimalSamplingGenerator:
         mixture: rule by which α is chosen.
         theta_fraction: share of each prompt's group that is sampled from the student alone, in [0, 1]; None is 0.5 in
             GRPO and RLOO, whose groups then hold on-policy samples, and 0 in RAFT and distillation.
+        mixture_below: a reward: a group gets rows of the mixture only where none of the student's own rows, which are
+            sampled and scored first, reaches it; elsewhere the student samples the others as well. None gives rows of
+            the mixture to each group. For GRPO, RLOO and RAFT (docs/teacher_prompts.md).
         schedule: share of training, in (0, 1], over which the mixture is annealed to the student (linear in ε and
             alpha_min for `trust_region`, in the range of α otherwise); None keeps it. It follows the trainer's step,
             so a resumed run goes on where it was.
@@ -71,6 +74,7 @@ class OptimalSamplingGenerator:
     system_message: str = "refuse"
     teacher_refresh: str = "step"
     teacher_adapter: bool = True
+    mixture_below: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.mixture, Mixture):
@@ -83,6 +87,8 @@ class OptimalSamplingGenerator:
         check_system_message(self.system_message)
         if self.theta_fraction is not None:
             check_number("OptimalSamplingGenerator", "theta_fraction", self.theta_fraction, 0.0, 1.0)
+        if self.mixture_below is not None:
+            check_number("OptimalSamplingGenerator", "mixture_below", self.mixture_below, float("-inf"))
         if self.schedule is not None:
             check_number("OptimalSamplingGenerator", "schedule", self.schedule, 0.0, 1.0)
             if self.schedule == 0:

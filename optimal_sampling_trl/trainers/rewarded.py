@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import metrics
-from .mixture_trainer import MixtureTrainer
+from .two_rounds import TwoRounds
 
 
-class RewardedTrainer(MixtureTrainer):
+class RewardedTrainer(TwoRounds):
     """Base of the trainers with rewards.
 
     Attributes:
@@ -31,8 +30,7 @@ class RewardedTrainer(MixtureTrainer):
         inputs = self._dataset_rows
         prompts = [example["prompt"] for example in inputs]
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        totals = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
-        self.rewards = totals.masked_fill(rewards.isnan().all(dim=1), torch.nan)  # as TRL does
+        self.rewards = self._totals(rewards)
         self._log_rewards()
         return rewards
 

@@ -35,6 +35,8 @@ class MixturePlan:
         progress: the share of training that is done, in [0, 1].
         step: number of updates so far; what does not divide by the processes moves on with it.
         teacher_prompts: whether rows have a prompt of the teacher's own.
+        chosen: for each row of all processes in the next call, whether the mixture samples it; None leaves that to
+            `theta_count`.
     """
 
     generator: OptimalSamplingGenerator
@@ -44,6 +46,7 @@ class MixturePlan:
     progress: Callable[[], float]
     step: Callable[[], int] = lambda: 0
     teacher_prompts: bool = False
+    chosen: Sequence[bool] | None = None
 
     @property
     def two_prompts(self) -> bool:
@@ -61,9 +64,9 @@ class MixturePlan:
         if not self.training():
             return [Mixture.theta_only()] * rows
         mixture, share = self.generator.current_mixture(self.progress()), rows // processes
-        return [
-            Mixture.theta_only() if self._is_of_theta(row, share) else mixture for row in range(first, first + rows)
-        ]
+        places = range(first, first + rows)
+        mixed = [not self._is_of_theta(row, share) if self.chosen is None else self.chosen[row] for row in places]
+        return [mixture if is_mixed else Mixture.theta_only() for is_mixed in mixed]
 
     def _is_of_theta(self, row: int, share: int) -> bool:
         """True for a row of the batch that the student samples alone.
