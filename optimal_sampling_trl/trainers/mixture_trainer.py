@@ -42,12 +42,14 @@ class MixtureTrainer(PromptReader):
 
     Attributes:
         rollouts: the rollouts of the last batch, for callbacks.
+        advantages: what the loss multiplies each of them with, the mean over its tokens; empty where it has none.
         histograms: values (N,) over the mixture's tokens in the last batch, of all processes, until they are logged.
     """
 
     config_class: type
     default_theta_fraction: float
     rollouts: Sequence[Rollout] = ()
+    advantages: Sequence[float] = ()
 
     def __init__(self, *, model: Any, generator: OptimalSamplingGenerator | None, args: Any, **trl_arguments: Any):
         self.generator = check_generator(generator)
@@ -168,7 +170,7 @@ class MixtureTrainer(PromptReader):
             self._correct(output)
         self._log_batch(output)
         if (trained_on := self._trained_on(output)) is not None:
-            complete_table(self._logs, trained_on, output["completion_mask"].bool(), rollouts)
+            self.advantages = complete_table(self._logs, trained_on, output["completion_mask"].bool(), rollouts)
         return output
 
     def evaluation_loop(self, *positional: Any, **keywords: Any) -> Any:
