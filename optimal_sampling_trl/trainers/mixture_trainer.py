@@ -20,10 +20,12 @@ from .config import correction_of
 from .engines.base import MixtureGeneration, MixturePlan, on_all_ranks
 from .engines.endings import endings_known
 from .engines.seam import build_generation, engine_replaced_by
-from .engines.student import check_head, check_teacher_apart
+from .engines.student_checks import check_head, check_teacher_apart
+from .entropy_scale import next_scale
 from .generator import OptimalSamplingGenerator, check_generator
 from .guard import ROWS, TOKENS, WeightGuard, bound_of, dropout_of, log_theta_of
 from .loggers import FigureCallback, send_histograms
+from .presets import with_preset
 from .prompts import PromptReader
 from .records import stack_records
 from .table import complete_table
@@ -50,9 +52,10 @@ class MixtureTrainer(PromptReader):
     default_theta_fraction: float
     rollouts: Sequence[Rollout] = ()
     advantages: Sequence[float] = ()
+    _scale: float | None = None  # of the entropy gate, once a batch has set it
 
     def __init__(self, *, model: Any, generator: OptimalSamplingGenerator | None, args: Any, **trl_arguments: Any):
-        self.generator = check_generator(generator)
+        self.generator = with_preset(check_generator(generator), getattr(args, "preset", None))
         for name in REFUSED:
             if trl_arguments.pop(name, None) is not None:
                 raise ValueError(
@@ -86,6 +89,7 @@ class MixtureTrainer(PromptReader):
             training=lambda: self.model.training,
             progress=lambda: self.state.global_step / max(self.state.max_steps, 1),
             step=lambda: self.state.global_step,
+            entropy_scale=self._entropy_scale,
         )
         longest = on_all_ranks(self._check_shapes, self.accelerator)
         engine = build_generation(plan, self._loaded_teacher(), **trl_arguments)
@@ -236,6 +240,24 @@ class MixtureTrainer(PromptReader):
             total=self.accelerator.reduce,
         )
 
+    def _entropy_scale(self) -> float | None:
+        """Scale of the entropy gate for the next batch; a resumed run starts with the last one that was logged."""
+        if self.generator.entropy_quantile is None:
+            return None
+        if self._scale is None:
+            logged = [
+                entry[metrics.ENTROPY_SCALE] for entry in self.state.log_history if metrics.ENTROPY_SCALE in entry
+            ]
+            self._scale = logged[-1] if logged else self.generator.mixture.entropy_scale
+        return self._scale
+
+    def _set_entropy_scale(self, alpha: Tensor) -> None:
+        """Log the scale that a batch was sampled with, and set the next one from its α (N,)."""
+        quantile, scale = self.generator.entropy_quantile, self._entropy_scale()
+        if quantile is not None and scale is not None:
+            self._append_metrics({metrics.ENTROPY_SCALE: scale})
+            self._scale = next_scale(alpha, scale, quantile, self.generator.mixture.entropy_scale)
+
     def _append_metrics(self, numbers: dict[str, float]) -> None:
         """Add numbers of this batch to those that TRL averages until it logs them."""
         log = self._metrics["train" if self.model.training else "eval"]
@@ -256,6 +278,7 @@ class MixtureTrainer(PromptReader):
         if len(alpha):  # there are none where the schedule has arrived at the student, or `theta_fraction` is 1
             self._append_metrics(metrics.of_mixture(alpha, log_q, log_theta, log_teacher))
             self._append_metrics(metrics.of_drafts(log_q, log_theta))
+            self._set_entropy_scale(alpha)
             self.histograms = metrics.histograms_of_mixture(alpha, log_q, log_theta)
 
     def _log_difference(self, output: dict[str, Any], mask: Tensor) -> None:

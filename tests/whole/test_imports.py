@@ -22,6 +22,7 @@ PACKAGE = ROOT / NAME
 FLOORS = (
     "options",
     "files",
+    "mixture.presets",
     "mixture.settings",
     "mixture.arithmetic",
     "mixture.solver",
@@ -42,6 +43,7 @@ FLOORS = (
     "backends",
     "generate",
     "sampling_run",
+    "probe",
     "trainers.generator",
     "trainers.engines",
     "trainers",

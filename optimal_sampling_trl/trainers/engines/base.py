@@ -34,6 +34,7 @@ class MixturePlan:
         training: whether the trainer trains; an evaluation samples from the student alone.
         progress: the share of training that is done, in [0, 1].
         step: number of updates so far; what does not divide by the processes moves on with it.
+        entropy_scale: the scale of the entropy gate, None for the mixture's own.
     """
 
     generator: OptimalSamplingGenerator
@@ -42,6 +43,7 @@ class MixturePlan:
     training: Callable[[], bool]
     progress: Callable[[], float]
     step: Callable[[], int] = lambda: 0
+    entropy_scale: Callable[[], float | None] = lambda: None
 
     def mixtures(self, rows: int, first: int, processes: int = 1) -> list[Mixture]:
         """The mixture of each of `rows` completions, which start at row `first` of the batch of all processes.
@@ -53,7 +55,8 @@ class MixturePlan:
         """
         if not self.training():
             return [Mixture.theta_only()] * rows
-        mixture, share = self.generator.current_mixture(self.progress()), rows // processes
+        mixture = self.generator.current_mixture(self.progress(), self.entropy_scale())
+        share = rows // processes
         return [
             Mixture.theta_only() if self._is_of_theta(row, share) else mixture for row in range(first, first + rows)
         ]
