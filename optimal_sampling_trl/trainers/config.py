@@ -10,7 +10,7 @@ import trl
 
 from ..losses import LEVELS, Correction
 from ..options import check_number, check_whole, unknown_option
-from .presets import PRESETS, apply_preset
+from .presets import PresetConfig
 
 LOSSES = ("divergence", "sampled_token")
 WEIGHTS = ("accepted", "reward")
@@ -94,27 +94,6 @@ class PolicyGradientConfig(CorrectionConfig):
         super().__post_init__()  # type: ignore[misc]
         if self.positive_only not in POSITIVE_ONLY:
             raise ValueError(unknown_option("value of `positive_only`", self.positive_only, POSITIVE_ONLY))
-
-
-@dataclass
-class PresetConfig:
-    """The name of a publication whose settings a configuration takes; see `presets`.
-
-    Raises:
-        ValueError: on a name that is no preset, or a field that is set to another value than the preset's.
-    """
-
-    preset: str | None = field(
-        default=None,
-        metadata={
-            "help": f"A publication whose mixture, schedule, share, baseline, correction and clip are set: "
-            f"{', '.join(PRESETS)}. A field that it sets and that is set to another value is refused."
-        },
-    )
-
-    def __post_init__(self) -> None:
-        apply_preset(self)
-        super().__post_init__()  # type: ignore[misc]
 
 
 @dataclass

@@ -150,6 +150,27 @@ def apply_preset(config: Any) -> None:
         setattr(config, setting, _settle(config, setting, value, name))
 
 
+@dataclass
+class PresetConfig:
+    """The name of a publication whose settings a configuration takes; see the head of this module.
+
+    Raises:
+        ValueError: on a name that is no preset, or a field that is set to another value than the preset's.
+    """
+
+    preset: str | None = field(
+        default=None,
+        metadata={
+            "help": f"A publication whose mixture, schedule, share, baseline, correction and clip are set: "
+            f"{', '.join(PRESETS)}. A field that it sets and that is set to another value is refused."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        apply_preset(self)
+        super().__post_init__()  # type: ignore[misc]
+
+
 def with_preset(generator: OptimalSamplingGenerator, name: str | None) -> OptimalSamplingGenerator:
     """Return the generator with what a preset sets, where its fields stand at their default.
 
