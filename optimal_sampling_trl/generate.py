@@ -56,7 +56,7 @@ class OptimalSamplingV1:
     Args:
         model_teacher: the teacher: a folder, a model id, or (with the transformers backend) a loaded model.
         model_theta: the student, likewise.
-        alpha_method, fixed_alpha, alpha_max, epsilon, form: the mixture; see `Mixture`.
+        alpha_method, fixed_alpha, alpha_max, epsilon, form, entropy_scale: the mixture; see `Mixture`.
         alpha_min: likewise; None is 0.5 for the methods that balance the two models, so that samples lean towards the
             teacher, and 0 for `trust_region` and `fixed`, whose budget or constant a floor would override.
         teacher_system_prompt: put before each prompt for the teacher.
@@ -99,6 +99,7 @@ class OptimalSamplingV1:
         backend: str = "auto",
         form: str = Mixture.form,
         system_message: str = "refuse",
+        entropy_scale: float = Mixture.entropy_scale,
         **engine_arguments: Any,
     ) -> None:
         for old, new in OLD_NAMES.items():
@@ -111,7 +112,7 @@ class OptimalSamplingV1:
             )
         if alpha_min is None:
             alpha_min = 0.0 if alpha_method in ("trust_region", "fixed") else 0.5
-        self.mixture = Mixture(alpha_method, alpha_min, alpha_max, fixed_alpha, epsilon, form)
+        self.mixture = Mixture(alpha_method, alpha_min, alpha_max, fixed_alpha, epsilon, form, entropy_scale)
         check_system_message(system_message)
         self.system_message = system_message
         self.teacher_system_prompt = teacher_system_prompt

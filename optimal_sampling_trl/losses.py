@@ -27,6 +27,7 @@ Filtered imitation needs no correction: the completions that a reward accepts ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -163,6 +164,34 @@ def keep_positive(advantages: Float[Tensor, " B *T"], rows: Bool[Tensor, " B"]) 
     """
     marked = rows.reshape(-1, *[1] * (advantages.ndim - 1))
     return torch.where(marked, advantages.clamp(min=0.0), advantages)
+
+
+def own_baseline(
+    rewards: Float[Tensor, "G N"], theta_rows: Bool[Tensor, "G N"], scale: bool = True
+) -> Float[Tensor, "G N"]:
+    """Advantages over the mean reward of the completions that the student sampled, in groups of N.
+
+    The student's are divided by the deviation of its rewards, the mixture's are not: whether a completion with help
+    beats those without is told in units of the reward. Source: Jiang et al., "MENTOR", arXiv:2510.04140.
+
+    Args:
+        rewards: reward of each completion; NaN, where no function could score one, gets no advantage.
+        theta_rows: True where the student sampled the completion alone; at least one in each group.
+        scale: whether the student's advantages are divided.
+    """
+    ours = rewards.masked_fill(~theta_rows, torch.nan)
+    mean = ours.nanmean(1, keepdim=True)
+    count = ours.isfinite().sum(1, keepdim=True)
+    deviation = ((ours - mean).square().nansum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    advantages = rewards - mean
+    if scale:
+        advantages = torch.where(theta_rows, advantages / (deviation + 1e-4), advantages)  # TRL's 1e-4
+    return advantages.nan_to_num(nan=0.0)
+
+
+def mixture_weight(step: int, steps: int | None) -> float:
+    """Weight of the mixture's advantages after `step` updates: half a cosine from 1 to 0 in `steps`; 1 without."""
+    return 1.0 if steps is None else (1 + math.cos(math.pi * min(step / steps, 1.0))) / 2
 
 
 def sampled_token_coefficients(

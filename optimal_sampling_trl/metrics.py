@@ -23,6 +23,8 @@ ALPHA_QUANTILES = {"alpha/q10": 0.1, "alpha/q50": 0.5, "alpha/q90": 0.9}
 """Quantiles of α over the mixture's tokens, and their shares."""
 ALPHA_BAND = ("alpha/q10", "alpha/q90")
 """Ends of the band that the figures draw around the mean."""
+ENTROPY_SCALE = "mixture/entropy_scale"
+"""Scale of the entropy gate that the batch was sampled with, in nats, where `entropy_quantile` sets it."""
 KL_THETA = "mixture/kl_theta"
 """KL(q‖θ), estimated on the mixture's tokens, in nats a token."""
 KL_TEACHER = "mixture/kl_teacher"

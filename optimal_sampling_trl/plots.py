@@ -1,7 +1,7 @@
 """Figures of training runs and of rollouts: success, α, effective sample size, divergences. matplotlib is an extra.
 
-`plot_*` write a PNG and return its path, `draw_*` return a matplotlib `Figure` for a logger or a notebook. Nothing
-global is touched: neither matplotlib's backend nor `pyplot`'s list of figures.
+`plot_*` write a PNG and return its path, `draw_*` return a matplotlib `Figure` for a logger or a notebook. A figure's
+title says what is seen in it, unless another one is passed.
 """
 
 from __future__ import annotations
@@ -16,19 +16,36 @@ import numpy as np
 
 from . import metrics
 from .files import write_atomically
+from .panels import PALETTE, Curve, draw_alpha, draw_curves, empty_figure, finish, seeds_of, show_percent
 from .rollouts.rollout import Rollout
 
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
-"""Okabe and Ito's colours, distinct under every form of colour blindness, without the yellow that white swallows."""
-MARKERS = "os^Dvp*"
-STYLES = ("-", "--", "-.", ":")
-MARKERS_PER_CURVE = 25
+STUDENT, MIXTURE = PALETTE[1], PALETTE[0]
+"""Colours of the two halves, as in the page of rollouts."""
+COLORS = {
+    "student's own": STUDENT,
+    "mixture's": MIXTURE,
+    "prompts with one": PALETTE[2],
+    "KL(q‖θ), estimated on sampled tokens": STUDENT,
+    "KL(q‖t), estimated on sampled tokens": MIXTURE,
+    "KL(q‖θ), exact": STUDENT,
+    "KL(q‖t), exact": MIXTURE,
+}
+"""Colours of curves by their name; the others have the palette's."""
 BAND_LABEL = "10 % to 90 % of tokens"
+ENDS = 5
+"""A title compares the first fifth of training with the last."""
+EXACT = {
+    "dense/kl_q_theta": "KL(q‖θ), exact",
+    "dense/kl_q_teacher": "KL(q‖t), exact",
+    "dense/kl_theta_teacher": "KL(θ‖t), exact",
+    "dense/kl_teacher_theta": "KL(t‖θ), exact",
+}
+"""Divergences over the whole vocabulary, which are logged where there are dense records."""
 
 
 def plot_learning(
     path: str | os.PathLike[str],
-    curves: Mapping[str, Sequence[tuple[float, float]]],
+    curves: Mapping[str, Curve],
     alpha: Sequence[tuple[float, float]] | None = None,
     alpha_band: Sequence[tuple[float, float, float]] | None = None,
     *,
@@ -36,23 +53,28 @@ def plot_learning(
     y_label: str = "Success rate (share of samples)",
     band_label: str = BAND_LABEL,
     title: str | None = None,
+    percent: bool = False,
 ) -> Path:
     """Draw the success of several runs and, below on the same x, α over training, as a PNG.
 
     Args:
         path: the file to write, a PNG whatever its name. Its folder is made; an existing file is replaced at once.
-        curves: points (x, success) of each run by name, in the order of the legend. A NaN leaves a gap.
+        curves: points (x, success) of each run by name, in the order of the legend. A NaN leaves a gap. In the place
+            of points a list of them, one for each seed and at the same x: their mean is drawn, in a band from the
+            lowest to the highest.
         alpha: points (x, mean α); without them there is no lower panel.
         alpha_band: points (x, low, high), the quantiles of α that `band_label` names, drawn as a band.
         x_label, y_label, band_label: labels of the axes and of the band, with the unit.
-        title: heading of the figure.
+        title: heading of the figure. None says which run ends highest, and where; an empty text leaves it out.
+        percent: write y, a share, as per cent.
 
     Returns:
         the path.
 
     Raises:
         ImportError: where matplotlib is not installed.
-        ValueError: on no curves, a curve without points, a point of another length, or a band without `alpha`.
+        ValueError: on no curves, a curve without points, a point of another length, seeds at different x, or a band
+            without `alpha`.
 
     Example:
         ```python
@@ -64,12 +86,25 @@ def plot_learning(
     if alpha is None and alpha_band is not None:
         raise ValueError("alpha_band was passed without alpha; pass the mean as well, the band is drawn round it.")
 
-    figure, panels = _empty_figure([4.0] if alpha is None else [4.0, 2.0])
-    _draw_curves(panels[0], curves, y_label)
+    figure, panels = empty_figure([4.0] if alpha is None else [4.0, 1.8])
+    draw_curves(panels[0], curves, y_label)
+    if percent:
+        show_percent(panels[0].yaxis)
     if alpha is not None:
-        _draw_alpha(panels[1], alpha, alpha_band, band_label)
-    _finish(figure, panels, x_label, title)
+        draw_alpha(panels[1], alpha, alpha_band, band_label)
+    finish(figure, panels, x_label, _highest(curves, percent) if title is None else title)
     return _write(path, figure)
+
+
+def _highest(curves: Mapping[str, Curve], percent: bool) -> str:
+    """Say which run ends highest, and where each began and ended if there is one alone."""
+    ends = {
+        name: [np.mean([y[place] for _, y in seeds_of(name, curve)]) for place in (0, -1)]
+        for name, curve in curves.items()
+    }
+    best = max(ends, key=lambda name: np.nan_to_num(ends[name][1], nan=-np.inf))
+    first, last = (f"{value:.1%}".replace("%", " %") if percent else f"{value:.2f}" for value in ends[best])
+    return f"{best}: {first} → {last}" + (f", the highest of {len(ends)}" if len(ends) > 1 else "")
 
 
 def plot_training(path: str | os.PathLike[str], log_history: Sequence[Mapping[str, Any]]) -> Path:
@@ -84,17 +119,20 @@ def plot_training(path: str | os.PathLike[str], log_history: Sequence[Mapping[st
     return _write(path, draw_training(log_history))
 
 
-def draw_training(log_history: Sequence[Mapping[str, Any]]) -> Any:
+def draw_training(log_history: Sequence[Mapping[str, Any]], title: str | None = None) -> Any:
     """Draw the trainers' metrics of the mixture over training, a panel for each kind that the log holds:
 
     - the mean reward of the two halves of the groups, the student's and the mixture's;
     - the share of completions and of prompts that the reward accepts;
     - α, mean and 10 % to 90 % of tokens;
     - the effective sample size of the mixture's tokens for the student, as a share of their number;
-    - KL(q‖θ) and KL(q‖t), estimated on the sampled tokens, in nats a token.
+    - divergences in nats a token: the exact ones of dense records, or else KL(q‖θ) and KL(q‖t) as they are estimated
+      on the sampled tokens.
 
     Args:
         log_history: entries of `trainer.state.log_history`, each with a `step`.
+        title: heading of the figure. None compares the first fifth of training with the last; an empty text leaves it
+            out.
 
     Raises:
         ImportError: where matplotlib is not installed.
@@ -106,39 +144,56 @@ def draw_training(log_history: Sequence[Mapping[str, Any]]) -> Any:
         found = [entry for entry in logged if all(entry.get(name) is not None for name in names)]
         return [(entry["step"], *(entry[name] for name in names)) for entry in found]
 
-    rewards = {"the student's own": curve(metrics.REWARD_THETA), "the mixture's": curve(metrics.REWARD_MIXTURE)}
-    accepted = {
-        "the student's completions": curve(metrics.ACCEPTED_THETA),
-        "the mixture's completions": curve(metrics.ACCEPTED_MIXTURE),
-        "prompts with one": curve(metrics.ACCEPTED_PROMPTS),
+    exact = {label: points for name, label in EXACT.items() if (points := curve(name))}
+    estimated = {
+        "KL(q‖θ), estimated on sampled tokens": curve(metrics.KL_THETA),
+        "KL(q‖t), estimated on sampled tokens": curve(metrics.KL_TEACHER),
     }
-    distances = {"KL(q‖θ)": curve(metrics.KL_THETA), "KL(q‖t)": curve(metrics.KL_TEACHER)}
-    sizes, alpha = {"of the mixture's tokens": curve(metrics.SAMPLE_SIZE)}, curve(metrics.ALPHA_MEAN)
-    band = curve(*metrics.ALPHA_BAND)
-    shown: list[tuple[str, Mapping[str, Sequence[tuple[float, ...]]]]] = [
-        (label, {name: points for name, points in curves.items() if points})
-        for label, curves in (
-            ("Mean reward", rewards),
-            ("Share accepted", accepted),
-            ("α", {"": alpha}),
-            ("ESS ÷ tokens", sizes),
-        )
-    ]
-    shown.append(("Nats a token", {name: points for name, points in distances.items() if points}))
-    shown = [(label, curves) for label, curves in shown if curves]
+    alpha = curve(metrics.ALPHA_MEAN)
+    panels_of: dict[str, Mapping[str, Sequence[tuple[float, ...]]]] = {
+        "Mean reward": {
+            "student's own": curve(metrics.REWARD_THETA),
+            "mixture's": curve(metrics.REWARD_MIXTURE),
+        },
+        "Share accepted": {
+            "student's own": curve(metrics.ACCEPTED_THETA),
+            "mixture's": curve(metrics.ACCEPTED_MIXTURE),
+            "prompts with one": curve(metrics.ACCEPTED_PROMPTS),
+        },
+        "α": {"mean α": alpha},
+        "ESS ÷ tokens": {"mixture's tokens": curve(metrics.SAMPLE_SIZE)},
+        "Nats a token": exact or estimated,
+    }
+    shown = {label: _with_points(curves) for label, curves in panels_of.items() if _with_points(curves)}
     if not shown:
         raise ValueError(
             f"draw_training found no metric of the mixture in the log, such as {metrics.ALPHA_MEAN!r}; pass "
             "`trainer.state.log_history` of one of this package's trainers."
         )
-    figure, panels = _empty_figure([2.2] * len(shown))
-    for panel, (label, curves) in zip(panels, shown, strict=True):
+    figure, panels = empty_figure([2.0] * len(shown))
+    for panel, (label, curves) in zip(panels, shown.items(), strict=True):
         if label == "α":
-            _draw_alpha(panel, alpha, band or None, BAND_LABEL)
+            draw_alpha(panel, alpha, curve(*metrics.ALPHA_BAND) or None, BAND_LABEL)
         else:
-            _draw_curves(panel, curves, label)
-    _finish(figure, panels, "Training step", None)
+            draw_curves(panel, curves, label, COLORS)
+    finish(figure, panels, "Training step", _change(shown) if title is None else title)
     return figure
+
+
+def _with_points(curves: Mapping[str, Sequence[tuple[float, ...]]]) -> dict[str, Sequence[tuple[float, ...]]]:
+    return {name: points for name, points in curves.items() if points}
+
+
+def _change(shown: Mapping[str, Mapping[str, Sequence[tuple[float, ...]]]]) -> str:
+    """Say how the first kind of metric changed: the mean of the first fifth of its points, and of the last."""
+    label, curves = next(iter(shown.items()))
+    changes = []
+    for name, points in curves.items():
+        values = [point[1] for point in points]
+        part = -(-len(values) // ENDS)
+        first, last = np.nanmean(values[:part]), np.nanmean(values[-part:])
+        changes.append(f"{first:.2f} → {last:.2f} ({name})")
+    return f"{label} from the first to the last fifth of training:\n{', '.join(changes)}"
 
 
 def plot_tokens(path: str | os.PathLike[str], rollouts: Sequence[Rollout]) -> Path:
@@ -153,56 +208,53 @@ def plot_tokens(path: str | os.PathLike[str], rollouts: Sequence[Rollout]) -> Pa
     return _write(path, draw_tokens(rollouts))
 
 
-def draw_tokens(rollouts: Sequence[Rollout]) -> Any:
+def draw_tokens(rollouts: Sequence[Rollout], title: str | None = None) -> Any:
     """Draw α by position in the completion, mean and 10 % to 90 %, above the number of completions that are so long.
+
+    Completions that the student sampled alone have α = 0 and take no part in α; they are counted apart.
+
+    Args:
+        rollouts: the mixture's, with or without the student's own among them.
+        title: heading of the figure. None says the mean of α and of how many tokens; an empty text leaves it out.
 
     Raises:
         ImportError: where matplotlib is not installed.
-        ValueError: where no rollout has a token.
+        ValueError: where no rollout of the mixture has a token.
     """
-    longest = max((len(rollout.completion_ids) for rollout in rollouts), default=0)
-    if not longest:
-        raise ValueError("draw_tokens got no rollout with a token; pass at least one.")
-    alpha = np.full((len(rollouts), longest), np.nan)  # (N, T)
-    for row, rollout in enumerate(rollouts):
-        alpha[row, : len(rollout.alpha)] = rollout.alpha
-    places = range(1, longest + 1)
+    mixed = [rollout for rollout in rollouts if not rollout.mixture.is_theta_only]
+    alpha = _by_position(mixed)  # (N, T)
+    own = [len(rollout.completion_ids) for rollout in rollouts if rollout.mixture.is_theta_only]
+    if not alpha.size:
+        raise ValueError(
+            f"draw_tokens got no rollout of the mixture with a token, and {len(own)} of the student alone, whose α is "
+            "0; pass at least one."
+        )
+    places = range(1, alpha.shape[1] + 1)
     low, high = np.nanquantile(alpha, [0.1, 0.9], axis=0).tolist()
-    count = (~np.isnan(alpha)).sum(0).tolist()
-    figure, panels = _empty_figure([3.0, 1.5])
+    figure, panels = empty_figure([3.0, 1.6])
     band = list(zip(places, low, high, strict=True))
-    _draw_alpha(panels[0], list(zip(places, np.nanmean(alpha, axis=0).tolist(), strict=True)), band, "10 % to 90 %")
-    panels[1].step(places, count, where="mid", color=PALETTE[0], linewidth=1.8, label="completions")
-    panels[1].set_ylim(bottom=0)
+    draw_alpha(panels[0], list(zip(places, np.nanmean(alpha, axis=0).tolist(), strict=True)), band, "10 % to 90 %")
+    counts = {"mixture's": (~np.isnan(alpha)).sum(0).tolist()}
+    if own:
+        counts["student's own"] = [sum(length >= place for length in own) for place in range(1, max(own) + 1)]
+    for (name, count), color, style in zip(counts.items(), (MIXTURE, STUDENT), ("-", "--")):
+        positions = range(1, len(count) + 1)
+        panels[1].step(positions, count, style, where="mid", color=color, linewidth=1.8, label=name)
+    panels[1].set_ylim(0, 1.5 * max(max(count) for count in counts.values()))  # with room for the legend
     panels[1].set_ylabel("Completions")
-    _finish(figure, panels, "Position in the completion (tokens)", None)
+    tokens = int((~np.isnan(alpha)).sum())
+    seen = f"Mean α {np.nanmean(alpha):.2f} over {tokens:,} tokens of {len(mixed):,} completions of the mixture"
+    finish(figure, panels, "Position in the completion (tokens)", seen if title is None else title)
     return figure
 
 
-def _empty_figure(heights: Sequence[float]) -> tuple[Any, Any]:
-    """Make a figure of panels below one another with one x; `heights` are in inches."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "Figures are drawn with matplotlib, which is missing; run `pip install 'optimal-sampling-trl[plots]'`."
-        ) from error
-    figure = Figure(figsize=(9.0, sum(heights)), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-
-
-def _finish(figure: Any, panels: Any, x_label: str, title: str | None) -> None:
-    panels[-1].set_xlabel(x_label)
-    for panel in panels:
-        panel.grid(color="#dddddd", linewidth=0.7)
-        panel.set_axisbelow(True)
-        panel.spines[["top", "right"]].set_visible(False)
-        # Outside of the axes, so that no curve is hidden.
-        panel.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0, frameon=False)
-    if title is not None:
-        figure.suptitle(title)
+def _by_position(rollouts: Sequence[Rollout]) -> np.ndarray:
+    """Stack α of N rollouts as (N, T), NaN past the end of each."""
+    longest = max((len(rollout.completion_ids) for rollout in rollouts), default=0)
+    alpha = np.full((len(rollouts), longest), np.nan)
+    for row, rollout in enumerate(rollouts):
+        alpha[row, : len(rollout.alpha)] = rollout.alpha
+    return alpha
 
 
 def _write(path: str | os.PathLike[str], figure: Any) -> Path:
@@ -210,37 +262,3 @@ def _write(path: str | os.PathLike[str], figure: Any) -> Path:
     figure.savefig(image, format="png")
     write_atomically(Path(path), image.getvalue())
     return Path(path)
-
-
-def _draw_curves(panel: Any, curves: Mapping[str, Sequence[tuple[float, ...]]], y_label: str) -> None:
-    for place, (name, points) in enumerate(curves.items()):
-        x, y = _columns(f"curve {name!r}", points, 2)
-        color, marker = PALETTE[place % len(PALETTE)], MARKERS[place % len(MARKERS)]
-        style, every = STYLES[place // len(PALETTE) % len(STYLES)], max(1, len(x) // MARKERS_PER_CURVE)
-        panel.plot(x, y, style, label=name, color=color, marker=marker, markersize=4, markevery=every, linewidth=1.8)
-    panel.set_ylabel(y_label)
-    panel.set_ylim(bottom=min(0.0, panel.get_ylim()[0]))
-
-
-def _draw_alpha(panel: Any, alpha: Sequence[Any], band: Sequence[Any] | None, band_label: str) -> None:
-    x, mean = _columns("alpha", alpha, 2)
-    panel.plot(x, mean, color=PALETTE[0], linewidth=1.8, label="mean α")
-    if band is not None:
-        x, low, high = _columns("alpha_band", band, 3)
-        panel.fill_between(x, low, high, color=PALETTE[0], alpha=0.2, linewidth=0, label=band_label)
-    panel.set_ylim(-0.03, 1.03)
-    panel.set_ylabel("α (0 student, 1 teacher)")
-
-
-def _columns(name: str, points: Sequence[Sequence[float]], width: int) -> list[list[float]]:
-    """Split points of `width` numbers into as many lists.
-
-    Raises:
-        ValueError: on no points, or a point of another length.
-    """
-    if len(points) == 0:
-        raise ValueError(f"{name} has no points; leave it out, or pass at least one.")
-    for place, point in enumerate(points):
-        if len(point) != width:
-            raise ValueError(f"{name}: point {place} has {len(point)} numbers, wanted {width}.")
-    return [[float(point[column]) for point in points] for column in range(width)]

@@ -43,6 +43,7 @@ class Watch(TrainerCallback):
         self.curve: list[tuple[float, float]] = []
         self.rollouts: list[Any] = []
         self.steps: list[int] = []
+        self.advantages: list[float] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._look(state, kwargs["model"])
@@ -60,6 +61,7 @@ class Watch(TrainerCallback):
         taken = getattr(self.trainer, "rollouts", [])
         self.rollouts += taken
         self.steps += [state.global_step] * len(taken)
+        self.advantages += getattr(self.trainer, "advantages", [])
 
 
 def train(

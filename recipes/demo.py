@@ -7,9 +7,8 @@
 
 Trains the student three times from the same start with the same number of samples: with TRL's GRPO on its own samples,
 at its best learning rate and at the mixture's, and with half of each group sampled from the mixture with its teacher.
-Prints exact match on held-out prompts before and
-after, and writes to output/demo/: learning.png (both curves, and α over training) and rollouts.html (the tokens that
-the mixture sampled, coloured by α).
+Prints exact match on held-out prompts before and after, and writes to output/demo/: learning.png (the curves, and α
+over training) and rollouts.html (the completions of both halves side by side, with each token's records).
 """
 
 import argparse
@@ -66,28 +65,28 @@ def train_all(pair: Pair, steps: int, backend: str, output: Path) -> tuple[dict[
 def draw(watched: dict[str, Watch], logs: list[dict[str, float]], output: Path) -> tuple[Path, Path]:
     """The picture of the curves and of α, and the page of the mixture run's rollouts."""
     at = [entry["step"] * BATCH for entry in logs]
+    ends = {name: watch.curve[-1][1] for name, watch in watched.items()}
+    without = max(end for name, end in ends.items() if name != MIXTURE)
     picture = plot_learning(
         output / "learning.png",
-        {f"{name}, {RATES[name]:g}": watch.curve for name, watch in watched.items()},
+        {name: watch.curve for name, watch in watched.items()},
         alpha=list(zip(at, (entry["alpha/mean"] for entry in logs), strict=True)),
         alpha_band=[(x, entry["alpha/q10"], entry["alpha/q90"]) for x, entry in zip(at, logs, strict=True)],
         x_label="sampled completions",
         y_label="exact match on held-out prompts",
-        title="Sorting ten digits",
+        title=f"Sorting ten digits: {ends[MIXTURE]:.0%} {MIXTURE}, {without:.0%} with GRPO alone",
+        percent=True,
     )
     mixed = watched[MIXTURE]
-    shown = [
-        (rollout, step) for rollout, step in zip(mixed.rollouts, mixed.steps) if not rollout.mixture.is_theta_only
-    ]
-    rollouts, at_step = zip(*shown)
-    asked = mixed.tokenizer.batch_decode([rollout.prompt_ids for rollout in rollouts])
+    asked = mixed.tokenizer.batch_decode([rollout.prompt_ids for rollout in mixed.rollouts])
     page = write_page(
         output / "rollouts.html",
-        rollouts,
+        mixed.rollouts,
         mixed.tokenizer,
-        rewards=reward(asked, [rollout.text for rollout in rollouts]),
-        steps=at_step,
-        title="Sorting ten digits: rollouts of the mixture",
+        rewards=reward(asked, [rollout.text for rollout in mixed.rollouts]),
+        steps=mixed.steps,
+        advantages=mixed.advantages,
+        title="Sorting ten digits: rollouts of a training run",
     )
     return picture, page
 
@@ -115,7 +114,7 @@ def main() -> None:
     for name, watch in watched.items():
         first, last = watch.curve[0][1], watch.curve[-1][1]
         print(f"{name:32} {first:7.1%} {last:8.1%} {options.steps * BATCH:8,} {watch.seconds:8.0f}")
-    print(f"\nCurves: {picture}\nRollouts, tokens coloured by α: {page}")
+    print(f"\nCurves: {picture}\nRollouts of both halves: {page}")
 
 
 if __name__ == "__main__":

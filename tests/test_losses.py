@@ -23,6 +23,8 @@ from optimal_sampling_trl.losses import (
     imitation_loss,
     keep_positive,
     log_weights,
+    mixture_weight,
+    own_baseline,
     sampled_token_coefficients,
 )
 from optimal_sampling_trl.mixture import Mixture
@@ -437,3 +439,21 @@ def test_on_the_students_own_tokens_it_is_the_gradient_of_reverse_kl() -> None:
     log_theta = logits.log_softmax(-1)
     exact = torch.autograd.grad((log_theta.exp() * (log_theta - log_teacher)).sum(), logits)[0]
     assert torch.allclose(gradient_of(logits, log_theta.detach()), exact, atol=1e-12, rtol=0)
+
+
+def test_advantages_over_the_students_own_rewards_by_hand() -> None:
+    """A completion that no function scored has none, and is in no mean; one own completion has no deviation."""
+    rewards = torch.tensor([[0.0, 1.0, 1.0, 0.0], [1.0, math.nan, 3.0, math.nan]])
+    own = torch.tensor([[True, True, False, False]] * 2)
+    deviation = math.sqrt(0.5) + 1e-4
+    wanted = [[-0.5 / deviation, 0.5 / deviation, 0.5, -0.5], [0.0, 0.0, 2.0, 0.0]]
+    assert own_baseline(rewards, own).flatten().tolist() == pytest.approx([*wanted[0], *wanted[1]])
+    plain = own_baseline(rewards, own, scale=False)
+    assert plain.flatten().tolist() == pytest.approx([-0.5, 0.5, 0.5, -0.5, 0.0, 0.0, 2.0, 0.0])
+
+
+def test_the_weight_of_the_mixture_is_half_a_cosine() -> None:
+    assert [mixture_weight(step, 4) for step in range(6)] == pytest.approx(
+        [1.0, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2, 0.0, 0.0]
+    )
+    assert mixture_weight(1000, None) == 1.0

@@ -20,6 +20,8 @@ Var_q[ℓ] ≥ 0. Each method asks for one α in each row:
   (Plyusov et al., "Trust-Region Behavior Blending for On-Policy Distillation", arXiv:2605.31159).
 - `entropy`: α = H(θ) / (H(θ) + H(t)), a heuristic: the surer model weighs more.
 - `fixed`: α = fixed_alpha.
+- `entropy_gate`: α = min(1, H(θ)/γ) with γ = `entropy_scale`: the teacher enters where the student is unsure
+  (MENTOR, arXiv:2510.04140, which mixes arithmetically).
 
 A root is clamped to [alpha_min, alpha_max]. Where θ and t are the same distribution (their Jeffreys divergence,
 E_t[ℓ] − E_θ[ℓ], is below 1e-9 nats, under which α would be rounding noise) every α is a solution of the first two: the
@@ -33,7 +35,7 @@ MiniLLM (arXiv:2306.08543) and MENTOR (arXiv:2510.04140) sample from. Its method
   tokens that both models have.
 - `trust_region`: KL(q‖θ) = Σ q log w with w = q/θ = 1 - α + αe^ℓ is convex in α and has the slope Σ (t-θ) log w. It is
   infinite for any α > 0 where the teacher has a token that the student has not.
-- `entropy`, `fixed`: as above.
+- `entropy`, `fixed`, `entropy_gate`: as above.
 - `ess_balance` is refused: Σ(θ²-t²)/q = 2Σ(θ-t) = 0 at α = 1/2, whatever the models.
 """
 

@@ -82,6 +82,9 @@ def _reference_alpha(log_theta: Float[Tensor, " V"], log_teacher: Float[Tensor, 
         entropy_theta, entropy_teacher = (float(torch.special.entr(p.exp()).sum()) for p in (log_theta, log_teacher))
         total = entropy_theta + entropy_teacher
         return min(max(entropy_theta / total, low), high) if total > 0 else (low + high) / 2
+    if mixture.method == "entropy_gate":
+        entropy = -sum(p * log_p for p, log_p in zip(log_theta.exp().tolist(), log_theta.tolist()) if p > 0)
+        return min(max(entropy / mixture.entropy_scale, low), high)
     both = torch.isfinite(log_theta) & torch.isfinite(log_teacher)
     if mixture.form == "arithmetic":
         return _arithmetic_root(log_theta, log_teacher, both, mixture)

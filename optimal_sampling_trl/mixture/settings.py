@@ -11,8 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..options import check_number, unknown_option
+from .presets import published
 
-METHODS = ("kl_symmetry", "ess_balance", "trust_region", "entropy", "fixed")
+METHODS = ("kl_symmetry", "ess_balance", "trust_region", "entropy", "fixed", "entropy_gate")
 FORMS = ("geometric", "arithmetic")
 CHOICES = {"method": METHODS, "form": FORMS}
 """The fields of a mixture whose value is a word, and the words."""
@@ -37,6 +38,8 @@ class Mixture:
         fixed_alpha: α of the method `fixed`; no other method reads it.
         epsilon: the budget KL(q‖θ) ≤ ε of the method `trust_region`, in nats a token; no other method reads it.
         form: `geometric` for q ∝ θ^(1-α) t^α, `arithmetic` for q = (1-α)θ + αt.
+        entropy_scale: the entropy H(θ), in nats and above 0, from which on α of the method `entropy_gate` is 1; no
+            other method reads it.
 
     Raises:
         ValueError: on a method or form that does not exist, a number outside of its range, or `ess_balance` of the
@@ -48,6 +51,7 @@ class Mixture:
         Mixture("trust_region", epsilon=0.05)  # near the student
         Mixture(alpha_min=0.5)  # leaning towards the teacher
         Mixture("fixed", fixed_alpha=0.2, form="arithmetic")  # each token is the teacher's with probability 0.2
+        Mixture("entropy_gate", entropy_scale=1.5, form="arithmetic")  # the teacher helps where the student is unsure
         ```
     """
 
@@ -57,6 +61,7 @@ class Mixture:
     fixed_alpha: float = 0.5
     epsilon: float = 0.05
     form: str = "geometric"
+    entropy_scale: float = 1.0
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
@@ -69,7 +74,13 @@ class Mixture:
             )
         for name in ("alpha_min", "alpha_max", "fixed_alpha"):
             check_number("Mixture", name, getattr(self, name), 0.0, 1.0)
-        check_number("Mixture", "epsilon", self.epsilon, 0.0)
+        for name in ("epsilon", "entropy_scale"):
+            check_number("Mixture", name, getattr(self, name), 0.0)
+        if self.entropy_scale == 0:
+            raise ValueError(
+                "Mixture: `entropy_scale` is 0, by which an entropy would be divided; wanted a number above 0, in "
+                "nats. For the teacher alone use Mixture.teacher_only()."
+            )
         if self.alpha_min > self.alpha_max:
             raise ValueError(
                 f"Mixture: `alpha_min` is {self.alpha_min} and `alpha_max` is {self.alpha_max}; "
@@ -90,6 +101,17 @@ class Mixture:
     def teacher_only(cls) -> Mixture:
         """Return the teacher alone: α = 1 at every token."""
         return cls(alpha_min=1.0, alpha_max=1.0)
+
+    @classmethod
+    def preset(cls, name: str) -> Mixture:
+        """Return a mixture that others have published: `mentor`, `logit-fusion`, `trb` or `minillm`.
+
+        docs/presets.md has their settings and sources. `preset=` of a configuration sets this and the rest of each.
+
+        Raises:
+            ValueError: on another name; on `skd` with the reason.
+        """
+        return cls(**published(name))
 
     @property
     def is_theta_only(self) -> bool:
@@ -162,6 +184,7 @@ class MixtureRows(NamedTuple):
     fixed_alpha: Float[Tensor, " N"]
     epsilon: Float[Tensor, " N"]
     form: Int[Tensor, " N"] | Float[Tensor, " N"]
+    entropy_scale: Float[Tensor, " N"]
 
     @classmethod
     def of(cls, mixtures: Sequence[Mixture], device: torch.device | str = "cpu") -> MixtureRows:

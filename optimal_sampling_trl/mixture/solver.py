@@ -40,6 +40,9 @@ def solve_alpha(
         theta, teacher = (torch.special.entr(row.exp()).sum(-1) for row in (log_theta, log_teacher))
         share = torch.where(theta + teacher > 0, theta / (theta + teacher), middle)
         alpha = torch.where(rows.method == METHODS.index("entropy"), share, alpha)
+    if "entropy_gate" in rows.methods("geometric") | rows.methods("arithmetic"):
+        gate = torch.special.entr(log_theta.exp()).sum(-1) / rows.entropy_scale
+        alpha = torch.where(rows.method == METHODS.index("entropy_gate"), gate, alpha)
     if rows.methods("geometric") & _RESIDUALS.keys():
         family = _Family(log_theta.masked_fill(~support, -torch.inf), log_ratio)
         alpha = _solve_geometric(family, rows, alpha, middle)
@@ -164,8 +167,9 @@ def _solve_arithmetic(
 def _power_residual(log_theta: Tensor, log_teacher: Tensor, alpha: Tensor, epsilon: Tensor) -> _Residual:
     """Return KL(q‖θ) - ε of the arithmetic form, and the slope of the secant to where a power of α would reach ε.
 
-    KL is nearly a power of α, with an exponent αKL'/KL that falls from 2 at α = 0 and is not below 1. Between models that
-    are equal up to rounding KL is 0, or just below: the exponent's range and a positive KL send α to the end of its range.
+    KL is nearly a power of α, with an exponent αKL'/KL that falls from 2 at α = 0 and is not below 1. Between models
+    that are equal up to rounding KL is 0, or just below. There the exponent's range and a positive KL send α to the
+    end of its range.
     """
     value, slope = kl_and_slope(log_theta, log_teacher, alpha)
     positive = value.clamp(min=torch.finfo(value.dtype).tiny)

@@ -19,7 +19,8 @@ COLUMNS = {
     "log_teacher": "T numbers, nats: under the teacher, likewise",
     "text": "the completion without special tokens",
     "finish_reason": "`stop` (an end-of-sequence token or a stop text) or `length`",
-    "mixture": "how alpha was chosen: method, alpha_min, alpha_max, fixed_alpha, epsilon (nats a token), form",
+    "mixture": "how alpha was chosen: method, alpha_min, alpha_max, fixed_alpha, epsilon (nats a token), form, "
+    "entropy_scale (nats)",
     "temperature": "the sampling temperature",
     "prompt_index": "number of the prompt in the data set that was given, from 0",
     "sample": "number of the completion of that prompt, from 0",

@@ -38,6 +38,10 @@ class SamplerArguments:
     mixture_form: str = field(
         default=Mixture.form, metadata={"help": f"Geometric or arithmetic mean of the two: {', '.join(FORMS)}."}
     )
+    entropy_scale: float = field(
+        default=Mixture.entropy_scale,
+        metadata={"help": "Entropy of the student, in nats, from which on alpha of the method 'entropy_gate' is 1."},
+    )
     teacher_system_prompt: str | None = field(default=None, metadata={"help": "Put before each teacher's prompt."})
     theta_system_prompt: str | None = field(default=None, metadata={"help": "Put before each student's prompt."})
     system_message: str = field(
@@ -103,6 +107,7 @@ class SamplerArguments:
             system_message=self.system_message,
             backend=self.backend,
             form=self.mixture_form,
+            entropy_scale=self.entropy_scale,
             **self.engine(),
         )
 
@@ -137,6 +142,14 @@ class GeneratorArguments(SamplerArguments):
         metadata={"help": "Of `--teacher student`: whether it has the student's adapter on as well."},
     )
 
+    entropy_quantile: float | None = field(
+        default=None,
+        metadata={
+            "help": "Quantile of the last batch's entropies that the scale of the method 'entropy_gate' is set to, in "
+            "(0, 1); by default the scale is kept."
+        },
+    )
+
     def generator(self) -> OptimalSamplingGenerator:
         """Build the generator that the flags describe.
 
@@ -145,13 +158,20 @@ class GeneratorArguments(SamplerArguments):
         """
         alpha_min = Mixture.alpha_min if self.alpha_min is None else self.alpha_min
         mixture = Mixture(
-            self.alpha_method, alpha_min, self.alpha_max, self.fixed_alpha, self.mixture_epsilon, self.mixture_form
+            self.alpha_method,
+            alpha_min,
+            self.alpha_max,
+            self.fixed_alpha,
+            self.mixture_epsilon,
+            self.mixture_form,
+            self.entropy_scale,
         )
         return OptimalSamplingGenerator(
             teacher=self.check_teacher(),
             mixture=mixture,
             theta_fraction=self.theta_fraction,
             schedule=self.schedule,
+            entropy_quantile=self.entropy_quantile,
             teacher_system_prompt=self.teacher_system_prompt,
             theta_system_prompt=self.theta_system_prompt,
             system_message=self.system_message,

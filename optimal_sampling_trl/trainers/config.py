@@ -10,10 +10,12 @@ import trl
 
 from ..losses import LEVELS, Correction
 from ..options import check_number, check_whole, unknown_option
+from .presets import PresetConfig
 
 LOSSES = ("divergence", "sampled_token")
 WEIGHTS = ("accepted", "reward")
 DENOMINATORS = ("all", "accepted")
+BASELINES = ("group", "own")
 POSITIVE_ONLY = ("mixture", "all", "none")
 OTHER_DEFAULTS = ("vllm_importance_sampling_correction", "beta")
 """Fields of TRL's whose default is another one here."""
@@ -95,7 +97,7 @@ class PolicyGradientConfig(CorrectionConfig):
 
 
 @dataclass
-class GRPOConfig(PolicyGradientConfig, trl.GRPOConfig):
+class GRPOConfig(PresetConfig, PolicyGradientConfig, trl.GRPOConfig):
     """TRL's `GRPOConfig` with the correction for completions of the mixture.
 
     The defaults taught best in our measurements: half of each group from the student
@@ -117,7 +119,11 @@ class GRPOConfig(PolicyGradientConfig, trl.GRPOConfig):
         ```python
         GRPOConfig("output/grpo", distillation_coefficient=0.1)  # 0.1·(log t - log θ) beside the reward
         GRPOConfig("output/grpo", correction="token_truncate", correction_clip_max=2.0)
+        GRPOConfig("output/grpo", preset="mentor")  # what that publication sets, in the generator, too
         ```
+
+    Raises:
+        ValueError: on an unknown preset or baseline, a setting that the baseline does not go with, and as TRL's.
     """
 
     vllm_importance_sampling_correction: bool = field(
@@ -137,6 +143,35 @@ class GRPOConfig(PolicyGradientConfig, trl.GRPOConfig):
     distillation_clip: float | None = field(
         default=5.0, metadata={"help": "Limits log t - log theta to this many nats either way; None does not."}
     )
+    baseline: str = field(
+        default="group",
+        metadata={
+            "help": "Completions whose mean reward is the baseline of a group: all of the 'group' (the default, as in "
+            "TRL), or the student's 'own'. With 'own' the student's advantages are divided by the deviation of its "
+            "own rewards, and the mixture's are not divided."
+        },
+    )
+    mixture_weight_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Updates in which the weight of the mixture's advantages falls from 1 to 0, as half a cosine; "
+            "after them the student samples alone. None keeps it at 1."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.baseline not in BASELINES:
+            raise ValueError(unknown_option("value of `baseline`", self.baseline, BASELINES))
+        if self.mixture_weight_steps is not None:
+            check_whole("GRPOConfig", "mixture_weight_steps", self.mixture_weight_steps, 1)
+        sums = self.multi_objective_aggregation == "sum_then_normalize"
+        if self.baseline == "own" and (self.scale_rewards not in ("group", "none") or not sums):
+            raise ValueError(
+                f"`baseline` is 'own' with `scale_rewards` {self.scale_rewards!r} and `multi_objective_aggregation` "
+                f"{self.multi_objective_aggregation!r}; wanted 'group' or 'none', and 'sum_then_normalize', which are "
+                "what is computed of a group's own half. Set them, or leave `baseline` at 'group'."
+            )
 
 
 @dataclass
@@ -219,11 +254,11 @@ class _GroupOfAnySize(int):
 
 
 @dataclass
-class DistillationConfig(CorrectionConfig, trl.DistillationConfig):
+class DistillationConfig(PresetConfig, CorrectionConfig, trl.DistillationConfig):
     """TRL's `DistillationConfig` with the correction, and a loss that needs no teacher in the trainer.
 
     Raises:
-        ValueError: on a loss that does not exist, and as TRL's.
+        ValueError: on a loss or a preset that does not exist, and as TRL's.
 
     Example:
         ```python

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -40,6 +40,9 @@ class OptimalSamplingGenerator:
         schedule: share of training, in (0, 1], over which the mixture is annealed to the student (linear in ε and
             alpha_min for `trust_region`, in the range of α otherwise); None keeps it. It follows the trainer's step,
             so a resumed run goes on where it was.
+        entropy_quantile: share of the mixture's tokens, in (0, 1), whose entropy lies below the scale of the method
+            `entropy_gate`: before each batch the scale is set to that quantile of the last batch's entropies, but not
+            below the mixture's `entropy_scale`, which the first batch has. None keeps the scale.
         teacher_system_prompt: put before each prompt for the teacher: as a system message, or as text.
         theta_system_prompt: put before each prompt for the student, in sampling and in training.
         system_message: what is done with the system message of a row that a system prompt is put before: `"refuse"`
@@ -75,6 +78,7 @@ class OptimalSamplingGenerator:
     teacher_refresh: str = "step"
     teacher_adapter: bool = True
     mixture_below: float | None = None
+    entropy_quantile: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.mixture, Mixture):
@@ -93,6 +97,8 @@ class OptimalSamplingGenerator:
             check_number("OptimalSamplingGenerator", "schedule", self.schedule, 0.0, 1.0)
             if self.schedule == 0:
                 raise ValueError("`schedule` is 0; wanted a share of training above 0, or None to keep the mixture.")
+        if self.entropy_quantile is not None:
+            self._check_entropy_quantile()
         if self.backend not in BACKENDS:
             raise ValueError(unknown_option("backend", self.backend, BACKENDS))
         self._check_own_teacher()
@@ -136,6 +142,21 @@ class OptimalSamplingGenerator:
         """True where the teacher differs from the student in nothing but its prompt."""
         return self.is_own_teacher and self.teacher_refresh == "step" and self.teacher_adapter
 
+    def _check_entropy_quantile(self) -> None:
+        """Refuse a quantile that nothing reads, or that α could not tell."""
+        check_number("OptimalSamplingGenerator", "entropy_quantile", self.entropy_quantile, 0.0, 1.0)
+        if self.entropy_quantile in (0, 1):
+            raise ValueError(
+                f"`entropy_quantile` is {self.entropy_quantile}; wanted a share between 0 and 1, or None."
+            )
+        gate = self.mixture
+        if gate.method != "entropy_gate" or (gate.alpha_min, gate.alpha_max) != (0, 1) or self.schedule is not None:
+            raise ValueError(
+                f"`entropy_quantile` is {self.entropy_quantile} with {gate} and `schedule` {self.schedule}; "
+                "wanted the method 'entropy_gate' with α in [0, 1] and no schedule, since the entropies are read from "
+                "α. Drop `entropy_quantile`, or the others."
+            )
+
     @property
     def named_teacher(self) -> str | PreTrainedModel:
         """Teacher as TRL and vLLM take it: a path is a text."""
@@ -166,8 +187,10 @@ class OptimalSamplingGenerator:
             )
         return count
 
-    def current_mixture(self, progress: float) -> Mixture:
-        """Mixture at a share of training in [0, 1]."""
+    def current_mixture(self, progress: float, entropy_scale: float | None = None) -> Mixture:
+        """Mixture at a share of training in [0, 1], with the scale of the entropy gate that was set last."""
+        if entropy_scale is not None:
+            return replace(self.mixture, entropy_scale=entropy_scale)
         return self.mixture if self.schedule is None else self.mixture.anneal(min(progress / self.schedule, 1.0))
 
     def check_engine_arguments(self) -> None:

@@ -6,16 +6,17 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 import trl
+from torch import Tensor
 
-from ..losses import sampled_token_coefficients
+from ..losses import mixture_weight, own_baseline, sampled_token_coefficients
 from ..options import unknown_option
 from .config import GRPOConfig, with_our_default
 from .policy_gradient import PolicyGradientTrainer
 from .unread import has_negatives
 
 if TYPE_CHECKING:
-    import torch
     from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
     from peft import PeftConfig, PeftModel
     from transformers import (
@@ -125,6 +126,11 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
         super()._check_settings()
         if (mode := self.args.vllm_importance_sampling_mode) not in RATIO_MODES:
             raise ValueError(unknown_option("value of `vllm_importance_sampling_mode`", mode, RATIO_MODES))
+        if getattr(self.args, "baseline", "group") == "own" and self._theta_count() == 0:
+            raise ValueError(
+                "`baseline` is 'own' and the student samples no completion of a group; wanted some. Raise the "
+                "generator's `theta_fraction`, or leave `baseline` at 'group'."
+            )
         if self.args.loss_type == "vespo":
             if self.correction.name not in VESPO:
                 raise ValueError(
@@ -145,6 +151,26 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
                 "Leave them at 0 and None.",
                 stacklevel=4,
             )
+
+    def _theta_count(self) -> int:
+        steps, state = getattr(self.args, "mixture_weight_steps", None), getattr(self, "state", None)
+        if steps is not None and state is not None and state.global_step >= steps:
+            return self._group_size()  # the mixture's completions would have no weight
+        return super()._theta_count()
+
+    def _advantages(self, output: dict[str, Any]) -> Tensor:
+        """Base's advantages (B,), over the student's own baseline and weighed down where that is asked for."""
+        if getattr(self.args, "baseline", "group") == "own":
+            output["advantages"] = self._own_advantages(len(output["advantages"]))
+        weight = mixture_weight(self.state.global_step, getattr(self.args, "mixture_weight_steps", None))
+        return torch.where(output["mixture_rows"], weight, 1.0) * super()._advantages(output)
+
+    def _own_advantages(self, rows: int) -> Tensor:
+        """Advantages (rows,) of this process over the student's own baseline."""
+        group, first = self._group_size(), self.accelerator.process_index * rows
+        theta_rows = self._theta_rows().view(-1, group)
+        advantages = own_baseline(self.rewards.view(-1, group), theta_rows, self.args.scale_rewards == "group")
+        return advantages.flatten()[first : first + rows]
 
     def _weigh(self, output: dict[str, Any]) -> None:
         """Put our weights where TRL has its ratio of the trainer to the engine, times it if that is asked for."""

@@ -20,10 +20,12 @@ from .config import correction_of
 from .engines.base import MixtureGeneration, MixturePlan, on_all_ranks
 from .engines.endings import endings_known
 from .engines.seam import build_generation, engine_replaced_by
-from .engines.student import check_head, check_teacher_apart
+from .engines.student_checks import check_head, check_teacher_apart
+from .entropy_scale import next_scale
 from .generator import NO_SHARED_WEIGHTS, OptimalSamplingGenerator, check_generator
 from .guard import ROWS, TOKENS, WeightGuard, bound_of, dropout_of, log_theta_of
 from .loggers import FigureCallback, send_histograms
+from .presets import with_preset
 from .prompt_reader import PromptReader
 from .prompts import has_teacher_prompts
 from .records import stack_records
@@ -43,15 +45,18 @@ class MixtureTrainer(PromptReader):
 
     Attributes:
         rollouts: the rollouts of the last batch, for callbacks.
+        advantages: what the loss multiplies each of them with, the mean over its tokens; empty where it has none.
         histograms: values (N,) over the mixture's tokens in the last batch, of all processes, until they are logged.
     """
 
     config_class: type
     default_theta_fraction: float
     rollouts: Sequence[Rollout] = ()
+    advantages: Sequence[float] = ()
+    _scale: float | None = None  # of the entropy gate, once a batch has set it
 
     def __init__(self, *, model: Any, generator: OptimalSamplingGenerator | None, args: Any, **trl_arguments: Any):
-        self.generator = check_generator(generator)
+        self.generator = with_preset(check_generator(generator), getattr(args, "preset", None))
         for name in REFUSED:
             if trl_arguments.pop(name, None) is not None:
                 raise ValueError(
@@ -90,6 +95,7 @@ class MixtureTrainer(PromptReader):
             progress=lambda: self.state.global_step / max(self.state.max_steps, 1),
             step=lambda: self.state.global_step,
             teacher_prompts=self.has_teacher_prompts,
+            entropy_scale=self._entropy_scale,
         )
         longest = on_all_ranks(self._check_shapes, self.accelerator)
         engine = build_generation(plan, self._loaded_teacher(), **trl_arguments)
@@ -193,7 +199,7 @@ class MixtureTrainer(PromptReader):
             self._correct(output)
         self._log_batch(output)
         if (trained_on := self._trained_on(output)) is not None:
-            complete_table(self._logs, trained_on, output["completion_mask"].bool(), rollouts)
+            self.advantages = complete_table(self._logs, trained_on, output["completion_mask"].bool(), rollouts)
         return output
 
     def evaluation_loop(self, *positional: Any, **keywords: Any) -> Any:
@@ -259,6 +265,24 @@ class MixtureTrainer(PromptReader):
             total=self.accelerator.reduce,
         )
 
+    def _entropy_scale(self) -> float | None:
+        """Scale of the entropy gate for the next batch; a resumed run starts with the last one that was logged."""
+        if self.generator.entropy_quantile is None:
+            return None
+        if self._scale is None:
+            logged = [
+                entry[metrics.ENTROPY_SCALE] for entry in self.state.log_history if metrics.ENTROPY_SCALE in entry
+            ]
+            self._scale = logged[-1] if logged else self.generator.mixture.entropy_scale
+        return self._scale
+
+    def _set_entropy_scale(self, alpha: Tensor) -> None:
+        """Log the scale that a batch was sampled with, and set the next one from its α (N,)."""
+        quantile, scale = self.generator.entropy_quantile, self._entropy_scale()
+        if quantile is not None and scale is not None:
+            self._append_metrics({metrics.ENTROPY_SCALE: scale})
+            self._scale = next_scale(alpha, scale, quantile, self.generator.mixture.entropy_scale)
+
     def _append_metrics(self, numbers: dict[str, float]) -> None:
         """Add numbers of this batch to those that TRL averages until it logs them."""
         log = self._metrics["train" if self.model.training else "eval"]
@@ -279,6 +303,7 @@ class MixtureTrainer(PromptReader):
         if len(alpha):  # there are none where the schedule has arrived at the student, or `theta_fraction` is 1
             self._append_metrics(metrics.of_mixture(alpha, log_q, log_theta, log_teacher))
             self._append_metrics(metrics.of_drafts(log_q, log_theta))
+            self._set_entropy_scale(alpha)
             self.histograms = metrics.histograms_of_mixture(alpha, log_q, log_theta)
 
     def _log_difference(self, output: dict[str, Any], mask: Tensor) -> None:

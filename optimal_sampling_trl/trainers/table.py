@@ -24,7 +24,7 @@ ALPHA = "mixture/alpha"
 
 def complete_table(
     logs: dict[str, Any], advantages: Float[Tensor, " B *T"], mask: Bool[Tensor, "B T"], rollouts: Sequence[Rollout]
-) -> None:
+) -> list[float]:
     """Correct the last batch's rows in TRL's table, in all processes together.
 
     Args:
@@ -32,9 +32,13 @@ def complete_table(
         advantages: what the loss multiplies each completion with, or each of its tokens; in RAFT their weights.
         mask: True on the tokens that are trained on.
         rollouts: this process's, B of them.
+
+    Returns:
+        the advantages of this process's completions.
     """
+    means = mean_advantages(advantages, mask).tolist()
     columns = (
-        mean_advantages(advantages, mask).tolist(),
+        means,
         ["student" if rollout.mixture.is_theta_only else "mixture" for rollout in rollouts],
         [float(rollout.alpha.mean()) if len(rollout.alpha) else None for rollout in rollouts],
     )
@@ -42,6 +46,7 @@ def complete_table(
     _replace_last(logs["advantages"], trained)
     logs["extra"][SAMPLED_BY].extend(sampled_by)
     logs["extra"][ALPHA].extend(alpha)
+    return means
 
 
 def mean_advantages(advantages: Float[Tensor, " B *T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, " B"]:

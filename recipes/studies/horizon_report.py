@@ -82,15 +82,15 @@ def axes_table(lines: list[Line], settings: Sequence[Any]) -> Iterable[str]:
         yield f"| {arm} | " + " | ".join(spread(cell) if cell else "–" for cell in cells) + " |"
 
 
-def curve(runs: list[Line]) -> list[tuple[float, float]]:
-    """The mean of the seeds' curves, point by point."""
-    columns = zip(*(run["curve"] for run in runs))
-    return [(mean([x for x, _ in points]) / 1e6, mean([y for _, y in points])) for points in columns]
+def curve(runs: list[Line]) -> list[list[tuple[float, float]]]:
+    """The seeds' curves over the mean of their tokens, in millions."""
+    tokens = [mean([x for x, _ in points]) / 1e6 for points in zip(*(run["curve"] for run in runs))]
+    return [[(x, y) for x, (_, y) in zip(tokens, run["curve"])] for run in runs]
 
 
-def timed(runs: list[Line], alone: Line) -> list[tuple[float, float]]:
-    """The mean of the seeds' curves over the seconds of training of a run that had the device to itself."""
-    return [(seconds, y) for seconds, (_, y) in zip(alone["clock"], curve(runs), strict=True)]
+def timed(runs: list[Line], alone: Line) -> list[list[tuple[float, float]]]:
+    """The seeds' curves over the seconds of training of a run that had the device to itself."""
+    return [[(seconds, y) for seconds, (_, y) in zip(alone["clock"], run["curve"], strict=True)] for run in runs]
 
 
 def report(lines: list[Line], alone: list[Line], output: Path, arms: Iterable[str], settings: Sequence[Any]) -> None:
@@ -105,6 +105,6 @@ def report(lines: list[Line], alone: list[Line], output: Path, arms: Iterable[st
         ("horizon.png", "generated tokens (millions)", curves),
         ("horizon_time.png", "seconds of training, sampling included", seconds),
     ):
-        labels = {"x_label": x_label, "y_label": "exact match", "title": f"{settings[0].task}, mean over seeds"}
+        labels = {"x_label": x_label, "y_label": "exact match", "percent": True}
         if drawn:
             print(plot_learning(output / name, drawn, **labels))

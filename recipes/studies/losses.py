@@ -149,7 +149,7 @@ def best(runs: list[Line], name: str) -> list[Line]:
 
 
 def report(runs: list[Line], output: Path) -> None:
-    """Print the table and draw the curves of seed 0."""
+    """Print the table and draw the curves, each arm's seeds as a mean in a band."""
     print("| arm | learning rate | half way | end | seeds |\n|---|---|---|---|---|")
     curves = {}
     for name in ARMS:
@@ -161,9 +161,9 @@ def report(runs: list[Line], output: Path) -> None:
         means = f"{sum(middle) / len(middle):.3f} | {sum(ends) / len(ends):.3f}"
         print(f"| {name} | {seeds[0]['learning_rate']:g} | {means} | {' '.join(f'{end:.3f}' for end in ends)} |")
         if name in DRAWN:
-            curves[name.strip()] = [tuple(point) for point in seeds[0]["curve"]]
+            curves[name.strip()] = [one["curve"] for one in seeds]
     if curves:
-        labels = {"x_label": "sampled completions", "y_label": "exact match", "title": "Seed 0"}
+        labels = {"x_label": "sampled completions", "y_label": "exact match", "percent": True}
         print(f"Curves: {plot_learning(output / 'losses.png', curves, **labels)}")
 
 

@@ -136,12 +136,10 @@ def best(lines: list[Line], arm: str) -> list[Line]:
     return max(by_rate(lines, arm), key=score, default=[])
 
 
-def curve(runs: list[Line], column: int) -> list[tuple[float, float]]:
-    """The mean of an arm's seeds over the tokens that were generated, point by point."""
-    return [
-        (mean(point[1] for point in points) / 1e3, mean(point[column] for point in points))
-        for points in zip(*(run["points"] for run in runs))
-    ]
+def curve(runs: list[Line], column: int) -> list[list[tuple[float, float]]]:
+    """The curves of an arm's seeds over the mean of the tokens that they generated, in thousands."""
+    tokens = [mean(point[1] for point in points) / 1e3 for points in zip(*(run["points"] for run in runs))]
+    return [[(x, point[column]) for x, point in zip(tokens, run["points"])] for run in runs]
 
 
 def report(lines: list[Line], output: Path) -> None:

@@ -71,13 +71,25 @@ class Browser:
         message, self._rest = self._rest.split(b"\0", 1)
         return json.loads(message)
 
-    def open(self, path: Path, dark: bool = False) -> None:
+    def open(self, path: Path, dark: bool = False, fragment: str = "") -> None:
+        self.call("Page.navigate", url="about:blank")  # or else another fragment of the same page loads nothing
+        self.wait("location.href === 'about:blank'")
         self.events.clear()
+        self.theme(dark)
+        address = path.as_uri() + (f"#{fragment}" if fragment else "")
+        self.call("Page.navigate", url=address)
+        # The script stands last in the page, so a complete document has run it.
+        self.wait(f"document.readyState === 'complete' && location.href === {address!r}")
+
+    def theme(self, dark: bool) -> None:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
-        self.call("Page.navigate", url=path.as_uri())
-        # The script stands last in the page, so a complete document has run it.
-        self.wait(f"document.readyState === 'complete' && location.href === {path.as_uri()!r}")
+
+    def resize(self, width: int = 1200, height: int = 900) -> None:
+        """Set the size of the screen in pixels; one as narrow as a phone's is a phone's."""
+        phone = width < 600
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 0, "mobile": phone}
+        self.call("Emulation.setDeviceMetricsOverride", **metrics)
 
     def js(self, expression: str) -> Any:
         result = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
@@ -103,12 +115,20 @@ class Browser:
     def fill(self, field: str, value: str) -> str:
         """Set a control as a user would, wait for its effect, and return the pager's text."""
         self.js("document.getElementById('status').textContent = ''")
+        self.set(field, value)
+        self.wait("document.getElementById('status').textContent !== ''")
+        return self.js("document.getElementById('status').textContent")
+
+    def set(self, field: str, value: str) -> None:
+        """Set a control as a user would."""
         self.js(
             f"(e => {{ e.value = {value!r}; e.dispatchEvent(new Event('input', {{bubbles: true}})); }})"
             f"(document.getElementById({field!r}))"
         )
-        self.wait("document.getElementById('status').textContent !== ''")
-        return self.js("document.getElementById('status').textContent")
+
+    def click(self, field: str) -> None:
+        """Click on the element with this id."""
+        self.js(f"document.getElementById({field!r}).click()")
 
     def texts(self, selector: str) -> list[str]:
         return self.js(f"Array.from(document.querySelectorAll({selector!r}), e => e.textContent)")

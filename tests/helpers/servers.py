@@ -27,6 +27,7 @@ MIXED = [
     {"mixture": Mixture("trust_region", epsilon=0.1), "temperature": 1.3, "top_p": 0.8},
     {"mixture": Mixture("fixed", fixed_alpha=0.3), "repetition_penalty": 1.2},
     {"mixture": Mixture("entropy"), "min_p": 0.02, "ignore_eos": False},
+    {"mixture": Mixture("entropy_gate", entropy_scale=8.0, form="arithmetic")},
     {"mixture": Mixture("ess_balance", alpha_min=0.2, alpha_max=0.6), "max_tokens": 1},
 ]
 """Settings of requests that one batch may hold."""

@@ -70,7 +70,8 @@ def mixtures(draw: st.DrawFn, methods: tuple[str, ...] = METHODS, forms: tuple[s
     alpha_min, alpha_max = sorted((draw(share), draw(share))) if draw(st.booleans()) else (0.0, 1.0)
     fixed = min(max(draw(share), alpha_min), alpha_max)
     epsilon = draw(st.one_of(st.sampled_from([0.0, 0.05]), st.floats(1e-4, 20.0)))
-    return Mixture(method, alpha_min, alpha_max, fixed, epsilon, form)
+    scale = draw(st.one_of(st.sampled_from([1.0, 1e-3]), st.floats(0.01, 5.0)))
+    return Mixture(method, alpha_min, alpha_max, fixed, epsilon, form, scale)
 
 
 @st.composite

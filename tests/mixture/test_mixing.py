@@ -149,7 +149,7 @@ def test_no_rows(method: str) -> None:
 def test_one_token_is_certain() -> None:
     rows = [Mixture(method, alpha_min=0.2, alpha_max=0.8) for method in METHODS]
     alpha, log_q = mix(*random_pair(len(rows), 1), rows)
-    assert alpha.tolist() == pytest.approx([0.5, 0.5, 0.8, 0.5, 0.5])
+    assert alpha.tolist() == pytest.approx([0.5, 0.5, 0.8, 0.5, 0.5, 0.2])
     assert log_q.abs().max() == 0
 
 

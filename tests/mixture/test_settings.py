@@ -11,14 +11,14 @@ import torch
 from hypothesis import given
 
 from helpers.strategies import mixtures
-from optimal_sampling_trl.mixture import FIELDS, FORMS, METHODS, Mixture, MixtureRows
+from optimal_sampling_trl.mixture import CHOICES, FIELDS, FORMS, METHODS, Mixture, MixtureRows
 
 
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
         ({"method": "kl_symetry"}, r"Unknown mixture method 'kl_symetry'\. Known: .*Did you mean 'kl_symmetry'\?"),
-        ({"method": None}, r"Unknown mixture method None\. Known: entropy, ess_balance, fixed"),
+        ({"method": None}, r"Unknown mixture method None\. Known: entropy, entropy_gate, ess_balance, fixed"),
         ({"alpha_min": -0.1}, r"Mixture: `alpha_min` is -0\.1; wanted a number in \[0, 1\]"),
         ({"alpha_max": 1.5}, r"Mixture: `alpha_max` is 1\.5; wanted a number in \[0, 1\]"),
         ({"alpha_min": True}, r"Mixture: `alpha_min` is True; wanted a number"),
@@ -34,6 +34,8 @@ from optimal_sampling_trl.mixture import FIELDS, FORMS, METHODS, Mixture, Mixtur
         ({"epsilon": -1.0}, r"Mixture: `epsilon` is -1\.0; wanted a finite number of at least 0"),
         ({"epsilon": math.inf}, r"Mixture: `epsilon` is inf; wanted a finite number"),
         ({"epsilon": math.nan}, r"Mixture: `epsilon` is nan; wanted a finite number"),
+        ({"entropy_scale": -1.0}, r"Mixture: `entropy_scale` is -1\.0; wanted a finite number of at least 0"),
+        ({"entropy_scale": 0}, r"Mixture: `entropy_scale` is 0, .*wanted a number above 0, in nats.*teacher_only"),
         (
             {"alpha_min": 0.8, "alpha_max": 0.2},
             r"`alpha_min` is 0\.8 and `alpha_max` is 0\.2; wanted alpha_min <= alpha_max\. Lower the first or raise",
@@ -61,11 +63,12 @@ def test_mixture_is_frozen_and_accepts_whole_numbers() -> None:
 def test_mixture_as_values_and_back(mixture: Mixture) -> None:
     values = mixture.to_dict()
     assert Mixture.from_dict(values) == mixture
-    assert set(values) == {"method", "alpha_min", "alpha_max", "fixed_alpha", "epsilon", "form"}
+    assert set(values) == {"method", "alpha_min", "alpha_max", "fixed_alpha", "epsilon", "form", "entropy_scale"}
     columns = MixtureRows.of([mixture])
     assert METHODS[int(columns.method)] == mixture.method
     assert FORMS[int(columns.form)] == mixture.form
-    assert [float(column) for column in columns[2:-1]] == [values[name] for name in MixtureRows._fields[2:-1]]
+    numbers = [name for name in FIELDS if name not in CHOICES]
+    assert [float(getattr(columns, name)) for name in numbers] == [values[name] for name in numbers]
 
 
 def test_values_of_an_older_version_are_geometric() -> None:

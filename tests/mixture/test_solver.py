@@ -13,6 +13,7 @@ from torch import Tensor
 
 from helpers.strategies import ROOTS, Pair, inside, kl, pairs, random_pair, share
 from optimal_sampling_trl.mixture import (
+    FORMS,
     METHODS,
     SAME_DIVERGENCE,
     Mixture,
@@ -28,10 +29,17 @@ LOG_Q_TOLERANCE = 1e-5
 
 
 def test_same_distribution_takes_the_middle_of_the_range() -> None:
-    theta, _ = random_pair(5, 6)
-    rows = [Mixture(method, alpha_min=0.1, alpha_max=0.5, fixed_alpha=0.3) for method in METHODS]
+    theta, _ = random_pair(len(METHODS), 6)
+    rows = [Mixture(method, 0.1, 0.5, 0.3, entropy_scale=1e-3) for method in METHODS]
     alpha, log_q = mix(theta, theta.clone(), rows)
-    wanted = {"kl_symmetry": 0.3, "ess_balance": 0.3, "trust_region": 0.5, "entropy": 0.5, "fixed": 0.3}
+    wanted = {
+        "kl_symmetry": 0.3,
+        "ess_balance": 0.3,
+        "trust_region": 0.5,
+        "entropy": 0.5,
+        "fixed": 0.3,
+        "entropy_gate": 0.5,
+    }
     assert alpha.tolist() == pytest.approx([wanted[method] for method in METHODS])
     assert (log_q - torch.log_softmax(theta, -1)).abs().max() < 1e-6
 
@@ -47,6 +55,24 @@ def test_near_equal_rows_are_solved_down_to_the_stated_divergence(method: str) -
         alpha, _ = mix(theta, teacher, Mixture(method, alpha_max=0.2))
         assert float(alpha) == pytest.approx(0.2 if solved else 0.1)
         assert float(reference(theta, teacher, Mixture(method, alpha_max=0.2))[0]) == pytest.approx(float(alpha))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_the_gate_opens_with_the_entropy_of_the_student(form: str, temperature: float) -> None:
+    """By hand: H of n equal tokens is log n at any temperature, and that of a certain one is 0."""
+    theta = torch.tensor(
+        [[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, -math.inf, -math.inf], [0.0, -math.inf, -math.inf, -math.inf]]
+    )
+    _, teacher = random_pair(3, 4)
+    gate = Mixture("entropy_gate", form=form, entropy_scale=math.log(3))
+    wanted = [1.0, math.log(2) / math.log(3), 0.0]
+    for alpha, log_q in (mix(theta, teacher, gate, temperature), reference(theta, teacher, gate, temperature)):
+        assert alpha.tolist() == pytest.approx(wanted, abs=1e-6)
+        assert torch.allclose(log_q[0].double(), torch.log_softmax(teacher[0].double() / temperature, -1), atol=1e-6)
+        assert log_q[2].exp().tolist() == [1.0, 0.0, 0.0, 0.0]
+    narrow = Mixture("entropy_gate", 0.2, 0.6, form=form, entropy_scale=math.log(3))
+    assert mix(theta, teacher, narrow, temperature)[0].tolist() == pytest.approx([0.6, 0.6, 0.2])
 
 
 def solved_pair(mixture: Mixture, N: int = 40) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -356,14 +356,16 @@ def test_a_grammar_that_leaves_the_student_no_token() -> None:
 def test_the_transformers_backend_draws_the_same_by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole steps of a batch: tokens of seeded and greedy rows, and each record."""
     methods = [*METHODS, "kl_symmetry", "kl_symmetry"]
-    settings = [Sampling(temperature=t, seed=n, top_k=40) for n, t in enumerate((1.0, 0.7, 1.3, 1.0, 2.0, 0.0, 1.0))]
+    settings = [
+        Sampling(temperature=t, seed=n, top_k=40) for n, t in enumerate((1.0, 0.7, 1.3, 1.0, 2.0, 0.5, 0.0, 1.0))
+    ]
     mixtures = [Mixture(method) for method in methods[:-1]] + [Mixture.theta_only()]
     requests = [Request([1], [1], *both) for both in zip(mixtures, settings, strict=True)]
-    assert len(requests) == 7
+    assert len(requests) == 8
     pair = SimpleNamespace(context=64, tokenizer=make_tokenizer(), ending=Ending((256,), ()))
     generator = torch.Generator().manual_seed(0)
-    logits = [[torch.randn(7, V, generator=generator).to(DEVICE) * 3 for V in (300, 317)] for _ in range(3)]
-    logits[2][0][6, 5] = torch.nan
+    logits = [[torch.randn(8, V, generator=generator).to(DEVICE) * 3 for V in (300, 317)] for _ in range(3)]
+    logits[2][0][7, 5] = torch.nan
     drawn = []
     for kernels in (False, True):
         monkeypatch.setattr(decoding, "has_kernels", lambda _, kernels=kernels: kernels)
@@ -375,4 +377,17 @@ def test_the_transformers_backend_draws_the_same_by_the_kernels(monkeypatch: pyt
     (tokens, records), (tokens_by_kernels, records_by_kernels) = drawn
     assert torch.equal(tokens, tokens_by_kernels)
     assert torch.allclose(records, records_by_kernels, atol=2e-4, equal_nan=True)
-    assert records_by_kernels[:, :, 0].isnan().nonzero().tolist() == [[6, 2]]
+    assert records_by_kernels[:, :, 0].isnan().nonzero().tolist() == [[7, 2]]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_gate_opens_with_the_entropy_of_the_student(form: str) -> None:
+    """Rows from certain to flat, each with a scale of its own, beside rows of an equation."""
+    base, teacher = random_pair(8, 300)
+    theta = base * torch.tensor([0.0, 0.1, 0.5, 1.0, 2.0, 5.0, 20.0, 60.0])[:, None]
+    rows = [Mixture("entropy_gate", form=form, entropy_scale=scale) for scale in (6.0, 5.0, 9.0, 1e-3, 2.0, 2.0, 0.5)]
+    rows.append(Mixture(form=form))
+    for temperature in (1.0, 0.4):
+        got = run(Pair(theta, teacher), rows, [temperature] * 8)
+        assert_rows(Pair(theta, teacher), rows, [temperature] * 8, got)
+        assert 0 < float(got.alpha[2]) < 1 == float(got.alpha[3])

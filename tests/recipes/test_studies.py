@@ -78,6 +78,20 @@ def test_past_the_teacher(made: embedded.Pair, tmp_path: Path) -> None:
     assert (tmp_path / "past_the_teacher.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_probe_places(made: embedded.Pair, tmp_path: Path) -> None:
+    """Three places of a ladder that holds the embedded pair alone; more are in the runs, and have no models here."""
+    for name in ("teacher-50", "teacher-80", "student-2", "student-0"):
+        (tmp_path / "many-16").mkdir(exist_ok=True)
+        (tmp_path / "many-16" / name).symlink_to(made.teacher if "teacher" in name else made.student)
+    output = run(
+        "studies/probe_places.py", "--ladder", tmp_path, "--output", tmp_path / "out.json", "--prompts", 2, "--n", 2
+    )
+    assert "2 places to choose on, 1 to report" in output
+    table = json.loads((tmp_path / "out.json").read_text())
+    assert [row["place"][0] for row in table] == ["many-16"] * 3
+    assert all(-1 < row["gain"] < 1 for row in table)
+
+
 def test_real_text(tmp_path: Path) -> None:
     """The model and the tasks are not among the tests' dependencies: the recipe says what to install, and reports."""
     ends = dict.fromkeys(("right", "any_right", "greedy", "entropy", "divergence", "tokens", "ended", "mixture"), 0.5)

@@ -45,6 +45,11 @@ def test_flags_reach_the_mixture() -> None:
         "--teacher large --alpha_method fixed --alpha_min 0.2 --alpha_max 0.7 --fixed_alpha 0.3 --theta_fraction 0.25 "
         "--mixture_form arithmetic"
     )
+    gate = "--teacher large --alpha_method entropy_gate --entropy_scale 1.5 --entropy_quantile 0.9"
+    (opened,) = TrlParser((GeneratorArguments,)).parse_args_and_config(gate.split())
+    assert opened.generator() == OptimalSamplingGenerator(
+        "large", Mixture("entropy_gate", entropy_scale=1.5), entropy_quantile=0.9
+    )
     (arguments,) = TrlParser((GeneratorArguments,)).parse_args_and_config(flags.split())
     wanted = OptimalSamplingGenerator("large", Mixture("fixed", 0.2, 0.7, 0.3, form="arithmetic"), theta_fraction=0.25)
     assert arguments.generator() == wanted

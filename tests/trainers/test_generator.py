@@ -79,6 +79,16 @@ def test_a_resumed_run_goes_on_where_it_was(pair: tuple[str, str], tmp_path: Pat
         ({"teacher": "t", "theta_fraction": 1.5}, r"`theta_fraction` is 1\.5; wanted a number in \[0, 1\]"),
         ({"teacher": "t", "schedule": 2}, r"`schedule` is 2; wanted a number in \[0, 1\]"),
         ({"teacher": "t", "schedule": 0}, r"`schedule` is 0; wanted a share of training above 0, or None"),
+        ({"teacher": "t", "entropy_quantile": 1.5}, r"`entropy_quantile` is 1\.5; wanted a number in \[0, 1\]"),
+        ({"teacher": "t", "entropy_quantile": 1}, r"`entropy_quantile` is 1; wanted a share between 0 and 1, or None"),
+        (
+            {"teacher": "t", "entropy_quantile": 0.9},
+            r"`entropy_quantile` is 0\.9 with Mixture\(method='kl_symmetry'.*Drop",
+        ),
+        (
+            {"teacher": "t", "entropy_quantile": 0.9, "mixture": Mixture("entropy_gate"), "schedule": 0.5},
+            r"and `schedule` 0\.5; wanted the method 'entropy_gate' with α in \[0, 1\] and no schedule",
+        ),
         ({"teacher": "t", "backend": "vlm"}, r"Unknown backend 'vlm'\..*Did you mean 'vllm'\?"),
     ],
 )

@@ -174,6 +174,57 @@ def test_positive_only(pair: tuple[str, str], tmp_path: Path, kind: str) -> None
     assert torch.equal(everywhere["advantages"], off["advantages"].clamp(min=0))
 
 
+def test_the_students_own_completions_are_the_baseline(pair: tuple[str, str], tmp_path: Path) -> None:
+    """By hand from the rewards: the student's half over its own mean and deviation, the mixture's over that mean."""
+    prompts = [text for text in TEXTS[:4] for _ in range(4)]
+    trainer = make_trainer("grpo", pair, tmp_path, baseline="own", positive_only="mixture", num_generations=4)
+    batch = one_batch(trainer, prompts)
+    for rows, mixed, got in zip(
+        trainer.rewards.split(4), batch["mixture_rows"].split(4), batch["advantages"].split(4)
+    ):
+        own, helped = rows[~mixed], rows[mixed]
+        assert len(own) == len(helped) == 2
+        assert torch.allclose(got[~mixed], (own - own.mean()) / (own.std() + 1e-4), atol=1e-5)
+        assert torch.allclose(got[mixed], (helped - own.mean()).clamp(min=0), atol=1e-6)
+    assert bool((batch["advantages"][batch["mixture_rows"]] > 0).any())
+    assert bool((batch["advantages"][~batch["mixture_rows"]] < 0).any())
+
+
+def test_the_mixtures_weight_falls_and_ends_with_the_student_alone(pair: tuple[str, str], tmp_path: Path) -> None:
+    """Half a cosine over two updates: 1, 1/2, and from the third update on all completions are the student's."""
+    prompts = [text for text in TEXTS[:4] for _ in range(4)]
+    plain = one_batch(make_trainer("grpo", pair, tmp_path), prompts)
+    trainer = make_trainer("grpo", pair, tmp_path, mixture_weight_steps=2)
+    for step, weight in enumerate((1.0, 0.5)):
+        trainer.state.global_step = step
+        batch = one_batch(trainer, prompts)
+        assert torch.equal(batch["completion_ids"], plain["completion_ids"])
+        factor = torch.where(plain["mixture_rows"], weight, 1.0)
+        assert torch.allclose(batch["advantages"], factor * plain["advantages"])
+    trainer.state.global_step = 2
+    assert not bool(one_batch(trainer, prompts)["mixture_rows"].any())
+
+
+@pytest.mark.parametrize(
+    ("settings", "generator", "wanted"),
+    [
+        ({"baseline": "theta"}, {}, r"^Unknown value of `baseline` 'theta'\. Known: group, own\."),
+        (
+            {"baseline": "own", "scale_rewards": "batch"},
+            {},
+            r"`baseline` is 'own' with `scale_rewards` 'batch' .*wanted",
+        ),
+        ({"baseline": "own"}, {"theta_fraction": 0.0}, r"`baseline` is 'own' and the student samples no completion"),
+        ({"mixture_weight_steps": 0}, {}, r"`mixture_weight_steps` is 0; wanted a whole number of at least 1"),
+    ],
+)
+def test_what_the_own_baseline_does_not_go_with(
+    pair: tuple[str, str], tmp_path: Path, settings: Any, generator: Any, wanted: str
+) -> None:
+    with pytest.raises(ValueError, match=wanted):
+        make_trainer("grpo", pair, tmp_path, generator=generator, **settings)
+
+
 def test_settings_that_collapsed_are_warned_of_once(pair: tuple[str, str], tmp_path: Path) -> None:
     negatives = {"correction": "token_truncate", "positive_only": "none"}
     vespo = {"loss_type": "vespo", "vllm_importance_sampling_mode": "token_truncate"}

@@ -41,6 +41,7 @@ def test_a_row_shows_the_advantage_that_is_trained_on(pair: tuple[str, str], tmp
         assert trained.ndim == 2
         trained = torch.stack([row[valid].mean() for row, valid in zip(trained, output["completion_mask"].bool())])
     assert columns["advantages"] == pytest.approx(trained.tolist(), abs=1e-6)
+    assert trainer.advantages == pytest.approx(trained.tolist(), abs=1e-6)
     assert len({round(value, 6) for value in trained.tolist()}) > 1
 
 

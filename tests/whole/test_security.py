@@ -1,6 +1,6 @@
 """A checkpoint, a data set or a model's output runs nothing and writes nowhere else.
 
-A rollout in a page is tried in a real browser in test_page.py; prompts that look like paths are in
+A rollout in a page is tried in a real browser in viewer/test_browser.py; prompts that look like paths are in
 test_sampling_run.py, and the server's address in test_server.py.
 """
 
@@ -123,7 +123,7 @@ def test_what_is_written_is_parquet_json_and_markdown(tmp_path: Path) -> None:
 
 
 def test_texts_of_a_page_are_no_markup(tmp_path: Path) -> None:
-    """Of a rollout and of a title; what a browser makes of it is in test_page.py."""
+    """Of a rollout and of a title; what a browser makes of it is in viewer/test_browser.py."""
     hostile = "</script><script>alert(1)</script><img src=x onerror=alert(1)>&\u2028"
     tokenizer = make_tokenizer()
     ids = list(tokenizer(hostile)["input_ids"])

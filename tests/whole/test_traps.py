@@ -17,6 +17,7 @@ TRAPS = {
     "_copy_cache_config",
     "_run_in_turn",
     "clean_caches",
+    "forget_dead_groups",
     "answer_for_replicas",
     "generators_of_kept_rows",
     "keep_parallel_groups",

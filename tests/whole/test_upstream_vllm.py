@@ -133,6 +133,7 @@ MENTIONED = {
     "vllm.v1.engine.core": ["cleanup_dist_env_and_memory()"],
     "vllm.platforms.interface": ["cls._global_graph_pool is None"],
     "vllm.v1.worker.workspace": ["global _manager", "def reset_workspace_manager"],
+    "vllm.distributed.parallel_state": ["_WORLD: GroupCoordinator | None", "destroy_process_group(self.device_group)"],
     "vllm.v1.worker.worker_base": ["worker_extension_cls", "worker_class.__bases__ + ("],
     "vllm.model_executor.model_loader.default_loader": ['"secondary_weights"'],
     "vllm.model_executor.model_loader.reload.layerwise": ["Failed to load weights"],

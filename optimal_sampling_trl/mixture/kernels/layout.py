@@ -24,6 +24,7 @@ ESS_BALANCE = tl.constexpr(METHODS.index("ess_balance"))
 TRUST_REGION = tl.constexpr(METHODS.index("trust_region"))
 ENTROPY = tl.constexpr(METHODS.index("entropy"))
 """The methods before this one are equations in α."""
+ENTROPY_GATE = tl.constexpr(METHODS.index("entropy_gate"))
 ARITHMETIC_TRUST_REGION = tl.constexpr(len(METHODS))
 """Stands for `TRUST_REGION` in a row of the arithmetic form, whose equation is another."""
 FORM_ARITHMETIC = tl.constexpr(FORMS.index("arithmetic"))

@@ -6,8 +6,8 @@ At the three nodes the terms are products of e^(s/2) and e^(t/2), so that two ex
 its derivatives are known there, and a method's equation is a cubic between the nodes, whose root is the guess. Where
 the cubic is exact enough the guess stands, and the row is done; `steps` refines the others.
 
-A row whose α is known before it is read (`fixed`, or alpha_min = alpha_max) and a row of the method `entropy` sum
-Σe^u and Σue^u of each model instead, which give its normaliser and its entropy.
+A row whose α is known before it is read (`fixed`, or alpha_min = alpha_max) and a row of the methods `entropy` and
+`entropy_gate` sum Σe^u and Σue^u of each model instead, which give its normaliser and its entropy.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from .layout import (
     ARITHMETIC_TRUST_REGION,
     CHUNK_SLOTS,
     ENTROPY,
+    ENTROPY_GATE,
     ENTROPY_TEACHER,
     ENTROPY_THETA,
     ESS_BALANCE,
@@ -66,8 +67,9 @@ from .sums import fold_endings, growth, is_last, load_tile, log1p, log_quotient,
 @triton.jit
 def begin(
     theta, teacher, theta_stride, teacher_stride, endings, V, chunk, chunks, method, alpha_min, alpha_max, fixed_alpha,
-    epsilon, form, temperature, masked, method_stride, alpha_min_stride, alpha_max_stride, fixed_alpha_stride,
-    epsilon_stride, form_stride, temperature_stride, masked_stride, parts, rows, arrived, theta_sum, teacher_sum,
+    epsilon, form, entropy_scale, temperature, masked, method_stride, alpha_min_stride, alpha_max_stride,
+    fixed_alpha_stride, epsilon_stride, form_stride, entropy_scale_stride, temperature_stride, masked_stride, parts,
+    rows, arrived, theta_sum, teacher_sum,
     FOLDED: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """Sum one chunk of a row; the last program of the row writes its `ROW_*` slots and the two normalisers.
@@ -94,6 +96,7 @@ def begin(
             mask = tl.where(tl.load(masked + row * masked_stride) != 0, 1.0, 0.0)
         budget = tl.load(epsilon + row * epsilon_stride).to(tl.float64)
         fixed = tl.load(fixed_alpha + row * fixed_alpha_stride).to(tl.float64)
+        scale = tl.load(entropy_scale + row * entropy_scale_stride).to(tl.float64)
         is_average = False
         if form is not None:
             is_average = tl.load(form + row * form_stride).to(tl.int32) == FORM_ARITHMETIC
@@ -106,8 +109,8 @@ def begin(
         tl.store(rows + ROW_INVERSE_TEMPERATURE, inverse)
         tl.store(rows + ROW_MASKED, mask)
         _start(
-            parts, rows, theta_sum + row, teacher_sum + row, chunks, chosen, low, high, fixed, budget, inverse, root,
-            mask, is_average, form is not None,
+            parts, rows, theta_sum + row, teacher_sum + row, chunks, chosen, low, high, fixed, budget, scale, inverse,
+            root, mask, is_average, form is not None,
         )  # fmt: skip
 
 
@@ -183,7 +186,7 @@ def _sum_chunk(
 
 @triton.jit
 def _start(
-    parts, rows, theta_sum, teacher_sum, chunks, method, low, high, fixed, epsilon, inverse, root, mask,
+    parts, rows, theta_sum, teacher_sum, chunks, method, low, high, fixed, epsilon, scale, inverse, root, mask,
     is_average, ARITHMETIC: tl.constexpr,
 ):  # fmt: skip
     """Join the chunks of a row and store its normalisers, its α or a guess of it, and the state of the search."""
@@ -216,6 +219,8 @@ def _start(
         share = tl.where(both > 0, entropy_theta / tl.where(both > 0, both, 1.0), middle)
         if (method == ENTROPY) & (low < high):
             alpha = tl.minimum(tl.maximum(share, low), high)
+        if (method == ENTROPY_GATE) & (low < high):
+            alpha = tl.minimum(tl.maximum(entropy_theta / scale, low), high)
     sum_theta, sum_teacher = tl.log(whole_theta) + top_theta * inverse, tl.log(whole_teacher) + top_teacher * inverse
     finite = (tl.abs(sum_theta) < float("inf")) & (tl.abs(sum_teacher) < float("inf"))
     # Under a grammar α = 0 needs a common token, too: what the teacher rules out is ruled out.

@@ -37,6 +37,7 @@ class MixturePlan:
         teacher_prompts: whether rows have a prompt of the teacher's own.
         chosen: for each row of all processes in the next call, whether the mixture samples it; None leaves that to
             `theta_count`.
+        entropy_scale: the scale of the entropy gate, None for the mixture's own.
     """
 
     generator: OptimalSamplingGenerator
@@ -47,6 +48,7 @@ class MixturePlan:
     step: Callable[[], int] = lambda: 0
     teacher_prompts: bool = False
     chosen: Sequence[bool] | None = None
+    entropy_scale: Callable[[], float | None] = lambda: None
 
     @property
     def two_prompts(self) -> bool:
@@ -63,8 +65,8 @@ class MixturePlan:
         """
         if not self.training():
             return [Mixture.theta_only()] * rows
-        mixture, share = self.generator.current_mixture(self.progress()), rows // processes
-        places = range(first, first + rows)
+        mixture = self.generator.current_mixture(self.progress(), self.entropy_scale())
+        share, places = rows // processes, range(first, first + rows)
         mixed = [not self._is_of_theta(row, share) if self.chosen is None else self.chosen[row] for row in places]
         return [mixture if is_mixed else Mixture.theta_only() for is_mixed in mixed]
 

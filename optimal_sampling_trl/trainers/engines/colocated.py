@@ -19,7 +19,7 @@ from ...rollouts.request import Request
 from ...rollouts.rollout import Rollout
 from .base import MixturePlan, as_trl_returns, on_all_ranks, refuse_images
 from .push import PushedGeneration
-from .student import check_overrides, check_student
+from .student_checks import check_overrides, check_student
 
 if TYPE_CHECKING:
     from ...backends.vllm.backend import VLLMBackend

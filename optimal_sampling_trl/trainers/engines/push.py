@@ -11,7 +11,7 @@ from trl.generation import vllm_generation
 
 from ...pairing.source import fingerprint
 from .base import MixtureGeneration, MixturePlan
-from .student import StudentWeights, adapters_in_use
+from .student import StudentWeights, adapters_in_use, held_here
 
 
 class PushedGeneration(MixtureGeneration, vllm_generation.VLLMGeneration):
@@ -78,6 +78,5 @@ class PushedGeneration(MixtureGeneration, vllm_generation.VLLMGeneration):
 
     def _state(self) -> tuple[Tensor, Any]:
         """Returns what changes with the student: numbers of this process's weights, and the adapters in use."""
-        parameters: list[Any] = [getattr(one, "ds_tensor", one) for one in self.model.parameters()]
-        shards = [one.to_local() if hasattr(one, "to_local") else one for one in parameters]
-        return torch.stack([fingerprint(one).cpu() for one in shards]), adapters_in_use(self.model)
+        held = [held_here(parameter) for parameter in self.model.parameters()]
+        return torch.stack([fingerprint(one).cpu() for one in held]), adapters_in_use(self.model)

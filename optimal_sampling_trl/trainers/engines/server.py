@@ -21,7 +21,8 @@ from ...pairing import check_adapter, stop_tokens
 from ...rollouts.rollout import Rollout
 from .base import LogThetas, MixturePlan, as_trl_returns, on_all_ranks, refuse_images, tokenizer_of
 from .push import PushedGeneration
-from .student import check_float, tied_heads
+from .student import tied_heads
+from .student_checks import check_float
 
 
 class ServerGeneration(PushedGeneration):
@@ -120,8 +121,8 @@ class ServerGeneration(PushedGeneration):
         return self.server.sample(self.make_requests(prompts, 0, teacher_prompts, self.accelerator.num_processes))
 
     def types(self) -> set[torch.dtype]:
-        """A server's default on a GPU, since it does not say."""
-        return {torch.bfloat16}
+        """The type that the server computes in."""
+        return {self.server.dtype}
 
     def close(self) -> None:
         """Let go of the server, which runs on."""

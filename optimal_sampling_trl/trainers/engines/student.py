@@ -1,24 +1,20 @@
 """The trained student as an engine beside the trainer gets it: each weight with its adapter, under its plain name.
 
-Adapters, compilers and shardings put modules of their own between the student's. `StudentWeights` looks through them,
-and `check_student` says before an engine starts whether what it finds is what the student's folder holds.
+Adapters, compilers and shardings put modules of their own between the student's, and `StudentWeights` looks through
+them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...pairing import Source, check_adapter
-from ...pairing.names import WeightNames
-
 SEEN_THROUGH = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Children by which a compiled, a sharded and a checkpointed module hold the one that they stand for."""
-OTHER_BACKEND = "use backend='transformers', which samples from the trained module itself"
 Gather = Callable[[list[Any]], AbstractContextManager[Any]]
 """The context in which parameters that DeepSpeed splits over processes are whole."""
 
@@ -40,22 +36,42 @@ class StudentWeights:
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self._walk(self.model, ""):
+        for name, parameter in self._walk(self.model, "", self.gather):
             yield name, self._whole(parameter)
 
-    def _walk(self, module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    def _walk(self, module: nn.Module, prefix: str, gather: Gather) -> Iterator[tuple[str, Tensor]]:
         """Names and values below a module, which stands at `prefix` of the plain student."""
         module = seen_through(module)
         if is_adapted(module):
-            with self.gather(list(module.parameters())), merged(module) as base:
-                yield from self._walk(base, prefix)
+            with gather(list(module.parameters())), self._whole_layer(module), merged(module) as base:
+                yield from self._walk(base, prefix, nullcontext)  # DeepSpeed refuses to gather what is gathered
             return
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                with self.gather([parameter]):
+                with gather([parameter]):
                     yield prefix + name, parameter.data
         for name, child in module.named_children():
-            yield from self._walk(child, f"{prefix}{name}.")
+            yield from self._walk(child, f"{prefix}{name}.", gather)
+
+    @contextmanager
+    def _whole_layer(self, layer: nn.Module) -> Iterator[None]:
+        """While this lasts a layer has its whole parameters in the place of the shards that FSDP2 keeps of them.
+
+        DoRA, IA3 and others assign what they merged to `weight.data`, which a shard ignores without a word.
+        """
+        places = [
+            (module, name, parameter)
+            for module in layer.modules()
+            for name, parameter in module._parameters.items()
+            if hasattr(parameter, "full_tensor")
+        ]
+        try:
+            for module, name, shard in places:
+                module._parameters[name] = nn.Parameter(self._whole(shard), requires_grad=False)
+            yield
+        finally:
+            for module, name, shard in places:
+                module._parameters[name] = shard
 
     def _whole(self, weight: Any) -> Tensor:
         if not hasattr(weight, "full_tensor"):
@@ -117,63 +133,10 @@ def merged(layer: Any) -> Iterator[nn.Module]:
             parameter.data = storage
 
 
-def check_student(model: Any, folder: Source, weights: StudentWeights) -> None:
-    """Refuse a student whose weights are not those that an engine can load over those of the student's folder.
-
-    Args:
-        model: the module that is trained.
-        folder: what the engine is built from.
-        weights: the module's.
-
-    Raises:
-        ValueError: naming the weights, and what to do.
-    """
-    check_adapter(model, "student")
-    check_float(model)
-    try:
-        found = {name: (weight.shape, weight.dtype) for name, weight in weights}
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"The student's adapter ({_adapters(model)}) cannot be merged into its weights, which the engine needs: "
-            f"{error} Train with one that can, such as plain LoRA, or {OTHER_BACKEND}."
-        ) from error
-    names = folder.weight_names
-    if names is not None:
-        _check_shapes({name: shape for name, (shape, _) in found.items()}, names, folder)
-        _check_ties(model, weights, names, folder)
-
-
-def check_head(model: Any) -> None:
-    """Refuse an adapter on the output layer, whose weight the losses read past the adapter.
-
-    Raises:
-        ValueError: where there is one.
-    """
-    head = model.get_output_embeddings()
-    if is_adapted(head) or hasattr(head, "token_adapter"):
-        raise ValueError(
-            f"The student's adapter ({_adapters(model)}) is on its output layer. TRL's losses multiply by the layer's "
-            "own weight, so that the adapter would sample but never be trained. Leave the layer out, or train it as a "
-            "whole: `modules_to_save=['lm_head']`, of a tied student `modules_to_save=['embed_tokens']` with "
-            "`ensure_weight_tying=True`."
-        )
-
-
-def check_teacher_apart(teacher: Any, model: nn.Module) -> None:
-    """Refuse a loaded teacher that shares weights with the student: training would move both.
-
-    Raises:
-        ValueError: naming a weight of both.
-    """
-    if not isinstance(teacher, nn.Module):
-        return
-    trained = {id(parameter) for parameter in model.parameters()}
-    shared = next((name for name, parameter in teacher.named_parameters() if id(parameter) in trained), None)
-    if shared is not None:
-        raise ValueError(
-            f"The teacher and the student share the weight {shared!r}: they are one model, and training, or an "
-            "adapter, would change the teacher with the student. Pass the teacher's folder or a copy of its own."
-        )
+def held_here(parameter: Any) -> Tensor:
+    """Returns the part of a parameter that this process holds, where DeepSpeed or FSDP2 splits it."""
+    part = getattr(parameter, "ds_tensor", parameter)
+    return part.to_local() if hasattr(part, "to_local") else part
 
 
 def adapters_in_use(model: nn.Module) -> list[Any]:
@@ -188,90 +151,10 @@ def adapters_in_use(model: nn.Module) -> list[Any]:
 def tied_heads(model: Any) -> set[str]:
     """Names of the output layer's weight where the trained student ties it to the embedding."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    return {"lm_head.weight"} if head is not None and _storages(embedding) == _storages(head) else set()
+    return {"lm_head.weight"} if head is not None and storages(embedding) == storages(head) else set()
 
 
-def check_overrides(config: Any, overrides: Mapping[str, Any]) -> None:
-    """Refuse settings by which the engine's student would compute otherwise than the trained one.
-
-    Args:
-        config: of the trained student.
-        overrides: the engine's argument `hf_overrides`.
-
-    Raises:
-        ValueError: naming the field and both values.
-    """
-    for name, value in overrides.items():
-        if getattr(config, name, None) != value:
-            raise ValueError(
-                f"`engine_arguments` has `hf_overrides` with {name!r}: {value!r}, which holds for both models of the "
-                f"engine, and the trained student has {getattr(config, name, None)!r}: the engine's would be another "
-                "model. Set it in the trained student's configuration as well, or in the teacher's folder alone."
-            )
-
-
-def check_float(model: nn.Module) -> None:
-    """Refuse a quantised student.
-
-    Raises:
-        ValueError: naming a weight and its type.
-    """
-    for name, parameter in model.named_parameters():
-        if not parameter.dtype.is_floating_point or parameter.dtype.itemsize < 2:
-            raise ValueError(
-                f"The student's weight {name!r} is of type {parameter.dtype}: the student is quantised, and cannot be "
-                f"pushed into the engine beside a teacher. Load it unquantised, or {OTHER_BACKEND}."
-            )
-
-
-def _check_shapes(found: dict[str, torch.Size], names: WeightNames, folder: Source) -> None:
-    wrong = [f"{name!r} is none of the folder's" for name in found if name not in names.shapes | names.ties]
-    wrong += [f"{name!r} is missing" for name in names.shapes if name not in found]
-    wrong += [
-        f"{name!r} has shape {tuple(shape)}, there {tuple(names.shapes[name])}"
-        for name, shape in found.items()
-        if name in names.shapes and names.shapes[name] != shape
-    ]
-    if wrong:
-        raise ValueError(
-            f"The trained student's weights are not those of its folder {folder.name!r}, from which the engine is "
-            f"built ({len(wrong)} differ): {'; '.join(wrong[:3])}. Was it resized, or changed, after it was loaded? "
-            f"Save it with `save_pretrained` and pass that folder, or {OTHER_BACKEND}."
-        )
-
-
-def _check_ties(model: Any, weights: StudentWeights, names: WeightNames, folder: Source) -> None:
-    """A tied engine has one weight for both layers, so the trainer must have one, too, adapters included."""
-    for name, other in names.ties.items():
-        first, second = (weights.module(one.rpartition(".")[0]) for one in (other, name))
-        if _storages(first) == _storages(second):
-            continue
-        parts = f"{other!r} and {name!r}"
-        if any(module is not None and _has_adapter(module) for module in (first, second)):
-            raise ValueError(
-                f"The student's folder {folder.name!r} ties {parts}, and the student's adapter ({_adapters(model)}) "
-                "trains one of them, or each apart, so that they differ after the first step. The engine has one "
-                "weight for both. Train the embedding as a whole, with `modules_to_save=['embed_tokens']` and "
-                f"`ensure_weight_tying=True`, leave both layers out, or {OTHER_BACKEND}."
-            )
-        raise ValueError(
-            f"The student's folder {folder.name!r} ties {parts}, and the trained student has two weights there, of "
-            "which the engine would have one. Save the untied student (`tie_word_embeddings=False` in its "
-            f"configuration) with `save_pretrained` and pass that folder, or {OTHER_BACKEND}."
-        )
-
-
-def _storages(module: nn.Module | None) -> set[int]:
-    """Addresses of all that a layer is made of, its adapter included."""
-    parameters: list[Any] = [] if module is None else list(module.parameters())
-    return {getattr(one, "ds_tensor", one).untyped_storage().data_ptr() for one in parameters}
-
-
-def _has_adapter(module: nn.Module) -> bool:
-    return any(is_adapted(one) or hasattr(one, "modules_to_save") for one in module.modules())
-
-
-def _adapters(model: Any) -> str:
-    configs = getattr(model, "peft_config", None) or {}
-    kinds = {str(getattr(config.peft_type, "value", config.peft_type)) for config in configs.values()}
-    return ", ".join(sorted(kinds)) or "of no known kind"
+def storages(module: nn.Module | None) -> set[int]:
+    """Return the addresses of all that a layer is made of, its adapter included."""
+    parameters = [] if module is None else list(module.parameters())
+    return {held_here(one).data_ptr() for one in parameters}

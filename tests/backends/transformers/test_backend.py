@@ -32,6 +32,7 @@ MIXTURES = {
     "trust_region": Mixture("trust_region", epsilon=0.02),
     "entropy": Mixture("entropy"),
     "fixed": Mixture("fixed", fixed_alpha=0.7),
+    "entropy_gate": Mixture("entropy_gate", entropy_scale=8.0),
     "clamped": Mixture(alpha_min=0.7, alpha_max=0.9),
     "theta": Mixture.theta_only(),
     "teacher": Mixture.teacher_only(),

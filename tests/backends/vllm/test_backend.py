@@ -30,6 +30,7 @@ MIXTURES = {
     "arithmetic": Mixture(form="arithmetic"),
     "arithmetic trust_region": Mixture("trust_region", form="arithmetic"),
     "arithmetic fixed": Mixture("fixed", fixed_alpha=0.2, form="arithmetic"),
+    "arithmetic entropy_gate": Mixture("entropy_gate", entropy_scale=8.0, form="arithmetic"),
 }
 
 

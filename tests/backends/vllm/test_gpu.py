@@ -45,6 +45,7 @@ MIXTURES = (
     Mixture(form="arithmetic"),
     Mixture("trust_region", epsilon=0.02, form="arithmetic"),
     Mixture("fixed", fixed_alpha=0.3, form="arithmetic"),
+    Mixture("entropy_gate", entropy_scale=8.0, form="arithmetic"),
 )
 SIZES = [1, 2, 4, 8, 16, 24, 32, 48, 64]
 

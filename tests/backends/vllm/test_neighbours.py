@@ -52,6 +52,22 @@ def test_each_samples_in_its_own_workspace(pair: tuple[str, str]) -> None:
     assert not workspace.is_workspace_manager_initialized()  # else its memory would outlive the engines
 
 
+def test_groups_that_a_training_job_destroyed(pair: tuple[str, str]) -> None:
+    """See `neighbours.forget_dead_groups`: an engine starts beside another one, and both sample and close."""
+    one = start(*pair)
+    torch.distributed.destroy_process_group()
+    other = start(*pair)
+    try:
+        texts = [backend.generate([request("hello")])[0].text for backend in (one, other)]
+        assert texts[0] == texts[1]
+        other.close()
+        torch.distributed.destroy_process_group()
+        assert one.generate([request("hello")])[0].text == texts[0]
+    finally:
+        other.close()
+        one.close()
+
+
 def test_a_group_from_before_the_engine_stays(pair: tuple[str, str], tmp_path: Path) -> None:
     """Two ranks of a training job, as accelerate starts them: closed engines leave them a group to train in.
 

@@ -50,6 +50,7 @@ class FusedServer:
         with self._explain_errors("does not fit the trainer"):
             info = client.get_server_info()
             self.pair = pair_of(info, tokenizer)
+            self.dtype: torch.dtype = getattr(torch, str(info["model_config"]["dtype"]).removeprefix("torch."))
             _check_teacher(self.pair.teacher, info["additional_config"]["optimal_sampling"]["teacher_digest"], teacher)
         self.pushed: list[dict[str, Any]] | None = None
 

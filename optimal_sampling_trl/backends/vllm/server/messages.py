@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token")
 """Tokens that chat templates name."""
+TOLD = (
+    *("tokens", "vocabulary", "engine_vocabulary", "two_prompts", "template", "teacher_tokenizer", "teacher_digest"),
+    *("theta", "ending"),
+)
+"""The settings without which a trainer cannot use a server."""
 LEAST = -9999.0
 """Number that vLLM's server writes for a log-probability below it, -inf too."""
 
@@ -56,6 +61,9 @@ def pair_of(info: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Pair:
         raise ValueError(f"it serves {model['model']!r} alone, and no pair of a teacher and a student.")
     if settings["version"] != __version__:
         raise ValueError(f"it runs version {settings['version']} of this package, and the trainer {__version__}.")
+    missing = [name for name in TOLD if name not in settings]
+    if missing:
+        raise ValueError(f"it runs another build of this package, which does not tell its {', '.join(missing)}.")
     if model["logprobs_mode"] != "processed_logprobs":
         raise ValueError(f"its `logprobs_mode` is {model['logprobs_mode']!r}; wanted 'processed_logprobs'.")
     if settings["tokens"] != token_digest(tokenizer):

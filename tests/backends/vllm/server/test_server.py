@@ -188,7 +188,7 @@ FIELDS = (
     "vllm_xargs",
 )
 XARGS = ("method", "form", "alpha_min", "alpha_max", "fixed_alpha", "epsilon", "optimal_sampling_record", "alpha")
-XARGS += ("teacher",)
+XARGS += ("teacher", "entropy_scale")
 
 
 @examples(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -283,6 +283,7 @@ def test_no_cache_of_old_weights_is_kept(
     """A stranger's running request holds blocks that the old weights filled: vLLM then keeps all it has cached."""
     served, asked = connect(server, models, tmp_path), [request("hello")]
     body = {"model": served.client.model, "prompt": "a" * 64, "max_tokens": 190, "ignore_eos": True, "stream": True}
+    body["n"] = 16  # so that it runs for long enough on a loaded machine
     with http.post(f"{server.url}/v1/completions", json=body, stream=True) as answer:
         assert b"text" in next(lines := answer.iter_lines(chunk_size=1))
         with pytest.raises(RuntimeError, match="it kept what it had cached under the old ones: somebody else samples"):
@@ -312,6 +313,7 @@ def test_nan_is_named_and_leaves_nothing_behind(
     [
         ({"additional_config": {}}, "it serves '.*teacher' alone, and no pair"),
         ({"version": "9.9"}, r"it runs version 9\.9 of this package, and the trainer 0"),
+        ({"template": None}, "it runs another build of this package, which does not tell its template"),
         ({"tokens": "0"}, "its student '.*theta' has another tokenizer than the model that is trained"),
         ({"model_config": {"logprobs_mode": "raw_logprobs"}}, "its `logprobs_mode` is 'raw_logprobs'; wanted"),
         ({"teacher": "larger"}, "its teacher is '.*teacher', and the generator's 'larger'"),
@@ -327,6 +329,8 @@ def test_another_server_than_wanted_is_refused(
     for name, value in change.items():
         if isinstance(value, dict):
             info[name] = info[name] | value if value else value
+        elif value is None:
+            del settings[name]
         else:
             settings[name] = value
     monkeypatch.setattr(client, "get_server_info", lambda: info)
