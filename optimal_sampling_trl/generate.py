@@ -13,6 +13,7 @@ from .mixture import Mixture
 from .options import check_whole, suggest_arguments
 from .output import OptimalSamplingOutput
 from .pairing import Prompt, check_system_message, encode, reads_two_prompts, warn_of_templates
+from .pairing.rows import teacher_prompts_of
 from .rollouts.dense import Dense, check_wish
 from .rollouts.params import takes_sampling_params
 from .rollouts.progress import Progress, is_watched
@@ -131,6 +132,7 @@ class OptimalSamplingV1:
         stop: str | Sequence[str] = (),
         dense: Dense | None = None,
         use_tqdm: bool | None = None,
+        teacher_prompts: str | Sequence[Prompt | None] | None = None,
     ) -> OptimalSamplingOutput:
         """Sample n completions of each prompt.
 
@@ -146,10 +148,12 @@ class OptimalSamplingV1:
             dense: dense records that each rollout shall carry, in its `dense`; None is none.
             use_tqdm: show a bar with tokens, tokens/s, the mean of α and the time left; with vLLM its own bar as well.
                 None shows it in a terminal and in a notebook.
+            teacher_prompts: what the teacher reads in place of each prompt, rendered with its own chat template; None
+                among them is the prompt itself. On a CPU this takes `backend="transformers"`.
 
         Raises:
-            ValueError: on an empty or unreadable prompt, a setting out of range, or as many mixtures or temperatures
-                as there are not prompts.
+            ValueError: on an empty or unreadable prompt, a setting out of range, or as many mixtures, temperatures or
+                teacher's prompts as there are not prompts.
             UnsolvedError: naming each sequence for which a model returned NaN; its `rollouts` holds the others.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
@@ -171,7 +175,8 @@ class OptimalSamplingV1:
         mixtures = _one_each(default if mixture is None else mixture, Mixture, len(prompts), "mixture")
         temperatures = _one_each(temperature, int | float, len(prompts), "temperature")
         stop = (stop,) if isinstance(stop, str) else stop
-        pairs = [self.encode(prompt, index) for index, prompt in enumerate(prompts)]
+        instead = teacher_prompts_of(teacher_prompts, len(prompts))
+        pairs = [self.encode(prompt, index, instead[index]) for index, prompt in enumerate(prompts)]
         requests = [
             Request(
                 *pairs[index],
@@ -211,25 +216,33 @@ class OptimalSamplingV1:
         names = f"teacher={self.model_teacher!r}, student={self.model_theta!r}"
         return f"OptimalSamplingV1({names}, backend={self.backend.name!r}, mixture={self.mixture})"
 
-    def encode(self, prompt: Prompt, index: int = 0) -> tuple[list[int], list[int]]:
+    def encode(
+        self, prompt: Prompt, index: int = 0, teacher_prompt: Prompt | None = None
+    ) -> tuple[list[int], list[int]]:
         """The token ids of one prompt for the teacher and for the student, after system prompts and chat template.
 
         Args:
+            prompt: a text, token ids or messages.
             index: the prompt's number, for errors.
+            teacher_prompt: what the teacher reads in its place, with its own tokenizer and chat template.
 
         Raises:
             ValueError: on what is no prompt, or a system prompt that has no place.
         """
+        pair, settings = self.backend.pair, {"chat": self.enable_chat_template, "system_message": self.system_message}
+        of_teacher: dict[str, Any] = settings | {"system_prompt": self.teacher_system_prompt, "role": "teacher"}
+        of_theta: dict[str, Any] = settings | {"system_prompt": self.theta_system_prompt, "role": "student"}
+        if teacher_prompt is not None:
+            tokenizer = pair.teacher_tokenizer or pair.tokenizer
+            teacher = encode(teacher_prompt, tokenizer, index=index, name="Teacher's prompt", **of_teacher)
+            return teacher, encode(prompt, pair.tokenizer, index=index, **of_theta)
         if not self._has_compared_templates and _is_chat(prompt, self.enable_chat_template):
             self._has_compared_templates = True
-            pair = self.backend.pair
             warn_of_templates(pair.teacher, pair.teacher_template, pair.tokenizer)
-        settings: dict[str, Any] = {"chat": self.enable_chat_template, "system_message": self.system_message}
-        settings |= {"tokenizer": self.backend.tokenizer, "index": index}
-        teacher = encode(prompt, system_prompt=self.teacher_system_prompt, role="teacher", **settings)
+        teacher = encode(prompt, pair.tokenizer, index=index, **of_teacher)
         if not reads_two_prompts(self.teacher_system_prompt, self.theta_system_prompt):
             return teacher, teacher
-        return teacher, encode(prompt, system_prompt=self.theta_system_prompt, role="student", **settings)
+        return teacher, encode(prompt, pair.tokenizer, index=index, **of_theta)
 
     def _output(self, rollouts: list[Rollout]) -> OptimalSamplingOutput:
         return OptimalSamplingOutput.of(rollouts, self.backend.tokenizer, self.track_alpha_stats)

@@ -23,6 +23,7 @@ from .mixture import Mixture
 from .options import check_whole
 from .pairing import folder_digest
 from .pairing.prompts import SYSTEM_MESSAGE
+from .pairing.rows import read_prompts
 from .rollouts.card import make_card
 from .rollouts.dense import Dense, check_wish
 from .rollouts.folder import CARD, RUN, Key, RolloutFolder
@@ -59,6 +60,7 @@ def sample_to_folder(
     seed: int = 0,
     batch_size: int = 1024,
     use_tqdm: bool = True,
+    teacher_prompts: Sequence[Any] | None = None,
 ) -> Path:
     """Sample n completions of each prompt into Parquet shards, or go on with a run that was interrupted.
 
@@ -68,7 +70,8 @@ def sample_to_folder(
 
     Args:
         sampler: the pair, its system prompts and its engine.
-        prompts: a `datasets` data set with the column `prompt` (texts or messages), or a list of prompts.
+        prompts: a `datasets` data set with the column `prompt` (texts or messages), or a list of prompts. What the
+            teacher reads in place of a prompt stands in the column `teacher_prompt`, None where it reads the same.
         folder: the folder to write to; made if need be. One that holds other files is refused.
         n: completions of each prompt.
         sampling: settings by which tokens are drawn; without a seed.
@@ -77,6 +80,7 @@ def sample_to_folder(
         seed: seed of the whole run, from which each rollout's is made.
         batch_size: number of rollouts sampled at once and written as one shard; a kill can cost as many.
         use_tqdm: show a bar with tokens/s, the mean of α and the time left.
+        teacher_prompts: what the teacher reads in place of each prompt of a list.
 
     Returns:
         the folder. `load_rollouts` reads it, and so does `datasets.load_dataset`.
@@ -105,7 +109,7 @@ def sample_to_folder(
             f"sample_to_folder: `sampling.seed` is {sampling.seed}; wanted none, for each rollout has a seed of its "
             "own. Pass `seed=` instead."
         )
-    texts = read_prompts(prompts)
+    texts = read_prompts(prompts, teacher_prompts)
     with RolloutFolder(folder) as store:
         encode = _encoder(sampler, mixture, sampling, dense)
         settings = _settings(sampler, mixture, sampling, dense) | {"n": n, "seed": seed, "batch_size": batch_size}
@@ -114,41 +118,13 @@ def sample_to_folder(
         batches = _missing(store, total, n, batch_size)
         with Progress(total, use_tqdm, done=total - sum(map(len, batches.values()))) as progress:
             for number, keys in batches.items():
-                requests = [_seeded(encode(texts[key.prompt_index], key.prompt_index), seed, key) for key in keys]
+                requests = [_seeded(encode(key.prompt_index, *texts[key.prompt_index]), seed, key) for key in keys]
                 sampled = _sample(sampler.backend, dict(zip(keys, requests)), progress, store)
                 store.write_shard(number, *sampled, dense)
         if batches or not (store.path / CARD).exists():
             store.write_file(CARD, make_card(store, run).encode())
             _name_failed(store)
     return store.path
-
-
-def read_prompts(prompts: Iterable[Any]) -> Sequence[Any]:
-    """The prompts of a data set's column `prompt`, or a list as it is. A streamed data set is read to its end.
-
-    Raises:
-        ValueError: where there is no such column, or no prompt.
-    """
-    if hasattr(prompts, "features") or hasattr(prompts, "column_names"):
-        columns = getattr(prompts, "column_names", None)
-        if isinstance(columns, dict):
-            raise ValueError(f"`prompts` has the splits {', '.join(columns)}; wanted one of them. Pass data[split].")
-        if columns is not None and "prompt" not in columns:
-            raise ValueError(
-                f"`prompts` has the columns {', '.join(columns)}; wanted 'prompt', of texts or messages. "
-                "Rename one with `rename_column`."
-            )
-        whole = hasattr(prompts, "__len__")  # a streamed one has no length, and may not know its columns
-        try:
-            prompts = prompts["prompt"] if whole else [row["prompt"] for row in prompts]  # type: ignore[index]
-        except KeyError as error:
-            raise ValueError("`prompts` has rows without 'prompt'; wanted a column of texts or messages.") from error
-    elif isinstance(prompts, str):
-        raise ValueError(f"`prompts` is the text {prompts[:40]!r}; wanted a data set or a list of prompts. Wrap it.")
-    found = prompts if isinstance(prompts, Sequence) else list(prompts)
-    if not len(found):
-        raise ValueError("`prompts` is empty; wanted at least one.")
-    return found
 
 
 def _sample(
@@ -195,22 +171,24 @@ def _seeded(request: Request, seed: int, key: Key) -> Request:
     return replace(request, sampling=replace(request.sampling, seed=rollout_seed(seed, key)))
 
 
-def _encoder(
-    sampler: OptimalSamplingV1, mixture: Mixture, sampling: Sampling, dense: Dense | None
-) -> Callable[[Prompt, int], Request]:
-    def encode(prompt: Prompt, index: int) -> Request:
-        request = Request(*sampler.encode(prompt, index), mixture, sampling, dense)
+Encode = Callable[[int, "Prompt", "Prompt | None"], Request]
+"""From a prompt's number, the prompt, and what the teacher reads in its place."""
+
+
+def _encoder(sampler: OptimalSamplingV1, mixture: Mixture, sampling: Sampling, dense: Dense | None) -> Encode:
+    def encode(index: int, prompt: Prompt, teacher_prompt: Prompt | None) -> Request:
+        request = Request(*sampler.encode(prompt, index, teacher_prompt), mixture, sampling, dense)
         sampler.backend.check(request, index)
         return request
 
     return encode
 
 
-def _digest(texts: Sequence[Any], encode: Callable[[Prompt, int], Request]) -> str:
+def _digest(texts: Sequence[tuple[Any, Any]], encode: Encode) -> str:
     """SHA-256 of all that the two models read; refuses prompts that the backend would refuse later in the run."""
     digest = hashlib.sha256()
-    for index, prompt in enumerate(texts):
-        request = encode(prompt, index)
+    for index, (prompt, teacher_prompt) in enumerate(texts):
+        request = encode(index, prompt, teacher_prompt)
         digest.update(json.dumps([request.prompt_ids, request.theta_prompt_ids]).encode())
     return digest.hexdigest()
 

@@ -502,3 +502,41 @@ def test_nan_weights(root: Path, role: str, blame: str) -> None:
     assert "no solution in 4 request(s)" in message
     assert all(f"request {index}, token 0: {blame} returned NaN" in message for index in range(4))
     assert "look at the model's checkpoint and dtype" in message
+
+
+def test_prompts_of_the_teachers_own(root: Path) -> None:
+    """Each goes with its prompt, through the teacher's own template and system prompt; None is the prompt itself."""
+    shutil.copytree(root / "teacher", root / "spoken")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
+    tokenizer.save_pretrained(root / "spoken")
+    hinted = [{"role": "user", "content": "hi, say ho"}]
+    with build(root, model_teacher=str(root / "spoken"), teacher_system_prompt="Sir.") as sampler:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # no chat of the teacher's is rendered by the student's template
+            output = sampler.generate([CHAT, CHAT], 4, n=2, seed=0, teacher_prompts=[hinted, "ho"])
+        with pytest.warns(UserWarning, match="has another chat template"):
+            mixed = sampler.generate([CHAT, "ab"], 4, seed=0, teacher_prompts=[None, "a"])
+        models = sampler.backend.teacher, sampler.backend.theta  # type: ignore[attr-defined]
+        for rollout in [*output.rollouts, *mixed.rollouts]:
+            check_rollout(rollout, *models)
+    read = [(TOKENIZER.decode(one.prompt_ids), TOKENIZER.decode(one.theta_prompt_ids)) for one in output.rollouts]
+    asked = "[user] hi\n[assistant] "
+    assert read == [("<Sir.><hi, say ho>", asked)] * 2 + [("Sir.\n\nho", asked)] * 2
+    read = [(TOKENIZER.decode(one.prompt_ids), TOKENIZER.decode(one.theta_prompt_ids)) for one in mixed.rollouts]
+    assert read == [(f"[system] Sir.\n{asked}", asked), ("Sir.\n\na", "ab")]
+
+
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        (["a"], "`teacher_prompts`: got 1 of them; wanted one for each of the 2 prompts"),
+        (["a", ""], "Teacher's prompt 1 is an empty text"),
+        (["a", 7], r"Teacher's prompt 1 is '7' \(int\); wanted a text"),
+        ([[600], "a"], "The teacher's prompt 0 holds token 600"),
+        (["a" * 512, "a"], "The teacher's prompt 0 has 512 tokens"),
+    ],
+)
+def test_prompts_of_the_teachers_own_that_are_refused(sampler: OptimalSamplingV1, own: list[Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        sampler.generate(["a", "b"], teacher_prompts=own)

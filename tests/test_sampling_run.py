@@ -42,7 +42,7 @@ from optimal_sampling_trl.rollouts import progress as progress_module
 from optimal_sampling_trl.rollouts.folder import Key, RolloutFolder
 from optimal_sampling_trl.rollouts.progress import Progress
 from optimal_sampling_trl.rollouts.rollout import RECORDS
-from optimal_sampling_trl.sampling_run import read_prompts, rollout_seed
+from optimal_sampling_trl.sampling_run import rollout_seed
 
 PROMPTS = ["3 + 4 =", "a", "a", "../../../etc/passwd", "/abs/olute", "C:\\x\0|`$(rm)", "data/rollouts-000000.parquet"]
 PROMPTS += ["é 語 🙂", "sort: 5 1 2", "a long one " * 20]
@@ -589,6 +589,33 @@ def test_the_bar(sampler: OptimalSamplingV1, tmp_path: Path, capsys: pytest.Capt
     assert "26/30" in capsys.readouterr().err
 
 
+def test_prompts_of_the_teachers_own(sampler: OptimalSamplingV1, root: Path, tmp_path: Path) -> None:
+    """From a column, on resuming too, and from a list; a run with others is another run."""
+    rows = [{"prompt": text, "teacher_prompt": own} for text, own in (("3 + 4 =", "It is 7: 3 + 4 ="), ("a", None))]
+    data = Dataset.from_list(rows)
+    run: dict[str, Any] = {"n": 2, "batch_size": 2, "sampling": Sampling(max_tokens=4), "use_tqdm": False}
+    sample_to_folder(sampler, data, tmp_path / "column", **run)
+    rollouts = load_rollouts(tmp_path / "column")
+    models = [AutoModelForCausalLM.from_pretrained(root / role, dtype=torch.float32) for role in ("teacher", "theta")]
+    for rollout, (prompt, own) in zip(rollouts, [tuple(row.values()) for row in rows for _ in range(2)], strict=True):
+        assert sampler.backend.tokenizer.decode(rollout.prompt_ids) == (own or prompt)
+        assert sampler.backend.tokenizer.decode(rollout.theta_prompt_ids) == prompt
+        check_rollout(rollout, *models)
+    next((tmp_path / "column").rglob("rollouts-000001.parquet")).unlink()
+    sample_to_folder(sampler, data, tmp_path / "column", **run)
+    sample_to_folder(
+        sampler, list(data["prompt"]), tmp_path / "list", teacher_prompts=data["teacher_prompt"][:], **run
+    )
+    for folder in ("column", "list"):
+        found = load_rollouts(tmp_path / folder)
+        assert [one.completion_ids for one in found] == [one.completion_ids for one in rollouts]
+        assert [one.prompt_ids for one in found] == [one.prompt_ids for one in rollouts]
+    with pytest.raises(ValueError, match="was begun with other settings: `prompts`"):
+        sample_to_folder(sampler, data.remove_columns("teacher_prompt"), tmp_path / "column", **run)
+    with pytest.raises(ValueError, match="`teacher_prompts`: got 1 of them; wanted one for each of the 2"):
+        sample_to_folder(sampler, ["a", "b"], tmp_path / "bad", teacher_prompts=["c"], **run)
+
+
 def test_a_look_at_a_batch_in_progress(sampler: OptimalSamplingV1, monkeypatch: pytest.MonkeyPatch) -> None:
     """After each step: the rows that have ended, the tokens so far and the sum of their α."""
     looks: list[tuple[int, int, float]] = []
@@ -607,7 +634,6 @@ def test_a_look_at_a_batch_in_progress(sampler: OptimalSamplingV1, monkeypatch: 
 
 
 def test_names() -> None:
-    assert read_prompts(("a",)) == ("a",)
     assert folder_module.SHARD.fullmatch("rollouts-1000000.parquet")
 
 

@@ -28,6 +28,7 @@ class Pair:
         two_prompts: whether this engine takes another prompt for the student than for the teacher.
         windows: lengths of the two models' sliding windows, in tokens; empty where neither has one.
         teacher_template: `template_digest` of the teacher's own tokenizer; None where it has no chat template.
+        teacher_tokenizer: the teacher's own, which reads the prompts that the teacher alone is given.
     """
 
     teacher: str
@@ -40,6 +41,7 @@ class Pair:
     two_prompts: bool = True
     teacher_template: str | None = None
     windows: tuple[int, ...] = ()
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None
 
 
 def name_sources(
@@ -104,6 +106,7 @@ def read_pair(
         windows=tuple(
             sorted({window for window in map(attention_window, (teacher.text_config, theta.text_config)) if window})
         ),
+        teacher_tokenizer=teacher_tokenizer,
     )
 
 

@@ -19,6 +19,8 @@ SYSTEM_MESSAGE = ("refuse", "replace", "append")
 SYSTEM_ROLES = ("system", "developer")
 SYSTEM_PROMPTS = {"teacher": "teacher_system_prompt", "student": "theta_system_prompt"}
 """The setting of each model's system prompt."""
+TEACHER_PROMPT = "teacher_prompt"
+"""The column of a data set with what the teacher reads in place of the row's `prompt`."""
 _PROBE = ({"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "3"})
 
 
@@ -66,6 +68,7 @@ def encode(
     *,
     system_message: str = "refuse",
     role: str = "student",
+    name: str = "Prompt",
 ) -> list[int]:
     """The token ids of one prompt for one model.
 
@@ -77,13 +80,15 @@ def encode(
         index: the prompt's number, for errors.
         system_message: see `with_system_prompt`.
         role: of the model, for errors.
+        name: what errors call the prompt.
 
     Raises:
         ValueError: on what is no prompt, or a system prompt that has no place.
     """
+    name = f"{name} {index}"
     if isinstance(prompt, str):
         if not prompt:
-            raise ValueError(f"Prompt {index} is an empty text; wanted at least one token. Drop it.")
+            raise ValueError(f"{name} is an empty text; wanted at least one token. Drop it.")
         if not chat:
             return list(tokenizer(with_system_prompt(prompt, system_prompt))["input_ids"])
         prompt = [{"role": "user", "content": prompt}]
@@ -91,20 +96,20 @@ def encode(
         try:
             messages = with_system_prompt(list(prompt), system_prompt, system_message)
         except ValueError as error:
-            raise ValueError(f"Prompt {index}: {error}") from error
-        return _encode_chat(messages, tokenizer, index, SYSTEM_PROMPTS[role] if system_prompt else None)
+            raise ValueError(f"{name}: {error}") from error
+        return _encode_chat(messages, tokenizer, name, SYSTEM_PROMPTS[role] if system_prompt else None)
     try:
         ids = [item.__index__() for item in prompt]  # type: ignore[union-attr]
     except (TypeError, AttributeError) as error:
         raise ValueError(
-            f"Prompt {index} is {str(prompt)[:80]!r} ({type(prompt).__name__}); "
+            f"{name} is {str(prompt)[:80]!r} ({type(prompt).__name__}); "
             "wanted a text, a list of token ids or a list of chat messages. Wrap a single prompt in a list."
         ) from error
     if not ids:
-        raise ValueError(f"Prompt {index} holds no token; wanted at least one. Drop it.")
+        raise ValueError(f"{name} holds no token; wanted at least one. Drop it.")
     if system_prompt:
         raise ValueError(
-            f"Prompt {index} is given as token ids, before which the system prompt {system_prompt[:40]!r} cannot be "
+            f"{name} is given as token ids, before which the system prompt {system_prompt[:40]!r} cannot be "
             "put. Pass the text or the messages, or put the system prompt's tokens into the ids."
         )
     return ids
@@ -148,25 +153,26 @@ def with_system_prompt(prompt: Any, system_prompt: str | None, system_message: s
 
 
 def _encode_chat(
-    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, index: int, setting: str | None
+    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, name: str, setting: str | None
 ) -> list[int]:
     if tokenizer.chat_template is None:
         raise ValueError(
-            f"Prompt {index} needs a chat template, and the tokenizer {tokenizer.name_or_path!r} has none. "
+            f"{name} needs a chat template, and the tokenizer {tokenizer.name_or_path!r} has none. "
             "Pass plain texts, or set `tokenizer.chat_template` and save it with the model."
         )
     try:
-        ids = _render(messages, tokenizer)
-        bare = _render(messages[1:], tokenizer) if setting is not None and len(messages) > 1 else None
+        ids = render(messages, tokenizer)
+        bare = render(messages[1:], tokenizer) if setting is not None and len(messages) > 1 else None
     except (TemplateError, TypeError) as error:
-        raise template_refusal(error, messages, tokenizer, f"Prompt {index}", setting) from error
+        raise template_refusal(error, messages, tokenizer, name, setting) from error
     if ids == bare:
-        raise ignored_refusal(setting, str(messages[0]["content"]), f"prompt {index}")
+        raise ignored_refusal(setting, str(messages[0]["content"]), name[0].lower() + name[1:])
     return ids
 
 
-def _render(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+def render(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[int]:
+    """The token ids of a chat that an answer is to follow; `options` go to its template."""
+    encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **options)
     return list(encoded["input_ids"])
 
 

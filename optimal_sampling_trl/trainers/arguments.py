@@ -17,7 +17,10 @@ from .generator import OptimalSamplingGenerator
 class SamplerArguments:
     """Flags of the teacher, the mixture and the engine; see `OptimalSamplingV1` and `Mixture`."""
 
-    teacher: str = field(default="", metadata={"help": "Folder or model id of the teacher."})
+    teacher: str = field(
+        default="",
+        metadata={"help": "Folder or model id of the teacher; in a trainer also 'student', the model itself."},
+    )
     alpha_method: str = field(
         default=Mixture.method, metadata={"help": "Equation that alpha solves.", "choices": METHODS}
     )
@@ -127,6 +130,22 @@ class GeneratorArguments(SamplerArguments):
     schedule: float | None = field(
         default=None, metadata={"help": "Share of training over which the mixture is annealed to the student."}
     )
+    mixture_below: float | None = field(
+        default=None,
+        metadata={
+            "help": "Reward that one of the student's own completions reaches, or its group gets rows of the mixture."
+        },
+    )
+    teacher_refresh: str = field(
+        default=OptimalSamplingGenerator.teacher_refresh,
+        metadata={
+            "help": "Of `--teacher student`: 'step', as new as the student, or 'never', as it was before training."
+        },
+    )
+    teacher_adapter: bool = field(
+        default=OptimalSamplingGenerator.teacher_adapter,
+        metadata={"help": "Of `--teacher student`: whether it has the student's adapter on as well."},
+    )
 
     entropy_quantile: float | None = field(
         default=None,
@@ -161,6 +180,9 @@ class GeneratorArguments(SamplerArguments):
             teacher_system_prompt=self.teacher_system_prompt,
             theta_system_prompt=self.theta_system_prompt,
             system_message=self.system_message,
+            mixture_below=self.mixture_below,
+            teacher_refresh=self.teacher_refresh,
+            teacher_adapter=self.teacher_adapter,
             backend=self.backend,
             engine_arguments=None if self.engine_arguments is None else self.engine(),
         )

@@ -17,6 +17,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from ..losses import sampled_token_coefficients
 from ..options import suggest_arguments
+from ..pairing.prompts import TEACHER_PROMPT
 from .config import DistillationConfig
 from .dense_head import DenseHead, dense_head
 from .dense_term import divergences_of
@@ -187,12 +188,15 @@ class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
     def _check_settings(self) -> None:
         super()._check_settings()
         self._check_read()
-        whole = self.loss == "divergence"
-        if whole and self.generator.two_prompts:
+        if self.generator.mixture_below is not None:
             raise ValueError(
-                "`teacher_system_prompt` and `theta_system_prompt` differ, but TRL's divergence reads both models on "
-                "the student's prompt. Give both one, or set `loss='dense'` or `loss='sampled_token'`, which read the "
-                "recorded log t."
+                f"`mixture_below` is {self.generator.mixture_below}, and distillation has no rewards to compare with "
+                "it. Drop it, or use GRPO, RLOO or RAFT."
+            )
+        if self.loss == "divergence" and self.generator.is_own_teacher:
+            raise ValueError(
+                "`teacher` is 'student', and TRL's divergence reads a teacher of its own from a folder. Set "
+                "`loss='dense'` or `loss='sampled_token'`, which read the recorded log t, or name another teacher."
             )
         if self.loss != "sampled_token" and not self.correction.name.startswith(("none", "prefix")):
             raise ValueError(
@@ -200,6 +204,17 @@ class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
                 "and depends on the tokens before it alone, so wanted 'none' or one of the level 'prefix', "
                 "for example 'prefix_truncate'."
             )
+
+    def _check_two_prompts(self) -> None:
+        """Refuse two prompts for the divergence, which TRL computes on one."""
+        if self.loss != "divergence":
+            return
+        both = "`teacher_system_prompt` and `theta_system_prompt` differ"
+        given = both if self.generator.two_prompts else f"The data set has the column `{TEACHER_PROMPT}`"
+        raise ValueError(
+            f"{given}, but TRL's divergence reads both models on the student's prompt. Set `loss='dense'` or "
+            "`loss='sampled_token'`, which read the recorded log t, or give both one."
+        )
 
     def _check_read(self) -> None:
         """Refuse settings that the loss does not read, and different revisions of the teacher in loss and rollouts."""

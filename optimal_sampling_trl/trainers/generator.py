@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from ..backends import BACKENDS
 from ..backends.transformers.backend import ENGINE_OPTIONS
 from ..mixture import FIELDS, Mixture
-from ..options import check_number, shown, suggest_arguments, unknown_option
-from ..pairing import check_system_message, reads_two_prompts
+from ..options import check_flag, check_number, shown, suggest_arguments, unknown_option
+from ..pairing import MODEL_OPTIONS, check_system_message, reads_two_prompts
 from ..rollouts.dense import Dense, check_wish
 
 ELSEWHERE = {
@@ -23,6 +23,12 @@ ELSEWHERE = {
     **{name: f"mixture=Mixture({name}=...)" for name in FIELDS},
 }
 """Words for the teacher and the mixture in other interfaces, and what is to be written here."""
+NO_SHARED_WEIGHTS = "vLLM's engine holds two models, the second a copy of the first that would have to be pushed too"
+OTHER_BACKEND = "Use backend='transformers', or 'auto'."
+STUDENT = "student"
+"""The teacher's name where it is the model that is trained."""
+REFRESH = ("step", "never")
+"""Times at which a teacher that is the student becomes as new as the student."""
 
 
 @suggest_arguments(**ELSEWHERE)
@@ -31,10 +37,14 @@ class OptimalSamplingGenerator:
     """Rollouts from the mixture of a teacher and the model being trained.
 
     Args:
-        teacher: a folder, a model id, or (with the transformers backend) a loaded model.
+        teacher: a folder, a model id, (with the transformers backend) a loaded model, or `"student"`: the model being
+            trained is its own teacher, with a prompt of the teacher's own (docs/teacher_prompts.md).
         mixture: rule by which α is chosen.
         theta_fraction: share of each prompt's group that is sampled from the student alone, in [0, 1]; None is 0.5 in
             GRPO and RLOO, whose groups then hold on-policy samples, and 0 in RAFT and distillation.
+        mixture_below: a reward: a group gets rows of the mixture only where none of the student's own rows, which are
+            sampled and scored first, reaches it; elsewhere the student samples the others as well. None gives rows of
+            the mixture to each group. For GRPO, RLOO and RAFT (docs/teacher_prompts.md).
         schedule: share of training, in (0, 1], over which the mixture is annealed to the student (linear in ε and
             alpha_min for `trust_region`, in the range of α otherwise); None keeps it. It follows the trainer's step,
             so a resumed run goes on where it was.
@@ -51,6 +61,10 @@ class OptimalSamplingGenerator:
         dense: dense records that the rollouts carry for each token, beside those that a loss asks for. With
             `kl_q_theta`, `kl_q_teacher` or `overlap` among its scalars `mixture/kl_theta`, `mixture/kl_teacher` or
             `mixture/acceptance` is the mean of exact numbers, where it is an estimate otherwise.
+        teacher_refresh: of the teacher `"student"`: `"step"`, it is always as new as the student and is the same
+            module, or `"never"`, it stays as the student was before training; a copy of what is trained.
+        teacher_adapter: of the teacher `"student"`, whether it has the student's adapter on as well. Off, it is the
+            model below the adapter, which is in memory once and is not trained.
 
     Raises:
         ValueError: on a mixture that is none, an unknown backend, a wish that is none or a number out of range.
@@ -59,6 +73,7 @@ class OptimalSamplingGenerator:
         ```python
         OptimalSamplingGenerator("large", Mixture("trust_region", epsilon=0.05), schedule=0.5)
         OptimalSamplingGenerator("large", teacher_system_prompt="Think step by step.", theta_fraction=0.25)
+        OptimalSamplingGenerator("student")  # the data set has a column `teacher_prompt`
         ```
     """
 
@@ -72,6 +87,9 @@ class OptimalSamplingGenerator:
     engine_arguments: dict[str, Any] | None = None
     system_message: str = "refuse"
     dense: Dense | None = None
+    teacher_refresh: str = "step"
+    teacher_adapter: bool = True
+    mixture_below: float | None = None
     entropy_quantile: float | None = None
 
     def __post_init__(self) -> None:
@@ -86,6 +104,8 @@ class OptimalSamplingGenerator:
         check_wish("OptimalSamplingGenerator", self.dense)
         if self.theta_fraction is not None:
             check_number("OptimalSamplingGenerator", "theta_fraction", self.theta_fraction, 0.0, 1.0)
+        if self.mixture_below is not None:
+            check_number("OptimalSamplingGenerator", "mixture_below", self.mixture_below, float("-inf"))
         if self.schedule is not None:
             check_number("OptimalSamplingGenerator", "schedule", self.schedule, 0.0, 1.0)
             if self.schedule == 0:
@@ -94,6 +114,46 @@ class OptimalSamplingGenerator:
             self._check_entropy_quantile()
         if self.backend not in BACKENDS:
             raise ValueError(unknown_option("backend", self.backend, BACKENDS))
+        self._check_own_teacher()
+
+    def _check_own_teacher(self) -> None:
+        if self.teacher_refresh not in REFRESH:
+            raise ValueError(unknown_option("value of `teacher_refresh`", self.teacher_refresh, REFRESH))
+        check_flag("OptimalSamplingGenerator", "teacher_adapter", self.teacher_adapter)
+        given = {"teacher_refresh": self.teacher_refresh != "step", "teacher_adapter": not self.teacher_adapter}
+        set_ones = [f"`{name}` is {getattr(self, name)!r}" for name, is_set in given.items() if is_set]
+        if not self.is_own_teacher:
+            if set_ones:
+                raise ValueError(f"{set_ones[0]}, which is read of `teacher='student'` alone. Drop it.")
+            return
+        if len(set_ones) == 2:
+            raise ValueError(
+                f"{' and '.join(set_ones)}: the model below the adapter never changes; wanted one of the two. Drop "
+                "`teacher_refresh`."
+            )
+        if os.path.isdir(STUDENT):
+            raise ValueError(
+                "`teacher` is 'student', the model that is trained, and there is a folder of that name. Write "
+                "'./student' for the folder, or rename it."
+            )
+        if self.backend == "vllm":
+            raise ValueError(f"`backend` is 'vllm' and `teacher` 'student': {NO_SHARED_WEIGHTS}. {OTHER_BACKEND}")
+        for name in MODEL_OPTIONS:
+            if name in (self.engine_arguments or {}):
+                raise ValueError(
+                    f"`engine_arguments` has `{name}`, which says how a teacher is loaded, and `teacher` is "
+                    "'student', which is loaded already. Drop it."
+                )
+
+    @property
+    def is_own_teacher(self) -> bool:
+        """True where the model being trained is its own teacher."""
+        return isinstance(self.teacher, str) and self.teacher == STUDENT
+
+    @property
+    def is_the_student(self) -> bool:
+        """True where the teacher differs from the student in nothing but its prompt."""
+        return self.is_own_teacher and self.teacher_refresh == "step" and self.teacher_adapter
 
     def _check_entropy_quantile(self) -> None:
         """Refuse a quantile that nothing reads, or that α could not tell."""

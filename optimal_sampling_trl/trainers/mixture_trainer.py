@@ -26,11 +26,12 @@ from .engines.endings import endings_known
 from .engines.seam import build_generation, engine_replaced_by
 from .engines.student_checks import check_head, check_teacher_apart
 from .entropy_scale import next_scale
-from .generator import OptimalSamplingGenerator, check_generator
+from .generator import NO_SHARED_WEIGHTS, OptimalSamplingGenerator, check_generator
 from .guard import ROWS, TOKENS, WeightGuard, bound_of, dropout_of, log_theta_of
 from .loggers import FigureCallback, send_histograms
 from .presets import with_preset
-from .prompts import PromptReader
+from .prompt_reader import PromptReader
+from .prompts import has_teacher_prompts
 from .records import stack_dense, stack_records
 from .summary import print_summary
 from .table import complete_table
@@ -72,6 +73,10 @@ class MixtureTrainer(PromptReader):
             name = model if isinstance(model, str) else model.config._name_or_path
             args = self.config_class(f"{name.rstrip('/').split('/')[-1]}-{self._name}")
         self.correction = correction_of(args)
+        data = [trl_arguments.get("train_dataset"), trl_arguments.get("eval_dataset")]
+        self.has_teacher_prompts = has_teacher_prompts(*data)
+        is_known = getattr(data[0], "column_names", None) is not None
+        self.may_have_teacher_prompts = self.has_teacher_prompts or not is_known
         args = copy.copy(args)
         args.use_vllm = True  # TRL's word for any engine beside the trainer
         self.args = args
@@ -97,10 +102,12 @@ class MixtureTrainer(PromptReader):
             progress=self._progress,
             step=lambda: self.state.global_step,
             dense=self._dense_wish,
+            teacher_prompts=self.has_teacher_prompts,
             entropy_scale=self._entropy_scale,
         )
         longest = on_all_ranks(self._check_shapes, self.accelerator)
         engine = build_generation(plan, self._loaded_teacher(), **trl_arguments)
+        self._share_teacher_tokenizer(engine)
         on_all_ranks(lambda: self._check_lengths(longest, engine), self.accelerator)
         warn_of_unread(self.args, engine.unread_settings())
         return engine
@@ -176,8 +183,12 @@ class MixtureTrainer(PromptReader):
         A subclass adds its refusals.
         """
         self._theta_count()
+        if self.generator.two_prompts or self.has_teacher_prompts:
+            self._check_two_prompts()
         if self.args.vllm_mode not in VLLM_MODES:
             raise ValueError(unknown_option("value of `vllm_mode`", self.args.vllm_mode, VLLM_MODES))
+        if self.generator.is_own_teacher:
+            self._check_own_teacher()
         self.generator.check_engine_arguments()
         check_generation_kwargs(self.args.generation_kwargs or {})
         if self.args.max_completion_length is None and "max_tokens" not in (self.args.generation_kwargs or {}):
@@ -189,13 +200,27 @@ class MixtureTrainer(PromptReader):
             raise ValueError("`use_transformers_continuous_batching` is for TRL's own rollouts. Drop it.")
         warn_of_unread(self.args, unread_settings(self.args))
 
+    def _check_own_teacher(self) -> None:
+        """Refuse the teacher `"student"` where it cannot be had, or would be the student itself."""
+        if self.args.vllm_mode == "server":
+            raise ValueError(
+                f"`vllm_mode` is 'server' and `teacher` 'student': {NO_SHARED_WEIGHTS}. Set `vllm_mode='colocate'`, "
+                "with which rollouts are sampled with transformers."
+            )
+        if self.generator.is_the_student and not (self.generator.two_prompts or self.may_have_teacher_prompts):
+            raise ValueError(
+                "`teacher` is 'student', and both read the same prompt: their mixture is the student itself. Add a "
+                "column `teacher_prompt` to the data set, set `teacher_system_prompt`, or keep the teacher as it was "
+                "before training: `teacher_refresh='never'`."
+            )
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Add the records of `stack_records` to TRL's batch, whose shuffle and split carry them with their rows."""
         self._dataset_rows = inputs
         if self._last_loaded_step == self.state.global_step and self.vllm_generation.has_changed():
             self._last_loaded_step = -1
         with endings_known(self):
-            output = super()._generate_and_score_completions(self._with_system_prompts(inputs))
+            output = super()._generate_and_score_completions(self._with_own_prompts(inputs))
         rollouts = self.rollouts = self.vllm_generation.pop_rollouts()
         output.update(stack_records(rollouts, output["completion_ids"]))
         if self._dense_wish() is not None:

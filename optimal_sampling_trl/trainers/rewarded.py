@@ -5,17 +5,17 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import metrics
 from .dense_term import DenseTermTrainer
 from .overtaking import Overtaking
+from .two_rounds import TwoRounds
 
 logger = logging.getLogger(__name__)
 
 
-class RewardedTrainer(DenseTermTrainer):
+class RewardedTrainer(TwoRounds, DenseTermTrainer):
     """Base of the trainers with rewards.
 
     Attributes:
@@ -39,8 +39,7 @@ class RewardedTrainer(DenseTermTrainer):
         inputs = self._dataset_rows
         prompts = [example["prompt"] for example in inputs]
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        totals = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
-        self.rewards = totals.masked_fill(rewards.isnan().all(dim=1), torch.nan)  # as TRL does
+        self.rewards = self._totals(rewards)
         self._log_rewards()
         self._tell_of_overtaking()
         return rewards

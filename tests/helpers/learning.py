@@ -9,10 +9,10 @@ from typing import NamedTuple
 from transformers import AutoTokenizer
 
 import pair as embedded
-from arm import EMBEDDED, train
-from demo import BATCH, MIXTURE, RATES
 from horizon_train import train as train_stack
 from optimal_sampling_trl import GRPOConfig, GRPOTrainer, Mixture, OptimalSamplingGenerator
+from optimal_sampling_trl.demo.arm import EMBEDDED, train
+from optimal_sampling_trl.demo.run import BATCH, MIXTURE, RATES
 from past_the_teacher_arms import ARMS
 from stacks import Run, Setting
 

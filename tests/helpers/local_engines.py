@@ -31,8 +31,10 @@ class LocalServer(ServerGeneration):
     """A server that is a backend of the main process."""
 
     def __init__(self, plan: MixturePlan, **trl_arguments: Any) -> None:
-        self.server = SimpleNamespace(sample=live_backend(plan, trl_arguments).generate)
+        backend = live_backend(plan, trl_arguments)
+        self.server = SimpleNamespace(sample=backend.generate)
         super().__init__(plan, **trl_arguments)
+        self.pair = backend.pair if self.accelerator.is_main_process else None  # who speaks to the server
 
     def _init_vllm(self) -> None:
         """There is nobody to connect to."""
@@ -50,7 +52,7 @@ class LocalTensorParallel(EngineGeneration):
     def __init__(self, plan: MixturePlan, **trl_arguments: Any) -> None:
         self.backend = live_backend(plan, trl_arguments)
         self.calls = 0
-        super().__init__(plan, None, "", **trl_arguments)  # type: ignore[arg-type]
+        super().__init__(plan, self.backend.pair, "", **trl_arguments)  # type: ignore[arg-type]
 
     def _init_vllm(self) -> None:
         ranks = list(range(self.tensor_parallel_size))

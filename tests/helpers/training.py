@@ -60,6 +60,8 @@ BASE: dict[str, Any] = {
 TEXTS = ["31=", "2718=", "161803398874=", "5=", "1414213562=", "60221=", "299792458=", "662607=", "9=", "1729="]
 """Prompts of many lengths."""
 PROMPTS = [f"{number}{text}" for number in range(4) for text in TEXTS]
+TEACHER_PROMPTS = [f"{text[::-1]}{text}" if index % 2 else None for index, text in enumerate(PROMPTS)]
+"""A column of what the teacher reads in place of them; None is the same."""
 
 
 def make_untrained_pair(folder: Path, same_size: bool = False) -> tuple[str, str]:

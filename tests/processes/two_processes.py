@@ -2,7 +2,8 @@
 
 Trains a few steps of each kind and writes what this rank saw to FOLDER/<kind>-<rank>.json: a run is judged by these
 files, since torch may abort at exit after all work was done. A rank has six rows of groups of four: the second spans.
-`two_prompts_server` and `two_prompts_engine` sample where both ranks' prompts go to one engine.
+`two_prompts_server` and `two_prompts_engine` sample where both ranks' prompts go to one engine; there, and in
+`two_prompts`, every other row has a prompt of the teacher's own. In `two_rounds` a rank has two whole groups.
 On GPUs each rank trains on its own; with `--backend vllm` it has an engine, or a share of one
 (`--tensor-parallel-size`). With `--server URL` one process trains, all rows of a batch are its own, and a server
 of the pair samples.
@@ -20,10 +21,11 @@ from unittest.mock import patch
 
 import torch
 from accelerate import PartialState
+from datasets import Dataset
 
 from helpers.local_engines import LocalServer, LocalTensorParallel
 from helpers.oracle import check_rollout
-from helpers.training import Watch, digits, load, make_trainer, rows_of, whole
+from helpers.training import PROMPTS, TEACHER_PROMPTS, Watch, digits, load, make_trainer, rows_of, whole
 from optimal_sampling_trl import GRPOTrainer, Mixture
 from optimal_sampling_trl.rollouts.rollout import Rollout
 from optimal_sampling_trl.trainers import mixture_trainer
@@ -40,9 +42,13 @@ class Case(NamedTuple):
 CASES = {
     "self_normalise": Case("grpo", {"correction": "token_truncate", "correction_self_normalise": True}),
     "dense_term": Case("raft", {"accept": 2.0, "dense_coefficient": 1.0, "dense_top_k": 40}),
+    "two_prompts": Case("raft"),
+    "two_rounds": Case("grpo", {"per_device_train_batch_size": 4}),
     "two_prompts_server": Case("sampled_token", {"vllm_mode": "server"}, LocalServer),
     "two_prompts_engine": Case("grpo", {"vllm_tensor_parallel_size": 2}, LocalTensorParallel),
 }
+BELOW = 0.35
+"""The reward that a group's own rows have to reach, in `two_rounds`."""
 SYSTEM_PROMPT = "sort"
 """The teacher's, in the cases of two prompts."""
 
@@ -98,9 +104,15 @@ def build(name: str, args: argparse.Namespace) -> Any:
     case = CASES.get(name, Case(name))
     given = settings(args) | dict(case.settings)
     pair, engine = (args.teacher, args.student), case.engine
+    if name == "two_rounds":
+        given["generator"] |= {"mixture_below": BELOW}
+    if name.startswith("two_prompts"):
+        data = Dataset.from_dict({"prompt": PROMPTS, "teacher_prompt": TEACHER_PROMPTS})
+        given["trainer"] = {"train_dataset": data}
+        given["generator"] |= {"teacher_system_prompt": SYSTEM_PROMPT}
     if engine is None:
         return make_trainer(case.kind, pair, args.folder, mixin=Watch, **given)
-    given["generator"] |= {"backend": "auto", "teacher_system_prompt": SYSTEM_PROMPT}
+    given["generator"] |= {"backend": "auto"}
     with patch.object(mixture_trainer, "build_generation", lambda plan, teacher, **trl: engine(plan, **trl)):
         return make_trainer(case.kind, pair, args.folder, mixin=Watch, **given)
 

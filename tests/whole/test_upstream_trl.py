@@ -333,6 +333,16 @@ def test_the_rewards(name: str) -> None:
     need(calls(trainer._generate_and_score_completions, "_calculate_rewards"), f"{name} does not call it", ours)
     gathers = calls(inspect.unwrap(trainer._calculate_rewards), "gather")
     need(gathers, f"{name}Trainer._calculate_rewards does not gather rewards of all processes", ours)
+    ours = "trainers/two_rounds.py"
+    returned = inspect.getsource(trainer._generate).rsplit("return ", 1)[1].strip().split(", ")
+    place = 3 if len(returned) > 3 else 2
+    need(parameters(trainer._generate) == ["self", "prompts"], f"{name}Trainer._generate takes other things", ours)
+    need((returned[1], returned[place]) == ("completion_ids", "completions"), f"_generate returns {returned}", ours)
+    need("completions/max_length" in texts(trainer._generate), "lengths are logged elsewhere", ours)
+    need(
+        "_pending_extra_logs" in attributes(trainer.__init__), f"{name}Trainer keeps a table's columns elsewhere", ours
+    )
+    ours = "trainers/policy_gradient.py (_calculate_rewards)"
     missing = {"num_generations", "reward_weights"} - attributes(trainer.__init__)
     need(not missing, f"{name}Trainer has no {missing}", ours)
     need(

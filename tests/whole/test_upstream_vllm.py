@@ -225,14 +225,14 @@ def test_blocks_are_hashed_with_their_request() -> None:
     from vllm.v1.core import kv_cache_utils
 
     from optimal_sampling_trl.backends.vllm.blocks import private_blocks
-    from optimal_sampling_trl.backends.vllm.wire import THETA_PROMPT
+    from optimal_sampling_trl.backends.vllm.wire import TEACHER_SHIFT, THETA_PROMPT
 
     private_blocks()
     keys = kv_cache_utils.generate_block_hash_extra_keys
     assert "generate_block_hash_extra_keys(" in inspect.getsource(kv_cache_utils.get_request_block_hasher)
 
-    def request(name: str, own: list[int] | None) -> Any:
-        params = SimpleNamespace(extra_args=own and {THETA_PROMPT: own})
+    def request(name: str, own: list[int] | None, shift: int = 0) -> Any:
+        params = SimpleNamespace(extra_args=own and {THETA_PROMPT: own, TEACHER_SHIFT: shift})
         return SimpleNamespace(
             request_id=name, sampling_params=params, num_prompt_tokens=40, lora_request=None, mm_features=None,
             cache_salt=None, prompt_embeds=None, prompt_is_token_ids=None, _prompt_embeds_per_block_hashes={},
@@ -240,9 +240,13 @@ def test_blocks_are_hashed_with_their_request() -> None:
 
     same = [keys(request(name, [1] * 35), 0, 16, 0) for name in "ab"]
     assert same[0] == same[1] != keys(request("a", [2] * 35), 0, 16, 0)
-    shared, private = ([keys(request(name, [1] * 35), *block, 0) for name in "ab"] for block in ((16, 32), (32, 48)))
-    assert shared[0] == shared[1]
-    assert private[0] != private[1]
+    for own, shift in ([1] * 35, 0), ([1] * 40, 5):  # the student's prompt is the shorter one, or the teacher's
+        shared, private = (
+            [keys(request(name, own, shift), *block, 0) for name in "ab"] for block in ((16, 32), (32, 48))
+        )
+        assert shared[0] == shared[1]
+        assert private[0] != private[1]
+    assert keys(request("a", [1] * 40, 5), 0, 16, 0) != keys(request("a", [1] * 40, 4), 0, 16, 0)
     assert keys(request("a", None), 32, 48, 0) == (None, 0)
 
 

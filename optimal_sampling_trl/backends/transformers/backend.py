@@ -33,6 +33,7 @@ class TransformersBackend:
         teacher: a folder, a model id, a loaded model, or the `Source` of one.
         theta: likewise; a loaded model is used as it stands, also while it is being trained.
         tokenizer: the pair's; by default the student's, checked against the teacher's.
+        teacher_tokenizer: the teacher's own; by default the one beside its files.
         device: where loaded folders go; by default the student's device, or a GPU where there is one.
         max_num_seqs: most rows in a batch.
         max_model_len: most tokens of a prompt and its completion; by default what both models can read.
@@ -51,6 +52,7 @@ class TransformersBackend:
         theta: str | PreTrainedModel | Source,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        teacher_tokenizer: PreTrainedTokenizerBase | None = None,
         device: torch.device | str | None = None,
         max_num_seqs: int = 256,
         max_model_len: int | None = None,
@@ -64,7 +66,13 @@ class TransformersBackend:
         for source in (of_teacher, of_theta):
             _check_cache(source.config, source.role)
         _check_max_model_len(max_model_len, context_length(of_teacher.text_config, of_theta.text_config))
-        self.pair = read_pair(of_teacher, of_theta, tokenizer=tokenizer, max_model_len=max_model_len)
+        self.pair = read_pair(
+            of_teacher,
+            of_theta,
+            tokenizer=tokenizer,
+            teacher_tokenizer=teacher_tokenizer,
+            max_model_len=max_model_len,
+        )
         self.max_num_seqs = max_num_seqs
         self.device = of_theta.device if device is None else _device(device)
         self._owns_teacher, self._owns_theta = not of_teacher.is_loaded, not of_theta.is_loaded

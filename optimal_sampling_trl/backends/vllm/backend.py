@@ -21,6 +21,7 @@ from .neighbours import Neighbour
 from .plugin import require
 from .requests import check_request, most_columns, to_rollouts, to_sampling_params
 from .rows import keep_rows
+from .wire import scheduled_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -155,7 +156,7 @@ class VLLMBackend:
         try:
             with self._neighbour.sampling():
                 return self.llm.generate(
-                    [TokensPrompt(prompt_token_ids=request.prompt_ids) for request in requests],
+                    [TokensPrompt(prompt_token_ids=scheduled_prompt(request)) for request in requests],
                     parameters,
                     use_tqdm=partial(tqdm, leave=False) if use_tqdm else False,
                 )

@@ -8,30 +8,30 @@ from __future__ import annotations
 from functools import wraps
 from typing import Any
 
-from .wire import theta_prompt_of
+from .wire import teacher_shift_of, theta_prompt_of
 
 
-def shared_end(prompt: int, theta_prompt: int, block_size: int) -> int:
-    """The end of the part of a request's cache that may be shared, in tokens of the teacher's stream.
+def shared_end(prompt: int, behind: int, block_size: int) -> int:
+    """The end of the part of a request's cache that may be shared, in tokens of the scheduled stream.
 
-    The student's first completion token has place `prompt - d % block_size`, where its prompt is d tokens shorter.
+    The first completion token of the model whose prompt is d tokens shorter has place `prompt - d % block_size`.
     Blocks that end later belong to one request alone.
 
     Args:
-        prompt: tokens of the teacher's prompt.
-        theta_prompt: tokens of the student's, as many at most.
+        prompt: tokens of the scheduled prompt, the longer one.
+        behind: d, by how many tokens the other one is shorter.
         block_size: tokens in a block of the cache.
     """
-    first = prompt - (prompt - theta_prompt) % block_size
+    first = prompt - behind % block_size
     return first // block_size * block_size
 
 
 def private_blocks() -> None:
     """Let vLLM share blocks only where both streams of tokens are the same. May be called any number of times.
 
-    Symptom: with two prompts the completions of one group overwrite each other's keys in the student's cache.
-    Cause: blocks are shared by the teacher's tokens, and the student's completion lies up to a block earlier.
-    Safe: a block that a completion of the student may reach is hashed with its request.
+    Symptom: with two prompts the completions of one group overwrite each other's keys in one model's cache.
+    Cause: blocks are shared by the scheduled tokens, and a shifted stream's completion lies up to a block earlier.
+    Safe: a block that such a completion may reach is hashed with its request.
     Upstream: none; vLLM knows of one stream of tokens.
     Delete when: a request can say how much of its prompt may be shared.
     """
@@ -47,9 +47,9 @@ def private_blocks() -> None:
         theta_prompt = theta_prompt_of(request.sampling_params)
         if theta_prompt is None:
             return keys, multimodal
-        prompt = request.num_prompt_tokens
-        further = ("optimal_sampling", prompt, *theta_prompt) if start == 0 else ()
-        if end > shared_end(prompt, len(theta_prompt), end - start):
+        prompt, shift = request.num_prompt_tokens, teacher_shift_of(request.sampling_params)
+        further = ("optimal_sampling", prompt, shift, *theta_prompt) if start == 0 else ()
+        if end > shared_end(prompt, shift or prompt - len(theta_prompt), end - start):
             further += (request.request_id,)
         return (*(keys or ()), *further) or None, multimodal
 

@@ -14,6 +14,7 @@ from ...rollouts.rollout import Rollout, check_solved
 from .wire import (
     DENSE,
     RECORD,
+    TEACHER_SHIFT,
     THETA_PROMPT,
     columns_of,
     dense_of,
@@ -42,8 +43,8 @@ def check_request(request: Request, pair: Pair, index: int, max_logprobs: int) -
         max_logprobs: the engine's setting: the most columns of a token; -1 is as many as the teacher has tokens.
 
     Raises:
-        ValueError: on a prompt that is empty, too long or no tokens, on a prompt of the student's own, on a
-            temperature that vLLM would not sample at, and on more dense records than the engine hands back.
+        ValueError: on a prompt that is empty, too long or no tokens, on two prompts where the models read one stream,
+            on a temperature that vLLM would not sample at, and on more dense records than the engine hands back.
     """
     if list(request.prompt_ids) != list(request.theta_prompt_ids):
         _check_two_prompts(request, pair, index)
@@ -78,12 +79,7 @@ def _check_two_prompts(request: Request, pair: Pair, index: int) -> None:
     if not pair.two_prompts:
         raise ValueError(
             f"{lengths} On a CPU, and where layers have sliding windows, both models read one stream of tokens. Use "
-            "backend='transformers', or give both the same system prompt."
-        )
-    if len(request.theta_prompt_ids) > len(request.prompt_ids):
-        raise ValueError(
-            f"{lengths} In this engine the student reads its prompt while the teacher reads its own, so that the "
-            "teacher's must not be the shorter one. Use backend='transformers', or shorten the student's."
+            "backend='transformers', or give both the same prompt."
         )
     check_prompt(request.theta_prompt_ids, pair.context, pair.vocabulary, index, "student")
 
@@ -119,7 +115,7 @@ def check_params(params: Any, prompt_ids: Sequence[int], settings: dict[str, Any
             token that one of the models does not know.
     """
     extra = params.extra_args or {}
-    known = (RECORD, THETA_PROMPT, *DENSE, *Mixture.__dataclass_fields__)
+    known = (RECORD, THETA_PROMPT, TEACHER_SHIFT, *DENSE, *Mixture.__dataclass_fields__)
     for name in extra:
         if name not in known:
             raise ValueError(unknown_option("extra argument of a request", name, known))
@@ -158,6 +154,8 @@ def check_params(params: Any, prompt_ids: Sequence[int], settings: dict[str, Any
         raise ValueError(f"The prompt has the token {max(prompt_ids)}; {wanted}")
     if THETA_PROMPT in extra:
         _check_theta_prompt(extra[THETA_PROMPT], len(prompt_ids), settings)
+    if TEACHER_SHIFT in extra:
+        _check_teacher_shift(extra, len(prompt_ids))
 
 
 def _check_theta_prompt(prompt: Any, longest: int, settings: dict[str, Any]) -> None:
@@ -174,7 +172,21 @@ def _check_theta_prompt(prompt: Any, longest: int, settings: dict[str, Any]) -> 
         )
     if not 0 < len(prompt) <= longest:
         raise ValueError(
-            f"`{THETA_PROMPT}` has {len(prompt)} tokens; wanted 1 to {longest}, the length of the teacher's prompt."
+            f"`{THETA_PROMPT}` has {len(prompt)} tokens; wanted 1 to {longest}, the length of the request's prompt."
+        )
+
+
+def _check_teacher_shift(extra: dict[str, Any], length: int) -> None:
+    shift = extra[TEACHER_SHIFT]
+    if type(shift) is not int or not 0 <= shift < length:
+        raise ValueError(
+            f"`{TEACHER_SHIFT}` is {shift!r}; wanted a number of tokens from 0 to {length - 1}, fewer than the prompt "
+            "has."
+        )
+    if shift and len(extra.get(THETA_PROMPT, ())) != length:
+        raise ValueError(
+            f"`{TEACHER_SHIFT}` is {shift} and `{THETA_PROMPT}` has {len(extra.get(THETA_PROMPT, ()))} tokens; wanted "
+            f"{length}, as many as the request's prompt: one of the two models reads all of it."
         )
 
 

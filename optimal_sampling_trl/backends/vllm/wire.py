@@ -33,6 +33,8 @@ RECORD = "optimal_sampling_record"
 """The extra argument of a request that asks for the columns of a record."""
 THETA_PROMPT = "optimal_sampling_theta_prompt"
 """The extra argument of a request whose student has a prompt of its own: its token ids."""
+TEACHER_SHIFT = "optimal_sampling_teacher_shift"
+"""The extra argument of a request whose teacher has the shorter prompt: the number of scheduled tokens before it."""
 RECORD_NAMES = ("alpha", "log_theta", "log_teacher")
 """The columns behind that of the sampled token, log q, under the token ids V, V+1 and V+2; V is the teacher's."""
 RECORD_COLUMNS = len(RECORD_NAMES)
@@ -62,14 +64,29 @@ def stop_arguments(request: Request, ending: Ending) -> dict[str, Any]:
     }
 
 
+def teacher_shift(request: Request) -> int:
+    """Return by how many tokens the teacher's prompt is shorter than the student's; 0 where it is not."""
+    return max(len(request.theta_prompt_ids) - len(request.prompt_ids), 0)
+
+
+def scheduled_prompt(request: Request) -> list[int]:
+    """The prompt that vLLM schedules: the teacher's, behind tokens that no model reads where the student's is longer.
+
+    They repeat the teacher's first token, so that a repetition penalty sees no token which the teacher did not.
+    """
+    return list(request.prompt_ids[:1]) * teacher_shift(request) + list(request.prompt_ids)
+
+
 def extra_arguments(request: Request) -> dict[str, Any]:
-    """The extra arguments of a request for records: its mixture, and the student's prompt where that is another."""
+    """The extra arguments of a request for records: its mixture, and what the student reads where that is another."""
     extra: dict[str, Any] = {RECORD: 1, **request.mixture.to_dict()}
     if request.dense is not None:
         extra |= {name: getattr(request.dense, field) for name, field in DENSE.items()}
         extra["dense_scalars"] = list(request.dense.scalars)  # JSON has no tuples
     if list(request.theta_prompt_ids) != list(request.prompt_ids):
         extra[THETA_PROMPT] = list(request.theta_prompt_ids)
+    if shift := teacher_shift(request):
+        extra[TEACHER_SHIFT] = shift
     return extra
 
 
@@ -99,6 +116,11 @@ def columns_of(dense: Dense | None) -> int:
 def theta_prompt_of(params: SamplingParams | None) -> list[int] | None:
     """The student's prompt in vLLM's parameters of a request, or None where it reads the teacher's."""
     return ((params and params.extra_args) or {}).get(THETA_PROMPT)
+
+
+def teacher_shift_of(params: SamplingParams | None) -> int:
+    """The number of scheduled tokens before the teacher's prompt, in vLLM's parameters of a request."""
+    return int(((params and params.extra_args) or {}).get(TEACHER_SHIFT, 0))
 
 
 def wants_record(params: SamplingParams) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 from trl import ScriptArguments
@@ -47,7 +46,7 @@ class SampleArguments(ScriptArguments):
         data = load_data(self, evaluate=False)["train_dataset"]
         if self.max_samples is None:
             return data
-        return [row["prompt"] for row in islice(data.select_columns("prompt"), self.max_samples)]
+        return data.take(min(self.max_samples, len(data)) if hasattr(data, "__len__") else self.max_samples)
 
     def sampling(self) -> Sampling:
         """Settings of the draws."""

@@ -36,6 +36,9 @@ class MixturePlan:
         progress: the share of training that is done, in [0, 1].
         step: number of updates so far; what does not divide by the processes moves on with it.
         dense: the dense records that each completion shall carry.
+        teacher_prompts: whether rows have a prompt of the teacher's own.
+        chosen: for each row of all processes in the next call, whether the mixture samples it; None leaves that to
+            `theta_count`.
         entropy_scale: the scale of the entropy gate, None for the mixture's own.
     """
 
@@ -46,7 +49,14 @@ class MixturePlan:
     progress: Callable[[], float]
     step: Callable[[], int] = lambda: 0
     dense: Callable[[], Dense | None] = lambda: None
+    teacher_prompts: bool = False
+    chosen: Sequence[bool] | None = None
     entropy_scale: Callable[[], float | None] = lambda: None
+
+    @property
+    def two_prompts(self) -> bool:
+        """True where the teacher and the student read different prompts."""
+        return self.teacher_prompts or self.generator.two_prompts
 
     def mixtures(self, rows: int, first: int, processes: int = 1) -> list[Mixture]:
         """The mixture of each of `rows` completions, which start at row `first` of the batch of all processes.
@@ -59,10 +69,9 @@ class MixturePlan:
         if not self.training():
             return [Mixture.theta_only()] * rows
         mixture = self.generator.current_mixture(self.progress(), self.entropy_scale())
-        share = rows // processes
-        return [
-            Mixture.theta_only() if self._is_of_theta(row, share) else mixture for row in range(first, first + rows)
-        ]
+        share, places = rows // processes, range(first, first + rows)
+        mixed = [not self._is_of_theta(row, share) if self.chosen is None else self.chosen[row] for row in places]
+        return [mixture if is_mixed else Mixture.theta_only() for is_mixed in mixed]
 
     def _is_of_theta(self, row: int, share: int) -> bool:
         """True for a row of the batch that the student samples alone.

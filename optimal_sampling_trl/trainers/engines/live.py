@@ -28,7 +28,7 @@ class LiveGeneration(MixtureGeneration):
 
     Args:
         plan: which mixture each completion is sampled from.
-        teacher: the teacher, or the trainer's own, which is then shared.
+        teacher: the teacher, the trainer's own, which is then shared, or the student as its own.
         **trl_arguments: what TRL passes to its `VLLMGeneration`.
 
     Raises:
@@ -57,10 +57,12 @@ class LiveGeneration(MixtureGeneration):
         options = {name: trl_arguments[name] for name in ("max_num_seqs", "trust_remote_code")} | given
         if trl_arguments["max_model_length"] is not None:
             options["max_model_len"] = trl_arguments["max_model_length"]
+        tokenizer = tokenizer_of(trl_arguments["processing_class"])
         self.backend = TransformersBackend(
             teacher,
             trl_arguments["model"],
-            tokenizer=tokenizer_of(trl_arguments["processing_class"]),
+            tokenizer=tokenizer,
+            teacher_tokenizer=tokenizer if plan.generator.is_own_teacher else None,
             device=accelerator.device,
             **options,
         )

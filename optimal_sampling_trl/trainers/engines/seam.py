@@ -21,9 +21,11 @@ from unittest.mock import patch
 from transformers import PreTrainedModel
 
 from ...backends import choose
+from ..generator import NO_SHARED_WEIGHTS
 from .base import MixtureGeneration, MixturePlan, tokenizer_of
 from .colocated import EngineGeneration, pair_arguments
 from .live import LiveGeneration
+from .self_teacher import own_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -50,12 +52,16 @@ def build_generation(
 
         return ServerGeneration(plan, **trl_arguments)
     generator, model = plan.generator, trl_arguments["model"]
+    if generator.is_own_teacher:
+        if generator.backend == "auto":
+            logger.info("Rollouts are sampled with transformers: %s.", NO_SHARED_WEIGHTS)
+        return LiveGeneration(plan, own_teacher(generator, model), **trl_arguments)
     choice = choose(
         "transformers" if generator.backend == "transformers" else "auto",
         generator.named_teacher,
         model.name_or_path or model,
         pair_arguments(plan, trl_arguments),
-        two_prompts=generator.two_prompts,
+        two_prompts=plan.two_prompts,
         tokenizer=tokenizer_of(trl_arguments["processing_class"]),
         theta_settings=getattr(model, "generation_config", None),
     )

@@ -65,7 +65,7 @@ class ServerGeneration(PushedGeneration):
         self.server = FusedServer(client, teacher, tokenizer, self.server_timeout)
         self.pair = self.server.pair
         self.server.check_ending(stop_tokens(self.model.generation_config, tokenizer.eos_token_id))
-        if self.plan.generator.two_prompts:
+        if self.plan.two_prompts:
             self.server.check_two_prompts()
         return client
 

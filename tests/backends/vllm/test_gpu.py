@@ -108,7 +108,7 @@ def engine(pair: tuple[str, str], dtype: torch.dtype = torch.bfloat16, **argumen
 
 
 def requests(two_prompts: bool, count: int = 24, seed: int = 3, max_tokens: int = 48) -> list[Request]:
-    """Prompts of 60 to 140 tokens, two after each other the same; the student's own are shorter."""
+    """Prompts of 60 to 140 tokens, two after each other the same; of two prompts either is the shorter one."""
     letters, tokenizer = random.Random(seed), make_tokenizer()
     asked = []
     for index in range(count):
@@ -117,6 +117,8 @@ def requests(two_prompts: bool, count: int = 24, seed: int = 3, max_tokens: int 
                 "".join(letters.choice("abcdefgh ") for _ in range(letters.randint(*r))) for r in ((60, 140), (5, 60))
             ]
             prompt, own = (list(tokenizer(text)["input_ids"]) for text in texts)
+            if two_prompts and index % 6 == 4:
+                prompt, own = own, prompt
         sampling = Sampling(
             max_tokens=max_tokens, ignore_eos=True, seed=seed + index, temperature=(1.0, 0.7)[index % 3 == 2]
         )

@@ -117,6 +117,18 @@ def test_the_students_prompt_travels_where_it_is_another() -> None:
     assert wire.theta_prompt_of(None) is None
 
 
+def test_a_shorter_prompt_of_the_teacher_is_scheduled_behind_its_first_token() -> None:
+    longer = replace(REQUEST, theta_prompt_ids=[9, 9, 2, 3, 4])
+    assert wire.scheduled_prompt(REQUEST) == [1, 2, 3]
+    assert wire.scheduled_prompt(replace(REQUEST, theta_prompt_ids=[2])) == [1, 2, 3]
+    assert wire.scheduled_prompt(longer) == [1, 1, 1, 2, 3]
+    for request, shift in ((REQUEST, 0), (longer, 2)):
+        params = SimpleNamespace(extra_args=wire.extra_arguments(request))
+        assert wire.teacher_shift_of(params) == shift  # type: ignore[arg-type]
+        assert (wire.TEACHER_SHIFT in params.extra_args) == (shift > 0)
+    assert wire.teacher_shift_of(None) == 0
+
+
 def test_every_setting_has_a_word() -> None:
     """Those of `Sampling` that are left out here have another word: see `to_sampling_params`."""
     words = wire.same_arguments(REQUEST) | wire.stop_arguments(REQUEST, Ending((7, 8), (9,)))

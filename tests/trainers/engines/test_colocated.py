@@ -67,8 +67,8 @@ def free_engine() -> Iterator[None]:
     ],
 )
 def test_three_steps(pair: tuple[str, str], tmp_path: Path, kind: str, settings: dict[str, Any], caplog: Any) -> None:
-    """`backend="auto"` for the first: it takes vLLM and says so."""
-    chosen = ENGINE | ({"backend": "auto"} if kind == "grpo" else {})
+    """`backend="auto"` for the first: it takes vLLM and says so. The second samples each batch in two rounds."""
+    chosen = ENGINE | {"grpo": {"backend": "auto"}, "rloo": {"mixture_below": 9.0}}.get(kind, {})
     with caplog.at_level(logging.INFO, logger=LOGGER):
         evaluation = Dataset.from_dict({"prompt": TEXTS[:4]})
         trainer = make_trainer(

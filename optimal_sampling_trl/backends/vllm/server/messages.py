@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..wire import (
     extra_arguments,
     read_arrays,
     same_arguments,
+    scheduled_prompt,
     stop_arguments,
     to_columns,
 )
@@ -27,7 +29,12 @@ from ..wire import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TOLD = ("tokens", "vocabulary", "engine_vocabulary", "two_prompts", "template", "teacher_digest", "theta", "ending")
+SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token")
+"""Tokens that chat templates name."""
+TOLD = (
+    *("tokens", "vocabulary", "engine_vocabulary", "two_prompts", "template", "teacher_tokenizer", "teacher_digest"),
+    *("theta", "ending"),
+)
 """The settings without which a trainer cannot use a server."""
 LEAST = -9999.0
 """Number that vLLM's server writes for a log-probability below it, -inf too."""
@@ -42,6 +49,7 @@ def describe(pair: Pair) -> dict[str, Any]:
         "engine_vocabulary": pair.engine_vocabulary,
         "two_prompts": pair.two_prompts,
         "template": pair.teacher_template,
+        "teacher_tokenizer": _settings_of(pair.teacher_tokenizer),
         "teacher_digest": checkpoint_digest(Path(pair.teacher)),
     }
 
@@ -79,7 +87,28 @@ def pair_of(info: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Pair:
         ending=Ending(**{name: tuple(ids) for name, ids in settings["ending"].items()}),
         two_prompts=settings["two_prompts"],
         teacher_template=settings["template"],
+        teacher_tokenizer=_with_settings(tokenizer, settings["teacher_tokenizer"]),
     )
+
+
+def _settings_of(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any] | None:
+    """The chat template and special tokens of a teacher's tokenizer, which may differ from the pair's."""
+    if tokenizer is None:
+        return None
+    special = {name: getattr(tokenizer, name) for name in SPECIAL_TOKENS}
+    return {"chat_template": tokenizer.chat_template} | special
+
+
+def _with_settings(
+    tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any] | None
+) -> PreTrainedTokenizerBase | None:
+    """The teacher's tokenizer: the pair's with what `_settings_of` told of it."""
+    if settings is None:
+        return None
+    teacher = copy.deepcopy(tokenizer)
+    for name, value in settings.items():
+        setattr(teacher, name, value)
+    return teacher
 
 
 def to_arguments(request: Request, ending: Ending, n: int, seed: int) -> dict[str, Any]:
@@ -93,7 +122,7 @@ def to_arguments(request: Request, ending: Ending, n: int, seed: int) -> dict[st
     """
     further = {"seed": seed, **stop_arguments(request, ending), "vllm_xargs": extra_arguments(request)}
     return {
-        "prompts": [list(request.prompt_ids)],
+        "prompts": [scheduled_prompt(request)],
         "n": n,
         "logprobs": columns_of(request.dense),
         **same_arguments(request),

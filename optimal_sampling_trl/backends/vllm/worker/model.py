@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -87,7 +87,10 @@ class OptimalSamplingForCausalLM(nn.Module):
         self.theta_logits: Tensor | None = None
         layers = vllm_config.compilation_config.static_forward_context
         self.theta_layers = [name for name in layers if name.startswith(THETA)]
-        self.theta_places: Tensor | None = None  # where the student's cache is written, see model_state.py
+        self.teacher_layers = [name for name in layers if not name.startswith(THETA)]
+        # Where each model's cache is written, see model_state.py; None: where vLLM says.
+        self.teacher_places: Tensor | None = None
+        self.theta_places: Tensor | None = None
         self.side_stream = torch.cuda.Stream() if _may_overlap(self, vllm_config) else None
         self.is_loaded = False
         self.destinations = Destinations(self.theta)
@@ -103,6 +106,8 @@ class OptimalSamplingForCausalLM(nn.Module):
         input_ids: Tensor,
         positions: Tensor,
         *args: Any,
+        teacher_ids: Tensor | None = None,
+        teacher_positions: Tensor | None = None,
         theta_ids: Tensor | None = None,
         theta_positions: Tensor | None = None,
         **kwargs: Any,
@@ -110,15 +115,18 @@ class OptimalSamplingForCausalLM(nn.Module):
         """The hidden states of both, (tokens, teacher's size + student's size).
 
         Args:
-            input_ids: what the teacher reads.
+            input_ids: what vLLM schedules.
             positions: the tokens' positions in it.
+            teacher_ids: what the teacher reads; None: the same.
+            teacher_positions: their positions in the teacher's stream.
             theta_ids: what the student reads; None: the same.
             theta_positions: their positions in the student's stream.
         """
-        teacher = (input_ids, positions)
-        theta = teacher if theta_ids is None else (theta_ids, theta_positions)
-        if self.theta_places is not None:
-            self._write_theta_to(self.theta_places[: len(theta[0])])
+        scheduled = (input_ids, positions)
+        teacher = scheduled if teacher_ids is None else (teacher_ids, teacher_positions)
+        theta = scheduled if theta_ids is None else (theta_ids, theta_positions)
+        self._write_to(self.teacher_places, self.teacher_layers, len(input_ids))
+        self._write_to(self.theta_places, self.theta_layers, len(input_ids))
         hidden = torch.empty(
             len(input_ids), self.teacher_size + self.theta_size, dtype=self.dtype, device=input_ids.device
         )
@@ -153,11 +161,14 @@ class OptimalSamplingForCausalLM(nn.Module):
         of_teacher.copy_(self.teacher(*teacher))
         main.wait_stream(stream)
 
-    def _write_theta_to(self, places: Tensor) -> None:
-        """Send this step's keys and values of the student to `places`; in a trial step without caches nowhere."""
+    @staticmethod
+    def _write_to(places: Tensor | None, layers: Sequence[str], tokens: int) -> None:
+        """Send this step's keys and values of a model to its own places; in a trial step without caches nowhere."""
+        if places is None:
+            return
         planned: Any = get_forward_context().slot_mapping
         if planned:
-            planned.update(dict.fromkeys(self.theta_layers, places))
+            planned.update({name: places[:tokens] for name in layers if name in planned})
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """The teacher's logits (N, V of the teacher); the student's stay on `theta_logits` for the sampler."""

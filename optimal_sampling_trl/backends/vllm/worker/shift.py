@@ -1,11 +1,14 @@
-"""The student's own prompt as arithmetic on a batch: where its stream of tokens lies beside the teacher's.
+"""Two prompts as arithmetic on a batch: where the stream of the model with the shorter one lies beside the other's.
 
-vLLM schedules one stream of tokens, the teacher's. Where the student's prompt is d tokens shorter, the student reads
-its token g at the step in which the teacher reads g + d, and nothing before. Both write to the same blocks of the
-cache, each into its own layers: the student's table of blocks starts d // block_size blocks later than the teacher's,
-so that its token g has the teacher's place less d % block_size. It never needs a block that is not there yet.
+vLLM schedules one stream of tokens, as long as the longer prompt. The model whose prompt is d tokens shorter reads its
+token g at the step in which the other reads g + d, and nothing before. Both write to the same blocks of the cache,
+each into its own layers: the shorter one's table of blocks starts d // block_size blocks later, so that its token g
+has the place of the scheduled token g + d less d % block_size. It never needs a block that is not there yet.
 
-Such blocks may be shared between requests only as long as no completion token of the student falls into them: see
+The scheduled tokens are the teacher's, behind d that no model reads where its prompt is the shorter one
+(`wire.scheduled_prompt`). The student's are handed over beside them wherever they are others.
+
+Blocks may be shared between requests only as long as no completion token of a shifted stream falls into them: see
 `blocks.py`.
 """
 
@@ -40,12 +43,12 @@ class Stream(NamedTuple):
 
 
 class Prompts(NamedTuple):
-    """The student's own prompts of up to S requests, by the slot in which a request lives.
+    """Prompts that one model reads instead of the scheduled ones of up to S requests, by the slot of each.
 
     Args:
         ids: the tokens, (S, L).
-        length: how many of them; 0 for a request whose student reads the teacher's prompt.
-        shift: by how many tokens the student's stream is behind; 0 likewise.
+        length: how many of them; 0 for a request whose scheduled tokens are the model's own.
+        shift: by how many tokens the model's stream is behind the scheduled one.
     """
 
     ids: Int[Tensor, "S L"]
@@ -53,38 +56,71 @@ class Prompts(NamedTuple):
     shift: Int[Tensor, " S"]
 
 
-def shift_stream(
-    teacher: Stream, starts: Int[Tensor, " R_1"], slots: Int[Tensor, " R"], prompts: Prompts, block_size: int
-) -> Stream:
-    """The student's stream in the step in which the teacher reads `teacher`; waits for no device.
-
-    A token before the student's first has id and position 0 and is written nowhere; its hidden state means nothing.
+class StreamBuffers:
+    """One model's stream in tensors that stay where they are, as CUDA graphs read from the same ones in every step.
 
     Args:
-        teacher: the teacher's stream.
+        tokens: most tokens of a step.
+        requests: most requests of a step.
+        device: where they are.
+    """
+
+    def __init__(self, tokens: int, requests: int, device: torch.device) -> None:
+        self.ids = torch.zeros(tokens, dtype=torch.int32, device=device)
+        self.positions = torch.zeros(tokens, dtype=torch.int64, device=device)
+        self.places = torch.full((tokens,), NOWHERE, dtype=torch.int64, device=device)
+        self.lengths = torch.zeros(requests, dtype=torch.int32, device=device)
+        self.blocks: Tensor | None = None  # as wide as the runner's own
+
+    def fill(self, stream: Stream) -> Stream:
+        """Copy a stream to the front, and return these parts. `places` and `blocks` say how many are read."""
+        if self.blocks is None:
+            self.blocks = stream.blocks.new_zeros(len(self.lengths), stream.blocks.shape[1])
+        tokens, requests = len(stream.places), len(stream.blocks)
+        parts = Stream(
+            self.ids[:tokens],
+            self.positions[:tokens],
+            self.places[:tokens],
+            self.lengths[:requests],
+            self.blocks[:requests],
+        )
+        for part, value in zip(parts, stream):  # also what pads a graph's batch, which no request is
+            part[: len(value)].copy_(value)
+        return parts
+
+
+def shift_stream(
+    scheduled: Stream, starts: Int[Tensor, " R_1"], slots: Int[Tensor, " R"], prompts: Prompts, block_size: int
+) -> Stream:
+    """One model's stream in the step in which vLLM schedules `scheduled`; waits for no device.
+
+    A token before the model's first has id and position 0 and is written nowhere; its hidden state means nothing.
+
+    Args:
+        scheduled: vLLM's stream.
         starts: where each request's tokens start among the N, and N.
         slots: the slot of each request.
-        prompts: the student's own prompts.
+        prompts: what the model reads instead.
         block_size: tokens in a block of the cache.
     """
-    device = teacher.ids.device
-    token = torch.arange(len(teacher.ids), device=device)
+    device = scheduled.ids.device
+    token = torch.arange(len(scheduled.ids), device=device)
     row = torch.searchsorted(starts[1:].contiguous(), token.to(starts.dtype), right=True)
     shift, slot = prompts.shift[slots].long(), slots.long()[row]
-    position = teacher.positions - shift[row]
+    position = scheduled.positions - shift[row]
     inside = position >= 0
     position = position.clamp(min=0)
     is_prompt = position < prompts.length[slot]
     prompt = prompts.ids[slot, position.clamp(max=prompts.ids.shape[1] - 1)]
     skipped = (shift // block_size)[:, None]
-    last = teacher.blocks.shape[1] - 1
+    last = scheduled.blocks.shape[1] - 1
     column = torch.arange(last + 1, device=device) + skipped
-    blocks = teacher.blocks.gather(1, column.clamp(max=last))
+    blocks = scheduled.blocks.gather(1, column.clamp(max=last))
     place = blocks[row, position // block_size].long() * block_size + position % block_size
     return Stream(
-        torch.where(is_prompt, prompt, teacher.ids).to(teacher.ids.dtype).masked_fill(~inside, 0),
-        position.to(teacher.positions.dtype),
-        torch.where(inside, place, NOWHERE).to(teacher.places.dtype),
-        (teacher.lengths - shift).clamp(min=0).to(teacher.lengths.dtype),
+        torch.where(is_prompt, prompt, scheduled.ids).to(scheduled.ids.dtype).masked_fill(~inside, 0),
+        position.to(scheduled.positions.dtype),
+        torch.where(inside, place, NOWHERE).to(scheduled.places.dtype),
+        (scheduled.lengths - shift).clamp(min=0).to(scheduled.lengths.dtype),
         blocks,
     )

@@ -45,8 +45,10 @@ from helpers.servers import MIXED, Server
 from optimal_sampling_trl.backends.vllm.requests import check_params
 from optimal_sampling_trl.backends.vllm.server import serve
 from optimal_sampling_trl.backends.vllm.server.client import FusedServer, complete, refuse_silence
-from optimal_sampling_trl.backends.vllm.server.messages import pair_of, to_arguments, to_rollouts
-from optimal_sampling_trl.backends.vllm.wire import THETA_PROMPT
+from optimal_sampling_trl.backends.vllm.server.messages import describe, pair_of, to_arguments, to_rollouts
+from optimal_sampling_trl.backends.vllm.wire import TEACHER_SHIFT, THETA_PROMPT
+from optimal_sampling_trl.pairing import Ending, Pair
+from optimal_sampling_trl.pairing.prompts import render
 from optimal_sampling_trl.rollouts.dense import Dense
 from processes.serve_from_files import FileClient
 
@@ -483,7 +485,7 @@ def test_two_prompts_travel_as_one_request(server: Server) -> None:
     ("own", "words"),
     [
         ([1, 2], None),
-        ([], "has 0 tokens; wanted 1 to 3, the length of the teacher's prompt"),
+        ([], "has 0 tokens; wanted 1 to 3, the length of the request's prompt"),
         ([1] * 4, "has 4 tokens; wanted 1 to 3"),
         ([1, 272], r"is \[1, 272\]; wanted a list of token ids below 272"),
         ([1, -1], r"is \[1, -1\]; wanted a list of token ids"),
@@ -497,6 +499,43 @@ def test_what_a_server_on_a_gpu_refuses_of_two_prompts(own: Any, words: str | No
     params = SamplingParams(extra_args={THETA_PROMPT: own})
     with pytest.raises(ValueError, match=words) if words else nullcontext():
         check_params(params, [5, 6, 7], settings)
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ({TEACHER_SHIFT: 2, THETA_PROMPT: [1, 2, 3]}, None),
+        ({TEACHER_SHIFT: 0}, None),
+        ({TEACHER_SHIFT: 3, THETA_PROMPT: [1, 2, 3]}, "is 3; wanted a number of tokens from 0 to 2"),
+        ({TEACHER_SHIFT: -1}, "is -1; wanted a number of tokens"),
+        ({TEACHER_SHIFT: "1"}, "is '1'; wanted a number of tokens"),
+        ({TEACHER_SHIFT: 1}, "has 0 tokens; wanted 3, as many as the request's prompt"),
+        ({TEACHER_SHIFT: 1, THETA_PROMPT: [1, 2]}, "has 2 tokens; wanted 3"),
+    ],
+)
+def test_what_a_server_on_a_gpu_refuses_of_a_shorter_teachers_prompt(extra: Any, words: str | None) -> None:
+    settings = {"vocabulary": 272, "two_prompts": True}
+    with pytest.raises(ValueError, match=words) if words else nullcontext():
+        check_params(SamplingParams(extra_args=extra), [5, 6, 7], settings)
+
+
+def test_the_teachers_template_travels() -> None:
+    """A teacher's own prompts are rendered by the trainer, as the teacher's tokenizer on the server would."""
+    tokenizer, teacher = make_tokenizer(), make_tokenizer()
+    teacher.chat_template, teacher.bos_token = "{{ bos_token }}<{{ messages[0]['content'] }}>", "<pad>"
+    settings: dict[str, Any] = {"ending": {"stop": [256], "folded": []}, "theta": "theta", "mixture": {}}
+    pair = Pair("teacher", "theta", tokenizer, 258, 258, 64, Ending((256,), ()), teacher_tokenizer=teacher)
+    info = {
+        "model_config": {"model": "teacher", "logprobs_mode": "processed_logprobs", "max_model_len": 64},
+        "additional_config": {"optimal_sampling": json.loads(json.dumps(settings | describe(pair)))},
+    }
+    found = pair_of(info, tokenizer)
+    assert found.teacher_tokenizer is not None
+    assert render([{"role": "user", "content": "hi"}], found.teacher_tokenizer) == [
+        257,
+        *tokenizer("<hi>")["input_ids"],
+    ]
+    assert tokenizer.chat_template != teacher.chat_template
 
 
 def test_a_grammar_is_refused_where_the_models_end_differently() -> None:

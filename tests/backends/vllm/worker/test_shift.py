@@ -1,4 +1,4 @@
-"""The student's stream beside the teacher's, on caches of plain integers: what a model's attention would read."""
+"""Both models' streams beside the scheduled one, on caches of plain integers: what their attention would read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from optimal_sampling_trl.backends.vllm.blocks import shared_end
-from optimal_sampling_trl.backends.vllm.worker.shift import NOWHERE, Prompts, Stream, shift_stream
+from optimal_sampling_trl.backends.vllm.wire import scheduled_prompt, teacher_shift
+from optimal_sampling_trl.backends.vllm.worker.shift import NOWHERE, Prompts, Stream, StreamBuffers, shift_stream
+from optimal_sampling_trl.rollouts.request import Request
 
 BLOCK = 4
 SLOTS, WIDTH = 8, 24
@@ -17,7 +19,7 @@ SLOTS, WIDTH = 8, 24
 
 @dataclass
 class Sequence:
-    """A request in a pretended engine: both models' tokens, its blocks, and how far the teacher has read."""
+    """A request in a pretended engine: both models' tokens, its blocks, and how far it was scheduled."""
 
     slot: int
     prompt: list[int]
@@ -27,12 +29,21 @@ class Sequence:
     read: int = 0
 
     @property
-    def teacher(self) -> list[int]:
-        return self.prompt + self.completion
+    def request(self) -> Request:
+        return Request(self.prompt, self.theta_prompt)
 
     @property
-    def theta(self) -> list[int]:
-        return self.theta_prompt + self.completion
+    def scheduled(self) -> list[int]:
+        return scheduled_prompt(self.request) + self.completion
+
+    @property
+    def own(self) -> dict[str, list[int]]:
+        return {"teacher": self.prompt + self.completion, "theta": self.theta_prompt + self.completion}
+
+    @property
+    def behind(self) -> int:
+        """By how many tokens the shorter prompt is shorter."""
+        return abs(len(self.prompt) - len(self.theta_prompt))
 
 
 class Engine:
@@ -40,28 +51,30 @@ class Engine:
 
     def __init__(self, sequences: list[Sequence]) -> None:
         self.sequences = sequences
-        self.cache = torch.full((400 * BLOCK,), NOWHERE)
+        self.caches = {role: torch.full((400 * BLOCK,), NOWHERE) for role in ("teacher", "theta")}
         self.free = list(range(399, 0, -1))
-        lengths = torch.zeros(SLOTS, dtype=torch.int32)
-        self.prompts = Prompts(torch.zeros(SLOTS, 64, dtype=torch.int32), lengths, lengths.clone())
+        ids, nothing = torch.zeros(SLOTS, 64, dtype=torch.int32), torch.zeros(SLOTS, dtype=torch.int32)
+        self.prompts = {role: Prompts(ids, nothing.clone(), nothing.clone()) for role in self.caches}
         for one in sequences:
-            self.prompts.ids[one.slot, : len(one.theta_prompt)] = torch.tensor(one.theta_prompt, dtype=torch.int32)
-            self.prompts.length[one.slot] = len(one.theta_prompt)
-            self.prompts.shift[one.slot] = len(one.prompt) - len(one.theta_prompt)
+            theta = self.prompts["theta"]
+            theta.ids[one.slot, : len(one.theta_prompt)] = torch.tensor(one.theta_prompt, dtype=torch.int32)
+            theta.length[one.slot] = len(one.theta_prompt)
+            theta.shift[one.slot] = len(scheduled_prompt(one.request)) - len(one.theta_prompt)
+            self.prompts["teacher"].shift[one.slot] = teacher_shift(one.request)
 
     def step(self, chunks: list[tuple[Sequence, int]]) -> None:
-        """Let the teacher read some more tokens of some requests, and check what the student reads and finds."""
+        """Schedule some more tokens of some requests, and check what each model reads and finds."""
         table = torch.zeros(len(chunks), WIDTH, dtype=torch.int32)
         ids, positions, starts = [], [], [0]
         for row, (one, tokens) in enumerate(chunks):
             while len(one.blocks) * BLOCK < one.read + tokens:
                 one.blocks.append(self.free.pop())
             table[row, : len(one.blocks)] = torch.tensor(one.blocks, dtype=torch.int32)
-            ids += one.teacher[one.read : one.read + tokens]
+            ids += one.scheduled[one.read : one.read + tokens]
             positions += range(one.read, one.read + tokens)
             starts.append(starts[-1] + tokens)
             one.read += tokens
-        teacher = Stream(
+        scheduled = Stream(
             torch.tensor(ids, dtype=torch.int32),
             torch.tensor(positions),
             torch.zeros(len(ids), dtype=torch.int64),
@@ -69,24 +82,29 @@ class Engine:
             table,
         )
         slots = torch.tensor([one.slot for one, _ in chunks], dtype=torch.int32)
-        theta = shift_stream(teacher, torch.tensor(starts, dtype=torch.int32), slots, self.prompts, BLOCK)
-        written = theta.places != NOWHERE
-        self.cache[theta.places[written]] = theta.ids[written].long()
+        for role, prompts in self.prompts.items():
+            stream = shift_stream(scheduled, torch.tensor(starts, dtype=torch.int32), slots, prompts, BLOCK)
+            self.check(role, stream, chunks, starts)
+
+    def check(self, role: str, stream: Stream, chunks: list[tuple[Sequence, int]], starts: list[int]) -> None:
+        """Write one model's stream into its cache, and fail where a request does not find its own tokens there."""
+        cache, written = self.caches[role], stream.places != NOWHERE
+        cache[stream.places[written]] = stream.ids[written].long()
         for row, (one, tokens) in enumerate(chunks):
-            length = int(theta.lengths[row])
-            assert length == max(one.read - (len(one.prompt) - len(one.theta_prompt)), 0)
-            found = self.cache.view(-1, BLOCK)[theta.blocks[row].long()].flatten()[:length]
-            assert found.tolist() == one.theta[:length]
+            length = int(stream.lengths[row])
+            assert length == max(one.read - (len(one.scheduled) - len(one.own[role])), 0)
+            found = cache.view(-1, BLOCK)[stream.blocks[row].long()].flatten()[:length]
+            assert found.tolist() == one.own[role][:length]
             part = slice(starts[row], starts[row + 1])
             new = min(tokens, length)
-            assert theta.positions[part].tolist() == [0] * (tokens - new) + list(range(length - new, length))
+            assert stream.positions[part].tolist() == [0] * (tokens - new) + list(range(length - new, length))
             assert written[part].tolist() == [False] * (tokens - new) + [True] * new
 
     def run(self, rng: random.Random) -> None:
         """Read all sequences to their ends, in chunks of random sizes and batches of random rows."""
-        while left := [one for one in self.sequences if one.read < len(one.teacher)]:
+        while left := [one for one in self.sequences if one.read < len(one.scheduled)]:
             batch = rng.sample(left, rng.randint(1, len(left)))
-            self.step([(one, rng.randint(1, len(one.teacher) - one.read)) for one in batch])
+            self.step([(one, rng.randint(1, len(one.scheduled) - one.read)) for one in batch])
 
 
 def tokens(rng: random.Random, low: int, high: int) -> list[int]:
@@ -94,12 +112,13 @@ def tokens(rng: random.Random, low: int, high: int) -> list[int]:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_the_student_finds_its_own_stream(seed: int) -> None:
+def test_each_model_finds_its_own_stream(seed: int) -> None:
+    """The teacher's prompt is longer, shorter, as long as the student's, or the same, all in one batch."""
     rng = random.Random(seed)
     sequences = []
     for slot in rng.sample(range(SLOTS), 5):
         prompt = tokens(rng, 1, 40)
-        theta_prompt = prompt if rng.random() < 0.2 else tokens(rng, 1, len(prompt))
+        theta_prompt = prompt if rng.random() < 0.2 else tokens(rng, 1, 40)
         sequences.append(Sequence(slot, prompt, theta_prompt, tokens(rng, 1, 30)))
     Engine(sequences).run(rng)
 
@@ -108,12 +127,12 @@ def test_the_student_finds_its_own_stream(seed: int) -> None:
 def test_what_a_group_may_share_holds_no_completion(seed: int) -> None:
     """Requests with the same prompts and different completions on shared blocks: none harms another, in any order."""
     rng = random.Random(seed)
-    prompt = tokens(rng, 2, 50)
-    theta_prompt = tokens(rng, 1, len(prompt))
+    prompt, theta_prompt = tokens(rng, 2, 50), tokens(rng, 1, 50)
     group = [Sequence(slot, prompt, theta_prompt, tokens(rng, 1, 30)) for slot in range(4)]
     engine = Engine(group)
-    engine.step([(group[0], len(prompt))])
-    shared = min(shared_end(len(prompt), len(theta_prompt), BLOCK), (len(prompt) - 1) // BLOCK * BLOCK)
+    length = max(len(prompt), len(theta_prompt))
+    engine.step([(group[0], length)])
+    shared = min(shared_end(length, group[0].behind, BLOCK), (length - 1) // BLOCK * BLOCK)
     for one in group[1:]:
         one.blocks, one.read = group[0].blocks[: shared // BLOCK], shared
     engine.run(rng)
@@ -122,10 +141,13 @@ def test_what_a_group_may_share_holds_no_completion(seed: int) -> None:
         engine.step([(row, 1)])
 
 
-def test_one_block_more_would_be_overwritten() -> None:
-    """The bound is sharp: with 10 + 3 tokens a third block of 4 holds the students' completions of two requests."""
+@pytest.mark.parametrize("swapped", [False, True], ids=["student shorter", "teacher shorter"])
+def test_one_block_more_would_be_overwritten(swapped: bool) -> None:
+    """The bound is sharp: with 10 + 3 tokens a third block of 4 holds the shifted completions of two requests."""
     prompt, theta_prompt = list(range(1, 14)), [50] * 10
-    assert shared_end(len(prompt), len(theta_prompt), BLOCK) == 8
+    if swapped:
+        prompt, theta_prompt = theta_prompt, prompt
+    assert shared_end(13, 3, BLOCK) == 8
     first, second = (Sequence(slot, prompt, theta_prompt, [token] * 3) for slot, token in ((0, 60), (1, 70)))
     engine = Engine([first, second])
     engine.step([(first, 16)])
@@ -134,3 +156,24 @@ def test_one_block_more_would_be_overwritten() -> None:
     first.read -= 1
     with pytest.raises(AssertionError):
         engine.step([(first, 1)])
+
+
+def test_buffers_stay_where_they_are() -> None:
+    """A graph reads from the same tensors in each step; what pads its batch is copied, what lies behind stays."""
+    buffers = StreamBuffers(8, 4, torch.device("cpu"))
+    wide = Stream(
+        torch.arange(1, 7, dtype=torch.int32),
+        torch.arange(6),
+        torch.arange(10, 16),
+        torch.tensor([3, 3], dtype=torch.int32),
+        torch.tensor([[1, 2], [3, 4]], dtype=torch.int32),
+    )
+    first = buffers.fill(wide)
+    narrow = Stream(wide.ids[:1] + 20, wide.positions[:1] + 5, wide.places[:2], wide.lengths[:1], wide.blocks[:1])
+    second = buffers.fill(narrow)
+    assert [part.data_ptr() for part in first] == [part.data_ptr() for part in second]
+    assert second.ids.tolist() == [21, 2]
+    assert second.places.tolist() == [10, 11]
+    assert (len(second.lengths), len(second.blocks)) == (1, 1)
+    assert buffers.ids.tolist() == [21, 2, 3, 4, 5, 6, 0, 0]
+    assert buffers.places.tolist()[6:] == [NOWHERE] * 2

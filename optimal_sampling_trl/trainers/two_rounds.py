@@ -1,0 +1,164 @@
+"""Rows of the mixture only where they are needed: a group's own rows are sampled and scored first.
+
+A batch takes two calls of the engine, each as long as its longest completion. Reward functions run once for each
+completion, in two calls a batch: the first reads each group's own rows, the second all others. One that compares the
+completions of a group sees a part of it at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import metrics
+from ..rollouts.rollout import Rollout
+from .mixture_trainer import MixtureTrainer
+
+
+class Round(NamedTuple):
+    """A round of sampling: what TRL's `_generate` returned, the rollouts, and the seconds of the engine."""
+
+    output: Any
+    rollouts: list[Rollout]
+    seconds: float
+
+
+class TwoRounds(MixtureTrainer):
+    """Base of the trainers with rewards: samples a batch in two rounds where the generator has `mixture_below`."""
+
+    _first_rewards: Tensor | None = None
+    """Of the first round, all processes' (rows, functions), until the second is scored."""
+
+    def _check_settings(self) -> None:
+        super()._check_settings()
+        below = self.generator.mixture_below
+        if below is None:
+            return
+        group, alone = self.args.num_generations, self._theta_count()
+        rows = self.args.per_device_train_batch_size * self.args.steps_per_generation
+        if group < 2 or not 0 < alone < group:
+            raise ValueError(
+                f"`mixture_below` is {below}, and of a group of {group} the student samples {alone} alone; wanted "
+                "some of each kind: the first are looked at, the others follow. Set `theta_fraction`, and "
+                "`num_generations` to at least 2."
+            )
+        if rows % group:
+            raise ValueError(
+                f"`mixture_below` is {below}, and a process samples {rows} completions at a time, no whole number of "
+                f"groups of {group}: a group's first rows would be scored in another process. Set "
+                "`per_device_train_batch_size` times `steps_per_generation` to a multiple of `num_generations`."
+            )
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """As TRL's; afterwards the plan says again who samples which row."""
+        try:
+            return super()._generate_and_score_completions(inputs)
+        finally:
+            if self.vllm_generation.plan.chosen is not None:
+                self._first_rewards = None
+                self._choose(None)
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        """Sample as TRL does, the rows that the student samples alone first, and score these.
+
+        Returns:
+            what TRL's returns of all rows.
+        """
+        below = self.generator.mixture_below
+        if below is None or not self.model.training:
+            return super()._generate(prompts)
+        first, second = self._rounds(len(prompts))
+        processes = self.accelerator.num_processes
+        one = self._sample_round(prompts, first, [False] * (len(first) * processes))
+        self._first_rewards = self._score(first, one.output)
+        needed = self._groups_in_need(self._first_rewards, below)  # (groups of all processes,)
+        share = needed.view(processes, -1)
+        later = len(second) // share.shape[1]  # of each group
+        other = self._sample_round(prompts, second, share.repeat_interleave(later, 1).flatten().tolist())
+        engine = self.vllm_generation
+        engine.rollouts = interleave(one.rollouts, other.rollouts, first, second)
+        engine.seconds = one.seconds + other.seconds
+        self._merge_lengths(len(first) / len(prompts))
+        chosen = torch.zeros(processes, len(prompts), dtype=torch.bool)
+        chosen[:, second] = share.repeat_interleave(later, 1)
+        self._choose(chosen.flatten().tolist())
+        self._append_metrics({metrics.GROUPS_IN_NEED: float(needed.float().mean())})
+        return tuple(interleave(*parts, first, second) for parts in zip(one.output, other.output, strict=True))
+
+    def _rounds(self, rows: int) -> tuple[list[int], list[int]]:
+        """Rows of this process that are sampled first, and the others."""
+        group, alone = self._group_size(), self._theta_count()
+        return [i for i in range(rows) if i % group < alone], [i for i in range(rows) if i % group >= alone]
+
+    def _choose(self, mixed: Sequence[bool] | None) -> None:
+        """Let the mixture sample these rows of all processes in the next call; None leaves it to the plan."""
+        self.vllm_generation.plan = replace(self.vllm_generation.plan, chosen=mixed)
+
+    def _sample_round(self, prompts: list[Any], rows: list[int], mixed: Sequence[bool]) -> Round:
+        """Sample some rows of this process, by the mixture where `mixed` says so of all processes' rows."""
+        engine = self.vllm_generation
+        of_teacher = engine.teacher_prompts
+        self._choose(mixed)
+        engine.teacher_prompts = None if of_teacher is None else [of_teacher[row] for row in rows]
+        output = super()._generate([prompts[row] for row in rows])
+        engine.teacher_prompts = of_teacher
+        return Round(output, engine.pop_rollouts(), engine.seconds)
+
+    def _score(self, rows: list[int], output: Any) -> Tensor:
+        """TRL's rewards (rows of all processes, functions) of what its `_generate` returned."""
+        inputs = [self._dataset_rows[row] for row in rows]
+        completions = output[3 if len(output) > 3 else 2]  # GRPO's, RLOO's
+        return super()._calculate_rewards(inputs, [one["prompt"] for one in inputs], completions, output[1])
+
+    def _groups_in_need(self, rewards: Tensor, below: float) -> Tensor:
+        """True for each group (groups,) none of whose first rows has a reward of at least `below`."""
+        found = self._totals(rewards).view(-1, self._theta_count()) >= below
+        return ~found.any(dim=1).cpu()
+
+    def _totals(self, rewards: Tensor) -> Tensor:
+        """Total reward of each row; NaN where no function could score it, as in TRL."""
+        totals = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+        return totals.masked_fill(rewards.isnan().all(dim=1), torch.nan)
+
+    def _merge_lengths(self, share: float) -> None:
+        """Make TRL's numbers of the lengths in both rounds those of one; the first had this share of the rows."""
+        for name, values in self._metrics["train"].items():
+            if name.startswith("completions/"):
+                last, before = values.pop(), values.pop()
+                pick = min if "/min_" in name else max if "/max_" in name else None
+                values.append(pick(before, last) if pick else share * before + (1 - share) * last)
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        """TRL's rewards of all rows (rows of all processes, functions), without scoring the first round again."""
+        if self._first_rewards is None:
+            return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        rounds = first, second = self._rounds(len(prompts))
+        columns = ([column[row] for row in second] for column in (inputs, prompts, completions, completion_ids_list))
+        processes = self.accelerator.num_processes
+        rewards = self._first_rewards.new_empty(processes, len(prompts), self._first_rewards.shape[1])
+        for rows, part in zip(rounds, (self._first_rewards, super()._calculate_rewards(*columns)), strict=True):
+            rewards[:, rows] = part.view(processes, len(rows), -1)
+        for name, values in self._pending_extra_logs.items():  # a reward function's columns of TRL's table
+            if len(values) == len(prompts):
+                whole = interleave(values[: len(first)], values[len(first) :], first, second)
+                self._pending_extra_logs[name] = whole
+        return rewards.flatten(0, 1)
+
+
+def interleave(one: Any, other: Any, first: Sequence[int], second: Sequence[int]) -> Any:
+    """Put two lists of rows together, in the order of the batch; what is no list of rows is returned as it is.
+
+    Args:
+        one: of the rows `first`.
+        other: of the rows `second`.
+        first: numbers of rows in the batch.
+        second: all others.
+    """
+    if not isinstance(one, list) or len(one) != len(first):
+        return one
+    rows = dict(zip([*first, *second], [*one, *other], strict=True))
+    return [rows[row] for row in range(len(rows))]

@@ -1,0 +1,146 @@
+"""Rows of the mixture only for groups whose own rows found nothing: who sampled, who scored, and how often."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from helpers.oracle import check_rollout
+from helpers.training import PROMPTS, TEACHER_PROMPTS, Watch, load, make_trainer, make_untrained_pair
+from optimal_sampling_trl.trainers.two_rounds import interleave
+
+EASY = PROMPTS[::2]
+"""Prompts to which a reward accepts every answer; to the others none."""
+SETTINGS: dict[str, Any] = {"num_generations": 4, "gradient_accumulation_steps": 4, "max_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    return make_untrained_pair(tmp_path_factory.mktemp("pair"))
+
+
+class Verifier:
+    """A reward that counts what it is asked; 1 for an answer to one of `EASY`."""
+
+    __name__ = "verifier"
+
+    def __init__(self) -> None:
+        self.calls: list[list[tuple[str, str]]] = []
+
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str], log_extra: Any, **_: Any) -> list[float]:
+        self.calls.append(list(zip(prompts, completions, strict=True)))
+        log_extra("asked", [f"{prompt}{completion}" for prompt, completion in self.calls[-1]])
+        return [float(prompt in EASY) for prompt in prompts]
+
+
+def train(kind: str, pair: tuple[str, str], folder: Path, verifier: Any, **given: Any) -> Any:
+    rows = Dataset.from_dict({"prompt": PROMPTS, "teacher_prompt": TEACHER_PROMPTS})
+    generator = {"mixture_below": 1.0, "theta_fraction": 0.25} | given
+    trainer = make_trainer(
+        kind, pair, folder, mixin=Watch, generator=generator,
+        trainer={"reward_funcs": verifier, "train_dataset": rows}, **SETTINGS,
+    )  # fmt: skip
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo", "raft"])
+def test_the_mixture_samples_where_the_student_found_nothing(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
+    verifier = Verifier()
+    trainer = train(kind, pair, tmp_path, verifier)
+    teacher, theta, own = load(pair[0]), load(pair[1]), dict(zip(PROMPTS, TEACHER_PROMPTS, strict=True))
+    decode, asked, kinds = trainer.processing_class.decode, Counter[tuple[str, str]](), Counter[bool]()
+    for weights, (_, output, rollouts) in zip(trainer.weights, trainer.generations, strict=True):
+        theta.load_state_dict(weights, strict=False)
+        for row, rollout in enumerate(rollouts):
+            prompt = decode(rollout.theta_prompt_ids)
+            mixed = prompt not in EASY and row % 4 >= 1
+            assert rollout.mixture.is_theta_only != mixed
+            assert bool(output["mixture_rows"][row]) == mixed
+            assert decode(rollout.prompt_ids) == (own[prompt] or prompt)
+            check_rollout(rollout, teacher, theta, tolerance=1e-4)
+            asked[prompt, decode(rollout.completion_ids, skip_special_tokens=True)] += 1
+            kinds[mixed] += 1
+    assert len(kinds) == 2
+    assert Counter(pair for call in verifier.calls for pair in call) == asked  # once for each completion
+    assert [len(call) for call in verifier.calls] == [4, 12] * 2
+    logs = [entry for entry in trainer.state.log_history if "mixture/groups_in_need" in entry]
+    assert 0 < sum(log["mixture/groups_in_need"] for log in logs) < len(logs)
+
+
+def test_trls_table_and_lengths_are_those_of_one_round(pair: tuple[str, str], tmp_path: Path) -> None:
+    """Columns that a reward function adds stand beside their completions, and lengths are those of all rows."""
+    trainer = train("grpo", pair, tmp_path, Verifier())
+    table = trainer._logs
+    texts = zip(table["prompt"], table["completion"], strict=True)
+    assert list(table["extra"]["asked"]) == [f"{prompt}{completion}" for prompt, completion in texts]
+    assert list(table["rewards"]["verifier"]) == [float(prompt in EASY) for prompt in table["prompt"]]
+    logs = [entry for entry in trainer.state.log_history if "completions/max_length" in entry]
+    for (_, _, rollouts), log in zip(trainer.generations, logs, strict=True):
+        lengths = [len(rollout.completion_ids) for rollout in rollouts]
+        assert log["completions/max_length"] == max(lengths)
+        assert log["completions/min_length"] == min(lengths)
+        assert log["completions/mean_length"] == pytest.approx(sum(lengths) / len(lengths))
+
+
+def test_a_reward_that_nobody_gives_is_not_reached(pair: tuple[str, str], tmp_path: Path) -> None:
+    """None stands for a completion that a function cannot score; then TRL warns, and the mixture samples."""
+
+    def silent(completions: Sequence[str], **_: Any) -> list[float | None]:
+        return [None] * len(completions)
+
+    trainer = train("rloo", pair, tmp_path, silent)
+    for _, output, _ in trainer.generations:
+        assert output["mixture_rows"].tolist() == [False, True, True, True] * 4
+
+
+def test_an_evaluation_samples_once(pair: tuple[str, str], tmp_path: Path) -> None:
+    verifier = Verifier()
+    rows = Dataset.from_dict({"prompt": PROMPTS[:4]})
+    trainer = make_trainer(
+        "grpo", pair, tmp_path, mixin=Watch, generator={"mixture_below": 1.0},
+        trainer={"reward_funcs": verifier, "eval_dataset": rows}, num_generations_eval=1, **SETTINGS,
+    )  # fmt: skip
+    trainer.evaluate()
+    assert [len(call) for call in verifier.calls] == [4]
+    assert not any(output["mixture_rows"].any() for _, output, _ in trainer.generations)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "settings", "words"),
+    [
+        ("grpo", {"theta_fraction": 0.0}, {}, "of a group of 4 the student samples 0 alone; wanted some of each kind"),
+        ("raft", {}, {}, "of a group of 4 the student samples 0 alone; wanted some of each kind"),
+        ("raft", {"theta_fraction": 0.5}, {"num_generations": 1}, "and `num_generations` to at least 2"),
+        ("grpo", {}, {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 2, "num_generations": 3}, None),
+        ("grpo", {}, {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 2, "num_generations": 4}, "4"),
+        ("sampled_token", {}, {}, "distillation has no rewards to compare with it"),
+        ("grpo", {"mixture_below": "1"}, {}, "`mixture_below`"),
+    ],
+)
+def test_what_is_refused(
+    pair: tuple[str, str],
+    tmp_path: Path,
+    kind: str,
+    given: dict[str, Any],
+    settings: dict[str, Any],
+    words: str | None,
+) -> None:
+    sizes = {"num_generations": 4} if kind != "sampled_token" else {}
+    built = {"generator": {"mixture_below": 1.0} | given, **sizes, **settings}
+    if words is None:
+        make_trainer(kind, pair, tmp_path, **built)
+        return
+    with pytest.raises(ValueError, match=words):
+        make_trainer(kind, pair, tmp_path, **built)
+
+
+def test_rows_of_two_rounds_in_the_order_of_the_batch() -> None:
+    assert interleave(["a", "b"], ["c", "d", "e"], [0, 3], [1, 2, 4]) == ["a", "c", "d", "b", "e"]
+    assert interleave(None, None, [0], [1]) is None
+    assert interleave({}, {}, [0], [1]) == {}
