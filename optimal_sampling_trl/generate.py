@@ -156,12 +156,7 @@ class OptimalSamplingV1:
                 teacher's prompts as there are not prompts.
             UnsolvedError: naming each sequence for which a model returned NaN; its `rollouts` holds the others.
         """
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        if not isinstance(prompts, Iterable) or not (prompts := list(prompts)):
-            raise ValueError(
-                f"`prompts` is {prompts!r}; wanted at least one text, list of token ids or list of messages. "
-                "Skip the call where there is nothing to sample."
-            )
+        prompts = _prompt_list(prompts)
         check_whole("generate", "n", n, 1)
         if seed is not None:
             check_whole("generate", "seed", seed)
@@ -279,6 +274,17 @@ def _is_chat(prompt: Any, enable_chat_template: bool) -> bool:
 
 def _name(model: Any) -> str:
     return str(getattr(model, "name_or_path", model))
+
+
+def _prompt_list(prompts: Any) -> list[Prompt]:
+    """Return the prompts of a call; a single text is one."""
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(prompts, Iterable) or not (listed := list(prompts)):
+        raise ValueError(
+            f"`prompts` is {prompts!r}; wanted at least one text, list of token ids or list of messages. "
+            "Skip the call where there is nothing to sample."
+        )
+    return listed
 
 
 def _one_each(value: Any, kind: Any, count: int, name: str) -> list[Any]:

@@ -8,9 +8,7 @@
 Records are made up, in the form in which each engine hands them over; no model is loaded. The times are the
 processor's, so that other work on the machine does not count, of one process: in training this work stands between two
 steps of the GPU. `whole` is the time of a batch of 512 completions of 8 192 tokens. The paths' sums leave out the text
-of each completion, which TRL makes of it once more, and dense records, which only those pay who ask for them. Of these
-two ways are timed from the engine's numbers on: the lists that vLLM keeps, and the rows that are kept in their place;
-and what a client of a server reads.
+of each completion, which TRL makes of it once more. Dense records have a script of their own, `host_cost_dense.py`.
 """
 
 from __future__ import annotations
@@ -20,26 +18,20 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from importlib.util import find_spec
-from itertools import repeat
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from optimal_sampling_trl.backends.vllm.rows import RecordRows
 from optimal_sampling_trl.backends.vllm.server.messages import to_rollouts
-from optimal_sampling_trl.backends.vllm.wire import RECORD_COLUMNS, column_ids, dense_ids, read_arrays, read_records
+from optimal_sampling_trl.backends.vllm.wire import RECORD_COLUMNS, read_records
 from optimal_sampling_trl.mixture import Mixture
 from optimal_sampling_trl.pairing import Ending, Pair
-from optimal_sampling_trl.rollouts.dense import SCALARS, Dense
 from optimal_sampling_trl.rollouts.request import Request
 from optimal_sampling_trl.rollouts.rollout import RECORDS, Rollout
 from optimal_sampling_trl.trainers.engines.base import as_trl_returns
@@ -110,7 +102,7 @@ def _tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
 
 
-def _silent(pair: Pair) -> SimpleNamespace:
+def silent(pair: Pair) -> SimpleNamespace:
     """The pair with a tokenizer whose texts are empty."""
     return SimpleNamespace(**vars(pair) | {"tokenizer": SimpleNamespace(decode=lambda *_, **__: "")})
 
@@ -136,7 +128,7 @@ def measure(batch: Batch, rounds: int) -> list[Part]:
     rollouts, V = batch.rollouts(), batch.pair.engine_vocabulary
     answers = batch.answers()
     read = [json.loads(answer)["choices"] for answer in answers]
-    silent: Any = _silent(batch.pair)
+    textless: Any = silent(batch.pair)
     works: list[tuple[str, Sequence[str], Callable[[], object]]] = [
         (
             "records of vLLM's outputs",
@@ -147,7 +139,7 @@ def measure(batch: Batch, rounds: int) -> list[Part]:
         (
             "rollouts of the answer",
             ["server"],
-            lambda: [to_rollouts(choices, batch.request, silent) for choices in read],
+            lambda: [to_rollouts(choices, batch.request, textless) for choices in read],
         ),
         ("log θ for TRL, and its reading", ["colocated", "server"], lambda: read_as_trl(rollouts)),
         ("records beside TRL's batch", ["colocated", "server"], lambda: stack_records(rollouts, batch.ids)),
@@ -156,99 +148,35 @@ def measure(batch: Batch, rounds: int) -> list[Part]:
     return [Part(name, paths, cost(work, rounds)) for name, paths, work in works]
 
 
-class DenseBatch:
-    """Dense records as the engine hands them over: in each step a row of ids and numbers for each completion.
-
-    Args:
-        batch: whose completions they are of.
-        dense: what they hold.
-    """
-
-    def __init__(self, batch: Batch, dense: Dense) -> None:
-        self.dense, self.V, self.ids = dense, batch.pair.engine_vocabulary, batch.ids
-        self.request = replace(batch.request, dense=dense)
-        self.pair: Any = _silent(batch.pair)
-        completions, tokens = batch.ids.shape
-        generator = torch.Generator().manual_seed(1)
-        likely = torch.randint(self.V, (completions * tokens, 2 * dense.top_k), generator=generator)
-        record = torch.from_numpy(column_ids(batch.ids.flatten().tolist(), self.V))
-        columns = torch.cat([record, dense_ids(likely, len(dense.scalars), self.V)], 1)
-        self.columns = columns.reshape(completions, tokens, -1).numpy()
-        self.numbers = torch.rand(self.columns.shape, generator=generator).numpy()
-        self.steps = [
-            [SimpleNamespace(logprob_token_ids=row[None], logprobs=values[None]) for row, values in zip(*both)]
-            for both in zip(self.columns, self.numbers)
-        ]
-
-    def lists(self) -> None:
-        """Keep and read them as vLLM keeps any log-probabilities."""
-        from vllm.logprobs import FlatLogprobs, append_logprobs_for_next_position
-
-        for ids, columns, numbers in zip(self.ids.tolist(), self.columns, self.numbers):
-            kept = FlatLogprobs()
-            for row, values in zip(columns, numbers):  # a step each
-                append_logprobs_for_next_position(kept, row.tolist(), values.tolist(), repeat(None), 1, len(row) - 1)
-            shape = columns.shape
-            arrays = np.array(kept.token_ids).reshape(shape), np.array(kept.logprobs, np.float32).reshape(shape)
-            read_arrays(*arrays, ids, self.dense, self.V)
-
-    def rows(self) -> None:
-        """Keep and read them as they come."""
-        for ids, steps in zip(self.ids.tolist(), self.steps):
-            kept = RecordRows(self.columns.shape[2])
-            for step in steps:
-                kept.add(step)
-            read_arrays(*kept.arrays(), ids, self.dense, self.V)
-
-    def answers(self) -> list[str]:
-        """Returns what a server sends: a JSON text for each completion."""
-        texts = []
-        for ids, columns, numbers in zip(self.ids.tolist(), self.columns, self.numbers):
-            names = [[f"token_id:{name}" for name in row] for row in columns.tolist()]
-            top = [dict(zip(row, values)) for row, values in zip(names, numbers.tolist())]
-            choice = {"token_ids": ids, "finish_reason": "length", "logprobs": {"top_logprobs": top}}
-            texts.append(json.dumps({"choices": [choice]}))
-        return texts
-
-    def read(self, answers: Sequence[str]) -> None:
-        """Read a server's answers."""
-        for answer in answers:
-            to_rollouts(json.loads(answer)["choices"], self.request, self.pair)
-
-
-def measure_dense(batch: Batch, top_k: int, rounds: int) -> list[Part]:
-    """Both ways of keeping all scalars and so many likely tokens of each model; that of vLLM where it is installed."""
-    made = DenseBatch(batch, Dense(SCALARS, top_k))
-    parts = [Part(f"dense records, k = {top_k}, rows", [], cost(made.rows, rounds))]
-    if find_spec("vllm") is not None:
-        parts.append(Part(f"dense records, k = {top_k}, lists", [], cost(made.lists, rounds)))
-    answers = made.answers()
-    parts.append(Part(f"dense records, k = {top_k}, JSON", [], cost(lambda: made.read(answers), rounds)))
-    return parts
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--completions", type=int, default=16, help="completions in the batch that is timed")
-    parser.add_argument("--tokens", type=int, default=2048, help="tokens of each")
-    parser.add_argument("--vocabulary", type=int, default=151936, help="tokens of the teacher")
-    parser.add_argument("--top_k", type=int, nargs="*", default=[0, 8, 32, 128], help="likely tokens of each model")
-    parser.add_argument("--rounds", type=int, default=5, help="of which the fastest counts")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    batch = Batch(args.completions, args.tokens, args.vocabulary)
-    parts = measure(batch, args.rounds)
-    for top_k in args.top_k:
-        parts += measure_dense(batch, top_k, args.rounds)
+def print_table(rows: Sequence[tuple[str, float]], args: argparse.Namespace) -> None:
+    """Print the seconds of each row, by token and for the whole batch."""
     count = args.completions * args.tokens
-    rows = [(part.name, part.seconds) for part in parts]
-    for path in ("colocated", "server"):
-        rows.append((f"{path} path", sum(part.seconds for part in parts if path in part.paths)))
     print(f"{args.completions} completions of {args.tokens} tokens, one thread, processor's time")
     print("| what                           | us a token | s, whole |")
     print("|--------------------------------|-----------:|---------:|")
     for name, seconds in rows:
         print(f"| {name:30} | {seconds / count * 1e6:10.2f} | {seconds / count * WHOLE:8.1f} |")
+
+
+def flags(description: str | None) -> argparse.ArgumentParser:
+    """The flags of both scripts."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--completions", type=int, default=16, help="completions in the batch that is timed")
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens of each")
+    parser.add_argument("--vocabulary", type=int, default=151936, help="tokens of the teacher")
+    parser.add_argument("--rounds", type=int, default=5, help="of which the fastest counts")
+    return parser
+
+
+def main() -> None:
+    args = flags(__doc__).parse_args()
+    torch.set_num_threads(1)
+    batch = Batch(args.completions, args.tokens, args.vocabulary)
+    parts = measure(batch, args.rounds)
+    rows = [(part.name, part.seconds) for part in parts]
+    for path in ("colocated", "server"):
+        rows.append((f"{path} path", sum(part.seconds for part in parts if path in part.paths)))
+    print_table(rows, args)
 
 
 if __name__ == "__main__":

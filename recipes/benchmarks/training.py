@@ -32,10 +32,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -44,47 +43,13 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import trl
 import vllm
-from datasets import Dataset
 from transformers import TrainerCallback
 
-from optimal_sampling_trl import (
-    DistillationConfig,
-    DistillationTrainer,
-    GRPOConfig,
-    GRPOTrainer,
-    OptimalSamplingGenerator,
-    RAFTConfig,
-    RAFTTrainer,
-)
-from random_pair import LETTERS, describe, make_random_pair, parser, synchronize
+from random_pair import describe, make_random_pair, parser, synchronize
+from training_arms import ARMS, ON_GPU, Arm, build
 
-ON_GPU = torch.cuda.is_available()
 PARTS = ("rollout", "sync", "update", "other", "step")
 HEAD = ("arm", *PARTS, "GiB", "step ÷ TRL", "GiB ÷ TRL")
-
-
-class Arm(NamedTuple):
-    """A trainer and its settings; `share` is of the student's rollouts, None for TRL's own trainers."""
-
-    kind: str
-    trainer: Any
-    config: Any
-    share: float | None = None
-    settings: Mapping[str, Any] = MappingProxyType({})
-
-
-ARMS = {
-    "TRL, GRPO": Arm("reward", trl.GRPOTrainer, trl.GRPOConfig),
-    "GRPO, half mixture": Arm("reward", GRPOTrainer, GRPOConfig, 0.5),
-    "RAFT, mixture": Arm("reward", RAFTTrainer, RAFTConfig, 0.0),
-    "TRL, distillation": Arm("teacher", trl.DistillationTrainer, trl.DistillationConfig),
-    "divergence, own": Arm("teacher", DistillationTrainer, DistillationConfig, 1.0),
-    "divergence, mixture": Arm("teacher", DistillationTrainer, DistillationConfig, 0.0),
-    "sampled token, own": Arm("teacher", DistillationTrainer, DistillationConfig, 1.0, {"loss": "sampled_token"}),
-    "sampled token, mixture": Arm("teacher", DistillationTrainer, DistillationConfig, 0.0, {"loss": "sampled_token"}),
-}
-BASES = {"reward": "TRL, GRPO", "teacher": "TRL, distillation"}
-"""The arm of TRL's that those of a kind are compared with."""
 
 
 def main() -> None:
@@ -152,55 +117,6 @@ def measure(arm: Arm, teacher: str, theta: str, args: argparse.Namespace) -> dic
     found = watch.means() | {"GiB": memory(trainer)}
     trainer.accelerator.end_training()
     return found
-
-
-def build(arm: Arm, teacher: str, theta: str, args: argparse.Namespace) -> Any:
-    """The trainer of an arm."""
-    settings = {
-        "output_dir": tempfile.mkdtemp(prefix="training-"),
-        "per_device_train_batch_size": args.micro_batch,
-        "gradient_accumulation_steps": args.completions // args.micro_batch,
-        "max_steps": args.steps,
-        "max_completion_length": args.tokens,
-        "vllm_mode": "colocate",
-        "vllm_gpu_memory_utilization": args.memory,
-        "vllm_max_model_length": args.prompt + args.tokens + 1,
-        "generation_kwargs": {"ignore_eos": True},
-        "gradient_checkpointing": ON_GPU,
-        "bf16": ON_GPU,
-        "use_cpu": not ON_GPU,
-        "learning_rate": 1e-6,
-        "logging_steps": args.steps,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "model_init_kwargs": {"dtype": "float32"},
-    } | dict(arm.settings)
-    given: dict[str, Any] = {"model": theta, "train_dataset": prompts(args)}
-    if arm.kind == "reward":
-        given["reward_funcs"] = odd_length
-        settings["num_generations"] = 1 if arm.trainer is RAFTTrainer else args.group
-    if arm.share is None:
-        settings["use_vllm"] = True
-        given |= {"teacher_model": teacher} if arm.kind == "teacher" else {}
-    else:
-        engine = {"dtype": args.dtype} | ({} if ON_GPU else {"kv_cache_memory_bytes": 1 << 28})
-        given["generator"] = OptimalSamplingGenerator(
-            teacher=teacher, theta_fraction=arm.share, backend="vllm", engine_arguments=engine
-        )
-    return arm.trainer(args=arm.config(**settings), **given)
-
-
-def prompts(args: argparse.Namespace) -> Dataset:
-    """Prompts of random letters, each of which is a token."""
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(len(LETTERS), (args.completions * args.steps, args.prompt), generator=generator).tolist()
-    return Dataset.from_dict({"prompt": ["".join(LETTERS[letter] for letter in row) for row in rows]})
-
-
-def odd_length(completions: list[str], **columns: Any) -> list[float]:
-    """A reward that random completions get half of the time."""
-    return [float(len(text) % 2) for text in completions]
 
 
 class Watch(TrainerCallback):
