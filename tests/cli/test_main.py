@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +16,7 @@ from helpers.paths import ROOT
 from optimal_sampling_trl import OptimalSamplingV1, Sampling, sample_to_folder
 from optimal_sampling_trl.cli.main import commands, main
 
-WANTED = {"demo", "distill", "env", "grpo", "page", "raft", "rloo", "sample", "serve"}
+WANTED = {"demo", "distill", "env", "grpo", "page", "probe", "raft", "rloo", "sample", "serve"}
 
 
 def test_the_help_lists_the_commands_and_loads_nothing() -> None:
@@ -59,6 +60,37 @@ def test_a_page_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "<title>Three</title>" in page.read_text()
     with pytest.raises(SystemExit, match=r"optimal-sampling page: .*nowhere"):
         main(["page", str(tmp_path / "nowhere")])
+
+
+def test_a_probe_prints_its_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, student = (make_model(tmp_path / role, "llama", seed) for seed, role in enumerate(("teacher", "student")))
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "3 + 4 ="}\n' * 3)
+    (tmp_path / "judge.py").write_text("def even(completions, **_):\n    return [len(c) % 2 for c in completions]\n")
+    monkeypatch.chdir(tmp_path)
+    flags = [
+        "--backend",
+        "transformers",
+        "--dataset_name",
+        "prompts.jsonl",
+        "--prompts",
+        "2",
+        "--n",
+        "2",
+        "--max_tokens",
+        "3",
+        "-o",
+        "probe.html",
+    ]
+    pair = ["--teacher", str(teacher), "--model_name_or_path", str(student)]
+    main(["probe", *pair, *flags, "--reward_funcs", "judge.even"])
+    told = capsys.readouterr().out
+    assert "2 prompts, 2 completions each." in told
+    assert re.search(r"^student .*\n.*\n.*\n.*\n.*\n", told, re.MULTILINE)
+    assert "<table>" in (tmp_path / "probe.html").read_text()
+    with pytest.raises(SystemExit, match="`--reward_funcs` names 2 functions; wanted one"):
+        main(["probe", *pair, *flags, "--reward_funcs", "judge.even", "judge.even"])
 
 
 def test_demo_and_serve_say_their_flags(capsys: pytest.CaptureFixture[str]) -> None:
