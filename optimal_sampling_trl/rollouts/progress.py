@@ -19,7 +19,9 @@ EVERY = 0.25
 
 def is_watched() -> bool:
     """Tell whether somebody looks at the bars of this process: in a terminal, or in a notebook."""
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return sys.stderr.isatty() or hasattr(shell, "kernel")
 
 
 class Progress:

@@ -26,6 +26,8 @@ LOSS_FIELDS = (
 """Fields of our configurations that say what the loss makes of a completion."""
 NO_BASE = "[None](https://huggingface.co/None)"
 """TRL's words for a base model that is a local folder."""
+NO_NAME = 'model="None"'
+"""TRL's words in its example for a model without a place on the Hub."""
 PLACE = "### Framework versions"
 """Heading of TRL's template before which our section stands."""
 SECTION = """## Rollouts
@@ -60,6 +62,7 @@ def complete_card(path: Path, trainer: Any) -> None:
     rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in facts.items())
     section = SECTION.format(version=__version__, rows=rows)
     text = path.read_text().replace(NO_BASE, f"`{facts['student']}`, a local model")
+    text = text.replace(NO_NAME, f'model="{path.parent.name}"')
     before, heading, after = text.partition(PLACE)
     write_atomically(path, f"{before}{section}{heading}{after.rstrip()}\n{CITATION}".encode())
 
@@ -110,4 +113,5 @@ def model_name(model: Any) -> str:
 
 def _cell(value: Any) -> str:
     """Write a value so that it cannot end the cell of a table."""
-    return f"`{str(value).replace('`', ' ').replace('|', '/')}`".replace("\n", " ")
+    words = str(value).replace("`", " ").replace("|", "/").split()
+    return f"`{' '.join(words)}`"

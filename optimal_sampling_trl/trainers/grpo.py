@@ -143,7 +143,7 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
                 "`loss_type='vespo'` on completions of the mixture: in a study of 4-digit addition it collapsed "
                 "(exact match .045 -> .000), on the embedded pair (recipes/studies/README.md) it did not (0.43). "
                 "Watch the evaluation.",
-                stacklevel=4,
+                stacklevel=6,
             )
         reads_threshold = self.args.off_policy_mask_threshold is not None and has_negatives(self.args)
         if self.args.beta != 0 or reads_threshold:
@@ -151,7 +151,7 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
                 f"`beta` is {self.args.beta} and `off_policy_mask_threshold` {self.args.off_policy_mask_threshold}: "
                 "TRL computes both on the mixture's tokens as if the student had sampled them. "
                 "Leave them at 0 and None.",
-                stacklevel=4,
+                stacklevel=6,
             )
 
     def _theta_count(self) -> int:

@@ -26,14 +26,14 @@ class PolicyGradientTrainer(RewardedTrainer):
                 f"`correction={self.correction.name!r}`: on the embedded pair (recipes/studies/README.md) sequence "
                 "ratios took the student to an exact match of 0.00 at every learning rate and prefix ratios to 0.13 "
                 "at most; weight 1 reached 0.51. Use 'none' or the level 'token'.",
-                stacklevel=5,
+                stacklevel=7,
             )
         elif level == "token" and self._theta_count() == 0 and self._positive_only == "none":
             warnings.warn(
                 f"`correction={self.correction.name!r}` on groups that come from the mixture alone, negatives kept: "
                 "on the embedded pair (recipes/studies/README.md) this reached an exact match of 0.14, without "
                 "them 0.44. Leave `positive_only` at 'all'.",
-                stacklevel=5,
+                stacklevel=7,
             )
 
     @property

@@ -32,7 +32,7 @@ class LocalServer(ServerGeneration):
 
     def __init__(self, plan: MixturePlan, **trl_arguments: Any) -> None:
         backend = live_backend(plan, trl_arguments)
-        self.server = SimpleNamespace(sample=backend.generate)
+        self.server = SimpleNamespace(sample=backend.generate, dtype=torch.float32)
         super().__init__(plan, **trl_arguments)
         self.pair = backend.pair if self.accelerator.is_main_process else None  # who speaks to the server
 

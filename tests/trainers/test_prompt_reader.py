@@ -130,7 +130,7 @@ def test_a_template_of_the_teacher_that_refuses(pair: tuple[str, str], tmp_path:
 
 
 def test_the_divergence_refuses_the_column(pair: tuple[str, str], tmp_path: Path) -> None:
-    words = r"The data set has the column `teacher_prompt`, but TRL's divergence .* Set `loss='sampled_token'`"
+    words = r"The data set has the column `teacher_prompt`, but TRL's divergence .* or `loss='sampled_token'`"
     with pytest.raises(ValueError, match=words):
         make_trainer("divergence", pair, tmp_path, trainer={"train_dataset": data(("7", "8"))})
 

@@ -122,8 +122,10 @@ class ServerGeneration(PushedGeneration):
         return self.server.sample(self.make_requests(prompts, 0, teacher_prompts, self.accelerator.num_processes))
 
     def types(self) -> set[torch.dtype]:
-        """The type that the server computes in."""
-        return {self.server.dtype}
+        """The type that the server computes in, which the main process is told; to be called by all."""
+        box = [self.server.dtype if self.accelerator.is_main_process else None]
+        vllm_generation.broadcast_object_list(box, from_process=0)
+        return {box[0]}
 
     def close(self) -> None:
         """Let go of the server, which runs on."""
