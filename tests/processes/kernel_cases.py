@@ -263,11 +263,12 @@ def test_without_a_common_token_only_the_ends_have_a_solution() -> None:
     assert torch.equal(got.logits[4], theta[4])
     assert torch.equal(got.logits[5], teacher[5])
     assert bool((got.logits[:4] == 0).all())  # no ending is known
-    rows = [*ARITHMETIC, ARITHMETIC[0]]
-    got = run(Pair(theta, teacher), rows)
+    got = run(Pair(theta, teacher), [*ARITHMETIC, ARITHMETIC[0]])
     assert got.alpha[1] == 0  # of the trust region: KL(q‖θ) is infinite at any other
     assert torch.equal(got.logits[1], theta[1])
-    assert bool(got.logits[[0, *range(2, len(rows))]].isfinite().all())
+    assert got.alpha[4] == 1  # of the gate: the student's entropy is above its scale
+    assert torch.equal(got.logits[4], teacher[4])
+    assert bool(got.logits[[0, 2, 3, 5]].isfinite().all())
 
 
 def test_rows_of_both_forms_share_a_batch() -> None:

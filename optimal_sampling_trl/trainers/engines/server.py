@@ -123,7 +123,7 @@ class ServerGeneration(PushedGeneration):
 
     def types(self) -> set[torch.dtype]:
         """The type that the server computes in, which the main process is told; to be called by all."""
-        box = [self.server.dtype if self.accelerator.is_main_process else None]
+        box: list[Any] = [self.server.dtype if self.accelerator.is_main_process else None]
         vllm_generation.broadcast_object_list(box, from_process=0)
         return {box[0]}
 
