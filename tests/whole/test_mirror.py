@@ -33,7 +33,7 @@ ELSEWHERE = {
     "backends/vllm/worker/transfer.py": ("backends/vllm/server/test_server.py", "weights that a trainer sends"),
     **{
         f"cli/commands/{name}.py": ("cli/test_main.py", "each command by its words")
-        for name in ("demo", "env", "page", "serve")
+        for name in ("demo", "env", "page", "probe", "serve")
     },
     **{
         f"cli/commands/{name}.py": ("recipes/test_starters.py", "the recipe of its name runs it")
