@@ -11,6 +11,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+import transformers
 from beartype import BeartypeConf, beartype
 from hypothesis import settings
 from jaxtyping import install_import_hook
@@ -49,8 +50,10 @@ install_import_hook(SHAPED, f"{__name__}.check_shapes")
 
 @pytest.fixture(scope="module", autouse=True)
 def _own_environment() -> Iterator[None]:
-    """A process that has trained on an engine is a rank by its variables, and so would be all that it starts."""
-    before = dict(os.environ)
+    """A process that has trained on an engine is a rank by its variables, and so would be all that it starts. Each
+    trainer sets the level of the logs for the whole process."""
+    before, level = dict(os.environ), transformers.logging.get_verbosity()
     yield
     os.environ.clear()
     os.environ.update(before)
+    transformers.logging.set_verbosity(level)

@@ -86,9 +86,8 @@ from pathlib import Path
 from optimal_sampling_trl.files import Lock
 
 with Lock(Path(sys.argv[1]), "the book"):
-    child = os.fork()
-    if child:
-        print(child, flush=True)
+    if not os.fork():
+        print(os.getpid(), flush=True)  # by the child, once it runs: until then it holds the lock as well
     time.sleep(600)
 """
 

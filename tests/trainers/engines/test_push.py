@@ -32,6 +32,7 @@ class CopyGeneration(PushedGeneration):
     """A backend with its own student."""
 
     backend: TransformersBackend
+    engine = LiveGeneration.engine
     sleeps = False
     generate = LiveGeneration.generate
     types = LiveGeneration.types
