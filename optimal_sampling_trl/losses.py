@@ -40,6 +40,8 @@ from .options import check_flag, check_number, check_whole, unknown_option
 
 LEVELS = ("token", "prefix", "sequence")
 SHAPES = ("truncate", "mask", "luffy")
+ANCHOR_SHARE, ANCHOR_LOW, ANCHOR_HIGH, ANCHOR_NATS = 0.5, 0.8, 1.28, 1.0
+"""The teacher's share of an anchored ratio, its bounds, and the limit of log θ/t in it: see `anchor_factor`."""
 CORRECTIONS = ("none", *(f"{level}_{shape}" for level in LEVELS for shape in SHAPES))
 
 
@@ -226,6 +228,42 @@ def sampled_token_coefficients(
     if mean is not None:
         coefficient = coefficient - mean[:, None]
     return coefficient * mask
+
+
+def anchor_factor(
+    advantages: Float[Tensor, "*B T"], log_ratio: Float[Tensor, "*B T"], share: float | Tensor = ANCHOR_SHARE
+) -> Float[Tensor, "*B T"]:
+    """Factor of A·∇log θ in the gradient of min(r·A, clip(r, 0.8, 1.28)·A), with r anchored at student and teacher.
+
+    The ratio is r = θ/(θ_old^(1−s)·t^s), the logarithm of θ/t in it limited to 1 nat either way. At θ = θ_old it is
+    (θ/t)^s. Beyond the limit the teacher's part has no gradient; where the clipped side is the smaller r has none, so
+    that a token which the student likes better than the teacher does is reinforced no further.
+
+    Source: Zhang et al., "Reinforcement-aware Knowledge Distillation for LLM Reasoning", arXiv:2602.22495v2, §4.1,
+    §5.1.1 (the bounds 0.2 and 0.28) and Appendices A and B (s = 1 − α = 0.5, 1 nat), on the student's own rollouts.
+
+    Args:
+        advantages: A of each token.
+        log_ratio: log t − log θ of each token; −inf where the teacher rules it out.
+        share: s; where it is 0 the factor is 1.
+    """
+    ratio = torch.exp(-share * log_ratio.clamp(-ANCHOR_NATS, ANCHOR_NATS))
+    slope = torch.where(log_ratio.abs() < ANCHOR_NATS, 1.0, 1 - share)
+    clipped = torch.where(advantages > 0, ratio > ANCHOR_HIGH, ratio < ANCHOR_LOW)
+    return torch.where(clipped, 0.0, ratio * slope)
+
+
+def confidence(entropy: Float[Tensor, "*B T"], routed: Float[Tensor, "*B T"]) -> Float[Tensor, "*B T"]:
+    """Weight exp(−H(t)) of each token that learns from the teacher, before it is divided by its mean over those.
+
+    A teacher that is unsure of the next token teaches less there. Source: Li et al., "Unifying Group-Relative and
+    Self-Distillation Policy Optimization via Sample Routing", arXiv:2604.02288v1, §3.2, with β = 1.
+
+    Args:
+        entropy: H(t) of the next token, in nats.
+        routed: 1 on tokens that learn from the teacher, 0 on others and on padding.
+    """
+    return torch.exp(-entropy) * routed
 
 
 def accept_rewards(rewards: Float[Tensor, " B"], least: float | None = None) -> Bool[Tensor, " B"]:

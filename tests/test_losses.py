@@ -19,6 +19,7 @@ from optimal_sampling_trl.losses import (
     SHAPES,
     Correction,
     accept_rewards,
+    anchor_factor,
     effective_sample_size,
     imitation_loss,
     keep_positive,
@@ -457,3 +458,23 @@ def test_the_weight_of_the_mixture_is_half_a_cosine() -> None:
         [1.0, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2, 0.0, 0.0]
     )
     assert mixture_weight(1000, None) == 1.0
+
+
+def test_the_anchored_factor_is_the_gradient_of_the_clipped_objective() -> None:
+    """min(r·A, clip(r)·A) with r = (θ/θ_old)^α·(θ/t)^(1−α), at θ = θ_old, the teacher's logarithm in [−1, 1]."""
+    generator = torch.Generator().manual_seed(0)
+    advantages = torch.randn(2, 40, 1, dtype=torch.float64, generator=generator).expand(2, 40, 6)
+    log_theta, log_teacher = -4 * torch.rand(2, 2, 40, 6, dtype=torch.float64, generator=generator)
+    alpha = torch.tensor([0.5, 0.3], dtype=torch.float64)[:, None, None]
+    log_theta.requires_grad_()
+    to_teacher = (log_theta - log_teacher).clamp(-1, 1)
+    ratio = torch.exp(alpha * (log_theta - log_theta.detach()) + (1 - alpha) * to_teacher)
+    objective = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages)
+    (wanted,) = torch.autograd.grad(objective.sum(), log_theta)
+    log_ratio = log_teacher - log_theta.detach()
+    found = advantages * anchor_factor(advantages, log_ratio, 1 - alpha)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-15)
+    assert 0.1 < float((wanted == 0).double().mean()) < 0.7
+    assert torch.equal(anchor_factor(advantages, log_ratio, 0 * alpha), torch.ones_like(advantages))
+    ruled_out = anchor_factor(torch.tensor([1.0, -1.0]), torch.tensor([-math.inf, -math.inf]))
+    assert ruled_out.tolist() == pytest.approx([0.0, 0.5 * math.exp(0.5)])  # only the old policy's part is left

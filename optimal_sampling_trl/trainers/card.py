@@ -16,6 +16,7 @@ TAG = "optimal-sampling-trl"
 LOSS_FIELDS = (
     "positive_only",
     "correction",
+    "credit",
     "distillation_coefficient",
     "dense_coefficient",
     "loss",

@@ -10,6 +10,7 @@ import trl
 
 from ..losses import LEVELS, Correction
 from ..options import check_number, check_whole, suggest_arguments, unknown_option
+from .credit_config import CreditConfig
 from .dense_config import DenseLossConfig, DenseTermConfig
 from .presets import PresetConfig
 
@@ -100,7 +101,7 @@ class PolicyGradientConfig(DenseTermConfig, CorrectionConfig):
 
 @suggest_arguments()
 @dataclass
-class GRPOConfig(PresetConfig, PolicyGradientConfig, trl.GRPOConfig):
+class GRPOConfig(PresetConfig, CreditConfig, PolicyGradientConfig, trl.GRPOConfig):
     """TRL's `GRPOConfig` with the correction for completions of the mixture.
 
     The defaults taught best in our measurements: half of each group from the student
@@ -122,12 +123,13 @@ class GRPOConfig(PresetConfig, PolicyGradientConfig, trl.GRPOConfig):
         ```python
         GRPOConfig("output/grpo", distillation_coefficient=0.1)  # 0.1·(log t - log θ) beside the reward
         GRPOConfig("output/grpo", dense_coefficient=1.0, dense_fade=0.5)  # the divergence, gone by half of training
+        GRPOConfig("output/grpo", credit="routed", dense_coefficient=1.0)  # the teacher corrects wrong completions
         GRPOConfig("output/grpo", correction="token_truncate", correction_clip_max=2.0)
         GRPOConfig("output/grpo", preset="mentor")  # what that publication sets, in the generator, too
         ```
 
     Raises:
-        ValueError: on an unknown preset or baseline, a setting that the baseline does not go with, and as TRL's.
+        ValueError: on an unknown preset, credit or baseline, a setting that does not go with it, and as TRL's.
     """
 
     vllm_importance_sampling_correction: bool = field(

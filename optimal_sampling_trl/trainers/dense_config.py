@@ -13,6 +13,8 @@ TOP_K = 32
 """Likeliest tokens of each model that a dense loss reads, unless the user says otherwise."""
 DISTANCE = "kl_theta_teacher"
 """Exact KL(θ‖t) of each token, which is asked for beside the likeliest tokens and logged."""
+CONFIDENCE = "entropy_teacher"
+"""Exact H(t) of each token, by which routed credit weighs the term."""
 
 
 @dataclass
@@ -96,7 +98,8 @@ def dense_of(args: Any) -> Dense | None:
     """Return the dense records that the loss of a configuration reads; None where it reads none, as TRL's do."""
     if getattr(args, "dense_coefficient", 0.0) == 0 and getattr(args, "loss", None) != "dense":
         return None
-    return Dense(scalars=(DISTANCE,), top_k=args.dense_top_k)
+    routed = getattr(args, "credit", None) == "routed"
+    return Dense(scalars=(DISTANCE, CONFIDENCE) if routed else (DISTANCE,), top_k=args.dense_top_k)
 
 
 def joined(one: Dense | None, other: Dense | None) -> Dense | None:

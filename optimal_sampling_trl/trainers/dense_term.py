@@ -19,7 +19,8 @@ class DenseTermTrainer(MixtureTrainer):
     """Base of the trainers with rewards: TRL's loss, or ours, plus the dense term.
 
     The term is a mean over all tokens of an optimizer's step, of the student's completions and the mixture's alike:
-    at each position both models' distributions are compared, whoever drew the token.
+    at each position both models' distributions are compared, whoever drew the token. A subclass may weigh the tokens
+    by `dense_weights` (B, T) in the batch.
     """
 
     def _dense_of_loss(self) -> Dense | None:
@@ -48,6 +49,8 @@ class DenseTermTrainer(MixtureTrainer):
         )
         self._append_metrics({metrics.DENSE_DIVERGENCE: float(total / tokens.clamp(min=1))})
         self._append_metrics({metrics.DENSE_COEFFICIENT: coefficient})
+        if "dense_weights" in inputs:
+            divergences = divergences * inputs["dense_weights"][inputs["completion_mask"].bool()]
         return loss + coefficient * divergences.sum() / self._dense_share(inputs)
 
     def _dense_share(self, inputs: dict[str, Any]) -> Tensor:

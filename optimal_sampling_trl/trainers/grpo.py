@@ -9,10 +9,18 @@ import torch
 import trl
 from torch import Tensor
 
-from ..losses import mixture_weight, own_baseline, sampled_token_coefficients
+from ..losses import (
+    accept_rewards,
+    anchor_factor,
+    confidence,
+    mixture_weight,
+    own_baseline,
+    sampled_token_coefficients,
+)
 from ..options import suggest_arguments, unknown_option
 from ..user_warnings import warn_user
 from .config import GRPOConfig, with_our_default
+from .dense_config import CONFIDENCE
 from .generator import FOR_TRAINERS
 from .policy_gradient import PolicyGradientTrainer
 from .unread import has_negatives
@@ -133,6 +141,7 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
                 "`baseline` is 'own' and the student samples no completion of a group; wanted some. Raise the "
                 "generator's `theta_fraction`, or leave `baseline` at 'group'."
             )
+        self._check_credit()
         if self.args.loss_type == "vespo":
             if self.correction.name not in VESPO:
                 raise ValueError(
@@ -150,6 +159,18 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
                 f"`beta` is {self.args.beta} and `off_policy_mask_threshold` {self.args.off_policy_mask_threshold}: "
                 "TRL computes both on the mixture's tokens as if the student had sampled them. "
                 "Leave them at 0 and None.",
+            )
+
+    def _check_credit(self) -> None:
+        """Refuse several updates of one batch with anchored credit: its factor is that of the first."""
+        updates = self.args.steps_per_generation * self.args.num_iterations
+        if self._credit == "anchored" and self.args.gradient_accumulation_steps % updates != 0:
+            raise ValueError(
+                f"`credit` is 'anchored' with `steps_per_generation` {self.args.steps_per_generation} and "
+                f"`num_iterations` {self.args.num_iterations}, at `gradient_accumulation_steps` "
+                f"{self.args.gradient_accumulation_steps}; wanted one update of each batch, at which the student is "
+                "the one that sampled it. Leave `num_iterations` at 1 and drop `steps_per_generation`, or leave "
+                "`credit` at 'completion'."
             )
 
     def _theta_count(self) -> int:
@@ -179,12 +200,41 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
         if self.args.vllm_importance_sampling_correction:
             weights = output["importance_sampling_ratio"] * weights  # TRL's (B, T) or (B, 1)
         output["importance_sampling_ratio"] = weights
+        if self._credit == "routed" and "dense_ids" in output:
+            output["dense_weights"] = self._routed_weights(output)
+
+    @property
+    def _credit(self) -> str:
+        """The configuration's `credit`; our default where the configuration is TRL's, which has none."""
+        return getattr(self.args, "credit", GRPOConfig.credit)
+
+    def _routed_weights(self, output: dict[str, Any]) -> Tensor:
+        """Weight (B, T) of each token in the dense term: 0 in right completions, a mean of 1 over the others' tokens.
+
+        The mean is over all processes.
+        """
+        mask = output["completion_mask"]
+        first = self.accelerator.process_index * len(mask)
+        wrong = ~accept_rewards(self.rewards[first : first + len(mask)])
+        routed = wrong[:, None] * mask.float()
+        weights = confidence(output[f"dense_{CONFIDENCE}"], routed)
+        total, count = self.accelerator.reduce(torch.stack([weights.sum(), routed.sum()]))
+        return weights * count / total.clamp(min=torch.finfo(total.dtype).tiny)
 
     def _correct(self, output: dict[str, Any]) -> None:
-        mask = output["completion_mask"].float()
-        output["advantages"] = self._advantages(output)
+        output["advantages"] = advantages = self._advantages(output)
+        if "dense_weights" in output:
+            routed = (output["dense_weights"] > 0).any(1)
+            output["advantages"] = advantages = advantages.masked_fill(routed, 0.0)
+        if self._credit == "anchored":
+            of_tokens = advantages[:, None].expand_as(output["log_theta"])
+            output["advantages"] = of_tokens * anchor_factor(of_tokens, output["log_teacher"] - output["log_theta"])
         if coefficient := getattr(self.args, "distillation_coefficient", 0.0):
             towards_teacher = sampled_token_coefficients(
-                output["log_teacher"], output["log_theta"], mask, clip=self.args.distillation_clip
+                output["log_teacher"],
+                output["log_theta"],
+                output["completion_mask"].float(),
+                clip=self.args.distillation_clip,
             )
-            output["advantages"] = output["advantages"][:, None] + coefficient * towards_teacher  # (B, T)
+            reward = output["advantages"].view(len(advantages), -1)  # (B, T) or (B, 1)
+            output["advantages"] = reward + coefficient * towards_teacher  # (B, T)

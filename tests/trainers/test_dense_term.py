@@ -100,6 +100,38 @@ def test_the_term_adds_the_divergence_of_the_vocabulary(
     assert logged["dense/coefficient"] == [0.3]
 
 
+def parity(completions: list[str], **columns: Any) -> list[float]:
+    """A reward that half of all completions do not earn."""
+    return [float(len(text) % 2) for text in completions]
+
+
+@pytest.mark.parametrize("positive_only", ["all", "none"])
+def test_routed_credit_takes_wrong_completions_to_the_teacher(
+    pair: tuple[str, str], tmp_path: Path, positive_only: str
+) -> None:
+    """The term is over wrong completions alone, weighted by exp(−H(t)), and their advantage is 0."""
+    given = {"generator": HALF, "trainer": {"reward_funcs": parity}, "positive_only": positive_only, **ONE_STEP}
+    plain = one_batch(make_trainer("grpo", pair, tmp_path, **given), PROMPTS)
+    trainer = make_trainer("grpo", pair, tmp_path, credit="routed", dense_coefficient=0.3, **ALL, **given)
+    batch, wrong = one_batch(trainer, PROMPTS), trainer.rewards == 0
+    assert 2 < int(wrong.sum()) < 10
+    assert torch.equal(batch["advantages"], plain["advantages"].masked_fill(wrong, 0.0))
+    assert bool((plain["advantages"][wrong] != 0).any()) == (positive_only == "none")
+    with_term = loss_of(trainer, batch)
+    gradients = [parameter.grad.clone() for parameter in trainer.model.parameters()]
+    trainer.args.dense_coefficient = 0.0
+    without = loss_of(trainer, batch)
+    for parameter, gradient in zip(trainer.model.parameters(), gradients, strict=True):
+        parameter.grad = gradient - parameter.grad
+    theta, divergences = exact(trainer, batch, 1.0, pair)
+    mask = batch["completion_mask"].bool()
+    weights = torch.exp(-batch["dense_entropy_teacher"].double()[mask]) * wrong[:, None].expand_as(mask)[mask]
+    wanted = (weights / weights[weights > 0].mean() * divergences).mean()
+    wanted.backward()
+    assert with_term - without == pytest.approx(0.3 * wanted.item(), rel=1e-4)
+    assert_gradient(trainer.model, theta, 0.3)
+
+
 @pytest.mark.parametrize("kind", RL)
 def test_few_tokens_say_less_than_all(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
     values = []

@@ -29,6 +29,15 @@ def log_probabilities(model: Any, prompt: list[int], completion: list[int], temp
     return (logits[0, len(prompt) - 1 : -1] / temperature).log_softmax(-1)
 
 
+def anchored(advantage: float, log_theta: Tensor, log_teacher: Tensor) -> Tensor:
+    """The gradient (T,) of RLAD's objective for log θ: its ratio, its two clips, and θ_old = θ."""
+    log_theta = log_theta.detach().requires_grad_()
+    teacher = (log_theta - log_teacher).clamp(-1, 1)
+    ratio = torch.exp(0.5 * (log_theta - log_theta.detach()) + 0.5 * teacher)
+    objective = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage)
+    return torch.autograd.grad(objective.sum(), log_theta)[0]
+
+
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
@@ -38,6 +47,8 @@ def log_probabilities(model: Any, prompt: list[int], completion: list[int], temp
         ("grpo", {"correction": "prefix_mask", "correction_window": 2, "correction_self_normalise": True}),
         ("grpo", {"loss_type": "grpo", "distillation_coefficient": 0.3, "distillation_clip": 1.0}),
         ("grpo", {"positive_only": "mixture"}),
+        ("grpo", {"credit": "anchored"}),
+        ("grpo", {"credit": "anchored", "positive_only": "none", "distillation_coefficient": 0.3}),
         ("rloo", {"beta": 0.0}),
         ("rloo", {"beta": 0.0, "positive_only": "mixture"}),
         ("rloo", {"beta": 0.0, "correction": "sequence_truncate", "positive_only": "none"}),
@@ -91,6 +102,7 @@ def test_gradients_against_float64(
         terms = []
         for a, w, log, log_t in zip(advantages, weights, sampled, log_teacher):
             pull = (log_t - log.detach()).clamp(-args.distillation_clip, args.distillation_clip)
+            a = anchored(a, log, log_t) if args.credit == "anchored" else a
             terms.append(-(a + args.distillation_coefficient * pull) * w * (log - log.detach()).exp())
         if args.loss_type == "grpo":
             wanted = sum(term.mean() for term in terms) / len(rows)

@@ -216,9 +216,14 @@ def test_the_mixtures_weight_falls_and_ends_with_the_student_alone(pair: tuple[s
         ),
         ({"baseline": "own"}, {"theta_fraction": 0.0}, r"`baseline` is 'own' and the student samples no completion"),
         ({"mixture_weight_steps": 0}, {}, r"`mixture_weight_steps` is 0; wanted a whole number of at least 1"),
+        (
+            {"credit": "anchored", "num_iterations": 2},
+            {},
+            r"`credit` is 'anchored' with .* `num_iterations` 2, .*wanted one update of each batch",
+        ),
     ],
 )
-def test_what_the_own_baseline_does_not_go_with(
+def test_settings_that_do_not_go_together(
     pair: tuple[str, str], tmp_path: Path, settings: Any, generator: Any, wanted: str
 ) -> None:
     with pytest.raises(ValueError, match=wanted):
