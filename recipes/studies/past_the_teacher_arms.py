@@ -10,6 +10,7 @@ All cells of {loss} × {dense} × {rollouts} × {task} × {teacher} × {start} �
 - The task with many right answers gets the axes of teacher and start, too: there a verified sample is no label.
 - Controls at the main place: the same losses without a teacher, the teacher's own samples, groups of 1 to 8 at equal
   completions, and what others propose.
+- On two short tasks, ways to credit single tokens from the records against GRPO's default and against a dense term.
 """
 
 from __future__ import annotations
@@ -100,7 +101,23 @@ GRADED = {
     "RAFT, own, by reward": Arm(RAFT, ALONE, accept=None, tries=MIDDLE),
     "RAFT, mixture, by reward": Arm(RAFT, theta_fraction=0.0, accept=None, tries=LARGE),
 }
-ARMS = FACTORIAL | CONTROLS | GRADED
+OWN = {"reward": 1.0}
+CREDIT = {
+    # Three ways to credit single tokens (`stack_credit.py`), on the default's rollouts and on those of their sources.
+    # RLSD's share of the teacher falls from 0.5 to 0 in 50 updates: half of a run of 100.
+    "RLSD, half": Arm({**DEFAULT, "evidence": 0.5}, fade=0.5, tries=MIDDLE),
+    "SRPO, half": Arm({**DEFAULT, "wrong_symmetric": 1.0}, tries=MIDDLE),
+    "SRPO, half, KL(θ‖t)": Arm({**DEFAULT, "wrong_reverse": 1.0}, tries=MIDDLE),
+    "SRPO, half, sampled tokens": Arm({**DEFAULT, "wrong_sampled": 1.0}, tries=MIDDLE),
+    "RLAD, half": Arm({**DEFAULT, "anchored": 0.5}, tries=MIDDLE),
+}
+CREDIT_REST = {
+    "RLSD, half, constant 1": Arm({**DEFAULT, "evidence": 1.0}, tries=MIDDLE),
+    "SRPO, own": Arm({**OWN, "wrong_symmetric": 1.0}, ALONE, tries=MIDDLE),
+    "RLSD, own": Arm({**OWN, "evidence": 0.5}, ALONE, fade=0.5, tries=SMALL),
+    "RLAD, own": Arm({**OWN, "anchored": 0.5}, ALONE, tries=SMALL),
+}
+ARMS = FACTORIAL | CONTROLS | GRADED | CREDIT | CREDIT_REST
 CORE = (
     "Distillation, own", "Distillation, mixture", "GRPO, own", "GRPO, half", "GRPO, own + dense 1",
     "GRPO, half + dense 1", "RAFT, own", "RAFT, half", "RAFT, mixture", "RAFT, teacher", "RAFT, own + dense 1",
@@ -109,6 +126,9 @@ CORE = (
 REST = tuple(arm for arm in FACTORIAL if arm not in CORE)
 MAIN = Setting("sums-40", "teacher-50", "student-2", CORE, 3)
 MANY = MAIN._replace(task="many-16")
+SHORT = MAIN._replace(task="sums-10", arms=("GRPO, half", *CREDIT, "GRPO, half + dense 1"))
+SHORT_MANY = SHORT._replace(task="many-8")
+"""Places at which ways to credit tokens are compared: short enough for a CPU."""
 FEW = 256
 """Different prompts where there are few: 37 epochs of them without groups."""
 
@@ -134,6 +154,9 @@ def settings(seeds: int = 3) -> list[Setting]:
         MAIN._replace(prompts=FEW),
         MAIN._replace(task="sums-80"),
         MANY._replace(arms=REST),
+        SHORT,
+        SHORT_MANY,
+        SHORT._replace(arms=(*CREDIT_REST, "GRPO, own")),
     ]
     return [place._replace(seeds=seeds) for place in places]
 

@@ -12,8 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optimal_sampling_trl.losses import keep_positive, sampled_token_coefficients
+from optimal_sampling_trl.divergences import divergence
+from optimal_sampling_trl.losses import anchor_factor, keep_positive, sampled_token_coefficients
 from stack import Batch, Stack
+from stack_credit import evidence_factor, routed_weights
 
 UNLIKELY = 0.2
 """A token that the student gives less than this is improbable."""
@@ -31,6 +33,9 @@ class Losses(NamedTuple):
         imitation: of −log θ of the sampled tokens: fine-tuning on them.
         accepted: of −log θ times the weight of the completion: filtered fine-tuning, RAFT.
         unlikely: of log θ of the tokens to which the student gives less than `UNLIKELY`: a fixed negative advantage.
+        evidence, anchored: the teacher's shares in the credit of a token, as RLSD and RLAD have it (`stack_credit`).
+        wrong_symmetric, wrong_reverse, wrong_sampled: of what a completion that is wrong learns from the teacher in
+            the reward's place, as in SRPO: Jensen-Shannon divergence, KL(θ‖t), log t − log θ of the sampled token.
     """
 
     reward: Tensor
@@ -41,6 +46,11 @@ class Losses(NamedTuple):
     imitation: Tensor
     accepted: Tensor
     unlikely: Tensor
+    evidence: Tensor
+    anchored: Tensor
+    wrong_symmetric: Tensor
+    wrong_reverse: Tensor
+    wrong_sampled: Tensor
 
 
 def advantages(rewards: Tensor, group: int | Tensor) -> Tensor:
@@ -83,28 +93,49 @@ def loss(
     log_all = torch.log_softmax(logits, dim=-1)  # (S, B, T, V)
     log_theta = log_all.gather(-1, batch.ids[..., None])[..., 0]
     weights = (rewards > 0).float() if weights is None else weights
-    coefficient = _policy_gradient(batch, rewards, mixed, log_theta.detach(), terms, group, clip)
+    routed = _routed(batch, rewards, terms)
+    coefficient = _policy_gradient(batch, rewards, mixed, log_theta.detach(), terms, group, clip, routed)
     coefficient = coefficient + _wide(terms.imitation) + _wide(terms.accepted) * weights[..., None]
     total = -(coefficient * log_theta * batch.mask).sum((1, 2))
     if bool((terms.divergence > 0).any()):
-        divergence = (log_all.exp() * (log_all - batch.teacher)).sum(-1)  # (S, B, T)
-        total = total + terms.divergence * (divergence * batch.mask).sum((1, 2))
+        total = total + terms.divergence * (divergence(log_all, batch.teacher, 1.0) * batch.mask).sum((1, 2))
+    for wrong, beta in ((terms.wrong_reverse, 1.0), (terms.wrong_symmetric, 0.5)):
+        if bool((wrong > 0).any()):
+            total = total + wrong * (divergence(log_all, batch.teacher, beta) * routed).sum((1, 2))
     return total / batch.mask.sum((1, 2)).clamp(min=1)
 
 
+def _routed(batch: Batch, rewards: Tensor, terms: Losses) -> Tensor:
+    """The weight (S, B, T) of the tokens that learn from the teacher in the reward's place; 0 on all others."""
+    routes = terms.wrong_symmetric + terms.wrong_reverse + terms.wrong_sampled > 0  # (S,)
+    routed = _wide(routes) * (rewards <= 0)[..., None] * batch.mask
+    return routed_weights(batch.teacher, routed) if bool(routes.any()) else routed
+
+
 def _policy_gradient(
-    batch: Batch, rewards: Tensor, mixed: Tensor, log_theta: Tensor, terms: Losses, group: int | Tensor, clip: float
+    batch: Batch,
+    rewards: Tensor,
+    mixed: Tensor,
+    log_theta: Tensor,
+    terms: Losses,
+    group: int | Tensor,
+    clip: float,
+    routed: Tensor,
 ) -> Tensor:
     """The advantage (S, B, T) of each token: the reward's, the teacher's and that of improbable tokens."""
     plain = advantages(rewards, group)[..., None].expand(log_theta.shape)
     kept = keep_positive(plain.reshape(-1), mixed.reshape(-1)).view(plain.shape)
     kept = torch.where(_wide(terms.negatives) > 0, plain, kept)
-    kept = torch.where(_wide(terms.positives) > 0, plain.clamp(min=0), kept)
+    kept = torch.where(_wide(terms.positives) > 0, plain.clamp(min=0), kept).masked_fill(routed > 0, 0.0)
+    log_ratio = batch.log_teacher - log_theta
+    factor = evidence_factor(kept, log_ratio, _wide(terms.evidence))
+    factor = factor * anchor_factor(kept, log_ratio, _wide(terms.anchored))
     towards = sampled_token_coefficients(
         batch.log_teacher.flatten(1), log_theta.flatten(1), batch.mask.flatten(1), clip=clip
     ).view(log_theta.shape)
     below = (log_theta < math.log(UNLIKELY)).float()
-    return _wide(terms.reward) * kept + _wide(terms.sampled) * towards - _wide(terms.unlikely) * below
+    teacher = (_wide(terms.sampled) + _wide(terms.wrong_sampled) * routed) * towards
+    return _wide(terms.reward) * kept * factor + teacher - _wide(terms.unlikely) * below
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ MODULES = {
     "studies/digit_tasks.py": "ladder.py imports it: what is asked; test_past_the_teacher.py",
     "studies/stack_graph.py": "horizon_train.py imports it: a GPU's launches as one; test_past_the_teacher.py",
     "studies/stack_losses.py": "horizon_train.py imports it: what students learn from; test_stack.py",
+    "studies/stack_credit.py": "stack_losses.py imports it: credit of single tokens; test_stack_credit.py",
     "studies/stack_measure.py": "horizon_train.py imports it: how good students are; test_stack.py",
     "studies/stacks.py": "horizon.py imports it: which runs are missing; test_past_the_teacher.py",
     "studies/stage.py": "horizon_train.py imports it: arms and their phases; test_past_the_teacher.py",

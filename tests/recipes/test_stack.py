@@ -27,6 +27,7 @@ TERMS = {
     "GRPO": {"reward": 1.0},
     "GRPO with negatives": {"reward": 1.0, "negatives": 1.0},
     "GRPO with positives alone": {"reward": 1.0, "positives": 1.0},
+    "GRPO, anchored credit": {"reward": 1.0, "anchored": 0.5},
     "GRPO + sampled tokens": {"reward": 1.0, "sampled": 0.1},
     "divergence": {"divergence": 1.0},
     "sampled tokens": {"sampled": 1.0},
@@ -147,6 +148,7 @@ def test_gradients_are_the_trainers(folders: tuple[str, str], tmp_path: Path, na
         kept = "none" if "negatives" in values else "all" if "positives" in values else "mixture"
         special = {"num_generations": 4, "positive_only": kept}
         special["distillation_coefficient"] = values.get("sampled", 0.0)
+        special["credit"] = "anchored" if "anchored" in values else "completion"
     else:
         special = {} if is_raft else {"loss": "sampled_token" if "sampled" in values else "divergence"}
     kind = "GRPO" if is_grpo else "RAFT" if is_raft else "Distillation"
