@@ -14,7 +14,7 @@ from .options import check_whole, suggest_arguments
 from .output import OptimalSamplingOutput
 from .pairing import Prompt, check_system_message, encode, reads_two_prompts, warn_of_templates
 from .pairing.rows import teacher_prompts_of
-from .rollouts.dense import Dense, check_wish
+from .rollouts.dense import Dense, check_dense
 from .rollouts.params import takes_sampling_params
 from .rollouts.progress import Progress, is_watched
 from .rollouts.request import Request, Sampling
@@ -160,7 +160,7 @@ class OptimalSamplingV1:
         check_whole("generate", "n", n, 1)
         if seed is not None:
             check_whole("generate", "seed", seed)
-        check_wish("generate", dense)
+        check_dense("generate", dense)
         if mixture is not None and not use_optimal_sampling:
             raise ValueError(
                 f"generate: `mixture` is {mixture!r} and `use_optimal_sampling` is False, the teacher alone; "
@@ -214,7 +214,7 @@ class OptimalSamplingV1:
     def encode(
         self, prompt: Prompt, index: int = 0, teacher_prompt: Prompt | None = None
     ) -> tuple[list[int], list[int]]:
-        """The token ids of one prompt for the teacher and for the student, after system prompts and chat template.
+        """Encode one prompt for the teacher and for the student, after system prompts and chat template.
 
         Args:
             prompt: a text, token ids or messages.
@@ -288,7 +288,7 @@ def _prompt_list(prompts: Any) -> list[Prompt]:
 
 
 def _one_each(value: Any, kind: Any, count: int, name: str) -> list[Any]:
-    """`value` once for each of `count` prompts, or as it is where it holds one for each."""
+    """Return `value` once for each of `count` prompts, or as it is where it holds one for each."""
     if isinstance(value, kind):
         return [value] * count
     values = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]

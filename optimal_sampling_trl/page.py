@@ -84,7 +84,7 @@ def render_page(
     steps: Iterable[int] | None = None,
     advantages: Iterable[float | None] | None = None,
 ) -> str:
-    """The HTML that `write_page` writes, for a notebook or a server; arguments and errors are the same."""
+    """Return the HTML that `write_page` writes, for a notebook or a server; arguments and errors are the same."""
     if len(rollouts) == 0:
         raise ValueError("write_page got no rollouts; a page needs at least one: generate some before you write it.")
     count = len(rollouts)

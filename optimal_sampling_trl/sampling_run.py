@@ -25,7 +25,7 @@ from .pairing import folder_digest
 from .pairing.prompts import SYSTEM_MESSAGE
 from .pairing.rows import read_prompts
 from .rollouts.card import make_card
-from .rollouts.dense import Dense, check_wish
+from .rollouts.dense import Dense, check_dense
 from .rollouts.folder import CARD, RUN, Key, RolloutFolder
 from .rollouts.progress import Progress
 from .rollouts.request import Request, Sampling
@@ -102,7 +102,7 @@ def sample_to_folder(
     check_whole("sample_to_folder", "n", n, 1)
     check_whole("sample_to_folder", "batch_size", batch_size, 1)
     check_whole("sample_to_folder", "seed", seed)
-    check_wish("sample_to_folder", dense)
+    check_dense("sample_to_folder", dense)
     sampling, mixture = sampling or Sampling(), mixture or sampler.mixture
     if sampling.seed is not None:
         raise ValueError(
@@ -162,7 +162,7 @@ def _name_failed(store: RolloutFolder) -> None:
 
 
 def rollout_seed(seed: int, key: Key) -> int:
-    """Seed of one rollout, in [0, 2^63): equal prompts, and equal runs with another seed, share none."""
+    """Return the seed of one rollout, in [0, 2^63): equal prompts, and equal runs with another seed, share none."""
     digest = hashlib.sha256(f"{seed} {key.prompt_index} {key.sample}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -185,7 +185,7 @@ def _encoder(sampler: OptimalSamplingV1, mixture: Mixture, sampling: Sampling, d
 
 
 def _digest(texts: Sequence[tuple[Any, Any]], encode: Encode) -> str:
-    """SHA-256 of all that the two models read; refuses prompts that the backend would refuse later in the run."""
+    """Return the SHA-256 of all that the two models read; refuse prompts that the backend would refuse later."""
     digest = hashlib.sha256()
     for index, (prompt, teacher_prompt) in enumerate(texts):
         request = encode(index, prompt, teacher_prompt)
@@ -194,7 +194,7 @@ def _digest(texts: Sequence[tuple[Any, Any]], encode: Encode) -> str:
 
 
 def _settings(sampler: OptimalSamplingV1, mixture: Mixture, sampling: Sampling, dense: Dense | None) -> dict[str, Any]:
-    """Everything beside the prompts on which the rollouts depend, in JSON's types."""
+    """Return everything beside the prompts on which the rollouts depend, in JSON's types."""
     arguments = {name: value for name, value in sampler.engine_arguments.items() if name not in MAY_CHANGE_ON_RESUME}
     drawn = {name: value for name, value in asdict(sampling).items() if name != "seed"}
     settings = {
@@ -216,7 +216,7 @@ def _settings(sampler: OptimalSamplingV1, mixture: Mixture, sampling: Sampling, 
 
 
 def _weights(sampler: OptimalSamplingV1, role: str) -> str | None:
-    """A number that changes when a model is trained: of all weights, or of all bytes of its files. None for a name."""
+    """Return a digest of a model's weights, or of all bytes of its files; None for a model id."""
     if (loaded := sampler.backend.weight_digest(role)) is not None:
         return DIGEST + loaded
     folder = Path(getattr(sampler, f"model_{role}"))
@@ -262,7 +262,7 @@ def _open_run(store: RolloutFolder, run: dict[str, Any]) -> dict[str, Any]:
 
 
 def _differences(old: dict[str, Any], run: dict[str, Any], folder: Path) -> dict[str, tuple[Any, Any]]:
-    """The settings of a begun run and of this one, where they differ.
+    """Return the settings of a begun run and of this one, where they differ.
 
     A setting that the version that began the folder did not know had its default there.
     """
@@ -297,7 +297,7 @@ def _batches(total: int, n: int, batch_size: int) -> Iterator[list[Key]]:
 
 
 def _missing(store: RolloutFolder, total: int, n: int, batch_size: int) -> dict[int, list[Key]]:
-    """The batches without a shard.
+    """Return the batches without a shard.
 
     Raises:
         ValueError: on a shard that is damaged or not of this run.

@@ -99,7 +99,7 @@ def draw(results: dict[str, Result], path: Path) -> Path:
 
 
 def report(results: dict[str, Result], samples: int) -> str:
-    """The table of the runs."""
+    """Return the table of the runs."""
     lines = [f"Exact match on held-out prompts{'before':>9} {'after':>8} {'samples':>8} {'seconds':>8}"]
     for name, result in reversed(results.items()):
         first, last = result.curve[0][1], result.curve[-1][1]

@@ -107,7 +107,7 @@ def joined(one: Dense | None, other: Dense | None) -> Dense | None:
 
 
 def coefficient_at(args: Any, progress: float) -> float:
-    """Coefficient of the dense term at a share of training in [0, 1]; 0 where the configuration has no such term."""
+    """Return the coefficient of the dense term at a share of training in [0, 1]; 0 without such a term."""
     coefficient = float(getattr(args, "dense_coefficient", 0.0))
     fade = getattr(args, "dense_fade", None)
     return coefficient if fade is None else coefficient * max(0.0, 1 - progress / fade)

@@ -82,7 +82,7 @@ class DenseHead:
         return result
 
     def _positions(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """Hidden states (N, H) at the positions that count: TRL has picked them, or hands over whole rows."""
+        """Return the hidden states (N, H) at the positions that count, which TRL may already have picked."""
         if utils._use_triton(hidden.device):
             return hidden
         B, T = mask.shape
@@ -91,7 +91,7 @@ class DenseHead:
 
 @contextmanager
 def dense_head(ids: Int[Tensor, "B T K"], mask: Bool[Tensor, "B T"]) -> Iterator[DenseHead]:
-    """While this lasts, a pass through TRL's fused output layer also computes log θ of `ids` where `mask` is True."""
+    """Let a pass through TRL's fused output layer also compute log θ of `ids` where `mask` is True."""
     head = DenseHead(getattr(utils, FUNCTION), ids, mask)
     with patch.object(utils, FUNCTION, head):
         yield head
@@ -126,6 +126,6 @@ class _TiledLogProbabilities(torch.autograd.Function):
 
 
 def _tiles(hidden: Tensor, weight: Tensor) -> list[slice]:
-    """Rows whose logits fit into a tile."""
+    """Return the rows whose logits fit into a tile."""
     size = max(TILE // weight.shape[0], 1)
     return [slice(start, start + size) for start in range(0, len(hidden), size)]

@@ -15,7 +15,7 @@ from ..backends.transformers.backend import ENGINE_OPTIONS
 from ..mixture import FIELDS, Mixture
 from ..options import check_flag, check_number, shown, suggest_arguments, unknown_option
 from ..pairing import MODEL_OPTIONS, check_system_message, reads_two_prompts
-from ..rollouts.dense import Dense, check_wish
+from ..rollouts.dense import Dense, check_dense
 
 ELSEWHERE = {
     "model_teacher": "teacher=",
@@ -101,7 +101,7 @@ class OptimalSamplingGenerator:
                 "{'max_num_seqs': 64}."
             )
         check_system_message(self.system_message)
-        check_wish("OptimalSamplingGenerator", self.dense)
+        check_dense("OptimalSamplingGenerator", self.dense)
         if self.theta_fraction is not None:
             check_number("OptimalSamplingGenerator", "theta_fraction", self.theta_fraction, 0.0, 1.0)
         if self.mixture_below is not None:
@@ -181,7 +181,7 @@ class OptimalSamplingGenerator:
         return reads_two_prompts(self.teacher_system_prompt, self.theta_system_prompt)
 
     def theta_count(self, group: int, default: float) -> int:
-        """Number of a group's completions that the student samples alone.
+        """Return the number of a group's completions that the student samples alone.
 
         Args:
             group: number of completions in the group.
@@ -201,7 +201,7 @@ class OptimalSamplingGenerator:
         return count
 
     def current_mixture(self, progress: float, entropy_scale: float | None = None) -> Mixture:
-        """Mixture at a share of training in [0, 1], with the scale of the entropy gate that was set last."""
+        """Return the mixture at a share of training in [0, 1], with the last scale of the entropy gate."""
         if entropy_scale is not None:
             return replace(self.mixture, entropy_scale=entropy_scale)
         return self.mixture if self.schedule is None else self.mixture.anneal(min(progress / self.schedule, 1.0))

@@ -65,7 +65,7 @@ def is_chat(prompt: Any) -> bool:
 
 
 def rows_of(data: Any, name: str) -> Iterator[Row]:
-    """The prompts of a trainer's data set or sets, but of those that are streamed.
+    """Return the prompts of a trainer's data set or sets, but of those that are streamed.
 
     Args:
         data: a data set, a dictionary of some, or None.
@@ -143,7 +143,7 @@ def shape_of(prompt: Any) -> Any:
 
 
 def _read_first(where: str, reading: Reading, system_message: str, tokenize: Tokenize) -> int:
-    """The number of tokens that a model reads of the first row of a kind."""
+    """Return the number of tokens that a model reads of the first row of a kind."""
     where = f"the `{TEACHER_PROMPT}` of {where}" if reading.is_own else where
     prompt, system_prompt = reading.prompt, reading.system_prompt
     try:
@@ -200,6 +200,6 @@ def check_lengths(
 
 
 def _bytes(prompt: Any) -> int:
-    """The size of a prompt's own text."""
+    """Return the size of a prompt's own text."""
     contents = [prompt] if isinstance(prompt, str) else [message.get("content") for message in prompt]
     return sum(len(str(content or "").encode()) for content in contents)

@@ -54,7 +54,7 @@ class TwoRounds(MixtureTrainer):
             )
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """As TRL's; afterwards the plan says again who samples which row."""
+        """Do as TRL does; afterwards the plan says again who samples which row."""
         try:
             return super()._generate_and_score_completions(inputs)
         finally:
@@ -90,7 +90,7 @@ class TwoRounds(MixtureTrainer):
         return tuple(interleave(*parts, first, second) for parts in zip(one.output, other.output, strict=True))
 
     def _rounds(self, rows: int) -> tuple[list[int], list[int]]:
-        """Rows of this process that are sampled first, and the others."""
+        """Return the rows of this process that are sampled first, and the others."""
         group, alone = self._group_size(), self._theta_count()
         return [i for i in range(rows) if i % group < alone], [i for i in range(rows) if i % group >= alone]
 
@@ -109,18 +109,18 @@ class TwoRounds(MixtureTrainer):
         return Round(output, engine.pop_rollouts(), engine.seconds)
 
     def _score(self, rows: list[int], output: Any) -> Tensor:
-        """TRL's rewards (rows of all processes, functions) of what its `_generate` returned."""
+        """Return TRL's rewards (rows of all processes, functions) of what its `_generate` returned."""
         inputs = [self._dataset_rows[row] for row in rows]
         completions = output[3 if len(output) > 3 else 2]  # GRPO's, RLOO's
         return super()._calculate_rewards(inputs, [one["prompt"] for one in inputs], completions, output[1])
 
     def _groups_in_need(self, rewards: Tensor, below: float) -> Tensor:
-        """True for each group (groups,) none of whose first rows has a reward of at least `below`."""
+        """Return True for each group (groups,) none of whose first rows has a reward of at least `below`."""
         found = self._totals(rewards).view(-1, self._theta_count()) >= below
         return ~found.any(dim=1).cpu()
 
     def _totals(self, rewards: Tensor) -> Tensor:
-        """Total reward of each row; NaN where no function could score it, as in TRL."""
+        """Return the total reward of each row; NaN where no function could score it, as in TRL."""
         totals = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         return totals.masked_fill(rewards.isnan().all(dim=1), torch.nan)
 
@@ -133,7 +133,7 @@ class TwoRounds(MixtureTrainer):
                 values.append(pick(before, last) if pick else share * before + (1 - share) * last)
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
-        """TRL's rewards of all rows (rows of all processes, functions), without scoring the first round again."""
+        """Return the rewards of all rows (rows of all processes, functions); the first round is not scored again."""
         if self._first_rewards is None:
             return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         rounds = first, second = self._rounds(len(prompts))

@@ -41,7 +41,7 @@ def _loss(args: Any) -> str:
 
 
 def has_negatives(args: Any) -> bool:
-    """True where an advantage below 0 can reach the loss."""
+    """Return True where an advantage below 0 can reach the loss."""
     return getattr(args, "positive_only", "all") != "all" or getattr(args, "distillation_coefficient", 0.0) != 0
 
 
@@ -163,7 +163,7 @@ def warn_user(message: str) -> None:
 
 
 def _changed(args: Any) -> dict[str, Any]:
-    """Values of the fields that are not at their default, by name."""
+    """Return the values of the fields that are not at their default, by name."""
     defaults: Iterable[tuple[str, Any]] = (
         (field.name, field.default if field.default_factory is MISSING else field.default_factory())
         for field in fields(args)

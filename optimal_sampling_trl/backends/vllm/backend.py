@@ -107,7 +107,7 @@ class VLLMBackend:
         check_request(request, self.pair, index, self.llm.llm_engine.model_config.max_logprobs)
 
     def generate(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Rollout]:
-        """One rollout for each request, in their order; `progress` has vLLM's bar below it, and counts at the end.
+        """Sample one rollout for each request, in their order. vLLM shows its bar; `progress` counts at the end.
 
         Raises:
             ValueError: on a request that cannot be served, before any is; and where a model returned NaN.
@@ -119,7 +119,7 @@ class VLLMBackend:
         return rollouts
 
     def sample(self, requests: Sequence[Request], use_tqdm: bool = False) -> tuple[list[RequestOutput], list[Rollout]]:
-        """vLLM's outputs and the rollouts in them, one of each for each request, in their order.
+        """Return vLLM's outputs and their rollouts, one of each per request, in the requests' order.
 
         Args:
             requests: what is asked for.
@@ -234,7 +234,7 @@ class VLLMBackend:
             self.has_nan = False
 
     def weight_digest(self, role: str) -> str | None:
-        """A number that changes with the student's weights; None as long as they, or the teacher's, are the files'."""
+        """Return a digest that changes with the student's weights; None while weights are those of the files."""
         return self.llm.collective_rpc("theta_digest")[0] if role == "theta" else None
 
     def sleep(self) -> None:

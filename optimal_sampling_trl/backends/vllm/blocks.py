@@ -12,7 +12,7 @@ from .wire import teacher_shift_of, theta_prompt_of
 
 
 def shared_end(prompt: int, behind: int, block_size: int) -> int:
-    """The end of the part of a request's cache that may be shared, in tokens of the scheduled stream.
+    """Return the end of the part of a request's cache that may be shared, in tokens of the scheduled stream.
 
     The first completion token of the model whose prompt is d tokens shorter has place `prompt - d % block_size`.
     Blocks that end later belong to one request alone.

@@ -10,14 +10,14 @@ class TeacherHooks:
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """vLLM's hook while a model's configuration is made."""
+        """Adjust a model's configuration: vLLM's hook while it is made."""
         read_positions_of_text(model_config)
         for hooks in _hooks_of(model_config):
             hooks.verify_and_update_model_config(model_config)
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """vLLM's hook while an engine's configuration is made."""
+        """Adjust an engine's configuration: vLLM's hook while it is made."""
         for hooks in _hooks_of(vllm_config.model_config):
             hooks.verify_and_update_config(vllm_config)
 
@@ -44,7 +44,7 @@ def read_positions_of_text(model_config: Any) -> None:
 
 
 def own_architectures(model_config: Any) -> list[str]:
-    """The architectures in the teacher's checkpoint: the engine's configuration names the fused model instead."""
+    """Return the architectures in the teacher's checkpoint; the engine's configuration names the fused model."""
     from vllm.transformers_utils.config import get_config
 
     config = model_config

@@ -19,7 +19,7 @@ WORKER = "optimal_sampling_trl.backends.vllm.worker.weights.OptimalSamplingWorke
 
 
 def engine_settings(pair: Pair, engine_arguments: Mapping[str, Any], **further: Any) -> dict[str, Any]:
-    """The engine arguments that this backend sets.
+    """Return the engine arguments that this backend sets.
 
     Args:
         pair: what the engine is built on.
@@ -43,7 +43,7 @@ def engine_settings(pair: Pair, engine_arguments: Mapping[str, Any], **further: 
 
 
 def platform_settings() -> dict[str, str]:
-    """The variables that vLLM starts under: Model Runner V2 on a GPU, V1 on a CPU, also on one that has Triton."""
+    """Return the variables that vLLM starts under: Model Runner V2 on a GPU, V1 on a CPU, even one with Triton."""
     from vllm.platforms import current_platform
 
     return {"VLLM_USE_V2_MODEL_RUNNER": "0" if current_platform.is_cpu() else "1"}
@@ -63,7 +63,7 @@ def quiet() -> None:
 
 
 def quick_settings() -> dict[str, Any]:
-    """Engine arguments unless the user sets them: no bar for each shard, and on a CPU no compilation."""
+    """Return the defaults of engine arguments: no bar for each shard, and on a CPU no compilation."""
     from vllm.platforms import current_platform
 
     return {"use_tqdm_on_load": False} | ({"enforce_eager": True} if current_platform.is_cpu() else {})
@@ -95,7 +95,7 @@ def _name(dtype: torch.dtype) -> str:
 
 @contextmanager
 def in_this_process() -> Iterator[None]:
-    """While this lasts vLLM starts its core beside the caller, where the student's weights can be reached.
+    """Let vLLM start its core inside the caller's process, where the student's weights can be reached.
 
     These variables alone are put back: `patch.dict` would take back what vLLM sets for its own later use, too.
     """

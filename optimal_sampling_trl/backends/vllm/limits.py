@@ -94,7 +94,7 @@ def check_pair(
 
 
 def _teacher_tokenizer(teacher: Source, arguments: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    """The tokenizer that vLLM loads for its model."""
+    """Return the tokenizer that vLLM loads for its model."""
     revision = arguments.get("tokenizer_revision") or arguments.get("revision")
     options = {**teacher.options, "revision": revision}
     return Source(str(arguments.get("tokenizer") or teacher.name), "teacher", options, teacher.token).tokenizer()

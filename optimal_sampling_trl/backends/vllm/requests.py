@@ -67,7 +67,7 @@ def check_request(request: Request, pair: Pair, index: int, max_logprobs: int) -
 
 
 def most_columns(pair: Pair) -> int:
-    """The most columns that a request's records can take, dense ones of all tokens among them."""
+    """Return the most columns that a request's records can take, dense ones of all tokens among them."""
     return columns_of(Dense(SCALARS, pair.vocabulary))
 
 
@@ -85,7 +85,7 @@ def _check_two_prompts(request: Request, pair: Pair, index: int) -> None:
 
 
 def to_sampling_params(request: Request, ending: Ending) -> SamplingParams:
-    """vLLM's parameters of one request that asks for its records.
+    """Return vLLM's parameters of one request, with its records asked for.
 
     Where no stop texts are asked for vLLM does not turn tokens into text: `to_rollouts` does it once at the end.
     """
@@ -191,7 +191,7 @@ def _check_teacher_shift(extra: dict[str, Any], length: int) -> None:
 
 
 def to_rollouts(outputs: Sequence[RequestOutput], requests: Sequence[Request], pair: Pair) -> list[Rollout]:
-    """One rollout for each request, from vLLM's outputs in the same order.
+    """Return one rollout for each request, from vLLM's outputs in the same order.
 
     Raises:
         UnsolvedError: naming every request in whose records a model returned NaN, or that was given the cached blocks

@@ -31,7 +31,7 @@ class RecordRows(Sequence[Any]):
             self.parts.extend(zip(ids[:, None], values[:, None], strict=True))
 
     def arrays(self) -> tuple[Int[np.ndarray, "T C"], Float[np.ndarray, "T C"]]:
-        """The ids and the numbers of all tokens."""
+        """Return the ids and the numbers of all tokens."""
         if not self.parts:
             return np.zeros((0, self.columns), dtype=np.int64), np.zeros((0, self.columns), dtype=np.float32)
         ids, values = map(self._joined, zip(*self.parts))

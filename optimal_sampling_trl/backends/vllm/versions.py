@@ -32,7 +32,7 @@ def unsupported() -> str | None:
 
 
 def serve_flags() -> Any:
-    """vLLM's module of the flags of its server; it moved between 0.26 and 0.31."""
+    """Return vLLM's module of its server's flags, which moved between 0.26 and 0.31."""
     try:
         return import_module("vllm.entrypoints.launchers.cli_args")
     except ModuleNotFoundError:

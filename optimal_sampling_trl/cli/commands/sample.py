@@ -42,14 +42,14 @@ class SampleArguments(ScriptArguments):
     use_tqdm: bool = field(default=True, metadata={"help": "Show tokens/s, mean alpha and the time left."})
 
     def prompts(self) -> Any:
-        """The prompts that the flags name."""
+        """Return the prompts that the flags name."""
         data = load_data(self, evaluate=False)["train_dataset"]
         if self.max_samples is None:
             return data
         return data.take(min(self.max_samples, len(data)) if hasattr(data, "__len__") else self.max_samples)
 
     def sampling(self) -> Sampling:
-        """Settings of the draws."""
+        """Return the settings of the draws."""
         return Sampling(
             max_tokens=self.max_tokens,
             temperature=self.temperature,
@@ -61,7 +61,7 @@ class SampleArguments(ScriptArguments):
         )
 
     def dense(self) -> Dense | None:
-        """Dense records that are wanted."""
+        """Return the dense records that are wanted."""
         asked = self.dense_scalars or self.dense_top_k
         return Dense(tuple(self.dense_scalars), self.dense_top_k) if asked else None
 

@@ -77,7 +77,7 @@ def build_generation(
 
 @contextmanager
 def engine_replaced_by(trainer: type, build: Callable[..., Any]) -> Iterator[None]:
-    """While this lasts, TRL's trainer above `trainer` builds its engine with `build`.
+    """Let TRL's trainer above `trainer` build its engine with `build` inside the block.
 
     Raises:
         RuntimeError: where TRL has no such name any more.

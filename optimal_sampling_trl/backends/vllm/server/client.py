@@ -100,7 +100,7 @@ class FusedServer:
 
     @contextmanager
     def push(self) -> Iterator[None]:
-        """While this lasts weights are sent.
+        """Check the server before and after the block, inside which the weights are sent.
 
         Raises:
             RuntimeError: where they did not arrive in each of the server's processes, or another trainer's did.
@@ -118,7 +118,7 @@ class FusedServer:
             self._check_weights(self._call_workers("theta_state"), self.pushed)
 
     def sample(self, requests: Sequence[Request]) -> list[Rollout]:
-        """One rollout for each request, in their order; equal ones that follow each other share an HTTP request.
+        """Sample one rollout for each request, in their order. Equal requests in a row share one HTTP request.
 
         Raises:
             ValueError: on a request that cannot be served, before any is; and where a model returned NaN.
@@ -176,7 +176,7 @@ class FusedServer:
 
     @contextmanager
     def _explain_errors(self, what: str) -> Iterator[None]:
-        """Errors of a server name it, and say what to start."""
+        """Turn an error inside the block into one that names the server and says what to start."""
         try:
             yield
         except Exception as error:
@@ -280,5 +280,5 @@ def _check_teacher(found: str, digest: str | None, wanted: str) -> None:
 
 
 def _basename(name: str) -> str:
-    """A model's name without where it lies, which differs from machine to machine."""
+    """Return a model's name without where it lies, which differs from machine to machine."""
     return name.rstrip("/").split("/")[-1]

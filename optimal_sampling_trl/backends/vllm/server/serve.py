@@ -31,7 +31,7 @@ ONE_SERVER = {"headless": False, "grpc": False, "api_server_count": None}
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments of vLLM's server for a pair.
+    """Return the arguments of vLLM's server for a pair.
 
     Raises:
         ImportError: where vLLM is missing, unsuited, or did not load this package's plugin.
@@ -61,7 +61,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _given(parser: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """The engine arguments among the flags that are not at their default."""
+    """Return the engine arguments among the flags that are not at their default."""
     from vllm import EngineArgs
 
     if args.model_tag is not None:
@@ -157,7 +157,7 @@ def refuse_early(engine: Any) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command `optimal-sampling-serve`; a refusal is one line and exit status 2."""
+    """Run the command `optimal-sampling-serve`; a refusal is one line and exit status 2."""
     try:
         args = parse(argv)
     except (ImportError, ValueError) as error:

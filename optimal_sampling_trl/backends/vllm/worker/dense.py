@@ -57,7 +57,7 @@ def measure_wishes(mixed: Mixed, wishes: Sequence[Wish]) -> list[Columns]:
 def _measure_rows(
     mixed: Mixed, dense: Dense, rows: Int[Tensor, " R"], V: int
 ) -> tuple[Int[Tensor, "R C"], Float[Tensor, "R C"]]:
-    """The ids and the numbers of some rows: the rows of logits are copied, so that few are taken at a time."""
+    """Return the ids and the numbers of some rows: the rows of logits are copied, so that few are taken at a time."""
     theta, teacher, q = (one[rows, :V] for one in (mixed.theta, mixed.teacher, mixed.logits))
     temperature = 1.0 if mixed.temperature is None else mixed.temperature[rows]
     teacher = mixed.ending.fold(teacher.float())
@@ -68,7 +68,7 @@ def _measure_rows(
 
 
 def with_dense(columns: LogprobsTensors, measured: Sequence[Columns]) -> LogprobsTensors:
-    """The log-probabilities of a step with dense records behind the records that `with_records` wrote."""
+    """Return the log-probabilities of a step with dense records behind the records that `with_records` wrote."""
     first = 1 + RECORD_COLUMNS
     width = max(columns.logprobs.shape[1], *(first + one.ids.shape[1] for one in measured))
     missing = (0, width - columns.logprobs.shape[1])

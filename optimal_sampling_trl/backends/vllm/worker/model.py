@@ -98,7 +98,7 @@ class OptimalSamplingForCausalLM(nn.Module):
         self.instance, self.updates, self.stale = secrets.token_hex(8), 0, None
 
     def embed_input_ids(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The teacher's embeddings; vLLM asks every model for them, and uses them for multimodal ones alone."""
+        """Return the teacher's embeddings; vLLM asks every model for them, and uses them for multimodal ones alone."""
         return self.teacher.embed_input_ids(input_ids, *args, **kwargs)
 
     def forward(
@@ -112,7 +112,7 @@ class OptimalSamplingForCausalLM(nn.Module):
         theta_positions: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """The hidden states of both, (tokens, teacher's size + student's size).
+        """Return the hidden states of both models, (tokens, teacher's size + student's size).
 
         Args:
             input_ids: what vLLM schedules.
@@ -171,14 +171,17 @@ class OptimalSamplingForCausalLM(nn.Module):
             planned.update({name: places[:tokens] for name in layers if name in planned})
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
-        """The teacher's logits (N, V of the teacher); the student's stay on `theta_logits` for the sampler."""
+        """Return the teacher's logits (N, V of the teacher); the student's stay on `theta_logits` for the sampler."""
         teacher, theta = hidden_states.split([self.teacher_size, self.theta_size], dim=1)
         self.theta_logits = self.theta.compute_logits(theta.contiguous())
         return self.teacher.compute_logits(teacher.contiguous())
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """At first both models from disk, the student's names behind `theta.`; afterwards the student alone, under
-        the names of its own checkpoint, so that vLLM's and TRL's ways of pushing weights reach it."""
+        """Load both models from disk the first time, and the student alone later.
+
+        The student's names begin with `theta.` the first time. Later they are those of its own checkpoint, so that
+        vLLM's and TRL's ways of pushing weights reach it.
+        """
         names = self.theta_names
         if self.is_loaded:
             weights = self.of_text("theta", weights)
@@ -207,7 +210,7 @@ class OptimalSamplingForCausalLM(nn.Module):
             yield name, weight
 
     def of_text(self, role: str, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
-        """A model's weights under the names of its language model, without the towers of a multimodal wrapper."""
+        """Return a model's weights under the names of its language model, without a multimodal wrapper's towers."""
         if not self.wraps[role]:
             return weights
         return ((inside, weight) for name, weight in weights if (inside := text_name(name)) is not None)
@@ -221,7 +224,7 @@ class OptimalSamplingForCausalLM(nn.Module):
 
 
 def as_text(config: VllmConfig, architectures: list[str]) -> tuple[VllmConfig, list[str]]:
-    """The configuration and architectures of the language model inside of a multimodal wrapper; others as they are."""
+    """Return the configuration and architectures of a multimodal wrapper's language model; others as they are."""
     whole = config.model_config.hf_config
     if not is_wrapper(whole):
         return config, architectures

@@ -43,7 +43,7 @@ class BatchMixtures(NamedTuple):
     def of(
         cls, mixtures: Sequence[Mixture], temperatures: Sequence[float], masked: Sequence[bool], device: torch.device
     ) -> BatchMixtures:
-        """Greedy rows (temperature 0) are solved at 1. `masked`: whether a grammar masks the row's logits."""
+        """Make a batch's mixtures. Greedy rows (temperature 0) are solved at 1; a grammar masks `masked` rows."""
         rows = MixtureRows.of(mixtures, device)
         known = [m.alpha_min if m.alpha_min == m.alpha_max else m.fixed_alpha for m in mixtures]
         unknown = [i for i, m in enumerate(mixtures) if m.alpha_min < m.alpha_max and m.method != "fixed"]
@@ -87,7 +87,7 @@ def mix_step(
 
 
 def _solve(theta: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"], mixtures: BatchMixtures) -> Float[Tensor, " N"]:
-    """α of each row, of raw logits; a few rows at a time, as many as the processor's cache holds."""
+    """Return α of each row from raw logits, solving as many rows at a time as the processor's cache holds."""
     rows = mixtures.solve if mixtures.solve is not None else torch.arange(len(theta))
     solved = []
     for part in rows.split(max(1, _CACHED // theta.shape[1])):
@@ -117,7 +117,7 @@ class _HeldGenerator(torch.Generator):
 
 
 def generators_of_kept_rows(runner: Any, generators: dict[int, torch.Generator]) -> dict[int, torch.Generator]:
-    """The generators of the rows whose token will be kept, by row.
+    """Return the generators of the rows whose token will be kept, by row.
 
     Symptom: seeded requests and chunked prefill on the CPU stop with "CPU Generator does not use offset".
     Cause: Model Runner V1 winds back the generator of a row whose prompt is not yet read, by an offset that only GPUs

@@ -61,7 +61,7 @@ class ThetaTransfer:
             receiver.finish()
 
     def finish_weight_update(self) -> None:
-        """Nothing: `receive_weights` finished what it began."""
+        """Do nothing: `receive_weights` finished what it began."""
 
 
 class ThetaNCCL(ThetaTransfer, NCCLWeightTransferEngine):
