@@ -1,13 +1,13 @@
-"""Rows of the mixture only where they are needed: a group's own rows are sampled and scored first.
+"""Rows of the mixture only where they are needed: the student's own rows of a group are sampled and scored first.
 
 A batch takes two calls of the engine, each as long as its longest completion. Reward functions run once for each
-completion, in two calls a batch: the first reads each group's own rows, the second all others. One that compares the
-completions of a group sees a part of it at a time.
+completion, in two calls a batch: the first reads the student's own rows of each group, the second all others. A
+function that compares the completions of a group sees only a part of it at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -17,6 +17,9 @@ from torch import Tensor
 from .. import metrics
 from ..rollouts.rollout import Rollout
 from .mixture_trainer import MixtureTrainer
+
+CLIPPED_RATIO = "completions/clipped_ratio"
+"""TRL's name of the share of completions that did not end."""
 
 
 class Round(NamedTuple):
@@ -126,11 +129,10 @@ class TwoRounds(MixtureTrainer):
 
     def _merge_lengths(self, share: float) -> None:
         """Make TRL's numbers of the lengths in both rounds those of one; the first had this share of the rows."""
-        for name, values in self._metrics["train"].items():
-            if name.startswith("completions/"):
-                last, before = values.pop(), values.pop()
-                pick = min if "/min_" in name else max if "/max_" in name else None
-                values.append(pick(before, last) if pick else share * before + (1 - share) * last)
+        columns = {name: column for name, column in self._metrics["train"].items() if name.startswith("completions/")}
+        second, first = ({name: column.pop() for name, column in columns.items()} for _ in range(2))
+        for name, value in merge_lengths(first, second, share).items():
+            columns[name].append(value)
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         """Return the rewards of all rows (rows of all processes, functions); the first round is not scored again."""
@@ -162,3 +164,27 @@ def interleave(one: Any, other: Any, first: Sequence[int], second: Sequence[int]
         return one
     rows = dict(zip([*first, *second], [*one, *other], strict=True))
     return [rows[row] for row in range(len(rows))]
+
+
+def merge_lengths(first: Mapping[str, float], second: Mapping[str, float], share: float) -> dict[str, float]:
+    """Merge TRL's numbers of the completions' lengths in two rounds into those of all rows.
+
+    TRL writes 0 for the lengths of the completions that ended where none did. That round then has no part in them.
+
+    Args:
+        first: numbers of the first round by TRL's names; lengths are in tokens.
+        second: those of the second round.
+        share: share of the rows in the first round, strictly between 0 and 1.
+    """
+    rows = (share, 1 - share)
+    ended = tuple(part * (1 - numbers[CLIPPED_RATIO]) for part, numbers in zip(rows, (first, second)))
+    merged = {}
+    for name in first:
+        weights = ended if "_terminated_" in name else rows
+        parts = [(weight, numbers[name]) for weight, numbers in zip(weights, (first, second)) if weight > 0]
+        values = [value for _, value in parts]
+        if "/min_" in name or "/max_" in name:
+            merged[name] = (min if "/min_" in name else max)(values, default=0.0)
+        else:
+            merged[name] = sum(weight * value for weight, value in parts) / (sum(weights) or 1.0)
+    return merged
