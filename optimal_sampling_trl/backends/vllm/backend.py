@@ -1,4 +1,4 @@
-"""The fused engine: built from two names, asked with requests, answered with rollouts."""
+"""The fused engine: it is built from two names, takes requests and returns rollouts."""
 
 from __future__ import annotations
 
@@ -33,15 +33,17 @@ HALF_LOADED = "a reload of the student failed half-way, so that its weights are 
 class VLLMBackend:
     """The backend `vllm` (see `backends.Backend`): owns vLLM's engine in this process, and all that belongs to it.
 
-    `pair` is what the engine was built on, `stale` why it must not sample until the next reload, or None, and
-    `has_nan` whether a model returned NaN since the caches were last cleaned.
-
     Args:
         teacher: the teacher's folder or name; what the engine takes for its model.
         theta: the student's folder or name.
-        pair: what both share, where it was read already; with these names and arguments.
-        gpu_memory_utilization: vLLM's share of the device's memory; on the CPU of the machine's.
+        pair: what both models share, if it was read already from these names and arguments.
+        gpu_memory_utilization: vLLM's share of the device's memory; on a CPU, of the machine's.
         **engine_arguments: further arguments of `vllm.LLM`; `max_model_len` defaults to what both models can read.
+
+    Attributes:
+        pair: what the engine was built on.
+        stale: why the engine must not sample until the next reload; None if it may.
+        has_nan: whether a model returned NaN since the caches were last cleaned.
 
     Raises:
         ImportError: where vLLM is missing, unsuited, or did not load this package's plugin.
@@ -88,7 +90,7 @@ class VLLMBackend:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The pair's."""
+        """The pair's tokenizer."""
         return self.pair.tokenizer
 
     @property
@@ -185,9 +187,9 @@ class VLLMBackend:
     def load_theta(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Replace the student's weights in place and forget what was cached under the old ones.
 
-        A list is checked as a whole first, and the old weights stay where it is refused. A generator is loaded as it
-        comes, as each of its tensors may be gathered for a moment only: where that fails half-way the engine refuses
-        to sample until a whole set was loaded.
+        A list is checked as a whole first; if it is refused, the old weights stay. A generator is loaded as it comes,
+        because each of its tensors may be gathered for a moment only. If that fails half-way, the engine refuses to
+        sample until a whole set has been loaded.
 
         Args:
             named_parameters: every weight of the student under its checkpoint's name, as pairs or as a `state_dict`;

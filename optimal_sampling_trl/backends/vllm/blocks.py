@@ -1,6 +1,7 @@
 """The blocks of the cache that requests may share where teacher and student read different prompts.
 
-vLLM's scheduler decides it, by hashes of the teacher's tokens: this stands outside `worker/`, which runs the models.
+vLLM's scheduler decides which, by hashes of the teacher's tokens. So this file is not part of `worker/`, which runs
+the models.
 """
 
 from __future__ import annotations

@@ -30,10 +30,10 @@ def _hooks_of(model_config: Any) -> list[Any]:
 
 
 def read_positions_of_text(model_config: Any) -> None:
-    """Let the engine count positions of text alone where its model has three of them for a token of an image.
+    """Let the engine count positions as in text where its model has three for each token of an image.
 
     Symptom: an engine on a vision-language teacher asks the fused model for positions of images.
-    Cause: a section for each kind of position in the settings of rotary embeddings, by which vLLM knows such a model.
+    Cause: the settings of rotary embeddings have a section for each kind of position, by which vLLM knows such models.
     Safe: all positions of a token of text are equal, so that the angles are those without sections.
     Upstream: none; vLLM serves these models with their images.
     Delete when: the fused model takes images.

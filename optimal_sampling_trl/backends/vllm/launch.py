@@ -24,7 +24,7 @@ def engine_settings(pair: Pair, engine_arguments: Mapping[str, Any], **further: 
     Args:
         pair: what the engine is built on.
         engine_arguments: the user's, which are added to.
-        **further: what else the engine is to tell about itself.
+        **further: further settings that the engine tells about itself.
     """
     ending = {"stop": pair.ending.stop, "folded": pair.ending.folded}
     # Windows of one length share a table of blocks with layers that read all; others need one each.
@@ -50,7 +50,8 @@ def platform_settings() -> dict[str, str]:
 
 
 def quiet() -> None:
-    """Let vLLM say warnings and errors alone, unless `VLLM_LOGGING_LEVEL` is set; it logs thirty lines at a start.
+    """Let vLLM log only warnings and errors unless `VLLM_LOGGING_LEVEL` is set; else it logs thirty lines at each
+    start.
 
     vLLM reads the variable when it is imported. On a CPU it also warns then that Triton has no driver.
     """
@@ -97,7 +98,7 @@ def _name(dtype: torch.dtype) -> str:
 def in_this_process() -> Iterator[None]:
     """Let vLLM start its core inside the caller's process, where the student's weights can be reached.
 
-    These variables alone are put back: `patch.dict` would take back what vLLM sets for its own later use, too.
+    Only these variables are restored: `patch.dict` would also undo what vLLM sets for its own later use.
     """
     settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **platform_settings()}
     before = {name: os.environ.get(name) for name in settings}

@@ -1,4 +1,4 @@
-"""Refusals of the fused engine before it starts, each by name and reason: seconds instead of a trace from vLLM."""
+"""Refusals of the fused engine before it starts: each names the setting and the reason, in place of vLLM's trace."""
 
 from __future__ import annotations
 

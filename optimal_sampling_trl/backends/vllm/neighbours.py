@@ -1,4 +1,4 @@
-"""An engine among others in its process: what vLLM keeps once a process, and its shutdown takes from all of them.
+"""An engine among others in its process: what vLLM keeps once per process, and a shutdown would take from all of them.
 
 Engines of this package may live side by side, and in a training job whose process group came first.
 """
@@ -21,10 +21,11 @@ WORKSPACE = "vllm.v1.worker.workspace"
 
 
 class Neighbour:
-    """One engine's part of what all engines of a process share. Made before the engine starts.
+    """One engine's part of what all engines of a process share. Make it before the engine starts.
 
-    `group` is torch's default process group from before the first of the engines that are open, or None; `workspace`
-    the engine's scratch memory, None on a CPU.
+    Attributes:
+        group: torch's default process group from before the first of the open engines; None where there was none.
+        workspace: the engine's scratch memory; None on a CPU.
     """
 
     _open: ClassVar[WeakSet[Neighbour]] = WeakSet()

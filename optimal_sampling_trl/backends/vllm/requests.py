@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
 
 COLDEST, HOTTEST = 0.01, 2.0
-"""The temperatures above 0 that vLLM takes as they are."""
+"""Lowest and highest temperature above 0 that vLLM does not change."""
 
 
 def check_request(request: Request, pair: Pair, index: int, max_logprobs: int) -> None:
@@ -43,7 +43,8 @@ def check_request(request: Request, pair: Pair, index: int, max_logprobs: int) -
         max_logprobs: the engine's setting: the most columns of a token; -1 is as many as the teacher has tokens.
 
     Raises:
-        ValueError: on a prompt that is empty, too long or no tokens, on two prompts where the models read one stream,
+        ValueError: on a prompt that is empty, too long or not of tokens, on two prompts where the models read one
+        stream,
             on a temperature that vLLM would not sample at, and on more dense records than the engine hands back.
     """
     if list(request.prompt_ids) != list(request.theta_prompt_ids):
@@ -87,7 +88,7 @@ def _check_two_prompts(request: Request, pair: Pair, index: int) -> None:
 def to_sampling_params(request: Request, ending: Ending) -> SamplingParams:
     """Return vLLM's parameters of one request, with its records asked for.
 
-    Where no stop texts are asked for vLLM does not turn tokens into text: `to_rollouts` does it once at the end.
+    Without stop texts vLLM does not turn tokens into text; `to_rollouts` does it once at the end.
     """
     from vllm import SamplingParams
 
@@ -103,7 +104,7 @@ def to_sampling_params(request: Request, ending: Ending) -> SamplingParams:
 
 
 def check_params(params: Any, prompt_ids: Sequence[int], settings: dict[str, Any]) -> None:
-    """Refuse what a stranger's request asks of the mixture and cannot have: in the engine it would stop the step.
+    """Refuse a client's request that the mixture cannot serve: inside the engine it would stop the step.
 
     Args:
         params: vLLM's parameters of the request.

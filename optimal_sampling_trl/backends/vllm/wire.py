@@ -1,12 +1,13 @@
 """The wire format: how a request asks vLLM for records, and how the records of its tokens come back.
 
-Writer (`worker/`) and readers (`requests.py`, `server/messages.py`) stand in different processes, and both read this
-file. It imports no vLLM. A request carries its mixture, flat, among vLLM's extra arguments. A record rides on vLLM's
-log-probabilities: the first column of a token is log q, and the others stand under token ids beyond the vocabulary.
+The writer (`worker/`) and the readers (`requests.py`, `server/messages.py`) may run in different processes, and share
+this file. It imports no vLLM. A request carries its mixture, flat, among vLLM's extra arguments. A record rides on
+vLLM's log-probabilities: the first column of a token is log q, and the others stand under token ids beyond the
+vocabulary.
 
-Dense records are further columns. A scalar travels with its sign changed, so that it is not above 0 and +inf is -inf,
-which a server's JSON has a number for. A likely token has two columns, its log-probabilities under the student and
-the teacher. The id of a column is a multiple of V, by which a row has no id twice, and the token.
+Dense records are further columns. A scalar travels with its sign changed: it is then never above 0, and +inf becomes
+-inf, for which a server's JSON has a number. A likely token has two columns, its log-probabilities under the student
+and the teacher. The id of such a column is the token plus a multiple of V, so that no id occurs twice in a row.
 """
 
 from __future__ import annotations

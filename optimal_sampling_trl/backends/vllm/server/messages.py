@@ -41,7 +41,7 @@ LEAST = -9999.0
 
 
 def describe(pair: Pair) -> dict[str, Any]:
-    """Return the settings in which a server tells about itself, beside what its model needs."""
+    """Return the settings by which a server describes itself, beyond those that its model needs."""
     return {
         "version": __version__,
         "tokens": token_digest(pair.tokenizer),

@@ -128,7 +128,7 @@ def answer_for_replicas(engine: Any) -> None:
 def refuse_early(engine: Any) -> None:
     """Check each request before it reaches the engine, whatever endpoint it came by.
 
-    There it would stop the step, and with it the server; here vLLM answers it with status 400.
+    A bad request in the engine would stop the step, and with it the server. Here vLLM answers it with status 400.
     """
     from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
 

@@ -48,9 +48,12 @@ COMPUTED = ".rotary_emb.inv_freq"
 
 
 class OptimalSamplingForCausalLM(nn.Module):
-    """The engine's model is the teacher; the student is named in `additional_config["optimal_sampling"]`:
-    `theta` (its folder), `ending` (`stop` and `folded` token ids, see `pairing.Ending`), `mixture` (of a request that
-    brings none, as `Mixture.to_dict`)."""
+    """Teacher and student as one model of vLLM; the engine's own model is the teacher.
+
+    `additional_config["optimal_sampling"]` describes the rest: `theta` is the student's folder, `ending` the `stop`
+    and `folded` token ids (see `pairing.Ending`), `mixture` that of a request without one, as `Mixture.to_dict` gives
+    it.
+    """
 
     is_text_generation_model = True
     teacher: Any

@@ -1,4 +1,4 @@
-"""The record of each sampled token, written behind vLLM's log-probabilities: of both samplers, rows and slots."""
+"""The record of each sampled token, written behind vLLM's log-probabilities, for both samplers."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ....mixture import CERTAIN_LOGIT, Mixture, MixtureRows, log_distributions, mix_at, solve_alpha
 from ....pairing import Ending
 from ..wire import dense_of, mixture_of, wants_record
-from .dense import Wish, group_wishes, measure_wishes, with_dense
+from .dense import Group, group_rows, measure_groups, with_dense
 from .records import Mixed, with_records
 
 _CACHED = 1 << 16
@@ -147,7 +147,7 @@ class MixtureSampler(nn.Module):
         self.mixtures: BatchMixtures | None = None
         self.wanted: Tensor | None = None
         self.num_logprobs: int | None = None
-        self.wishes: list[Wish] = []
+        self.groups: list[Group] = []
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -168,7 +168,7 @@ class MixtureSampler(nn.Module):
             max_num_logprobs=sampling_metadata.max_num_logprobs if self.num_logprobs is None else self.num_logprobs,
             generators=generators_of_kept_rows(self.runner, sampling_metadata.generators),
         )
-        measured = measure_wishes(mixed, self.wishes)
+        measured = measure_groups(mixed, self.groups)
         output = self.base(mixed.logits, sampling_metadata, *args, **kwargs)
         if self.num_logprobs is not None:
             output.logprobs_tensors = with_records(
@@ -187,7 +187,7 @@ class MixtureSampler(nn.Module):
             [one.structured_outputs is not None for one in params],
             device,
         )
-        self.wishes = group_wishes([dense_of(one.extra_args) if wants_record(one) else None for one in params], device)
+        self.groups = group_rows([dense_of(one.extra_args) if wants_record(one) else None for one in params], device)
         wanted = [wants_record(one) for one in params]
         V = self.runner.input_batch.vocab_size  # what -1 stands for
         asked = [one.logprobs for one, mine in zip(params, wanted) if not mine and one.logprobs is not None]
