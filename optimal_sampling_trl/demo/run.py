@@ -1,9 +1,9 @@
 """The demo: three trainings of one student from the same start, side by side, and what they learned as a picture.
 
-With TRL's GRPO on the student's own samples, at its best learning rate and at the mixture's, and with half of each
-group sampled from the mixture with its teacher; each with the same number of samples. Prints exact match on held-out
-prompts before and after, and writes learning.png (the curves, and α over training) and rollouts.html (the
-completions of both halves side by side, with each token's records).
+Two runs are TRL's GRPO on the student's own samples, at its best learning rate and at the mixture's. The third samples
+half of each group from the mixture with the teacher. All take the same number of samples. The demo prints the exact
+match on held-out prompts before and after. It writes learning.png (the curves, and α over training) and rollouts.html
+(the completions of both halves side by side, with each token's records).
 """
 
 from __future__ import annotations
@@ -44,11 +44,15 @@ class Result(NamedTuple):
 
 
 def run_one(name: str, line: int, pair: Pair, steps: int, backend: str, output: Path) -> Result:
-    """Train once; of the mixture's run the page is written, too.
+    """Train once; write the page of the mixture's run.
 
     Args:
         name: one of `RATES`.
         line: of the terminal, for the bar.
+        pair: the teacher and the student.
+        steps: optimizer steps.
+        backend: the engine of the mixture's run.
+        output: folder of what is written.
     """
     transformers.logging.disable_progress_bar()  # of loading weights
     settings = {"learning_rate": RATES[name], "output_dir": str(output / f"trainer-{line}")}

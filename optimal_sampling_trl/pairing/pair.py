@@ -20,7 +20,7 @@ class Pair:
     Args:
         teacher: the teacher's folder or name; empty for a loaded model without one.
         theta: the student's, likewise.
-        tokenizer: of both.
+        tokenizer: the tokenizer of both.
         vocabulary: the number of tokens that both models score.
         engine_vocabulary: the number that the teacher scores: vLLM's token ids end there.
         context: most tokens, prompt and completion together, that both can read in this engine.

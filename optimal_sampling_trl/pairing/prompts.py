@@ -197,7 +197,7 @@ def template_refusal(
         setting: the name of the system prompt that was put before the chat; None where there was none.
     """
     roles = ", ".join(str(message.get("role")) for message in messages)
-    cure = "Mend the row, or pass a tokenizer with another `chat_template`."
+    cure = "Fix the row, or pass a tokenizer with another `chat_template`."
     if setting is not None:
         cure = (
             f"`{setting}` is put before a chat as a system message. Does the template take none? Then drop the "

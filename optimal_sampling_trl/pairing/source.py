@@ -42,8 +42,8 @@ class Source:
         model: a folder, a model id or a loaded model.
         role: what errors call it.
         options: some of `MODEL_OPTIONS`; a loaded model has no use for them.
-        token: what the Hub is asked with; by default the machine's.
-        overrides: fields of the configuration that an engine sets anew.
+        token: the Hub's access token; by default the machine's.
+        overrides: fields of the configuration that an engine sets to other values.
     """
 
     model: str | PreTrainedModel
@@ -92,7 +92,7 @@ class Source:
 
     @cached_property
     def text_config(self) -> PreTrainedConfig:
-        """The same of the language model alone, where it stands in a multimodal wrapper."""
+        """The configuration of the language model alone, where it is inside of a multimodal wrapper."""
         return language_model(self.config)
 
     @cached_property

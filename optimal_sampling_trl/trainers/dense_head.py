@@ -3,7 +3,7 @@
 TRL's fused output layer projects the student's hidden states tile by tile in an autograd function that it finds under
 a name of its module, and lays out no logits (B, T, V). `DenseHead` stands under that name while a loss is computed. It
 calls TRL's function and then reads further tokens from the same hidden states: the student's body runs once, and the
-cost is one more output layer, forward and twice backward. All that is relied on in TRL for it stands here, and is
+cost is one more output layer, forward and twice backward. Everything in TRL that this relies on is named here and
 checked by tests/whole/test_upstream_trl.py.
 """
 
@@ -91,7 +91,7 @@ class DenseHead:
 
 @contextmanager
 def dense_head(ids: Int[Tensor, "B T K"], mask: Bool[Tensor, "B T"]) -> Iterator[DenseHead]:
-    """Let a pass through TRL's fused output layer also compute log θ of `ids` where `mask` is True."""
+    """Let TRL's fused output layer also compute log θ of `ids` where `mask` is True, inside the block."""
     head = DenseHead(getattr(utils, FUNCTION), ids, mask)
     with patch.object(utils, FUNCTION, head):
         yield head

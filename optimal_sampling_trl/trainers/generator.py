@@ -67,7 +67,7 @@ class OptimalSamplingGenerator:
             model below the adapter, which is in memory once and is not trained.
 
     Raises:
-        ValueError: on a mixture that is none, an unknown backend, a wish that is none or a number out of range.
+        ValueError: on a `mixture` or `dense` of another type, an unknown backend, or a number out of range.
 
     Example:
         ```python
@@ -172,7 +172,7 @@ class OptimalSamplingGenerator:
 
     @property
     def named_teacher(self) -> str | PreTrainedModel:
-        """Teacher as TRL and vLLM take it: a path is a text."""
+        """The teacher as TRL and vLLM take it, a path as text."""
         return os.fspath(self.teacher) if isinstance(self.teacher, os.PathLike) else self.teacher
 
     @property

@@ -141,7 +141,7 @@ class RAFTTrainer(RewardedTrainer, trl.GRPOTrainer):
         )
 
     def _group_size(self) -> int:
-        """Return the number of a prompt's completions; of one that stands alone, a process's batch."""
+        """Return the number of completions of a prompt, or, where it has one, of a process's batch."""
         if self.args.num_generations > 1:
             return self.args.num_generations
         return self.args.per_device_train_batch_size * self.args.steps_per_generation

@@ -1,7 +1,7 @@
 """Settings of TRL's that are set and that nothing will read: each is named once, with what would read it.
 
-TRL takes most of them without a word. They do no harm, so they are warned of; what contradicts another setting is
-refused where that stands.
+TRL accepts most of them silently. They do no harm, so a warning is enough. A setting that contradicts another is
+refused where the other is checked.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ RULES = (
         "with `vllm_mode='colocate'`: they are the server's to be started with",
     ),
 )
-"""A field is read where every rule that names it holds; of several that do not, the first is told."""
+"""A field is read where every rule that names it holds. Of several that fail, the first is reported."""
 
 
 def unread_settings(args: Any) -> dict[str, str]:

@@ -34,7 +34,7 @@ class MixturePlan:
         theta_count: how many of each group come from the student alone.
         training: whether the trainer trains; an evaluation samples from the student alone.
         progress: the share of training that is done, in [0, 1].
-        step: number of updates so far; what does not divide by the processes moves on with it.
+        step: number of updates so far; rows that do not divide evenly among the processes rotate with it.
         dense: the dense records that each completion shall carry.
         teacher_prompts: whether rows have a prompt of the teacher's own.
         chosen: for each row of all processes in the next call, whether the mixture samples it; None leaves that to
@@ -91,14 +91,13 @@ class MixturePlan:
 class MixtureGeneration:
     """The base of all engines: requests from TRL's prompts, and the rollouts of the last call until they are popped.
 
-    `pair` is what the models share; None in a process that does not speak to the server.
-
     Args:
         plan: which mixture each completion is sampled from.
         **trl_arguments: what TRL passes to its `VLLMGeneration`.
 
     Attributes:
-        engine: words for what samples.
+        engine: name of what samples, for messages.
+        pair: what the models share; None in a process that does not speak to the server.
         pushes: how often the trained student came into the engine.
     """
 
@@ -161,9 +160,9 @@ class MixtureGeneration:
 
 
 def on_all_ranks(work: Callable[[], T], accelerator: Any) -> T:
-    """Return what `work` returns in this process; where it raises in one process it raises in all.
+    """Return what `work` returns in this process; where it raises in one process, raise in all.
 
-    The others would wait for that one for ever.
+    Otherwise the others would wait for that one for ever.
 
     Raises:
         RuntimeError: where it raised in another process, saying which and what.
@@ -184,7 +183,7 @@ def on_all_ranks(work: Callable[[], T], accelerator: Any) -> T:
 
 
 def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
-    """Return a trainer's tokenizer, which a processor of several kinds of input holds inside."""
+    """Return a trainer's tokenizer; a processor of several kinds of input holds it inside."""
     return getattr(processing_class, "tokenizer", processing_class)
 
 
@@ -222,8 +221,8 @@ def as_trl_returns(
 ) -> tuple[list[list[int]], list[list[int]], list[LogThetas], None]:
     """Return what TRL's own `generate` does, with log θ for the log-probabilities of each token.
 
-    TRL corrects the difference between the engine and the trainer with them, and would take q, the mixture or a
-    truncation, for a defect.
+    TRL uses them to correct the difference between the engine and the trainer. With log q it would also correct the
+    mixture and the truncation away.
     """
     return prompts, mark_endings(rollouts), [LogThetas(rollout.log_theta) for rollout in rollouts], None
 

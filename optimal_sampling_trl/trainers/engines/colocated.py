@@ -1,6 +1,6 @@
 """The fused engine in a trainer's process: TRL's own colocated engine with the fused model inside.
 
-All that is relied on in TRL's `VLLMGeneration` for it stands here, and is checked by tests/whole/test_upstream_trl.py.
+Everything in TRL's `VLLMGeneration` that this relies on is named here and checked by tests/whole/test_upstream_trl.py.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class EngineGeneration(PushedGeneration):
         return self.make_requests(prompts, first, teacher_prompts, ranks)
 
     def unread_settings(self) -> dict[str, str]:
-        """Return TRL's share of a GPU's memory, where there is none."""
+        """Return TRL's share of a GPU's memory where there is no GPU."""
         if self.accelerator.device.type != "cpu":
             return {}
         reader = "on a GPU; on a CPU `kv_cache_memory_bytes` among the generator's `engine_arguments` is the cache's"
@@ -112,7 +112,7 @@ class EngineGeneration(PushedGeneration):
     def generate(
         self, prompts: list[list[int]], images: list[Any] | None, num_generations: int, profiler: Any = None
     ) -> tuple:
-        """TRL's own, through `FusedLLM.generate`; see `as_trl_returns` for what comes back."""
+        """Sample as TRL does, through `FusedLLM.generate`; see `as_trl_returns` for what comes back."""
         refuse_images(images)
         vllm_generation.VLLMGeneration.generate(self, prompts, images, num_generations, profiler)
         # With tensor parallelism each rank samples its group's prompts and keeps its own.
@@ -149,8 +149,10 @@ class FusedLLM:
         self.seconds = 0.0
 
     def generate(self, prompts: list[dict[str, Any]], sampling_params: Any, use_tqdm: bool = False) -> list[Any]:
-        """vLLM's outputs without log-probabilities, of which TRL would sort one dictionary a token: they stand in
-        `rollouts`. `sampling_params` stand in the requests already."""
+        """Return vLLM's outputs without log-probabilities, of which TRL would sort one dictionary a token.
+
+        The log-probabilities are in `rollouts`, and the requests have the settings of `sampling_params` already.
+        """
         requests = self.make_requests([prompt["prompt_token_ids"] for prompt in prompts])
         start = time.perf_counter()
         outputs, self.rollouts = on_all_ranks(partial(self.backend.sample, requests), self.accelerator)

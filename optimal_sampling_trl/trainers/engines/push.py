@@ -49,7 +49,7 @@ class PushedGeneration(MixtureGeneration, vllm_generation.VLLMGeneration):
     def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the weights in place of TRL's: with every kind of adapter, once each, and restored exactly afterwards.
 
-        FSDP1 alone is walked through by TRL, which brings each of its parts together in turn.
+        Only FSDP1 is left to TRL, which gathers its parts in turn.
         """
         if self._dist.fsdp_version == 1:
             for name, weight in super()._iter_named_params():

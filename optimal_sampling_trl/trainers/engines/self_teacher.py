@@ -51,7 +51,7 @@ class WithoutAdapter(nn.Module):
 
     @property
     def device(self) -> Any:
-        """The student's."""
+        """The student's device."""
         return self.model.device
 
     def forward(self, **inputs: Any) -> Any:

@@ -128,6 +128,6 @@ class ServerGeneration(PushedGeneration):
         return {box[0]}
 
     def close(self) -> None:
-        """Let go of the server, which runs on."""
+        """Disconnect from the server, which keeps running."""
         if self.accelerator.is_main_process:
             self.vllm_client.close_communicator()

@@ -55,7 +55,7 @@ class StudentWeights:
 
     @contextmanager
     def _whole_layer(self, layer: nn.Module) -> Iterator[None]:
-        """While this lasts a layer has its whole parameters in the place of the shards that FSDP2 keeps of them.
+        """Give a layer its whole parameters inside the block, in place of the shards that FSDP2 keeps.
 
         DoRA, IA3 and others assign what they merged to `weight.data`, which a shard ignores without a word.
         """
@@ -114,7 +114,7 @@ def is_adapted(module: Any) -> bool:
 
 @contextmanager
 def merged(layer: Any) -> Iterator[nn.Module]:
-    """While this lasts the adapter's part is in the weights of the layer below it, which is yielded."""
+    """Merge an adapter into the weights of the layer below it inside the block; yield that layer."""
     layers = [layer]
     while is_adapted(layers[-1].base_layer):
         layers.append(layers[-1].base_layer)
