@@ -75,6 +75,8 @@ class TwoRounds(MixtureTrainer):
         if below is None or not self.model.training:
             return super()._generate(prompts)
         first, second = self._rounds(len(prompts))
+        if not second:  # once `mixture_weight_steps` are over, all rows are the student's
+            return super()._generate(prompts)
         processes = self.accelerator.num_processes
         one = self._sample_round(prompts, first, [False] * (len(first) * processes))
         self._first_rewards = self._score(first, one.output)

@@ -123,6 +123,17 @@ def test_a_reward_that_nobody_gives_is_not_reached(pair: tuple[str, str], tmp_pa
         assert output["mixture_rows"].tolist() == [False, True, True, True] * 4
 
 
+def test_one_round_once_the_mixture_has_no_weight(pair: tuple[str, str], tmp_path: Path) -> None:
+    """After `mixture_weight_steps` updates the student samples all rows, and there is no second round."""
+    trainer = make_trainer(
+        "grpo", pair, tmp_path, mixin=Watch, generator={"mixture_below": 1.0, "theta_fraction": 0.25},
+        trainer={"reward_funcs": (verifier := Verifier())}, mixture_weight_steps=1, **SETTINGS,
+    )  # fmt: skip
+    trainer.train()
+    assert [len(call) for call in verifier.calls] == [4, 12, 16]
+    assert not trainer.generations[-1][1]["mixture_rows"].any()
+
+
 def test_an_evaluation_samples_once(pair: tuple[str, str], tmp_path: Path) -> None:
     verifier = Verifier()
     rows = Dataset.from_dict({"prompt": PROMPTS[:4]})
