@@ -139,7 +139,7 @@ class OptimalSamplingV1:
         Args:
             prompts: texts, lists of token ids or lists of chat messages; a single text is one prompt.
             max_tokens, top_p, top_k, min_p, repetition_penalty, stop: see `Sampling`. vLLM's `SamplingParams` may
-                stand in the place of `max_tokens`, or be passed as `sampling_params`, instead of these, `n`, `seed`.
+                take the place of `max_tokens`, or be passed as `sampling_params`, instead of these, `n` and `seed`.
             temperature: one for all, or one for each prompt.
             use_optimal_sampling: False samples from the teacher alone.
             n: completions of each prompt.

@@ -49,7 +49,7 @@ def write_page(
     address leads to the third rollout.
 
     Args:
-        path: the file to write. Its folder is made; an existing file is replaced at once: nobody reads half a page.
+        path: the file to write. Its folder is made. An existing file is replaced atomically: nobody reads half a page.
         rollouts: N rollouts, each with its T tokens and four records (T,). NaN is shown as absent, infinities as such.
         tokenizer: turns ids into text; the teacher's or the student's, since they share it.
         rewards: N rewards; None or NaN is shown as absent.

@@ -56,7 +56,7 @@ def plot_learning(
     """Draw the success of several runs and, below on the same x, α over training, as a PNG.
 
     Args:
-        path: the file to write, a PNG whatever its name. Its folder is made; an existing file is replaced at once.
+        path: the file to write, a PNG whatever its name. Its folder is made. An existing file is replaced atomically.
         curves: points (x, success) of each run by name, in the order of the legend. A NaN leaves a gap. In the place
             of points a list of them, one for each seed and at the same x: their mean is drawn, in a band from the
             lowest to the highest.

@@ -2,7 +2,7 @@
 
 The rollouts of a run are numbered: sample s of prompt p of n samples each is number p·n + s. A batch is a range of
 numbers and becomes one shard, so that what is done can be read from the shards that exist, and a batch that was lost
-is sampled again in the same company. Each rollout has a seed of its own, from (seed, p, s). Together this makes
+is sampled again with the same neighbours. Each rollout has a seed of its own, from (seed, p, s). Together this makes
 an interrupted run's rows those of an uninterrupted one; on one machine with the transformers backend, bit for bit.
 """
 
@@ -72,7 +72,7 @@ def sample_to_folder(
         sampler: the pair, its system prompts and its engine.
         prompts: a `datasets` data set with the column `prompt` (texts or messages), or a list of prompts. What the
             teacher reads in place of a prompt stands in the column `teacher_prompt`, None where it reads the same.
-        folder: the folder to write to; made if need be. One that holds other files is refused.
+        folder: the folder to write to; made if it is missing. One that holds other files is refused.
         n: completions of each prompt.
         sampling: settings by which tokens are drawn; without a seed.
         mixture: rule by which α is chosen; by default the sampler's.

@@ -32,7 +32,7 @@ RATES = {MIXTURE: 1e-3, "GRPO, its best learning rate": 1e-4, "GRPO, the mixture
 """The runs, the longest first. The rates were chosen among 3e-5, 1e-4, 2e-4, 3e-4, 1e-3 and 2e-3 on this pair; three
 seeds agreed."""
 ENGINE = {"kv_cache_memory_bytes": 64 << 20, "enforce_eager": True}
-"""Of vLLM: a small cache for a small model, and no compilation, which takes longer than the demo."""
+"""Arguments of vLLM: a small cache for a small model, and no compilation, which takes longer than the demo."""
 
 
 class Result(NamedTuple):

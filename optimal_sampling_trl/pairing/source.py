@@ -1,4 +1,4 @@
-"""One model of a pair as it was passed, a folder, a model id or a loaded module, and what can be had from it."""
+"""One model of a pair as it was passed (a folder, a model id or a loaded module), and what can be read from it."""
 
 from __future__ import annotations
 

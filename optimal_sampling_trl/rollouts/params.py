@@ -1,4 +1,4 @@
-"""vLLM's `SamplingParams` in the place of keywords."""
+"""vLLM's `SamplingParams` in place of keywords."""
 
 from __future__ import annotations
 

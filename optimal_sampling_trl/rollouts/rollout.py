@@ -166,7 +166,7 @@ class UnsolvedError(ValueError):
     """A model returned NaN, or the two share no token, in some requests of a call; the others were sampled.
 
     Args:
-        rollouts: the call's rollouts in their order, None in the place of each request that failed.
+        rollouts: the call's rollouts in their order, None for each request that failed.
         failed: the reason of each failure, by the request's number.
 
     Example:

@@ -98,7 +98,7 @@ def dense_head(ids: Int[Tensor, "B T K"], mask: Bool[Tensor, "B T"]) -> Iterator
 
 
 class _TiledLogProbabilities(torch.autograd.Function):
-    """`Layer.log_probabilities` by tiles of positions, whose logits are computed anew in the backward pass.
+    """`Layer.log_probabilities` by tiles of positions, whose logits are computed again in the backward pass.
 
     A weight that DeepSpeed splits over processes is whole in both, as in TRL's own function.
     """

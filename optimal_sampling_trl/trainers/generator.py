@@ -152,7 +152,7 @@ class OptimalSamplingGenerator:
 
     @property
     def is_the_student(self) -> bool:
-        """True where the teacher differs from the student in nothing but its prompt."""
+        """True where the teacher differs from the student only in its prompt."""
         return self.is_own_teacher and self.teacher_refresh == "step" and self.teacher_adapter
 
     def _check_entropy_quantile(self) -> None:

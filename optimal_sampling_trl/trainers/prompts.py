@@ -65,7 +65,7 @@ def is_chat(prompt: Any) -> bool:
 
 
 def rows_of(data: Any, name: str) -> Iterator[Row]:
-    """Return the prompts of a trainer's data set or sets, but of those that are streamed.
+    """Yield the prompts of a trainer's data set or sets, without streamed ones.
 
     Args:
         data: a data set, a dictionary of some, or None.

@@ -59,12 +59,12 @@ class RAFTTrainer(RewardedTrainer, trl.GRPOTrainer):
     Args:
         model, reward_funcs, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks,
             optimizers, quantization_config, peft_config: as those of TRL's `GRPOTrainer`.
-        args: a `RAFTConfig`, or TRL's `GRPOConfig`, which gets the defaults of `RAFTConfig` but for its own fields.
+        args: a `RAFTConfig`, or TRL's `GRPOConfig`; the fields that it lacks have the defaults of `RAFTConfig`.
         tools, rollout_func, environment_factory: refused, since completions would hold tokens that were not sampled.
         generator: source of the rollouts; has to be passed.
 
     Raises:
-        ValueError: on a generator that is none, and on settings that would do nothing, before anything is loaded.
+        ValueError: without a generator, and on settings that would do nothing, before anything is loaded.
 
     Example:
         ```python

@@ -104,7 +104,7 @@ class TwoRounds(MixtureTrainer):
         self.vllm_generation.plan = replace(self.vllm_generation.plan, chosen=mixed)
 
     def _sample_round(self, prompts: list[Any], rows: list[int], mixed: Sequence[bool]) -> Round:
-        """Sample some rows of this process, by the mixture where `mixed` says so of all processes' rows."""
+        """Sample some rows of this process; `mixed` is True for each row of all processes that the mixture samples."""
         engine = self.vllm_generation
         of_teacher = engine.teacher_prompts
         self._choose(mixed)

@@ -71,7 +71,7 @@ def protect_default_group(group: Any) -> Iterator[None]:
 
     Symptom: after an engine in a training job is closed, the job's next collective fails: no process group.
     Cause: the shutdown of vLLM's core destroys torch's default group, whoever made it.
-    Safe: a group from before the engine is kept from it; the groups that vLLM made go as ever.
+    Safe: a group from before the engine is kept from it; the groups that vLLM made are destroyed as usual.
     Upstream: none found.
     Delete when: test_a_group_from_before_the_engine_stays passes without this function.
     """

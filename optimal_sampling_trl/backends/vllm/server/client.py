@@ -185,7 +185,7 @@ class FusedServer:
             ) from error
 
     def _cause(self, error: Exception) -> str:
-        """Say what happened; an engine that died is told from a server that is gone or refuses."""
+        """Say what happened, and tell an engine that died from a server that is gone or refuses."""
         if isinstance(error, http.Timeout):
             return _timeout_text(self.timeout)
         if isinstance(error, ValueError):

@@ -25,7 +25,7 @@ SLOT_COLUMNS = (*FIELDS, "temperature")
 
 
 class SlotSampler:
-    """Stand before the sampler of Model Runner V2, to which every other attribute is handed on.
+    """Stands before the sampler of Model Runner V2, whose other attributes it shares.
 
     Args:
         base: vLLM's sampler.
