@@ -138,10 +138,7 @@ def refuse_early(engine: Any) -> None:
     def checked(prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
         ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
         check_params(sampling_params, ids or (), settings)
-        ending = settings["ending"]
-        if ending["folded"] and not sampling_params.ignore_eos:  # vLLM would stop at the teacher's end alone
-            asked = sampling_params.stop_token_ids or []
-            sampling_params.stop_token_ids = [*asked, *(token for token in ending["stop"] if token not in asked)]
+        end_at(sampling_params, settings["ending"]["stop"])
         if wants_record(sampling_params):
             # A trainer's, which reads ids: no object and no text a token.
             sampling_params.flat_logprobs = True
@@ -154,6 +151,17 @@ def refuse_early(engine: Any) -> None:
     engine.generate = checked
     mixin: Any = BeamSearchOnlineMixin
     mixin.beam_search = no_beams
+
+
+def end_at(params: Any, stop: Sequence[int]) -> None:
+    """Let a request end at the student's tokens, too, unless it ignores endings: vLLM knows only the teacher's.
+
+    Args:
+        params: vLLM's parameters of the request.
+        stop: the student's end tokens.
+    """
+    if not params.ignore_eos:
+        params.stop_token_ids = list(dict.fromkeys([*(params.stop_token_ids or ()), *stop]))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

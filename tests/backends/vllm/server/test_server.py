@@ -15,6 +15,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,6 +40,7 @@ from trl.generation import vllm_generation
 from trl.generation.vllm_client import VLLMClient
 from urllib3.util.retry import Retry
 from vllm import SamplingParams
+from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
 from vllm.sampling_params import StructuredOutputsParams
 
 from helpers.servers import MIXED, Server
@@ -544,6 +546,21 @@ def test_a_grammar_is_refused_where_the_models_end_differently() -> None:
     with pytest.raises(ValueError, match="structured outputs, whose grammar ends with the teacher's token"):
         check_params(params, [5], settings)
     check_params(params, [5], settings | {"ending": {"stop": [256], "folded": []}})
+
+
+def test_a_request_of_anybody_ends_at_the_students_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the teacher has no end of its own: vLLM stops at the teacher's, and the student may have more."""
+    monkeypatch.setattr(BeamSearchOnlineMixin, "beam_search", BeamSearchOnlineMixin.beam_search)  # put back afterwards
+    settings = {"vocabulary": 272, "two_prompts": False, "ending": {"stop": [256, 7], "folded": []}}
+    config = SimpleNamespace(additional_config={"optimal_sampling": settings})
+    engine = SimpleNamespace(vllm_config=config, generate=lambda _, params: params)
+    serve.refuse_early(engine)
+    assert engine.generate({"prompt_token_ids": [5]}, SamplingParams(stop_token_ids=[9, 7])).stop_token_ids == [
+        9,
+        7,
+        256,
+    ]
+    assert not engine.generate({"prompt_token_ids": [5]}, SamplingParams(ignore_eos=True)).stop_token_ids
 
 
 def test_two_ranks(tmp_path: Path) -> None:
