@@ -120,7 +120,19 @@ def check_params(params: Any, prompt_ids: Sequence[int], settings: dict[str, Any
     for name in extra:
         if name not in known:
             raise ValueError(unknown_option("extra argument of a request", name, known))
-    mixture = mixture_of(extra, settings.get("mixture", {}))
+    _check_scoring(params, mixture_of(extra, settings.get("mixture", {})), settings)
+    _check_records(params, extra, settings)
+    if prompt_ids and max(prompt_ids) >= settings["vocabulary"]:  # vLLM knows the teacher's vocabulary alone
+        wanted = f"wanted ids below {settings['vocabulary']}, which both models read."
+        raise ValueError(f"The prompt has the token {max(prompt_ids)}; {wanted}")
+    if THETA_PROMPT in extra:
+        _check_theta_prompt(extra[THETA_PROMPT], len(prompt_ids), settings)
+    if TEACHER_SHIFT in extra:
+        _check_teacher_shift(extra, len(prompt_ids))
+
+
+def _check_scoring(params: Any, mixture: Mixture, settings: dict[str, Any]) -> None:
+    """Refuse what vLLM would compute with the teacher alone: log-probabilities of a prompt, and a grammar's end."""
     if params.prompt_logprobs is not None and mixture.alpha_min < 1:
         raise ValueError(
             f"`prompt_logprobs` (or `echo`) is {params.prompt_logprobs!r}, and vLLM computes it of the teacher alone; "
@@ -131,6 +143,10 @@ def check_params(params: Any, prompt_ids: Sequence[int], settings: dict[str, Any
             "The request asks for structured outputs, whose grammar ends with the teacher's token; here that counts "
             "as the student's, since the two models end differently. Drop them."
         )
+
+
+def _check_records(params: Any, extra: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Refuse a wrong request for records: one without their columns, or for more than the models have."""
     if extra.get(RECORD, 0) not in (0, 1):
         raise ValueError(f"The extra argument `{RECORD}` is {extra[RECORD]!r}; wanted 0 or 1.")
     if extra.get(RECORD) and params.prompt_logprobs is not None:
@@ -150,13 +166,6 @@ def check_params(params: Any, prompt_ids: Sequence[int], settings: dict[str, Any
             f"`logprobs` is {params.logprobs!r} in a request for records; wanted {columns_of(dense)}, whose places "
             "they take."
         )
-    if prompt_ids and max(prompt_ids) >= settings["vocabulary"]:  # vLLM knows the teacher's vocabulary alone
-        wanted = f"wanted ids below {settings['vocabulary']}, which both models read."
-        raise ValueError(f"The prompt has the token {max(prompt_ids)}; {wanted}")
-    if THETA_PROMPT in extra:
-        _check_theta_prompt(extra[THETA_PROMPT], len(prompt_ids), settings)
-    if TEACHER_SHIFT in extra:
-        _check_teacher_shift(extra, len(prompt_ids))
 
 
 def _check_theta_prompt(prompt: Any, longest: int, settings: dict[str, Any]) -> None:
