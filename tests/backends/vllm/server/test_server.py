@@ -588,7 +588,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def trained(pair: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    running = Server(*pair, tmp_path_factory.mktemp("log") / "server.log")
+    running = Server(*pair, tmp_path_factory.mktemp("log") / "server.log", "--max-logprobs", "200")
     try:
         yield running
     finally:
@@ -601,7 +601,7 @@ def build(kind: str, pair: tuple[str, str], folder: Path, server: Server, **furt
     return make_trainer(kind, pair, folder, generator={"backend": "vllm"}, mixin=Watch, trainer=evaluation, **settings)
 
 
-@pytest.mark.parametrize("kind", ["grpo", "rloo", "divergence", "raft"])
+@pytest.mark.parametrize("kind", ["grpo", "rloo", "divergence", "dense", "raft"])
 def test_trainers_on_a_server(
     trained: Server, pair: tuple[str, str], tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
