@@ -16,14 +16,14 @@ TAG = "optimal-sampling-trl"
 LOSS_FIELDS = (
     "positive_only",
     "correction",
-    "baseline",
-    "mixture_weight_steps",
     "distillation_coefficient",
     "dense_coefficient",
     "loss",
     "accept",
     "completion_weight",
     "denominator",
+    "baseline",
+    "mixture_weight_steps",
 )
 """Fields of our configurations that say what the loss makes of a completion."""
 NO_BASE = "[None](https://huggingface.co/None)"

@@ -64,7 +64,7 @@ class DenseTermTrainer(MixtureTrainer):
 
 
 def divergences_of(head: DenseHead, inputs: dict[str, Any], beta: float) -> Tensor:
-    """Return the divergence (N,) at each of a batch's N tokens, with the student's gradient.
+    """Divergence (N,) at each of a batch's N tokens, with the student's gradient.
 
     Args:
         head: has stood in TRL's output layer while the student read the batch.

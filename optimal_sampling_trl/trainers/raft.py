@@ -59,7 +59,7 @@ class RAFTTrainer(RewardedTrainer, trl.GRPOTrainer):
     Args:
         model, reward_funcs, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks,
             optimizers, quantization_config, peft_config: as those of TRL's `GRPOTrainer`.
-        args: a `RAFTConfig`, or TRL's `GRPOConfig`; the fields that it lacks have the defaults of `RAFTConfig`.
+        args: a `RAFTConfig`, or TRL's `GRPOConfig`, which gets the defaults of `RAFTConfig` but for its own fields.
         tools, rollout_func, environment_factory: refused, since completions would hold tokens that were not sampled.
         generator: source of the rollouts; has to be passed.
 

@@ -65,5 +65,5 @@ def stack_dense(rollouts: Sequence[Rollout], completion_ids: Tensor) -> dict[str
 
 
 def _padded(rows: Tensor, length: int) -> Tensor:
-    """Return the rows (B, T, ...) with zeros up to a `length` that TRL padded to."""
+    """Rows (B, T, ...) with zeros up to a `length` that TRL padded to."""
     return torch.cat([rows, rows.new_zeros(len(rows), length - rows.shape[1], *rows.shape[2:])], dim=1)

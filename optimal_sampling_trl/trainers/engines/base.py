@@ -91,13 +91,14 @@ class MixturePlan:
 class MixtureGeneration:
     """The base of all engines: requests from TRL's prompts, and the rollouts of the last call until they are popped.
 
+    `pair` is what the models share; None in a process that does not speak to the server.
+
     Args:
         plan: which mixture each completion is sampled from.
         **trl_arguments: what TRL passes to its `VLLMGeneration`.
 
     Attributes:
-        engine: name of what samples, for messages.
-        pair: what the models share; None in a process that does not speak to the server.
+        engine: words for what samples.
         pushes: how often the trained student came into the engine.
     """
 
@@ -125,7 +126,7 @@ class MixtureGeneration:
         raise NotImplementedError
 
     def pop_rollouts(self) -> list[Rollout]:
-        """Return the rollouts of the last call, once."""
+        """The rollouts of the last call, once."""
         rollouts, self.rollouts = self.rollouts, []
         return rollouts
 
@@ -136,7 +137,7 @@ class MixtureGeneration:
         teacher_prompts: Sequence[list[int]] | None,
         processes: int = 1,
     ) -> list[Request]:
-        """Return a request for each prompt.
+        """A request for each prompt.
 
         Args:
             prompts: the student's, of one process or, in order, of several that sample together.
@@ -221,8 +222,8 @@ def as_trl_returns(
 ) -> tuple[list[list[int]], list[list[int]], list[LogThetas], None]:
     """Return what TRL's own `generate` does, with log θ for the log-probabilities of each token.
 
-    TRL uses them to correct the difference between the engine and the trainer. With log q it would also correct the
-    mixture and the truncation away.
+    TRL corrects the difference between the engine and the trainer with them, and would take q, the mixture or a
+    truncation, for a defect.
     """
     return prompts, mark_endings(rollouts), [LogThetas(rollout.log_theta) for rollout in rollouts], None
 

@@ -84,7 +84,7 @@ class EngineGeneration(PushedGeneration):
         return FusedLLM(backend, self._make_requests_of_group, self.accelerator)
 
     def _make_requests_of_group(self, prompts: Sequence[list[int]]) -> list[Request]:
-        """Return the requests of all ranks that share one engine by tensor parallelism; `prompts` are those of all."""
+        """The requests of the ranks that share one engine by tensor parallelism: `prompts` are theirs together."""
         ranks = self.tensor_parallel_size
         first = self.accelerator.process_index // ranks * len(prompts)
         teacher_prompts = self.teacher_prompts
@@ -112,7 +112,7 @@ class EngineGeneration(PushedGeneration):
     def generate(
         self, prompts: list[list[int]], images: list[Any] | None, num_generations: int, profiler: Any = None
     ) -> tuple:
-        """Sample as TRL does, through `FusedLLM.generate`; see `as_trl_returns` for what comes back."""
+        """TRL's own, through `FusedLLM.generate`; see `as_trl_returns` for what comes back."""
         refuse_images(images)
         vllm_generation.VLLMGeneration.generate(self, prompts, images, num_generations, profiler)
         # With tensor parallelism each rank samples its group's prompts and keeps its own.
@@ -149,10 +149,8 @@ class FusedLLM:
         self.seconds = 0.0
 
     def generate(self, prompts: list[dict[str, Any]], sampling_params: Any, use_tqdm: bool = False) -> list[Any]:
-        """Return vLLM's outputs without log-probabilities, of which TRL would sort one dictionary a token.
-
-        The log-probabilities are in `rollouts`, and the requests have the settings of `sampling_params` already.
-        """
+        """vLLM's outputs without log-probabilities, of which TRL would sort one dictionary a token: they stand in
+        `rollouts`. `sampling_params` stand in the requests already."""
         requests = self.make_requests([prompt["prompt_token_ids"] for prompt in prompts])
         start = time.perf_counter()
         outputs, self.rollouts = on_all_ranks(partial(self.backend.sample, requests), self.accelerator)

@@ -29,7 +29,7 @@ class _AnyLastToken:
 
 
 def mark_endings(rollouts: Sequence[Rollout]) -> list[list[int]]:
-    """Return the token ids of completions; the last id of each that ended is a `LastToken`."""
+    """The token ids of completions; the last id of each that ended is a `LastToken`."""
     return [
         [*rollout.completion_ids[:-1], LastToken(rollout.completion_ids[-1])]
         if rollout.finish_reason == "stop"

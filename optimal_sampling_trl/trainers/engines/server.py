@@ -116,7 +116,7 @@ class ServerGeneration(PushedGeneration):
     def _sample(
         self, prompts: Sequence[list[int]], teacher_prompts: Sequence[list[int]] | None
     ) -> list[Rollout] | None:
-        """Return the rollouts of all processes' prompts, in the main process."""
+        """The rollouts of all processes' prompts, in the main process."""
         if not self.accelerator.is_main_process:
             return None
         return self.server.sample(self.make_requests(prompts, 0, teacher_prompts, self.accelerator.num_processes))

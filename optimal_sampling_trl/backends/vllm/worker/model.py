@@ -213,7 +213,7 @@ class OptimalSamplingForCausalLM(nn.Module):
             yield name, weight
 
     def of_text(self, role: str, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
-        """Return a model's weights under the names of its language model, without a multimodal wrapper's towers."""
+        """A model's weights under the names of its language model, without the towers of a multimodal wrapper."""
         if not self.wraps[role]:
             return weights
         return ((inside, weight) for name, weight in weights if (inside := text_name(name)) is not None)
