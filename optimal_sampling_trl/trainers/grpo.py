@@ -200,7 +200,7 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
         if self.args.vllm_importance_sampling_correction:
             weights = output["importance_sampling_ratio"] * weights  # TRL's (B, T) or (B, 1)
         output["importance_sampling_ratio"] = weights
-        if self._credit == "routed" and "dense_ids" in output:
+        if self._credit == "routed" and self._dense_coefficient():
             output["dense_weights"] = self._routed_weights(output)
 
     @property
