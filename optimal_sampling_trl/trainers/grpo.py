@@ -15,6 +15,7 @@ from ..user_warnings import warn_user
 from .config import GRPOConfig, with_our_default
 from .generator import FOR_TRAINERS
 from .policy_gradient import PolicyGradientTrainer
+from .records import loss_mask
 from .unread import has_negatives
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
         model, reward_funcs, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks,
             optimizers, quantization_config, peft_config: as TRL's.
         args: our `GRPOConfig`, or TRL's, which gets the default correction, and none of the engine's rounding.
-        tools, rollout_func, environment_factory: refused, since completions would hold tokens that were not sampled.
+        tools, environment_factory: as TRL's (docs/tools.md).
+        rollout_func: as TRL's; it samples each turn with `sample_turn`.
         generator: source of the rollouts; has to be passed.
 
     Raises:
@@ -181,7 +183,7 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
         output["importance_sampling_ratio"] = weights
 
     def _correct(self, output: dict[str, Any]) -> None:
-        mask = output["completion_mask"].float()
+        mask = loss_mask(output).float()
         output["advantages"] = self._advantages(output)
         if coefficient := getattr(self.args, "distillation_coefficient", 0.0):
             towards_teacher = sampled_token_coefficients(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -103,15 +102,15 @@ def test_a_batch_without_a_token_to_train_on_has_finite_metrics(
 def test_the_engines_difference_is_measured_against_the_trainer(pair: tuple[str, str], tmp_path: Path) -> None:
     """A log θ that is 0.01 off in the engine's record shows as 0.01."""
     trainer = make_trainer("grpo", pair, tmp_path, log_theta_tolerance=torch.inf)  # the guard only warns
-    take = trainer.vllm_generation.pop_rollouts
+    take = trainer.vllm_generation.pop_turns
 
     def off() -> Any:
-        rollouts = take()
-        for rollout in rollouts:
+        turns = take()
+        for (rollout,) in turns:
             rollout.log_theta.add_(0.01)
-        return rollouts
+        return turns
 
-    trainer.vllm_generation.pop_rollouts = off
+    trainer.vllm_generation.pop_turns = off
     one_batch(trainer, TEXTS[:1] * 4)
     assert trainer._metrics["train"]["engine/log_theta_difference"] == pytest.approx([0.01], abs=1e-5)
 
@@ -184,9 +183,6 @@ def test_refusals_of_every_trainer(pair: tuple[str, str], tmp_path: Path, kind: 
         trainer={"generator": "large"},
     )
     refuse(r"`generator` is None; wanted an `OptimalSamplingGenerator", trainer={"generator": None})
-    for name, value in (("tools", [len]), ("rollout_func", len), ("environment_factory", dict)):
-        if name in inspect.signature(KINDS[kind][0]).parameters:
-            refuse(rf"`{name}` is not supported .*records would not match the tokens\. Drop it", trainer={name: value})
     refuse("`vllm_mode` is 'server' and `backend` 'transformers'; wanted 'vllm' or 'auto'", vllm_mode="server")
     refuse(r"`temperature` is 0; .*no probability to train with\. Raise it", temperature=0.0)
     refuse(r"`vllm_structured_outputs_regex` is not supported .*Drop it", vllm_structured_outputs_regex="[0-9]+")
