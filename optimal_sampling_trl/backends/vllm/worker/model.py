@@ -32,7 +32,7 @@ from vllm.v1.attention.backend import subclass_attention_backend
 
 from ....pairing import Ending, is_wrapper, language_model
 from ....pairing.names import names_of
-from ....pairing.wrappers import text_name
+from ....pairing.wrappers import text_weights
 from ..hooks import own_architectures
 from .destinations import Destinations
 
@@ -208,9 +208,7 @@ class OptimalSamplingForCausalLM(nn.Module):
 
     def of_text(self, role: str, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
         """A model's weights under the names of its language model, without the towers of a multimodal wrapper."""
-        if not self.wraps[role]:
-            return weights
-        return ((inside, weight) for name, weight in weights if (inside := text_name(name)) is not None)
+        return text_weights(weights) if self.wraps[role] else weights
 
     @staticmethod
     def get_model_state_cls() -> type:
