@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ..options import unknown_option
+from ..user_warnings import warn_user
 
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 """A text, token ids, or chat messages."""
@@ -220,22 +220,18 @@ def template_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return hashlib.sha256(str(text).encode()).hexdigest()[:16]
 
 
-def warn_of_templates(
-    teacher: str, teacher_template: str | None, tokenizer: PreTrainedTokenizerBase, stacklevel: int = 2
-) -> None:
+def warn_of_templates(teacher: str, teacher_template: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
     """Warn where the teacher was trained on another chat template than the one that renders its prompts.
 
     Args:
         teacher: its name.
         teacher_template: `template_digest` of its own tokenizer.
         tokenizer: the one that renders the prompts.
-        stacklevel: as that of `warnings.warn`.
     """
     both = {teacher_template, template_digest(tokenizer)}
     if None not in both and len(both) > 1:
-        warnings.warn(
+        warn_user(
             f"The teacher {teacher!r} has another chat template than {tokenizer.name_or_path!r}, which "
             "renders the chats of both models: it may answer worse than it can. Pass texts that suit both, or a "
             "student with the teacher's template.",
-            stacklevel=stacklevel + 1,
         )

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 import torch
 import trl
@@ -18,11 +15,13 @@ from trl.trainer.utils import add_fused_lm_head
 from ..losses import sampled_token_coefficients
 from ..options import suggest_arguments
 from ..pairing.prompts import TEACHER_PROMPT
+from ..user_warnings import warn_user
 from .config import DistillationConfig
 from .dense_head import DenseHead, dense_head
 from .dense_term import divergences_of
 from .generator import FOR_TRAINERS, check_generator
 from .mixture_trainer import MixtureTrainer
+from .trl_divergence import advice_on_vocabularies, weighted_divergence
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -37,9 +36,6 @@ if TYPE_CHECKING:
 
     from .generator import OptimalSamplingGenerator
 
-_TRL_MODULE = sys.modules[trl.DistillationTrainer.__module__]
-_DIVERGENCE = "ChunkedDivergenceFunction"
-"""Name in TRL's module under which its loss finds the divergence of each position."""
 READERS = {
     "beta": ("divergence", "dense"),
     "teacher_model_revision": ("divergence",),
@@ -111,7 +107,7 @@ class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
         generator: OptimalSamplingGenerator | None = None,
     ) -> None:
         self.loss = getattr(args, "loss", "divergence")
-        with _advice_on_vocabularies():
+        with advice_on_vocabularies():
             super().__init__(
                 model=model,
                 generator=generator,
@@ -162,11 +158,10 @@ class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
         engine: Any = self.vllm_generation
         pair = engine.pair
         if pair is not None and (ending := pair.ending).folded:
-            warnings.warn(
+            warn_user(
                 f"The teacher also ends with the tokens {list(ending.folded)}, and the student does not stop there. "
                 f"The rollouts count them for {ending.stop[0]}; TRL's divergence trains the student to draw them. "
                 "Give both models the same `eos_token_id`, or set `loss='dense'` or `loss='sampled_token'`.",
-                stacklevel=3,
             )
 
     def _loaded_teacher(self) -> Any:
@@ -248,8 +243,7 @@ class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
             return self._loss_of_records(unwrapped_student, inputs, num_items_in_batch)
         if self.correction.name == "none" or "weights" not in inputs:  # an evaluation has none
             return super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
-        weighted = _WeightedDivergence(getattr(_TRL_MODULE, _DIVERGENCE), inputs["weights"], inputs["completion_mask"])
-        with patch.object(_TRL_MODULE, _DIVERGENCE, weighted):
+        with weighted_divergence(inputs["weights"], inputs["completion_mask"]):
             return super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
 
     def _loss_of_records(self, student: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
@@ -335,30 +329,3 @@ def one_teacher(in_loss: Any, in_rollouts: Any, setting: str = "teacher_model") 
         f"`{setting}` is {names[0]!r} and the generator's `teacher` {names[1]!r}; wanted one teacher for the loss "
         f"and the rollouts. Drop `{setting}`."
     )
-
-
-@contextmanager
-def _advice_on_vocabularies() -> Iterator[None]:
-    """Add to TRL's refusal of a teacher with a padded vocabulary the loss that takes it."""
-    try:
-        yield
-    except ValueError as error:
-        if "vocab_size" not in str(error):
-            raise
-        raise ValueError(
-            f"{error} (One that is padded to another size will do for `loss='dense'` and `loss='sampled_token'`, "
-            "which read the teacher from the rollouts.)"
-        ) from error
-
-
-class _WeightedDivergence:
-    """Stands where TRL's loss finds its autograd function; multiplies the divergence of each position by a weight."""
-
-    def __init__(self, function: Any, weights: Tensor, mask: Tensor) -> None:
-        self.function, self.weights, self.valid = function, weights.reshape(-1), mask.reshape(-1) != 0
-
-    def apply(self, *arguments: Any) -> tuple[Tensor, Tensor]:
-        divergence, entropy = self.function.apply(*arguments)
-        # On devices with Triton TRL computes the valid positions alone, elsewhere all (B·T).
-        weights = self.weights if len(divergence) == len(self.weights) else self.weights[self.valid]
-        return divergence * weights.to(divergence), entropy

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from ..losses import mixture_weight, own_baseline, sampled_token_coefficients
 from ..options import suggest_arguments, unknown_option
+from ..user_warnings import warn_user
 from .config import GRPOConfig, with_our_default
 from .generator import FOR_TRAINERS
 from .policy_gradient import PolicyGradientTrainer
@@ -139,19 +139,17 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
                     f"`correction` is {self.correction.name!r} and `loss_type` 'vespo', which multiplies the weights "
                     f"of a completion's tokens itself; wanted one of {', '.join(VESPO)}."
                 )
-            warnings.warn(
+            warn_user(
                 "`loss_type='vespo'` on completions of the mixture: in a study of 4-digit addition it collapsed "
                 "(exact match .045 -> .000), on the embedded pair (recipes/studies/README.md) it did not (0.43). "
                 "Watch the evaluation.",
-                stacklevel=6,
             )
         reads_threshold = self.args.off_policy_mask_threshold is not None and has_negatives(self.args)
         if self.args.beta != 0 or reads_threshold:
-            warnings.warn(
+            warn_user(
                 f"`beta` is {self.args.beta} and `off_policy_mask_threshold` {self.args.off_policy_mask_threshold}: "
                 "TRL computes both on the mixture's tokens as if the student had sampled them. "
                 "Leave them at 0 and None.",
-                stacklevel=6,
             )
 
     def _theta_count(self) -> int:

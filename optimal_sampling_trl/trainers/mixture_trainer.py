@@ -1,9 +1,8 @@
-"""The part that all trainers of this package share: engine, records in the batch, correction, metrics."""
+"""The part that all trainers of this package share: engine, records in the batch, correction."""
 
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -15,8 +14,10 @@ from torch import Tensor
 
 from .. import metrics
 from ..options import unknown_option
-from ..rollouts.dense import SCALARS, Dense
-from ..rollouts.rollout import RECORDS, Rollout
+from ..rollouts.dense import Dense
+from ..rollouts.rollout import Rollout
+from ..user_warnings import warn_user
+from .batch_metrics import BatchMetrics
 from .card import TAG, complete_card
 from .checkpoints import last_whole_checkpoint, lock_folder
 from .config import correction_of
@@ -25,10 +26,9 @@ from .engines.base import MixtureGeneration, MixturePlan, check_generation_kwarg
 from .engines.endings import endings_known
 from .engines.seam import build_generation, engine_replaced_by
 from .engines.student_checks import check_head, check_teacher_apart
-from .entropy_scale import next_scale
 from .generator import NO_SHARED_WEIGHTS, OptimalSamplingGenerator, check_generator
 from .guard import ROWS, TOKENS, WeightGuard, bound_of, dropout_of, log_theta_of
-from .loggers import FigureCallback, send_histograms
+from .loggers import FigureCallback
 from .presets import with_preset
 from .prompt_reader import PromptReader
 from .prompts import has_teacher_prompts
@@ -42,7 +42,7 @@ REFUSED = ("tools", "rollout_func", "environment_factory")
 """Arguments of TRL's trainers with which completions hold tokens that were not sampled."""
 
 
-class MixtureTrainer(PromptReader):
+class MixtureTrainer(BatchMetrics, PromptReader):
     """Base of the trainers: it stands before one of TRL's trainers among the bases of a class.
 
     A subclass names its configuration (`config_class`), the share of a group that the student samples unless the user
@@ -51,7 +51,6 @@ class MixtureTrainer(PromptReader):
     Attributes:
         rollouts: the rollouts of the last batch, for callbacks.
         advantages: what the loss multiplies each of them with, the mean over its tokens; empty where it has none.
-        histograms: values (N,) over the mixture's tokens in the last batch, of all processes, until they are logged.
     """
 
     config_class: type
@@ -59,7 +58,6 @@ class MixtureTrainer(PromptReader):
     rollouts: Sequence[Rollout] = ()
     advantages: Sequence[float] = ()
     _tag_names: list[str]  # TRL's, of the model and its card
-    _scale: float | None = None  # of the entropy gate, once a batch has set it
 
     def __init__(self, *, model: Any, generator: OptimalSamplingGenerator | None, args: Any, **trl_arguments: Any):
         self.generator = with_preset(check_generator(generator), getattr(args, "preset", None))
@@ -87,7 +85,6 @@ class MixtureTrainer(PromptReader):
         self.guard = WeightGuard(self._rounding(), getattr(args, "log_theta_tolerance", None))
         self._guarded = 0  # the push whose first batch was compared last
         self._warn_of_dropout()
-        self.histograms: dict[str, Tensor] = {}
         self.callback_handler.callbacks.insert(0, FigureCallback(self))  # before those that close the loggers
 
     def _build_generation(self, **trl_arguments: Any) -> MixtureGeneration:
@@ -247,12 +244,11 @@ class MixtureTrainer(PromptReader):
 
     def _warn_of_dropout(self) -> None:
         if dropout := dropout_of(self.model):
-            warnings.warn(
+            warn_user(
                 f"The student has dropout ({', '.join(dropout)}): the trainer's log θ is taken with it, the rollouts' "
                 f"without, so that ratios of the two are noisy and `{metrics.LOG_THETA_DIFFERENCE}` is no rounding. "
                 "Set it to 0 in the configurations of the model and of the adapter; `disable_dropout=True` switches "
                 "off what is a module.",
-                stacklevel=4,
             )
 
     def _guard_weights(self, output: dict[str, Any]) -> None:
@@ -296,72 +292,3 @@ class MixtureTrainer(PromptReader):
             inclusive=inclusive,
             total=self.accelerator.reduce,
         )
-
-    def _entropy_scale(self) -> float | None:
-        """Scale of the entropy gate for the next batch; a resumed run starts with the last one that was logged."""
-        if self.generator.entropy_quantile is None:
-            return None
-        if self._scale is None:
-            logged = [
-                entry[metrics.ENTROPY_SCALE] for entry in self.state.log_history if metrics.ENTROPY_SCALE in entry
-            ]
-            self._scale = logged[-1] if logged else self.generator.mixture.entropy_scale
-        return self._scale
-
-    def _set_entropy_scale(self, alpha: Tensor) -> None:
-        """Log the scale that a batch was sampled with, and set the next one from its α (N,)."""
-        quantile, scale = self.generator.entropy_quantile, self._entropy_scale()
-        if quantile is not None and scale is not None:
-            self._append_metrics({metrics.ENTROPY_SCALE: scale})
-            self._scale = next_scale(alpha, scale, quantile, self.generator.mixture.entropy_scale)
-
-    def _append_metrics(self, numbers: dict[str, float]) -> None:
-        """Add numbers of this batch to those that TRL averages until it logs them."""
-        log = self._metrics["train" if self.model.training else "eval"]
-        for name, value in numbers.items():
-            log[name].append(value)
-
-    def _log_batch(self, output: dict[str, Any]) -> None:
-        """Log the batch of all processes; α, the ratios and the divergences over the mixture's tokens alone."""
-        mask = output["completion_mask"].bool()
-        tokens = sum(len(rollout.completion_ids) for rollout in self.rollouts)
-        work = torch.tensor([tokens, self.vllm_generation.seconds], device=mask.device)
-        self._append_metrics(metrics.of_speed(*self.accelerator.gather(work).view(-1, 2).unbind(1)))
-        self._log_difference(output, mask)
-        for name in metrics.DENSE_MEANS:
-            if (column := f"dense_{name}") in output:
-                self._append_metrics(metrics.of_dense(name, self._gathered(output[column], mask)))
-        if not self.model.training:
-            return
-        mixed = mask & output["mixture_rows"][:, None]
-        alpha, log_q, log_theta, log_teacher = (self._gathered(output[name], mixed) for name in RECORDS)
-        scalars = {name: output[f"dense_{name}"] for name in SCALARS if f"dense_{name}" in output}
-        exact = {name: self._gathered(values, mixed) for name, values in scalars.items()}
-        if len(alpha):  # there are none where the schedule has arrived at the student, or `theta_fraction` is 1
-            self._append_metrics(metrics.of_mixture(alpha, log_q, log_theta, log_teacher, exact))
-            self._append_metrics(metrics.of_drafts(log_q, log_theta, exact))
-            self._set_entropy_scale(alpha)
-            self.histograms = metrics.histograms_of_mixture(alpha, log_q, log_theta)
-
-    def _log_difference(self, output: dict[str, Any], mask: Tensor) -> None:
-        """Log the distance between the engine's log θ and the trainer's, where TRL computed the latter."""
-        if (of_tokens := output.get("old_per_token_logps")) is not None:  # GRPO's (B, T)
-            differences = self._gathered(metrics.token_differences(of_tokens, output["log_theta"]), mask)
-        elif (of_completions := output.get("old_logps")) is not None:  # RLOO's (B,)
-            per_token = metrics.completion_differences(of_completions, output["log_theta"], mask)
-            differences = self._gathered(per_token[:, None], mask.any(1, keepdim=True))
-        else:
-            return
-        self._append_metrics(metrics.of_differences(differences))
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as TRL does, and then send the histograms of the last batch to the loggers that have them."""
-        super().log(logs, start_time)
-        send_histograms(self, self.histograms)
-        self.histograms = {}
-
-    def _gathered(self, values: Tensor, mask: Tensor) -> Tensor:
-        """Values (B, T) of all processes where `mask` holds, in one dimension."""
-        marked = values.float().masked_fill(~mask, torch.nan)
-        every = self.accelerator.gather(self.accelerator.pad_across_processes(marked, dim=1, pad_index=torch.nan))
-        return every[~every.isnan()]

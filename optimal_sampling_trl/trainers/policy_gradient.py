@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..losses import keep_positive
+from ..user_warnings import warn_user
 from .config import PolicyGradientConfig
 from .rewarded import RewardedTrainer
 
@@ -22,18 +22,16 @@ class PolicyGradientTrainer(RewardedTrainer):
         super()._check_settings()
         level = self.correction.name.split("_")[0]
         if level in ("prefix", "sequence"):
-            warnings.warn(
+            warn_user(
                 f"`correction={self.correction.name!r}`: on the embedded pair (recipes/studies/README.md) sequence "
                 "ratios took the student to an exact match of 0.00 at every learning rate and prefix ratios to 0.13 "
                 "at most; weight 1 reached 0.51. Use 'none' or the level 'token'.",
-                stacklevel=7,
             )
         elif level == "token" and self._theta_count() == 0 and self._positive_only == "none":
-            warnings.warn(
+            warn_user(
                 f"`correction={self.correction.name!r}` on groups that come from the mixture alone, negatives kept: "
                 "on the embedded pair (recipes/studies/README.md) this reached an exact match of 0.14, without "
                 "them 0.44. Leave `positive_only` at 'all'.",
-                stacklevel=7,
             )
 
     @property

@@ -95,7 +95,7 @@ class PromptReader(TrlTrainer):
         """Warn once of the teacher's own chat template."""
         if not self._has_compared_templates:
             self._has_compared_templates = True
-            warn_of_templates(pair.teacher, pair.teacher_template, pair.tokenizer, stacklevel=8)
+            warn_of_templates(pair.teacher, pair.teacher_template, pair.tokenizer)
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         """Tokenize as TRL does, and explain what a chat template raises."""

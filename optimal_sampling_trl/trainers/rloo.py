@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import trl
 
 from ..options import suggest_arguments
+from ..user_warnings import warn_user
 from .config import RLOOConfig
 from .generator import FOR_TRAINERS
 from .policy_gradient import PolicyGradientTrainer
-from .unread import warn_user
 
 if TYPE_CHECKING:
     import torch

@@ -6,14 +6,12 @@ refused where that stands.
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, fields
 from typing import Any, NamedTuple
 
-OUTSIDE = ("optimal_sampling_trl", "trl")
-"""Packages whose lines are not the user's."""
+from ..user_warnings import warn_user
+
 RATIO_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 """Values of `loss_type` that clip the ratio of the new student to the old one from both sides."""
 
@@ -152,14 +150,6 @@ def warn_of_unread(args: Any, unread: dict[str, str]) -> None:
     changed = _changed(args)
     for name in sorted(unread.keys() & changed.keys()):
         warn_user(f"`{name}` is {changed[name]!r} and does nothing here: it is read {unread[name]}. Drop it.")
-
-
-def warn_user(message: str) -> None:
-    """Warn at the line outside of this package and TRL that led here."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).split(".")[0] in OUTSIDE:
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=level)
 
 
 def _changed(args: Any) -> dict[str, Any]:

@@ -20,8 +20,9 @@ def test_the_divergence_warns_of_endings_of_the_teachers_own(pair: tuple[str, st
     (other / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 1]}))
     with pytest.warns(
         UserWarning, match=r"also ends with the tokens \[3\], .*or set `loss='dense'` or `loss='sampled_token'`"
-    ):
+    ) as caught:
         make_trainer("divergence", pair, tmp_path, generator={"teacher": str(other)})
+    assert "training.py" in {Path(one.filename).name for one in caught}  # the line that builds the trainer
 
 
 def test_the_divergence_takes_the_generators_teacher_alone(

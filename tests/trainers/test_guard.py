@@ -90,8 +90,10 @@ def test_a_record_of_another_student_stops_training(pair: tuple[str, str], tmp_p
 def test_dropout_is_named_and_no_other_student(pair: tuple[str, str], tmp_path: Path) -> None:
     """The guard compares without dropout, the metric shows what the ratio has."""
     model = AutoModelForCausalLM.from_pretrained(pair[1], dtype=torch.float32, attention_dropout=0.5)
-    with pytest.warns(UserWarning, match=r"The student has dropout \(attention_dropout 0\.5\)"):
+    with pytest.warns(UserWarning, match=r"The student has dropout \(attention_dropout 0\.5\)") as caught:
         trainer = make_trainer("grpo", pair, tmp_path, trainer={"model": model}, max_steps=2)
+    named = [Path(one.filename).name for one in caught if "dropout" in str(one.message)]
+    assert named == ["training.py"]  # the line that builds the trainer
     trainer.train()
     assert trainer.state.log_history[0]["engine/log_theta_difference"] > 0.01
     other = make_trainer("grpo", pair, tmp_path / "other", trainer={"model": model}, learning_rate=0.05)

@@ -151,6 +151,7 @@ def test_a_teacher_with_another_template_is_named_once(pair: tuple[str, str], tm
                 one_batch(trainer, [USER if given is not texts else "7"] * 4)
         told = [w for w in caught if "has another chat template" in str(w.message)]
         assert len(told) == count, (teacher, given)
+        assert {Path(w.filename).name for w in told} <= {"training.py", Path(__file__).name}
 
 
 def test_a_length_that_is_none_is_named(tmp_path: Path) -> None:

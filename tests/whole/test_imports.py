@@ -21,6 +21,7 @@ PACKAGE = ROOT / NAME
 
 FLOORS = (
     "options",
+    "user_warnings",
     "files",
     "mixture.presets",
     "mixture.settings",

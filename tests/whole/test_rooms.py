@@ -49,6 +49,7 @@ ROOMS = {
     "": HEAVY,
     "__init__": BARE,
     "options": BARE,
+    "user_warnings": BARE,
     "backends.vllm.plugin": BARE,
     "generate": MODELS,
     "output": HEAVY,

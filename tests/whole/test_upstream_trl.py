@@ -453,11 +453,11 @@ def test_the_names_of_a_model_card() -> None:
         need(name in vars(trl.GRPOTrainer), f"GRPOTrainer has no {name}", "trainers/raft.py")
 
 
-# trainers/distillation.py.
+# trainers/trl_divergence.py.
 
 
 def test_the_divergence_of_distillation() -> None:
-    ours = "trainers/distillation.py (_WeightedDivergence)"
+    ours = "trainers/trl_divergence.py"
     module = MODULES["Distillation"]
     function = getattr(module, "ChunkedDivergenceFunction", None)
     need(function is not None and hasattr(function, "apply"), "no ChunkedDivergenceFunction with apply", ours)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ...pairing import Pair
+from ...user_warnings import warn_user
 from .plugin import ARCHITECTURE
 
 WORKER = "optimal_sampling_trl.backends.vllm.worker.weights.OptimalSamplingWorker"
@@ -82,10 +83,9 @@ def warn_of_precision(model_config: Any, arguments: Mapping[str, Any]) -> None:
         and isinstance(stored, torch.dtype)
         and stored.itemsize > used.itemsize
     ):
-        warnings.warn(
+        warn_user(
             f"The teacher's files hold {stored}, and vLLM samples with {used}, its default for them. Pass "
             f"dtype={_name(stored)!r} to keep their precision, or dtype={_name(used)!r} to say that it is meant.",
-            stacklevel=4,
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -19,6 +18,7 @@ from urllib3.util.retry import Retry
 from ....pairing import checkpoint_digest
 from ....rollouts.request import Request
 from ....rollouts.rollout import Rollout, check_solved, has_nan
+from ....user_warnings import warn_user
 from ..requests import check_request
 from .messages import pair_of, to_arguments, to_rollouts
 
@@ -272,10 +272,9 @@ def _check_teacher(found: str, digest: str | None, wanted: str) -> None:
     elif found != wanted:
         if not any(Path(name).is_absolute() for name in (found, wanted)) and digest is here:
             raise ValueError(f"its teacher is {found!r}, and the generator's {wanted!r}.")
-        warnings.warn(
+        warn_user(
             f"The server's teacher is {found!r}, and the generator's {wanted!r}: whether their weights are the same "
             "cannot be told from here. Name a folder that both see, or the same model id.",
-            stacklevel=4,
         )
 
 

@@ -1,0 +1,105 @@
+"""The part of a trainer that logs what its batches were sampled from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import metrics
+from ..rollouts.dense import SCALARS
+from ..rollouts.rollout import RECORDS, Rollout
+from .entropy_scale import next_scale
+from .generator import OptimalSamplingGenerator
+from .loggers import send_histograms
+
+TrlTrainer: Any = object
+"""The TRL trainer that follows in the method resolution order; Any, so that mypy lets its attributes pass."""
+
+
+class BatchMetrics(TrlTrainer):
+    """Base of the trainers: logs the numbers and histograms of each batch, and follows the scale of the entropy gate.
+
+    Attributes:
+        histograms: values (N,) over the mixture's tokens in the last batch, of all processes, until they are logged.
+    """
+
+    generator: OptimalSamplingGenerator
+    rollouts: Sequence[Rollout]
+    vllm_generation: Any  # a `MixtureGeneration`; TRL names its own type
+    _scale: float | None = None  # of the entropy gate, once a batch has set it
+
+    def __init__(self, **arguments: Any) -> None:
+        self.histograms: dict[str, Tensor] = {}
+        super().__init__(**arguments)
+
+    def _append_metrics(self, numbers: dict[str, float]) -> None:
+        """Add numbers of this batch to those that TRL averages until it logs them."""
+        log = self._metrics["train" if self.model.training else "eval"]
+        for name, value in numbers.items():
+            log[name].append(value)
+
+    def _log_batch(self, output: dict[str, Any]) -> None:
+        """Log the batch of all processes; α, the ratios and the divergences over the mixture's tokens alone."""
+        mask = output["completion_mask"].bool()
+        tokens = sum(len(rollout.completion_ids) for rollout in self.rollouts)
+        work = torch.tensor([tokens, self.vllm_generation.seconds], device=mask.device)
+        self._append_metrics(metrics.of_speed(*self.accelerator.gather(work).view(-1, 2).unbind(1)))
+        self._log_difference(output, mask)
+        for name in metrics.DENSE_MEANS:
+            if (column := f"dense_{name}") in output:
+                self._append_metrics(metrics.of_dense(name, self._gathered(output[column], mask)))
+        if not self.model.training:
+            return
+        mixed = mask & output["mixture_rows"][:, None]
+        alpha, log_q, log_theta, log_teacher = (self._gathered(output[name], mixed) for name in RECORDS)
+        scalars = {name: output[f"dense_{name}"] for name in SCALARS if f"dense_{name}" in output}
+        exact = {name: self._gathered(values, mixed) for name, values in scalars.items()}
+        if len(alpha):  # there are none where the schedule has arrived at the student, or `theta_fraction` is 1
+            self._append_metrics(metrics.of_mixture(alpha, log_q, log_theta, log_teacher, exact))
+            self._append_metrics(metrics.of_drafts(log_q, log_theta, exact))
+            self._set_entropy_scale(alpha)
+            self.histograms = metrics.histograms_of_mixture(alpha, log_q, log_theta)
+
+    def _log_difference(self, output: dict[str, Any], mask: Tensor) -> None:
+        """Log the distance between the engine's log θ and the trainer's, where TRL computed the latter."""
+        if (of_tokens := output.get("old_per_token_logps")) is not None:  # GRPO's (B, T)
+            differences = self._gathered(metrics.token_differences(of_tokens, output["log_theta"]), mask)
+        elif (of_completions := output.get("old_logps")) is not None:  # RLOO's (B,)
+            per_token = metrics.completion_differences(of_completions, output["log_theta"], mask)
+            differences = self._gathered(per_token[:, None], mask.any(1, keepdim=True))
+        else:
+            return
+        self._append_metrics(metrics.of_differences(differences))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as TRL does, and then send the histograms of the last batch to the loggers that have them."""
+        super().log(logs, start_time)
+        send_histograms(self, self.histograms)
+        self.histograms = {}
+
+    def _gathered(self, values: Tensor, mask: Tensor) -> Tensor:
+        """Values (B, T) of all processes where `mask` holds, in one dimension."""
+        marked = values.float().masked_fill(~mask, torch.nan)
+        every = self.accelerator.gather(self.accelerator.pad_across_processes(marked, dim=1, pad_index=torch.nan))
+        return every[~every.isnan()]
+
+    def _entropy_scale(self) -> float | None:
+        """Scale of the entropy gate for the next batch; a resumed run starts with the last one that was logged."""
+        if self.generator.entropy_quantile is None:
+            return None
+        if self._scale is None:
+            logged = [
+                entry[metrics.ENTROPY_SCALE] for entry in self.state.log_history if metrics.ENTROPY_SCALE in entry
+            ]
+            self._scale = logged[-1] if logged else self.generator.mixture.entropy_scale
+        return self._scale
+
+    def _set_entropy_scale(self, alpha: Tensor) -> None:
+        """Log the scale that a batch was sampled with, and set the next one from its α (N,)."""
+        quantile, scale = self.generator.entropy_quantile, self._entropy_scale()
+        if quantile is not None and scale is not None:
+            self._append_metrics({metrics.ENTROPY_SCALE: scale})
+            self._scale = next_scale(alpha, scale, quantile, self.generator.mixture.entropy_scale)
