@@ -108,6 +108,7 @@ def make_model(
     kv_heads: int = 1,
     vocab_size: int = 288,
     tied: bool = False,
+    dtype: torch.dtype = torch.float32,
     **config: Any,
 ) -> str:
     """Write a random model and its tokenizer into `folder`, and return the folder.
@@ -122,6 +123,7 @@ def make_model(
         kv_heads: key and value heads.
         vocab_size: rows of the embedding, at least `TOKENS`; what is above is padding.
         tied: whether the output layer is the embedding.
+        dtype: of the weights in the files.
         **config: further fields of the family's configuration.
     """
     sizes = {
@@ -151,7 +153,7 @@ def make_model(
         auto = AutoModelForImageTextToText if family in WRAPPERS else AutoModelForCausalLM
         model = auto.from_config(settings, dtype=torch.float32)
         remember(model)
-    model.save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return str(folder)
 

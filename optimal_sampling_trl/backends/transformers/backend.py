@@ -165,8 +165,8 @@ class TransformersBackend:
             raise ValueError(
                 "The student of this backend is the live module itself: there is nothing to load. Drop the call."
             )
-        own = self.theta.named_parameters(remove_duplicate=False)
-        current, new = (dict(self._of_text(weights)) for weights in (own, named_parameters))
+        loaded = self.theta.named_parameters(remove_duplicate=False)
+        current, new = (dict(self._of_text(weights)) for weights in (loaded, named_parameters))
         wrong = _misfits(current, new)
         if wrong:
             raise ValueError(

@@ -67,7 +67,7 @@ class OptimalSamplingForCausalLM(nn.Module):
         with set_model_tag("teacher"):
             # Without a prefix: a quantised checkpoint names the layers that it leaves out by their own names.
             self.teacher = _build(*as_text(vllm_config, own_architectures(vllm_config.model_config)), "")
-        theta = _theta_model_config(vllm_config.model_config, settings["theta"])
+        theta = theta_model_config(vllm_config.model_config, settings["theta"])
         use_own_window(cache_config, theta)
         self.theta_config = replace(vllm_config, model_config=theta, quant_config=None, cache_config=cache_config)
         self.wraps = {role: is_wrapper(each.hf_config) for role, each in zip(ROLES, (vllm_config.model_config, theta))}
@@ -283,7 +283,8 @@ def use_own_window(cache_config: Any, theta: ModelConfig) -> None:
     cache_config.sliding_window = theta.get_sliding_window() if kinds <= {"sliding_attention"} else None
 
 
-def _theta_model_config(teacher: ModelConfig, theta: str) -> ModelConfig:
+def theta_model_config(teacher: ModelConfig, theta: str) -> ModelConfig:
+    """The configuration of the student, which vLLM makes as it made the teacher's."""
     overrides: Any = teacher.hf_overrides  # a dict, as limits.py has it; `architectures` is the fused model's
     further = {name: value for name, value in overrides.items() if name != "architectures"}
     if is_wrapper(whole := get_config(theta, teacher.trust_remote_code, token=teacher.hf_token)):
