@@ -36,7 +36,7 @@ def seeds_at_best_rate(runs: list[dict], arm: str) -> list[float]:
     by_rate: dict[float, list[float]] = defaultdict(list)
     for run in runs:
         if run["arm"] == arm:
-            by_rate[run["learning_rate"]].append(run["right"])
+            by_rate[run["learning_rate"]].append(run["end"])
     return max(by_rate.values(), key=mean, default=[])
 
 

@@ -122,5 +122,5 @@ def check_windows(configs: dict[str, PreTrainedConfig], can_differ: bool) -> Non
 
 
 def has_experts(config: PreTrainedConfig) -> bool:
-    """True for a mixture of experts, as vLLM tells one by its configuration."""
+    """Return True for a mixture of experts, as vLLM tells one by its configuration."""
     return any(getattr(config, name, None) for name in EXPERTS)
