@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from helpers.models import make_model
 from helpers.oracle import check_dense, check_rollout
 from helpers.training import (
     KINDS,
@@ -166,6 +167,22 @@ def test_lora(pair: tuple[str, str], teacher: Any, tmp_path: Path, kind: str) ->
     check_batch(trainer.generations[-1][1], teacher, theta, Mixture(), tolerance=2e-5)
     with pytest.raises(AssertionError, match="off by"):
         check_batch(trainer.generations[-1][1], teacher, load(pair[1]), Mixture(), tolerance=2e-5)
+
+
+def test_lora_in_a_hybrid_inside_of_a_wrapper(tmp_path: Path) -> None:
+    """The trainer reads padded batches at once and the rollouts a token at a time: the states have to be the same."""
+    peft = pytest.importorskip("peft")
+    folders = make_model(tmp_path / "teacher", "qwen3_5_text", 0), make_model(tmp_path / "student", "qwen3_5", 1)
+    config = peft.LoraConfig(r=4, lora_alpha=64, target_modules=["in_proj_qkv", "in_proj_a", "out_proj", "q_proj"])
+    further = {"peft_config": config, "processing_class": AutoTokenizer.from_pretrained(folders[1])}
+    trainer = make_trainer("grpo", folders, tmp_path, trainer=further, learning_rate=3e-2)
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {name for name, parameter in trainer.model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == {name for name in before if "lora_" in name and "visual" not in name}
+    logs = [log["engine/log_theta_difference"] for log in trainer.state.log_history if "alpha/mean" in log]
+    assert len(logs) == 3
+    assert max(logs) < 2e-5
 
 
 def refused(message: str, kind: str, pair: tuple[str, str], tmp_path: Path, **build: Any) -> None:

@@ -122,6 +122,21 @@ def test_adapters_on_students_of_other_families(tmp_path: Path, kind: str) -> No
     assert max(logs) < TOLERANCE
 
 
+def test_an_adapter_in_linear_attention(tmp_path: Path) -> None:
+    """The engine computes it in bfloat16 and the trainer in float32: both have the adapter, and differ by rounding."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, lora_alpha=64, target_modules=["in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj"])
+    models = make_model(tmp_path / "t", "qwen3_next", 1), make_model(tmp_path / "s", "qwen3_next", 2)
+    engine = {**ENGINE, "engine_arguments": {**ENGINE["engine_arguments"], "dtype": "bfloat16"}}
+    trainer = make_trainer(
+        "grpo", models, tmp_path, generator=engine, trainer={"peft_config": config}, learning_rate=3e-2
+    )
+    trainer.train()
+    logs = [log["engine/log_theta_difference"] for log in trainer.state.log_history if "alpha/mean" in log]
+    assert len(logs) == 3
+    assert max(logs) < 0.1
+
+
 def untie(model: Any) -> None:
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     model.config.tie_word_embeddings = False
