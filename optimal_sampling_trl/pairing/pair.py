@@ -27,6 +27,7 @@ class Pair:
         ending: where completions end.
         two_prompts: whether this engine takes another prompt for the student than for the teacher.
         windows: lengths of the two models' sliding windows, in tokens; empty where neither has one.
+        has_states: whether a model has layers that keep a state of what they read, such as linear attention.
         teacher_template: `template_digest` of the teacher's own tokenizer; None where it has no chat template.
         teacher_tokenizer: the teacher's own, which reads the prompts that the teacher alone is given.
     """
@@ -41,6 +42,7 @@ class Pair:
     two_prompts: bool = True
     teacher_template: str | None = None
     windows: tuple[int, ...] = ()
+    has_states: bool = False
     teacher_tokenizer: PreTrainedTokenizerBase | None = None
 
 
@@ -106,6 +108,7 @@ def read_pair(
         windows=tuple(
             sorted({window for window in map(attention_window, (teacher.text_config, theta.text_config)) if window})
         ),
+        has_states=any(map(has_states, (teacher.text_config, theta.text_config))),
         teacher_tokenizer=teacher_tokenizer,
     )
 
@@ -175,3 +178,8 @@ def attention_window(config: PreTrainedConfig) -> int | None:
     if not getattr(config, "use_sliding_window", True) or (kinds and "sliding_attention" not in kinds):
         return None
     return getattr(config, "sliding_window", None) or None
+
+
+def has_states(config: PreTrainedConfig) -> bool:
+    """Returns True for a model with linear attention, whose layers keep a state of what they read."""
+    return "linear_attention" in (getattr(config, "layer_types", None) or ())

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Iterator
 
+from torch import Tensor
 from transformers import PreTrainedConfig
 
-WRAPPERS = {"gemma3": "Gemma3ForCausalLM", "qwen3_vl": "Qwen3ForCausalLM"}
+WRAPPERS = {
+    "gemma3": "Gemma3ForCausalLM",
+    "qwen3_5": "Qwen3_5ForCausalLM",
+    "qwen3_5_moe": "Qwen3_5MoeForCausalLM",
+    "qwen3_vl": "Qwen3ForCausalLM",
+}
 """Model types of the wrappers that were checked, and the architecture of the language model inside of each."""
 INSIDE = ("model.language_model.", "language_model.model.")
 """Prefixes of the language model's weights: in memory and in new files, and in old files."""
@@ -40,3 +47,10 @@ def text_name(name: str) -> str | None:
         if name.startswith(prefix):
             return "lm_head." + name.removeprefix(prefix)
     return name if name.startswith(OWN) else None
+
+
+def text_weights(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Hand on a wrapper's weights under the names of its language model, without those of its towers."""
+    for name, weight in named:
+        if (inside := text_name(name)) is not None:
+            yield inside, weight

@@ -14,6 +14,7 @@ from ..rollouts.rollout import RECORDS, Rollout
 from .entropy_scale import next_scale
 from .generator import OptimalSamplingGenerator
 from .loggers import send_histograms
+from .records import loss_mask
 
 TrlTrainer: Any = object
 """The TRL trainer that follows in the method resolution order; Any, so that mypy lets its attributes pass."""
@@ -43,7 +44,7 @@ class BatchMetrics(TrlTrainer):
 
     def _log_batch(self, output: dict[str, Any]) -> None:
         """Log the batch of all processes; α, the ratios and the divergences over the mixture's tokens alone."""
-        mask = output["completion_mask"].bool()
+        mask = loss_mask(output).bool()
         tokens = sum(len(rollout.completion_ids) for rollout in self.rollouts)
         work = torch.tensor([tokens, self.vllm_generation.seconds], device=mask.device)
         self._append_metrics(metrics.of_speed(*self.accelerator.gather(work).view(-1, 2).unbind(1)))

@@ -13,6 +13,7 @@ from ..rollouts.dense import Dense
 from .dense_config import coefficient_at
 from .dense_head import DenseHead, dense_head
 from .mixture_trainer import MixtureTrainer
+from .records import loss_mask
 
 
 class DenseTermTrainer(MixtureTrainer):
@@ -34,7 +35,7 @@ class DenseTermTrainer(MixtureTrainer):
         """Put the number of tokens of all processes into the batch, where the dense term divides by it."""
         super()._weigh(output)
         if "dense_ids" in output:
-            output["dense_tokens"] = self.accelerator.reduce(output["completion_mask"].sum())
+            output["dense_tokens"] = self.accelerator.reduce(loss_mask(output).sum())
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *positional: Any, **keywords: Any) -> Any:
         """Compute the loss of the reward, plus the dense term where the batch has its records."""
@@ -44,13 +45,11 @@ class DenseTermTrainer(MixtureTrainer):
         with dense_head(inputs["dense_ids"], inputs["completion_mask"].bool()) as head:
             loss = super().compute_loss(model, inputs, *positional, **keywords)
         divergences = divergences_of(head, inputs, DIVERGENCES[self.args.dense_divergence])
-        total, tokens = self.accelerator.reduce(
-            torch.stack([divergences.detach().sum(), inputs["completion_mask"].sum()])
-        )
+        total, tokens = self.accelerator.reduce(torch.stack([divergences.detach().sum(), loss_mask(inputs).sum()]))
         self._append_metrics({metrics.DENSE_DIVERGENCE: float(total / tokens.clamp(min=1))})
         self._append_metrics({metrics.DENSE_COEFFICIENT: coefficient})
         if "dense_weights" in inputs:
-            divergences = divergences * inputs["dense_weights"][inputs["completion_mask"].bool()]
+            divergences = divergences * inputs["dense_weights"][loss_mask(inputs).bool()]
         return loss + coefficient * divergences.sum() / self._dense_share(inputs)
 
     def _dense_share(self, inputs: dict[str, Any]) -> Tensor:
@@ -67,10 +66,10 @@ class DenseTermTrainer(MixtureTrainer):
 
 
 def divergences_of(head: DenseHead, inputs: dict[str, Any], beta: float) -> Tensor:
-    """Divergence (N,) at each of a batch's N tokens, with the student's gradient.
+    """Divergence (N,) at each of a batch's N tokens in the loss, with the student's gradient.
 
     Args:
-        head: has stood in TRL's output layer while the student read the batch.
+        head: has stood in TRL's output layer, at all tokens of the completions, while the student read the batch.
         inputs: the batch, with its dense records.
         beta: of the divergence; see `divergences`.
 
@@ -82,5 +81,6 @@ def divergences_of(head: DenseHead, inputs: dict[str, Any], beta: float) -> Tens
             "The student's forward pass did not use TRL's fused output layer, where log θ of the dense records' "
             "tokens is read. Does a subclass compute log-probabilities by itself? Leave `dense_coefficient` at 0."
         )
-    mask = inputs["completion_mask"].bool()
-    return union_divergence(head.log_theta, inputs["dense_log_teacher"][mask], inputs["dense_ids"][mask], beta)
+    mask = loss_mask(inputs).bool()
+    log_theta = head.log_theta[mask[inputs["completion_mask"].bool()]]
+    return union_divergence(log_theta, inputs["dense_log_teacher"][mask], inputs["dense_ids"][mask], beta)

@@ -21,6 +21,7 @@ from .dense_head import DenseHead, dense_head
 from .dense_term import divergences_of
 from .generator import FOR_TRAINERS, check_generator
 from .mixture_trainer import MixtureTrainer
+from .records import loss_mask
 from .trl_divergence import advice_on_vocabularies, weighted_divergence
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
         teacher_model: the generator's teacher, which is the default; no other is taken. The other losses need
             none.
         args: our `DistillationConfig`, or TRL's, which gets the divergence without weights.
-        tools: refused, since completions would hold tokens that were not sampled.
+        tools: as TRL's (docs/tools.md).
         generator: source of the rollouts; has to be passed.
 
     Raises:
@@ -230,7 +231,7 @@ class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
 
     def _correct(self, output: dict[str, Any]) -> None:
         if self.loss == "sampled_token" and self.args.sampled_token_centre:
-            mask = output["completion_mask"].float()
+            mask = loss_mask(output).float()
             log_ratio = sampled_token_coefficients(
                 output["log_teacher"], output["log_theta"], mask, clip=self.args.sampled_token_clip
             )
@@ -243,7 +244,7 @@ class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
             return self._loss_of_records(unwrapped_student, inputs, num_items_in_batch)
         if self.correction.name == "none" or "weights" not in inputs:  # an evaluation has none
             return super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
-        with weighted_divergence(inputs["weights"], inputs["completion_mask"]):
+        with weighted_divergence(inputs["weights"], loss_mask(inputs)):
             return super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
 
     def _loss_of_records(self, student: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
@@ -252,7 +253,7 @@ class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
         Returns:
             as TRL's: the loss, the sum of the student's entropies, the number of tokens.
         """
-        ids, mask = inputs["completion_ids"], inputs["completion_mask"]
+        ids, mask, counted = inputs["completion_ids"], inputs["completion_mask"], loss_mask(inputs)
         T, dense = ids.shape[1], self.loss == "dense"
         with dense_head(inputs["dense_ids"], mask.bool()) if dense else nullcontext() as head:
             output = student(
@@ -264,8 +265,8 @@ class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
                 fused_lm_head=True,
             )
         log_theta = output.log_probs[:, -T:].float()  # (B, T), at the temperature; 0 on padding
-        entropy = (output.entropy[:, -T:].detach() * mask).sum()
-        count = mask.sum()
+        entropy = (output.entropy[:, -T:].detach() * counted).sum()
+        count = counted.sum()
         divisor = count.clamp(min=1) if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         total = self._dense_total(head, inputs) if head else self._sampled_token_total(log_theta, inputs)
         return total / divisor.to(total), entropy, count
@@ -274,7 +275,7 @@ class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
         """Σ w·divergence over the tokens; w is 1 in an evaluation, which has no weights."""
         divergences = divergences_of(head, inputs, self.beta)
         if "weights" in inputs:
-            divergences = divergences * inputs["weights"][inputs["completion_mask"].bool()]
+            divergences = divergences * inputs["weights"][loss_mask(inputs).bool()]
         return divergences.sum()
 
     def _sampled_token_total(self, log_theta: Tensor, inputs: dict[str, Any]) -> Tensor:
@@ -288,7 +289,7 @@ class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
 
     def _surrogate(self, log_theta: Tensor, inputs: dict[str, Any]) -> Tensor:
         """Σ −c·w·log θ(x): its gradient is the loss's, its value is no divergence."""
-        mask = inputs["completion_mask"]
+        mask = loss_mask(inputs)
         coefficients = sampled_token_coefficients(
             inputs["log_teacher"],
             log_theta.detach(),
@@ -301,7 +302,7 @@ class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
 
 def _divergence(log_theta: Tensor, inputs: dict[str, Any]) -> Tensor:
     """Σ log θ(x) − log t(x) over a batch's tokens, without those that the teacher rules out."""
-    mask = inputs["completion_mask"].float()
+    mask = loss_mask(inputs).float()
     return -sampled_token_coefficients(inputs["log_teacher"], log_theta, mask).sum()
 
 

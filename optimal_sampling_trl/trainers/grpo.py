@@ -23,6 +23,7 @@ from .config import GRPOConfig, with_our_default
 from .dense_config import CONFIDENCE
 from .generator import FOR_TRAINERS
 from .policy_gradient import PolicyGradientTrainer
+from .records import loss_mask
 from .unread import has_negatives
 
 if TYPE_CHECKING:
@@ -57,7 +58,8 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
         model, reward_funcs, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks,
             optimizers, quantization_config, peft_config: as TRL's.
         args: our `GRPOConfig`, or TRL's, which gets the default correction, and none of the engine's rounding.
-        tools, rollout_func, environment_factory: refused, since completions would hold tokens that were not sampled.
+        tools, environment_factory: as TRL's (docs/tools.md).
+        rollout_func: as TRL's; it samples each turn with `sample_turn`.
         generator: source of the rollouts; has to be passed.
 
     Raises:
@@ -213,7 +215,7 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
 
         The mean is over all processes.
         """
-        mask = output["completion_mask"]
+        mask = loss_mask(output)
         first = self.accelerator.process_index * len(mask)
         wrong = ~accept_rewards(self.rewards[first : first + len(mask)])
         routed = wrong[:, None] * mask.float()
@@ -233,7 +235,7 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
             towards_teacher = sampled_token_coefficients(
                 output["log_teacher"],
                 output["log_theta"],
-                output["completion_mask"].float(),
+                loss_mask(output).float(),
                 clip=self.args.distillation_clip,
             )
             reward = output["advantages"].view(len(advantages), -1)  # (B, T) or (B, 1)

@@ -30,27 +30,26 @@ from .generator import NO_SHARED_WEIGHTS, OptimalSamplingGenerator, check_genera
 from .guard import ROWS, TOKENS, WeightGuard, bound_of, dropout_of, log_theta_of
 from .loggers import FigureCallback
 from .presets import with_preset
-from .prompt_reader import PromptReader
 from .prompts import has_teacher_prompts
-from .records import stack_dense, stack_records
+from .records import loss_mask, stack_dense, stack_records
+from .several_turns import SeveralTurns
 from .summary import print_summary
 from .table import complete_table
-from .unread import unread_settings, warn_of_unread
+from .unread import TOOL_TURNS, unread_settings, warn_of_unread
 
 VLLM_MODES = ("colocate", "server")
-REFUSED = ("tools", "rollout_func", "environment_factory")
-"""Arguments of TRL's trainers with which completions hold tokens that were not sampled."""
 
 
-class MixtureTrainer(BatchMetrics, PromptReader):
+class MixtureTrainer(BatchMetrics, SeveralTurns):
     """Base of the trainers: it stands before one of TRL's trainers among the bases of a class.
 
     A subclass names its configuration (`config_class`), the share of a group that the student samples unless the user
     sets one (`default_theta_fraction`), and uses the records in its loss (`_correct`).
 
     Attributes:
-        rollouts: the rollouts of the last batch, for callbacks.
-        advantages: what the loss multiplies each of them with, the mean over its tokens; empty where it has none.
+        rollouts: the rollouts of the last batch, for callbacks; a completion of several turns has one for each.
+        advantages: what the loss multiplies each of them with, the mean over its completion's tokens; empty where it
+            has none.
     """
 
     config_class: type
@@ -61,12 +60,7 @@ class MixtureTrainer(BatchMetrics, PromptReader):
 
     def __init__(self, *, model: Any, generator: OptimalSamplingGenerator | None, args: Any, **trl_arguments: Any):
         self.generator = with_preset(check_generator(generator), getattr(args, "preset", None))
-        for name in REFUSED:
-            if trl_arguments.pop(name, None) is not None:
-                raise ValueError(
-                    f"`{name}` is not supported with rollouts from the mixture: the records would not match the "
-                    "tokens. Drop it, or use TRL's own trainer."
-                )
+        trl_arguments = self._take_turn_makers(trl_arguments)
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = self.config_class(f"{name.rstrip('/').split('/')[-1]}-{self._name}")
@@ -195,7 +189,11 @@ class MixtureTrainer(BatchMetrics, PromptReader):
             )
         if getattr(self.args, "use_transformers_continuous_batching", False):
             raise ValueError("`use_transformers_continuous_batching` is for TRL's own rollouts. Drop it.")
-        warn_of_unread(self.args, unread_settings(self.args))
+        self._check_turns()
+        unread = unread_settings(self.args)
+        if self.calls_tools:
+            unread.pop(TOOL_TURNS, None)
+        warn_of_unread(self.args, unread)
 
     def _check_own_teacher(self) -> None:
         """Refuse the teacher `"student"` where it cannot be had, or would be the student itself."""
@@ -218,17 +216,19 @@ class MixtureTrainer(BatchMetrics, PromptReader):
             self._last_loaded_step = -1
         with endings_known(self):
             output = super()._generate_and_score_completions(self._with_own_prompts(inputs))
-        rollouts = self.rollouts = self.vllm_generation.pop_rollouts()
-        output.update(stack_records(rollouts, output["completion_ids"]))
+        turns = self.vllm_generation.pop_turns()
+        self.rollouts = [rollout for of_row in turns for rollout in of_row]
+        output.update(stack_records(turns, output))
         if self._dense_wish() is not None:
-            output.update(stack_dense(rollouts, output["completion_ids"]))
+            output.update(stack_dense(turns, output["completion_ids"]))
         self._guard_weights(output)
         self._weigh(output)
         if self.model.training:
             self._correct(output)
         self._log_batch(output)
         if (trained_on := self._trained_on(output)) is not None:
-            self.advantages = complete_table(self._logs, trained_on, output["completion_mask"].bool(), rollouts)
+            means = complete_table(self._logs, trained_on, loss_mask(output).bool(), turns)
+            self.advantages = [mean for mean, of_row in zip(means, turns, strict=True) for _ in of_row]
         return output
 
     def evaluation_loop(self, *positional: Any, **keywords: Any) -> Any:
@@ -259,7 +259,7 @@ class MixtureTrainer(BatchMetrics, PromptReader):
         dropout = dropout_of(self.model)
         of_tokens = output.get("old_per_token_logps")
         if of_tokens is not None and not (dropout and self.model.training):
-            mask = output["completion_mask"].bool()
+            mask = loss_mask(output).bool()
             engine, trainer = output["log_theta"][mask], of_tokens[mask]
         else:  # TRL computed none, or one with dropout
             few = self.rollouts[:ROWS]
@@ -287,7 +287,7 @@ class MixtureTrainer(BatchMetrics, PromptReader):
         return self.correction.weights(
             output["log_theta"],
             output["log_q"],
-            output["completion_mask"].float(),
+            loss_mask(output).float(),
             output["mixture_rows"],
             inclusive=inclusive,
             total=self.accelerator.reduce,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 from accelerate.utils import broadcast_object_list
 from jinja2 import TemplateError
@@ -63,7 +65,22 @@ class PromptReader(TrlTrainer):
         self.teacher_tokenizer = box[0]
 
     def _token_ids(self, prompts: list[Any]) -> list[list[int]]:
-        return self._tokenize_prompts(prompts)[0]
+        with self._in_some_environment(len(prompts)):
+            return self._tokenize_prompts(prompts)[0]
+
+    @contextmanager
+    def _in_some_environment(self, count: int) -> Iterator[None]:
+        """Let TRL tokenize prompts that are not those of its batch, with the tools of the first environment if any.
+
+        Args:
+            count: number of the prompts.
+        """
+        factories = getattr(self, "environment_factories", None)  # of GRPO alone
+        if factories is None:
+            yield
+            return
+        with patch.object(self, "_batch_environments", [next(iter(factories))] * count, create=True):
+            yield
 
     def _own_token_ids(self, prompts: list[Any]) -> list[list[int]]:
         """Return the teacher's own prompts as its own tokenizer and chat template have them; chats or texts alone.
@@ -85,7 +102,7 @@ class PromptReader(TrlTrainer):
                 "chat template. Pass texts, or save a template with the teacher."
             )
         try:
-            return render(prompt, tokenizer, **self.chat_template_kwargs)
+            return render(prompt, tokenizer, tools=getattr(self, "tools", None) or None, **self.chat_template_kwargs)
         except (TemplateError, TypeError) as error:
             is_set = bool(setting) and str(setting) in str(prompt[0].get("content"))
             name = SYSTEM_PROMPTS["teacher"] if is_set else None
@@ -110,7 +127,8 @@ class PromptReader(TrlTrainer):
     def _template_refusal(self, messages: list[Any], error: Exception) -> ValueError | None:
         """Make the error for one chat of a batch; None where the template takes it."""
         try:
-            super()._tokenize_prompts([messages])
+            with self._in_some_environment(1):
+                super()._tokenize_prompts([messages])
         except (TemplateError, TypeError) as reason:
             texts = {name: getattr(self.generator, name) for name in SYSTEM_PROMPTS.values()}
             head = str(messages[0].get("content")) if messages else ""
@@ -122,7 +140,7 @@ class PromptReader(TrlTrainer):
         """Give TRL the student's prompts and the engine the teacher's, tokenized as TRL would."""
         generator, engine = self.generator, self.vllm_generation
         rows = [
-            Row(f"row {index} of the batch", example["prompt"], example.get(TEACHER_PROMPT))
+            Row(f"row {index} of the batch", self._prompt_of(example), example.get(TEACHER_PROMPT))
             for index, example in enumerate(inputs)
         ]
         if engine.pair is not None and is_chat(rows[0].prompt) and rows[0].teacher_prompt is None:  # of streams; once
@@ -132,7 +150,17 @@ class PromptReader(TrlTrainer):
             self._check_two_prompts()
             engine.teacher_prompts = self._teacher_ids(rows)
         system_prompt, way = generator.theta_system_prompt, generator.system_message
-        return [{**one, "prompt": with_system_prompt(one["prompt"], system_prompt, way)} for one in inputs]
+        return [
+            {**one, "prompt": with_system_prompt(row.prompt, system_prompt, way)} if "prompt" in one or system_prompt
+            else one  # an environment is not shown a prompt that TRL makes up
+            for one, row in zip(inputs, rows, strict=True)
+        ]  # fmt: skip
+
+    def _prompt_of(self, example: dict[str, Any]) -> Any:
+        """The prompt of a row; an environment may have it alone, and TRL then starts from an empty one."""
+        if getattr(self, "environment_factories", None) is None:
+            return example["prompt"]
+        return example.get("prompt", [{"role": "user", "content": ""}])
 
     def _teacher_ids(self, rows: Sequence[Row]) -> list[list[int]]:
         """Return the token ids that the teacher reads of each row of a batch."""

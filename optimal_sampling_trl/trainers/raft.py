@@ -15,6 +15,7 @@ from ..losses import accept_rewards, imitation_loss
 from ..options import suggest_arguments
 from .config import PolicyGradientConfig, RAFTConfig
 from .generator import FOR_TRAINERS
+from .records import loss_mask
 from .rewarded import RewardedTrainer
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ class RAFTTrainer(RewardedTrainer, trl.GRPOTrainer):
         model, reward_funcs, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks,
             optimizers, quantization_config, peft_config: as those of TRL's `GRPOTrainer`.
         args: a `RAFTConfig`, or TRL's `GRPOConfig`, which gets the defaults of `RAFTConfig` but for its own fields.
-        tools, rollout_func, environment_factory: refused, since completions would hold tokens that were not sampled.
+        tools, environment_factory: as TRL's (docs/tools.md).
+        rollout_func: as TRL's; it samples each turn with `sample_turn`.
         generator: source of the rollouts; has to be passed.
 
     Raises:
@@ -180,7 +182,7 @@ class RAFTTrainer(RewardedTrainer, trl.GRPOTrainer):
         The loss of an evaluation imitates the student's accepted completions.
         """
         super()._weigh(output)
-        weights, mask = self._imitation_weights(), output["completion_mask"]
+        weights, mask = self._imitation_weights(), loss_mask(output)
         first = self.accelerator.process_index * len(mask)
         output["imitation_weights"] = weights = weights[first : first + len(mask)]
         if self._setting("denominator") == "accepted":
@@ -211,11 +213,11 @@ class RAFTTrainer(RewardedTrainer, trl.GRPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """Compute the loss of imitation."""
-        mask = inputs["completion_mask"]
+        mask = loss_mask(inputs)
         log_theta, entropies, router_loss = self._get_per_token_logps_and_entropies(
             model,
             torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-            torch.cat([inputs["prompt_mask"], mask], dim=1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
             mask.shape[1],
             compute_entropy=True,
             compute_aux_loss=self.aux_loss_enabled,

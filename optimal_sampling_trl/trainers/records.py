@@ -1,69 +1,120 @@
-"""The records of a batch's rollouts, as tensors beside TRL's padded completions."""
+"""The records of a batch's rollouts, as tensors beside TRL's padded completions.
+
+A completion that calls tools has several turns, each a rollout whose prompt is all that the model read before it.
+Their records stand where their tokens do, and are 0 on what tools and environments wrote.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
+from ..rollouts.dense import DenseRecords
 from ..rollouts.rollout import RECORDS, Rollout
 
+Turns = Sequence[Sequence[Rollout]]
+"""The rollouts of each completion of a batch, one for each turn."""
 
-def stack_records(rollouts: Sequence[Rollout], completion_ids: Tensor) -> dict[str, Tensor]:
-    """Stack the records of rollouts beside TRL's padded `completion_ids` (B, T).
+
+def loss_mask(batch: dict[str, Any]) -> Tensor:
+    """1 on the tokens (B, T) that are trained on, 0 on padding and on what tools and environments wrote."""
+    mask: Tensor = batch["completion_mask"]
+    return mask if batch.get("tool_mask") is None else mask * batch["tool_mask"]
+
+
+def stack_records(turns: Turns, batch: dict[str, Any]) -> dict[str, Tensor]:
+    """Stack the records of rollouts beside TRL's padded completions.
+
+    Args:
+        turns: of each of B completions.
+        batch: TRL's, with `completion_ids` (B, T) and its masks.
 
     Returns:
-        each of `RECORDS` as (B, T), 0 on padding, and `mixture_rows` (B,), True where the mixture sampled.
+        each of `RECORDS` as (B, T), 0 where no token was sampled, and `mixture_rows` (B,), True where the mixture did.
 
     Raises:
-        RuntimeError: where TRL's completions are not those of the rollouts.
+        RuntimeError: where TRL's completions are not those of the rollouts, or a token is trained on that was not
+            sampled.
     """
-    B, T = completion_ids.shape
-    if len(rollouts) != B:
-        raise RuntimeError(f"The batch has {B} completions, but {len(rollouts)} were sampled for it.")
-    records, sampled = torch.zeros(len(RECORDS), B, T), completion_ids.tolist()
-    for row, rollout in enumerate(rollouts):
-        length = len(rollout.completion_ids)
-        if sampled[row][:length] != rollout.completion_ids:
-            raise RuntimeError(
-                f"Completion {row} of the batch is not the one that was sampled for it, so its record does not belong "
-                "to it. Does a subclass or a callback of the trainer change completions?"
-            )
-        records[:, row, :length] = torch.stack([getattr(rollout, name) for name in RECORDS])
-    mixed = torch.tensor([not rollout.mixture.is_theta_only for rollout in rollouts])
+    ids: Tensor = batch["completion_ids"]
+    records, is_sampled = torch.zeros(len(RECORDS), *ids.shape), torch.zeros(ids.shape, dtype=torch.bool)
+    for row, place, rollout in placed(turns, ids):
+        records[:, row, place] = torch.stack([getattr(rollout, name) for name in RECORDS])
+        is_sampled[row, place] = True
+    _check_sampled(loss_mask(batch).cpu().bool(), is_sampled)
+    mixed = torch.tensor([not of_row[0].mixture.is_theta_only for of_row in turns])
     stacked = dict(zip(RECORDS, records.unbind(0), strict=True)) | {"mixture_rows": mixed}
-    return {name: tensor.to(completion_ids.device) for name, tensor in stacked.items()}
+    return {name: tensor.to(ids.device) for name, tensor in stacked.items()}
 
 
-def stack_dense(rollouts: Sequence[Rollout], completion_ids: Tensor) -> dict[str, Tensor]:
+def placed(turns: Turns, completion_ids: Tensor) -> Iterator[tuple[int, slice, Rollout]]:
+    """Yield each turn with its row and its place among the row's tokens.
+
+    Args:
+        turns: of each of B completions.
+        completion_ids: TRL's (B, T), padded.
+
+    Raises:
+        RuntimeError: where the tokens at a place, or those before it, are not the turn's own.
+    """
+    if len(turns) != len(completion_ids):
+        raise RuntimeError(f"The batch has {len(completion_ids)} completions, but {len(turns)} were sampled for it.")
+    for row, (of_row, ids) in enumerate(zip(turns, completion_ids.tolist(), strict=True)):
+        if not of_row:
+            raise RuntimeError(f"Completion {row} of the batch was not sampled: it has no turn.")
+        prompt = of_row[0].theta_prompt_ids
+        for turn, rollout in enumerate(of_row):
+            start = len(rollout.theta_prompt_ids) - len(prompt)
+            place = slice(start, start + len(rollout.completion_ids))
+            if rollout.theta_prompt_ids != [*prompt, *ids[:start]] or ids[place] != rollout.completion_ids:
+                raise RuntimeError(
+                    f"Completion {row} of the batch is not the one that was sampled for it (turn {turn}), so its "
+                    "record does not belong to it. Does a subclass or a callback of the trainer change completions?"
+                )
+            yield row, place, rollout
+
+
+def _check_sampled(mask: Tensor, is_sampled: Tensor) -> None:
+    """Refuse tokens (B, T) that are trained on and have no record."""
+    for row, place in (mask & ~is_sampled).nonzero()[:1].tolist():
+        raise RuntimeError(
+            f"Token {place} of completion {row} would be trained on, and no model sampled it; wanted a turn for it, "
+            "or 0 in the `env_mask` of `rollout_func`."
+        )
+
+
+def stack_dense(turns: Turns, completion_ids: Tensor) -> dict[str, Tensor]:
     """Stack the dense records of rollouts beside TRL's padded `completion_ids` (B, T).
 
     Returns:
         `dense_ids` and `dense_log_teacher`, (B, T, K), where K tokens were asked for, and each scalar as
-        `dense_<name>` (B, T); 0 on padding.
+        `dense_<name>` (B, T); 0 where no token was sampled.
 
     Raises:
         RuntimeError: where a rollout has no dense records, or has others.
     """
+    rollouts = [rollout for of_row in turns for rollout in of_row]
     records = [rollout.dense for rollout in rollouts if rollout.dense is not None]
     if len(records) != len(rollouts) or len({(*one.scalars, one.ids.shape[1]) for one in records}) > 1:
         raise RuntimeError(
             f"Of the batch's {len(rollouts)} rollouts {len(records)} have dense records, or they differ in what they "
             "record; all were asked for the same. Does a server of another version sample them?"
         )
-    columns = {f"dense_{name}": [one.scalars[name] for one in records] for name in records[0].scalars}
-    if records[0].ids.shape[1]:
-        columns |= {
-            "dense_ids": [one.ids for one in records],
-            "dense_log_teacher": [one.log_teacher for one in records],
-        }
-    T, device = completion_ids.shape[1], completion_ids.device
-    stacked = {name: pad_sequence(rows, batch_first=True) for name, rows in columns.items()}
-    return {name: _padded(rows, T).to(device) for name, rows in stacked.items()}
+    shape = completion_ids.shape
+    stacked = {name: one.new_zeros(*shape, *one.shape[1:]) for name, one in _columns(records[0]).items()}
+    for row, place, rollout in placed(turns, completion_ids):
+        assert rollout.dense is not None
+        for name, values in _columns(rollout.dense).items():
+            stacked[name][row, place] = values
+    return {name: values.to(completion_ids.device) for name, values in stacked.items()}
 
 
-def _padded(rows: Tensor, length: int) -> Tensor:
-    """Rows (B, T, ...) with zeros up to a `length` that TRL padded to."""
-    return torch.cat([rows, rows.new_zeros(len(rows), length - rows.shape[1], *rows.shape[2:])], dim=1)
+def _columns(dense: DenseRecords) -> dict[str, Tensor]:
+    """Name the dense records of T tokens as a batch has them, each (T,) or (T, K)."""
+    columns = {f"dense_{name}": values for name, values in dense.scalars.items()}
+    if dense.ids.shape[1]:
+        columns |= {"dense_ids": dense.ids, "dense_log_teacher": dense.log_teacher}
+    return columns

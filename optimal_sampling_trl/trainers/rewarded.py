@@ -34,10 +34,11 @@ class RewardedTrainer(TwoRounds, DenseTermTrainer):
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         """Compute TRL's rewards (rows of all processes, functions), and log them.
 
-        The functions read prompts without the student's system prompt, as they stand in the dataset.
+        The functions read prompts without the student's system prompt, as they stand in the dataset; in an environment
+        they read TRL's, with what it added.
         """
-        inputs = self._dataset_rows
-        prompts = [example["prompt"] for example in inputs]
+        if "environment_factory" not in self.turn_makers:
+            prompts = [example["prompt"] for example in self._dataset_rows]
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self.rewards = self._totals(rewards)
         self._log_rewards()

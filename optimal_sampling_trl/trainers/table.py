@@ -10,11 +10,12 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..rollouts.rollout import Rollout
+from .records import Turns
 
 SAMPLED_BY = "mixture/sampled_by"
 """Column that says 'student' or 'mixture'."""
@@ -23,7 +24,7 @@ ALPHA = "mixture/alpha"
 
 
 def complete_table(
-    logs: dict[str, Any], advantages: Float[Tensor, " B *T"], mask: Bool[Tensor, "B T"], rollouts: Sequence[Rollout]
+    logs: dict[str, Any], advantages: Float[Tensor, " B *T"], mask: Bool[Tensor, "B T"], turns: Turns
 ) -> list[float]:
     """Correct the last batch's rows in TRL's table, in all processes together.
 
@@ -31,16 +32,17 @@ def complete_table(
         logs: TRL's columns, whose last rows are those of the batch.
         advantages: what the loss multiplies each completion with, or each of its tokens; in RAFT their weights.
         mask: True on the tokens that are trained on.
-        rollouts: this process's, B of them.
+        turns: of this process's B completions.
 
     Returns:
         the advantages of this process's completions.
     """
     means = mean_advantages(advantages, mask).tolist()
+    alphas = [torch.cat([rollout.alpha for rollout in of_row]) for of_row in turns]
     columns = (
         means,
-        ["student" if rollout.mixture.is_theta_only else "mixture" for rollout in rollouts],
-        [float(rollout.alpha.mean()) if len(rollout.alpha) else None for rollout in rollouts],
+        ["student" if of_row[0].mixture.is_theta_only else "mixture" for of_row in turns],
+        [float(alpha.mean()) if len(alpha) else None for alpha in alphas],
     )
     trained, sampled_by, alpha = (gather_object(column) for column in columns)
     _replace_last(logs["advantages"], trained)

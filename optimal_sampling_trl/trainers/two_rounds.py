@@ -23,10 +23,10 @@ CLIPPED_RATIO = "completions/clipped_ratio"
 
 
 class Round(NamedTuple):
-    """A round of sampling: what TRL's `_generate` returned, the rollouts, and the seconds of the engine."""
+    """A round of sampling: what TRL's `_generate` returned, the turns of its rows, and the seconds of the engine."""
 
     output: Any
-    rollouts: list[Rollout]
+    turns: list[list[Rollout]]
     seconds: float
 
 
@@ -85,7 +85,7 @@ class TwoRounds(MixtureTrainer):
         later = len(second) // share.shape[1]  # of each group
         other = self._sample_round(prompts, second, share.repeat_interleave(later, 1).flatten().tolist())
         engine = self.vllm_generation
-        engine.rollouts = interleave(one.rollouts, other.rollouts, first, second)
+        engine.turns = interleave(one.turns, other.turns, first, second)
         engine.seconds = one.seconds + other.seconds
         self._merge_lengths(len(first) / len(prompts))
         chosen = torch.zeros(processes, len(prompts), dtype=torch.bool)
@@ -111,7 +111,7 @@ class TwoRounds(MixtureTrainer):
         engine.teacher_prompts = None if of_teacher is None else [of_teacher[row] for row in rows]
         output = super()._generate([prompts[row] for row in rows])
         engine.teacher_prompts = of_teacher
-        return Round(output, engine.pop_rollouts(), engine.seconds)
+        return Round(output, engine.pop_turns(), engine.seconds)
 
     def _score(self, rows: list[int], output: Any) -> Tensor:
         """Return TRL's rewards (rows of all processes, functions) of what its `_generate` returned."""

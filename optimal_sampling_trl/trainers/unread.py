@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 from ..user_warnings import warn_user
 
+TOOL_TURNS = "max_tool_calling_iterations"
+"""Field that is read where the trainer is passed what makes several turns, which the configuration does not know."""
 RATIO_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 """Values of `loss_type` that clip the ratio of the new student to the old one from both sides."""
 
@@ -95,7 +97,7 @@ RULES = (
         ("num_completions_to_print", "log_unique_prompts"), lambda a: a.log_completions, "with `log_completions=True`"
     ),
     Rule(("log_multimodal",), _never, "for images, which rollouts from the mixture do not take"),
-    Rule(("max_tool_calling_iterations",), _never, "for tools, which rollouts from the mixture do not take"),
+    Rule((TOOL_TURNS,), _never, "with `tools` or an `environment_factory`"),
     Rule(
         ("cache_implementation", "transformers_continuous_batching_config", "ds3_gather_for_generation"),
         _never,

@@ -126,6 +126,7 @@ def read_as_trl(rollouts: Sequence[Rollout]) -> list[list[float]]:
 def measure(batch: Batch, rounds: int) -> list[Part]:
     """The parts of both paths, on one batch."""
     rollouts, V = batch.rollouts(), batch.pair.engine_vocabulary
+    turns, tensors = [[one] for one in rollouts], {"completion_ids": batch.ids, "completion_mask": batch.ids >= 0}
     answers = batch.answers()
     read = [json.loads(answer)["choices"] for answer in answers]
     textless: Any = silent(batch.pair)
@@ -142,7 +143,7 @@ def measure(batch: Batch, rounds: int) -> list[Part]:
             lambda: [to_rollouts(choices, batch.request, textless) for choices in read],
         ),
         ("log θ for TRL, and its reading", ["colocated", "server"], lambda: read_as_trl(rollouts)),
-        ("records beside TRL's batch", ["colocated", "server"], lambda: stack_records(rollouts, batch.ids)),
+        ("records beside TRL's batch", ["colocated", "server"], lambda: stack_records(turns, tensors)),
         ("text", [], lambda: [batch.pair.tokenizer.decode(r.completion_ids) for r in rollouts]),
     ]
     return [Part(name, paths, cost(work, rounds)) for name, paths, work in works]

@@ -57,7 +57,7 @@ class LocalTensorParallel(EngineGeneration):
     def _init_vllm(self) -> None:
         ranks = list(range(self.tensor_parallel_size))
         self.tp_group, _ = torch.distributed.new_subgroups_by_enumeration([ranks])  # as TRL makes it
-        self.llm = FusedLLM(self, self._make_requests_of_group, self.accelerator)  # type: ignore[arg-type]
+        self.llm = FusedLLM(self, self._requests_of_group, self.most_read, self.accelerator)  # type: ignore[arg-type]
 
     def sample(self, requests: Sequence[Request]) -> tuple[list[Any], list[Rollout]]:
         """As `VLLMBackend.sample`: outputs that TRL reads, and the rollouts."""

@@ -15,9 +15,15 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import CONFIG_MAPPING, LlamaConfig, PreTrainedTokenizerFast, T5Config
-
-from optimal_sampling_trl.pairing.names import model_class
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+)
 
 EOS, PAD, TOKENS = 256, 257, 258
 CHAT_TEMPLATE = (
@@ -25,6 +31,13 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}[assistant] {% endif %}"
 )
 MOE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+LINEAR: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 64,  # vLLM's kernels on a CPU know of no smaller one
+    "linear_value_head_dim": 64,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {},
@@ -49,27 +62,26 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "qwen2_moe": MOE | {"shared_expert_intermediate_size": 64, "decoder_sparse_step": 1},
     "qwen3_moe": MOE | {"decoder_sparse_step": 1, "norm_topk_prob": True},
-    "qwen3_next": MOE
-    | {
-        "shared_expert_intermediate_size": 64,
-        "decoder_sparse_step": 1,
-        "layer_types": ["linear_attention", "full_attention"],
-    }
-    | dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2)
-    | dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 16),
+    "qwen3_next": MOE | LINEAR | {"shared_expert_intermediate_size": 64, "decoder_sparse_step": 1},
+    "qwen3_5_text": LINEAR,
+    "qwen3_5": LINEAR,
+    "qwen3_5_moe_text": MOE | LINEAR | {"shared_expert_intermediate_size": 64},
+    "qwen3_5_moe": MOE | LINEAR | {"shared_expert_intermediate_size": 64},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
 }
 """Settings that each family's configuration needs beyond its sizes."""
 TOWER = {"hidden_size": 32, "intermediate_size": 64}
+QWEN_TOWER: dict[str, Any] = {
+    "vision_config": TOWER | {"depth": 1, "num_heads": 2, "patch_size": 4, "num_position_embeddings": 16}
+}
 WRAPPERS: dict[str, dict[str, Any]] = {
     "gemma3": {
         "mm_tokens_per_image": 4,
         "vision_config": TOWER | {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8},
     },
-    "qwen3_vl": {
-        "vision_config": TOWER
-        | {"depth": 1, "num_heads": 2, "patch_size": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": []},
-    },
+    "qwen3_5": QWEN_TOWER,
+    "qwen3_5_moe": QWEN_TOWER,
+    "qwen3_vl": QWEN_TOWER | {"vision_config": QWEN_TOWER["vision_config"] | {"deepstack_visual_indexes": []}},
 }
 """Settings of multimodal families beyond those of the language model inside, which are `FAMILIES`."""
 
@@ -96,6 +108,7 @@ def make_model(
     kv_heads: int = 1,
     vocab_size: int = 288,
     tied: bool = False,
+    dtype: torch.dtype = torch.float32,
     **config: Any,
 ) -> str:
     """Write a random model and its tokenizer into `folder`, and return the folder.
@@ -110,6 +123,7 @@ def make_model(
         kv_heads: key and value heads.
         vocab_size: rows of the embedding, at least `TOKENS`; what is above is padding.
         tied: whether the output layer is the embedding.
+        dtype: of the weights in the files.
         **config: further fields of the family's configuration.
     """
     sizes = {
@@ -135,10 +149,21 @@ def make_model(
     settings = CONFIG_MAPPING[family](**fields)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = model_class(settings).from_config(settings, dtype=torch.float32)
-    model.save_pretrained(folder)
+        # Of some wrappers the causal model is the language model inside alone, and files have the towers, too.
+        auto = AutoModelForImageTextToText if family in WRAPPERS else AutoModelForCausalLM
+        model = auto.from_config(settings, dtype=torch.float32)
+        remember(model)
+    model.to(dtype).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+@torch.no_grad()
+def remember(model: PreTrainedModel) -> None:
+    """Let a model's linear attention remember tokens for long; as transformers begins, it forgets within one."""
+    for name, weight in model.named_parameters():
+        if name.endswith("A_log"):
+            weight.uniform_(-6.0, -1.0)
 
 
 def copy_with(model: str, folder: Path, **config: Any) -> str:

@@ -13,7 +13,17 @@ from optimal_sampling_trl.pairing import name_sources
 from optimal_sampling_trl.pairing.names import model_class
 from optimal_sampling_trl.pairing.wrappers import WRAPPERS, is_wrapper, language_model, text_name
 
-TEXT_FAMILY = {"gemma3": "gemma3_text", "qwen3_vl": "qwen3"}
+TEXT_FAMILY = {
+    "gemma3": "gemma3_text",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+    "qwen3_vl": "qwen3",
+}
+
+
+def names_in(folder: str) -> set[str]:
+    with safe_open(Path(folder) / "model.safetensors", "pt") as file:
+        return set(file.keys())
 
 
 @pytest.mark.parametrize("family", WRAPPERS)
@@ -24,9 +34,7 @@ def test_the_weights_are_those_of_the_text_family(family: str, tmp_path: Path) -
     wanted = {name: weight.shape for name, weight in text.named_parameters()}
     wrapper = model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder)
     assert {text_name(name): weight.shape for name, weight in wrapper.named_parameters() if text_name(name)} == wanted
-    with safe_open(Path(folder) / "model.safetensors", "pt") as file:
-        names = list(file.keys())
-    assert {text_name(name) for name in names} - {None} == set(wanted)
+    assert {text_name(name) for name in names_in(folder)} - {None} == names_in(text.name_or_path)
     assert {text_name(name) for name in wanted} == set(wanted)
 
 

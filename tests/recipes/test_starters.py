@@ -67,6 +67,13 @@ def test_demo(made: embedded.Pair, tmp_path: Path) -> None:
     assert {*"0123456789", "<eos>"} <= used
 
 
+def test_guessing_game(tmp_path: Path) -> None:
+    """A few games make the players, two steps train the student: it plays, in several turns, and is measured."""
+    output = run("guessing_game.py", "--games", 20, "--steps", 2, "--output", tmp_path)
+    for who in ("teacher", "student before", "student after"):
+        assert re.search(rf"^{who} +finds \d+% of the numbers$", output, re.MULTILINE), output
+
+
 def test_pair(made: embedded.Pair, tmp_path: Path) -> None:
     output = run("pair.py")
     assert output.startswith(str(embedded.DEFAULT))

@@ -1,4 +1,4 @@
-"""An untrained pair that speaks the embedded task's tokens, and its teacher."""
+"""An untrained pair that speaks the embedded task's tokens, its teacher, and a pair that calls tools."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from helpers.speakers import make_speakers
 from helpers.training import load, make_untrained_pair
 
 
@@ -17,3 +18,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 @pytest.fixture(scope="module")
 def teacher(pair: tuple[str, str]) -> Any:
     return load(pair[0])
+
+
+@pytest.fixture(scope="session")
+def speakers(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    return make_speakers(tmp_path_factory.mktemp("speakers"))

@@ -169,15 +169,15 @@ def test_rloo_measures_the_engines_difference_per_token(pair: tuple[str, str], t
     """TRL gives RLOO a sum for each completion: a log θ that is 0.01 off in the engine's record of each token shows as
     0.01, whatever the lengths; half of it where half of the rows are off; and nothing where nothing is."""
     trainer = make_trainer("rloo", pair, tmp_path)
-    take, offset = trainer.vllm_generation.pop_rollouts, [0.0, 0.0]
+    take, offset = trainer.vllm_generation.pop_turns, [0.0, 0.0]
 
     def off() -> Any:
-        rollouts = take()
-        for row, rollout in enumerate(rollouts):
+        turns = take()
+        for row, (rollout,) in enumerate(turns):
             rollout.log_theta.add_(offset[row % 2])
-        return rollouts
+        return turns
 
-    trainer.vllm_generation.pop_rollouts = off
+    trainer.vllm_generation.pop_turns = off
     for offsets, wanted in (([0.0, 0.0], 0.0), ([0.01, 0.01], 0.01), ([0.0, -0.01], 0.005)):
         offset[:] = offsets
         trainer._metrics["train"].clear()
@@ -189,15 +189,15 @@ def test_rloo_measures_the_engines_difference_per_token(pair: tuple[str, str], t
 def test_rloo_leaves_masked_completions_out_of_the_difference(pair: tuple[str, str], tmp_path: Path) -> None:
     """A truncated completion that TRL masks has no token: it is no zero in the mean."""
     trainer = make_trainer("rloo", pair, tmp_path, mask_truncated_completions=True, log_theta_tolerance=1.0)
-    take = trainer.vllm_generation.pop_rollouts
+    take = trainer.vllm_generation.pop_turns
 
     def off() -> Any:
-        rollouts = take()
-        for rollout in rollouts:
+        turns = take()
+        for (rollout,) in turns:
             rollout.log_theta.add_(0.01)
-        return rollouts
+        return turns
 
-    trainer.vllm_generation.pop_rollouts = off
+    trainer.vllm_generation.pop_turns = off
     batch = one_batch(trainer, [text for text in TEXTS[:8] for _ in range(4)])
     lengths = batch["completion_mask"].sum(1)
     assert bool(torch.any(lengths == 0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from helpers.models import make_model
 from helpers.oracle import check_dense, check_rollout
 from helpers.training import (
     KINDS,
@@ -103,15 +103,15 @@ def test_a_batch_without_a_token_to_train_on_has_finite_metrics(
 def test_the_engines_difference_is_measured_against_the_trainer(pair: tuple[str, str], tmp_path: Path) -> None:
     """A log θ that is 0.01 off in the engine's record shows as 0.01."""
     trainer = make_trainer("grpo", pair, tmp_path, log_theta_tolerance=torch.inf)  # the guard only warns
-    take = trainer.vllm_generation.pop_rollouts
+    take = trainer.vllm_generation.pop_turns
 
     def off() -> Any:
-        rollouts = take()
-        for rollout in rollouts:
+        turns = take()
+        for (rollout,) in turns:
             rollout.log_theta.add_(0.01)
-        return rollouts
+        return turns
 
-    trainer.vllm_generation.pop_rollouts = off
+    trainer.vllm_generation.pop_turns = off
     one_batch(trainer, TEXTS[:1] * 4)
     assert trainer._metrics["train"]["engine/log_theta_difference"] == pytest.approx([0.01], abs=1e-5)
 
@@ -169,6 +169,22 @@ def test_lora(pair: tuple[str, str], teacher: Any, tmp_path: Path, kind: str) ->
         check_batch(trainer.generations[-1][1], teacher, load(pair[1]), Mixture(), tolerance=2e-5)
 
 
+def test_lora_in_a_hybrid_inside_of_a_wrapper(tmp_path: Path) -> None:
+    """The trainer reads padded batches at once and the rollouts a token at a time: the states have to be the same."""
+    peft = pytest.importorskip("peft")
+    folders = make_model(tmp_path / "teacher", "qwen3_5_text", 0), make_model(tmp_path / "student", "qwen3_5", 1)
+    config = peft.LoraConfig(r=4, lora_alpha=64, target_modules=["in_proj_qkv", "in_proj_a", "out_proj", "q_proj"])
+    further = {"peft_config": config, "processing_class": AutoTokenizer.from_pretrained(folders[1])}
+    trainer = make_trainer("grpo", folders, tmp_path, trainer=further, learning_rate=3e-2)
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {name for name, parameter in trainer.model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == {name for name in before if "lora_" in name and "visual" not in name}
+    logs = [log["engine/log_theta_difference"] for log in trainer.state.log_history if "alpha/mean" in log]
+    assert len(logs) == 3
+    assert max(logs) < 2e-5
+
+
 def refused(message: str, kind: str, pair: tuple[str, str], tmp_path: Path, **build: Any) -> None:
     with pytest.raises(ValueError, match=message):
         make_trainer(kind, pair, tmp_path, **build)
@@ -184,9 +200,6 @@ def test_refusals_of_every_trainer(pair: tuple[str, str], tmp_path: Path, kind: 
         trainer={"generator": "large"},
     )
     refuse(r"`generator` is None; wanted an `OptimalSamplingGenerator", trainer={"generator": None})
-    for name, value in (("tools", [len]), ("rollout_func", len), ("environment_factory", dict)):
-        if name in inspect.signature(KINDS[kind][0]).parameters:
-            refuse(rf"`{name}` is not supported .*records would not match the tokens\. Drop it", trainer={name: value})
     refuse("`vllm_mode` is 'server' and `backend` 'transformers'; wanted 'vllm' or 'auto'", vllm_mode="server")
     refuse(r"`temperature` is 0; .*no probability to train with\. Raise it", temperature=0.0)
     refuse(r"`vllm_structured_outputs_regex` is not supported .*Drop it", vllm_structured_outputs_regex="[0-9]+")

@@ -92,8 +92,8 @@ def with_dense(length: int, top_k: int = 2, scalars: tuple[str, ...] = ("kl_thet
 
 def test_dense_records_stand_beside_their_tokens() -> None:
     """Up to the length that TRL padded to, 0 on padding; an engine that left some out is not taken."""
-    ids = torch.zeros(2, 6, dtype=torch.long)
-    stacked = stack_dense([with_dense(2), with_dense(4)], ids)
+    ids = torch.full((2, 6), 7)
+    stacked = stack_dense([[with_dense(2)], [with_dense(4)]], ids)
     assert {name: tuple(rows.shape) for name, rows in stacked.items()} == {
         "dense_kl_theta_teacher": (2, 6),
         "dense_ids": (2, 6, 4),
@@ -106,7 +106,7 @@ def test_dense_records_stand_beside_their_tokens() -> None:
     assert torch.equal(stacked["dense_log_teacher"], -2.0 * counted[..., None].expand(2, 6, 4))
     for other in (with_dense(4, 0), with_dense(4, 3), with_dense(4, 2, ("overlap",))):
         with pytest.raises(RuntimeError, match="have dense records, or they differ in what they record"):
-            stack_dense([with_dense(2), other], ids)
+            stack_dense([[with_dense(2)], [other]], ids)
 
 
 @pytest.mark.parametrize("kind", RL)
@@ -223,9 +223,14 @@ def test_default_shares(pair: tuple[str, str], tmp_path: Path) -> None:
 def test_a_record_of_another_completion_is_refused(pair: tuple[str, str], tmp_path: Path) -> None:
     trainer = make_trainer("grpo", pair, tmp_path)
     batch = one_batch(trainer, TEXTS[:1] * 4)
-    rollouts = list(trainer.rollouts)
-    stack_records(rollouts, batch["completion_ids"])
+    turns = [[rollout] for rollout in trainer.rollouts]
+    stack_records(turns, batch)
     with pytest.raises(RuntimeError, match=r"Completion 1 of the batch is not the one that was sampled for it"):
-        stack_records([rollouts[0], rollouts[2], rollouts[1], rollouts[3]], batch["completion_ids"])
+        stack_records([turns[0], turns[2], turns[1], turns[3]], batch)
     with pytest.raises(RuntimeError, match=r"The batch has 4 completions, but 3 were sampled for it"):
-        stack_records(rollouts[:3], batch["completion_ids"])
+        stack_records(turns[:3], batch)
+    with pytest.raises(RuntimeError, match=r"Completion 3 of the batch was not sampled: it has no turn"):
+        stack_records([*turns[:3], []], batch)
+    batch["completion_mask"][:] = 1
+    with pytest.raises(RuntimeError, match=r"Token \d+ of completion \d would be trained on, and no model sampled it"):
+        stack_records(turns, batch)

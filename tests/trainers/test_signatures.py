@@ -72,7 +72,7 @@ def test_the_arguments_are_trls_and_the_generator(name: str) -> None:
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_every_argument_reaches_trl(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A value in each place, by name: TRL's `__init__` gets the same, but for those that are refused."""
+    """A value in each place, by name: TRL's `__init__` gets the same, and a `rollout_func` that calls the user's."""
     ours, upstream = PAIRS[name]
     got: dict[str, Any] = {}
 
@@ -81,7 +81,7 @@ def test_every_argument_reaches_trl(name: str, monkeypatch: pytest.MonkeyPatch) 
         raise InterruptedError
 
     monkeypatch.setattr(upstream, "__init__", stop)
-    given = {each: object() for each in inspect.signature(ours).parameters if each not in REFUSED}
+    given = {each: object() for each in inspect.signature(ours).parameters}
     given |= {"args": None, "generator": OptimalSamplingGenerator("t", backend="transformers"), "model": "folder/name"}
     if name == "Distillation":
         given["teacher_model"] = "t"
@@ -89,10 +89,9 @@ def test_every_argument_reaches_trl(name: str, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(InterruptedError):
         ours(**given)
     assert got.pop("args").output_dir == f"name-{name}"
-    assert got == {each: value for each, value in given.items() if each not in ("args", "generator")}
-
-
-REFUSED = ("tools", "rollout_func", "environment_factory")
+    if "rollout_func" in given:
+        assert callable(got.pop("rollout_func"))
+    assert got == {each: value for each, value in given.items() if each not in ("args", "generator", "rollout_func")}
 
 
 class ForCPU:

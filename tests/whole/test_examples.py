@@ -21,6 +21,7 @@ import optimal_sampling_trl
 import pair as embedded
 from helpers.models import make_model
 from helpers.paths import ROOT
+from helpers.speakers import speaking_tokenizer
 from optimal_sampling_trl import backends, page, plots
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -58,6 +59,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     for seed, name in enumerate(("large", "small")):
         make_model(folder / name, "llama", seed)
+        speaking_tokenizer().save_pretrained(folder / name)  # some call tools
     (folder / "output").mkdir()
     (folder / "output" / "pair").symlink_to(Path(embedded.make_pair().teacher).parent)
     return folder

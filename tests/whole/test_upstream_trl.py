@@ -138,6 +138,52 @@ def test_how_a_trainer_uses_its_engine(name: str) -> None:
     need(len(results[0].targets[0].elts) == 4, f"{name}Trainer takes no four results of generate", ours)  # type: ignore[attr-defined]
 
 
+# trainers/several_turns.py, trainers/engines/turns.py: completions of several turns.
+
+
+@pytest.mark.parametrize("name", ["GRPO", "Distillation"])
+def test_the_loop_of_tools(name: str) -> None:
+    ours = "trainers/several_turns.py (SeveralTurns), engines/turns.py (TurnPrompt, Context)"
+    need(hasattr(TRAINERS[name], "_tool_call_loop"), f"{name}Trainer has no _tool_call_loop", ours)
+    loop = TRAINERS[name]._tool_call_loop
+    got = parameters(loop)[:5]
+    need(got == ["self", "prompts", "prompt_ids", "completion_ids", "completions"], f"it takes {got} first", ours)
+    source = ast.unparse(tree(loop))
+    sums = "prompt_ids[idx_with_tool] + completion_ids[idx_with_tool] + suffix_ids"
+    need(sums in source, f"{name}Trainer makes the prompt of a turn of something else than `{sums}`", ours)
+    asked = "self.vllm_generation.llm.llm_engine.model_config.max_model_len"
+    need(asked in source, f"{name}Trainer does not ask for the context as `{asked}`", ours)
+    (turn,) = calls(loop, "_generate_single_turn")
+    need(ast.unparse(turn.args[0]) == "prompt_completion_tool_ids", "a turn is not asked for with these prompts", ours)
+    need(
+        "prompt_completion_tool_ids[idx]) - len(prompt_ids[idx_with_tool])" in source
+        and "self.max_completion_length" in source,
+        f"{name}Trainer does not hold all turns together to max_completion_length",
+        "trainers/engines/base.py (MixtureGeneration._room)",
+    )
+    need(calls(TRAINERS[name]._generate, "_tool_call_loop"), f"{name}Trainer._generate does not call the loop", ours)
+    need("tool_mask" in texts(getattr(TRAINERS[name], f"_generate{SCORED}")), "the batch has no `tool_mask`", ours)
+
+
+def test_the_environments_and_the_rollout_func_of_grpo() -> None:
+    ours = "trainers/several_turns.py (SeveralTurns._in_step), prompt_reader.py (_in_some_environment)"
+    made = ast.unparse(tree(trl.GRPOTrainer._generate))
+    need("self.rollout_func(prompts, self)" in made, "rollout_func is called in another way", ours)
+    need("extra_fields.pop('env_mask', None)" in made, "rollout_func's mask has another name than `env_mask`", ours)
+    need(
+        {"environment_factories", "_batch_environments"} <= attributes(trl.GRPOTrainer._tokenize_prompts),
+        "the tools of a prompt are not those of `_batch_environments`",
+        ours,
+    )
+    for name in ("RLOO", "Distillation"):
+        need(
+            not {"rollout_func", "environment_factory"} & set(parameters(TRAINERS[name].__init__)),
+            f"{name}Trainer has environments",
+            ours,
+        )
+    need(not hasattr(trl.RLOOTrainer, "_tool_call_loop"), "RLOOTrainer has tools", "trainers/rloo.py, docs/tools.md")
+
+
 def asked_in(node: ast.Assign, call: ast.Call) -> bool:
     return ast.unparse(node.value) == ast.unparse(call)
 

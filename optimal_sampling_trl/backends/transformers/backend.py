@@ -16,7 +16,17 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...options import check_whole, unknown_option
-from ...pairing import MODEL_OPTIONS, Source, check_prompt, context_length, name_sources, read_pair, weight_digest
+from ...pairing import (
+    MODEL_OPTIONS,
+    Source,
+    check_prompt,
+    context_length,
+    is_wrapper,
+    name_sources,
+    read_pair,
+    weight_digest,
+)
+from ...pairing.wrappers import text_weights
 from ...rollouts.progress import Progress
 from ...rollouts.request import Request
 from ...rollouts.rollout import Rollout, check_solved
@@ -76,6 +86,7 @@ class TransformersBackend:
         self.max_num_seqs = max_num_seqs
         self.device = of_theta.device if device is None else _device(device)
         self._owns_teacher, self._owns_theta = not of_teacher.is_loaded, not of_theta.is_loaded
+        self._wraps_theta = is_wrapper(of_theta.config)
         self.theta = of_theta.load(self.device)
         self.teacher = of_teacher.load(self.device)
 
@@ -142,6 +153,8 @@ class TransformersBackend:
     def load_theta(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Copy weights into the student, all or none.
 
+        Those of a multimodal wrapper may come under the wrapper's names or the language model's; its towers' stay.
+
         Raises:
             ValueError: where the student is a module that the caller trains, a name is missing or unknown, a shape
                 differs, or a tied weight has two values; the old weights then stay.
@@ -152,8 +165,8 @@ class TransformersBackend:
             raise ValueError(
                 "The student of this backend is the live module itself: there is nothing to load. Drop the call."
             )
-        new = dict(named_parameters)
-        current = dict(self.theta.named_parameters(remove_duplicate=False))
+        loaded = self.theta.named_parameters(remove_duplicate=False)
+        current, new = (dict(self._of_text(weights)) for weights in (loaded, named_parameters))
         wrong = _misfits(current, new)
         if wrong:
             raise ValueError(
@@ -163,6 +176,9 @@ class TransformersBackend:
         with torch.no_grad():
             for name in current.keys() & new.keys():
                 current[name].copy_(new[name])
+
+    def _of_text(self, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+        return text_weights(weights) if self._wraps_theta else weights
 
     def weight_digest(self, role: str) -> str | None:
         """Return a digest that changes with the weights of the `teacher` or of `theta`.

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 from transformers import PreTrainedConfig
 
-from ...pairing import attention_window, is_wrapper, rope_kinds
+from ...pairing import attention_window, has_states, is_wrapper, rope_kinds
 
 WINDOWED = ("gemma2", "gemma3_text", "gpt_oss", "mistral", "phi3")
 """Model types whose windows were held against the oracle: vLLM reads windows in each family's code by other rules."""
+LINEAR = ("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next")
+"""Model types whose linear attention was held against the oracle."""
 ATTENTION = {"full_attention", "attention", "sliding_attention"}
-STATES = {"linear_attention", "mamba", "mamba2", "conv", "recurrent", "hybrid"}
+STATES = {"mamba", "mamba2", "conv", "recurrent", "hybrid"}
 """Kinds of layers, as `layer_types` calls them."""
 RECURRENT = {
     "bamba",
@@ -25,8 +28,6 @@ RECURRENT = {
     "minimax",
     "nemotron_h",
     "plamo2",
-    "qwen3_5",
-    "qwen3_next",
     "recurrent_gemma",
     "rwkv",
     "zamba",
@@ -73,10 +74,12 @@ def _reasons(config: PreTrainedConfig, role: str, context: int) -> Iterator[str]
     kinds, window = set(getattr(config, "layer_types", None) or ()), attention_window(config)
     if config.get_text_config() is not config:
         yield "is a multimodal wrapper round a language model"
-    if config.model_type in RECURRENT or kinds & STATES:
-        yield "has recurrent or linear layers (a Mamba or linear hybrid), whose states the engine cannot hold twice"
-    if kinds - ATTENTION:
-        yield f"has layers of the kind {', '.join(sorted(kinds - ATTENTION))}, which were never checked beside others"
+    if config.model_type in RECURRENT or kinds & STATES or (has_states(config) and config.model_type not in LINEAR):
+        yield (f"has recurrent or linear layers (a Mamba or linear hybrid); checked were those of {', '.join(LINEAR)}")
+    if config.model_type.startswith("qwen3_5") and find_spec("torchvision") is None:
+        yield "is a Qwen3.5, whose code in vLLM imports torchvision: install one that loads beside this torch"
+    if further := kinds - ATTENTION - {"linear_attention"}:
+        yield f"has layers of the kind {', '.join(sorted(further))}, which were never checked beside others"
     if getattr(config, "kv_lora_rank", None):
         yield "has latent attention (MLA), whose cache has blocks of another kind than the other model's"
     if window and window < context and config.model_type not in WINDOWED:

@@ -13,7 +13,8 @@ import torch
 
 from ...pairing import Pair
 from ...user_warnings import warn_user
-from .plugin import ARCHITECTURE
+from . import states
+from .plugin import ARCHITECTURE, HYBRID
 
 WORKER = "optimal_sampling_trl.backends.vllm.worker.weights.OptimalSamplingWorker"
 """The class that vLLM adds to the bases of its worker, by its path."""
@@ -30,10 +31,12 @@ def engine_settings(pair: Pair, engine_arguments: Mapping[str, Any], **further: 
     ending = {"stop": pair.ending.stop, "folded": pair.ending.folded}
     # Windows of one length share a table of blocks with layers that read all; others need one each.
     groups = {"disable_hybrid_kv_cache_manager": True} if len(pair.windows) == 1 else {}
+    architecture = HYBRID if pair.has_states else ARCHITECTURE
     return {
         **groups,
+        **(states.SETTINGS if pair.has_states else {}),
         "max_model_len": pair.context,
-        "hf_overrides": {**(engine_arguments.get("hf_overrides") or {}), "architectures": [ARCHITECTURE]},
+        "hf_overrides": {**(engine_arguments.get("hf_overrides") or {}), "architectures": [architecture]},
         "additional_config": {
             **(engine_arguments.get("additional_config") or {}),
             "optimal_sampling": {"theta": pair.theta, "ending": ending, **further},

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizer
 from ...options import unknown_option
 from ...pairing import Pair, Source, attention_window, context_length, name_sources, read_pair
 from .families import OTHER_BACKEND, check_family, check_windows, check_wrapper, has_experts
+from .states import check_states
 from .wire import RECORD_COLUMNS
 
 OWNED = {
@@ -81,6 +82,7 @@ def check_pair(
             f"alone, which is the teacher. Wanted a teacher with experts, or a dense student. {OTHER_BACKEND}"
         )
     check_windows(configs, can_differ=not can_read_two_prompts())
+    check_states(configs, arguments, is_on_cpu=not can_read_two_prompts())
     _check_max_model_len(configs, arguments.get("max_model_len"))
     has_windows = any((attention_window(config) or context) < context for config in configs.values())
     return read_pair(

@@ -6,9 +6,11 @@ import logging
 
 ARCHITECTURE = "OptimalSamplingForCausalLM"
 """The architecture under which vLLM knows the fused model."""
+HYBRID = "OptimalSamplingHybridForCausalLM"
+"""The same for a pair with linear attention."""
 TRANSFER = "optimal_sampling"
 """The name under which vLLM knows the engine that a trainer's weights reach the student by."""
-_HOME = "optimal_sampling_trl.backends.vllm.worker.model:OptimalSamplingForCausalLM"
+_HOMES = {ARCHITECTURE: f"{__package__}.worker.model", HYBRID: f"{__package__}.worker.hybrid"}
 
 
 def register() -> None:
@@ -25,13 +27,14 @@ def register() -> None:
         return
     from vllm import ModelRegistry
 
-    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
-        ModelRegistry.register_model(ARCHITECTURE, _HOME)
     from .blocks import private_blocks
     from .hooks import run_hooks_of_teachers
 
+    for architecture, home in _HOMES.items():
+        if architecture not in ModelRegistry.get_supported_archs():
+            ModelRegistry.register_model(architecture, f"{home}:{architecture}")
+        run_hooks_of_teachers(architecture)
     private_blocks()
-    run_hooks_of_teachers(ARCHITECTURE)
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     if TRANSFER not in WeightTransferEngineFactory._registry:

@@ -1,7 +1,8 @@
-"""The base of a trainer's three engines: the mixture of each completion, and the rollouts of a call."""
+"""The base of a trainer's three engines: the mixture of each completion, and the rollouts of its turns."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -20,8 +21,11 @@ from ...rollouts.request import Request, Sampling
 from ...rollouts.rollout import Rollout
 from ..generator import OptimalSamplingGenerator
 from .endings import mark_endings
+from .turns import TurnPrompt, rows_of
 
 T = TypeVar("T")
+TrlReturns = tuple[Sequence[list[int]], list[list[int]], list["LogThetas"], None]
+"""Prompts, completions and log-probabilities, as TRL's own `generate` returns them, and no ids of further tokens."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,10 @@ class MixturePlan:
 
 
 class MixtureGeneration:
-    """The base of all engines: requests from TRL's prompts, and the rollouts of the last call until they are popped.
+    """The base of all engines: requests from TRL's prompts, and the turns of a batch until they are popped.
+
+    A completion has one turn, or several where it calls tools: then the student's prompt of a later turn is a
+    `TurnPrompt`, which knows its row. What samples a row and what its teacher reads is settled once, for all turns.
 
     `pair` is what the models share; None in a process that does not speak to the server.
 
@@ -99,6 +106,8 @@ class MixtureGeneration:
 
     Attributes:
         engine: words for what samples.
+        turns: rollouts of each row of this process's batch, one for each turn.
+        seconds: time that the engine took for them.
         pushes: how often the trained student came into the engine.
     """
 
@@ -108,8 +117,11 @@ class MixtureGeneration:
     def __init__(self, plan: MixturePlan, **trl_arguments: Any) -> None:
         self.plan = plan
         self.sampling = _sampling(trl_arguments)
+        self.longest: int | None = trl_arguments["max_completion_length"]  # of all turns, tools' tokens too
+        self.accelerator = trl_arguments["accelerator"]
         self.teacher_prompts: Sequence[list[int]] | None = None  # of this process
-        self.rollouts: list[Rollout] = []
+        self.turns: list[list[Rollout]] = []
+        self.mixtures: list[Mixture] = []  # of this process's rows
         self.seconds = 0.0
         self.pushes = 0
 
@@ -125,31 +137,58 @@ class MixtureGeneration:
         """Return the types in which the engine computes."""
         raise NotImplementedError
 
-    def pop_rollouts(self) -> list[Rollout]:
-        """The rollouts of the last call, once."""
-        rollouts, self.rollouts = self.rollouts, []
-        return rollouts
+    def begin(self, rows: int) -> None:
+        """Start a batch of so many rows of this process, and settle what samples each of them."""
+        self.mixtures = self.plan.mixtures(rows, self.accelerator.process_index * rows)
+        self.turns = [[] for _ in range(rows)]
+        self.seconds = 0.0
 
-    def make_requests(
-        self,
-        prompts: Sequence[list[int]],
-        first: int,
-        teacher_prompts: Sequence[list[int]] | None,
-        processes: int = 1,
-    ) -> list[Request]:
-        """A request for each prompt.
+    def pop_turns(self) -> list[list[Rollout]]:
+        """The turns of the batch, once."""
+        turns, self.turns = self.turns, []
+        return turns
 
-        Args:
-            prompts: the student's, of one process or, in order, of several that sample together.
-            first: position of the first of them in the batch of all processes.
-            teacher_prompts: the teacher's of the same processes; None where it reads the student's.
-            processes: how many processes these are.
+    def make_requests(self, prompts: Sequence[list[int]]) -> list[Request]:
+        """A request for each prompt of this process; prompts that are no `TurnPrompt` begin a batch."""
+        if not all(isinstance(prompt, TurnPrompt) for prompt in prompts):
+            self.begin(len(prompts))
+        dense = self.plan.dense()
+        requests = []
+        for prompt, row in zip(prompts, rows_of(prompts), strict=True):
+            tail = self._tail(prompt, row)
+            teacher = prompt if self.teacher_prompts is None else [*self.teacher_prompts[row], *tail]
+            sampling = replace(self.sampling, max_tokens=max(self._room(tail), 1))
+            requests.append(Request(list(teacher), list(prompt), self.mixtures[row], sampling, dense))
+        return requests
+
+    def _tail(self, prompt: list[int], row: int) -> list[int]:
+        """Tokens that a completion has before this turn, those of tools included."""
+        return prompt[len(self.turns[row][0].theta_prompt_ids) :] if self.turns[row] else []
+
+    def _room(self, tail: Sequence[int]) -> int:
+        """Number of tokens that a turn may still have; TRL cuts off what is above."""
+        most = self.sampling.max_tokens
+        return most if self.longest is None or not tail else min(most, self.longest - len(tail))
+
+    def take(self, prompts: Sequence[list[int]], rollouts: Sequence[Rollout], seconds: float) -> TrlReturns:
+        """Keep the rollouts of a call as the turns of their rows; a turn without room has no token.
+
+        Returns:
+            what TRL's own `generate` does; see `as_trl_returns`.
         """
-        mixtures, dense = self.plan.mixtures(len(prompts), first, processes), self.plan.dense()
-        return [
-            Request(list(teacher), list(theta), mixture, self.sampling, dense)
-            for teacher, theta, mixture in zip(teacher_prompts or prompts, prompts, mixtures, strict=True)
-        ]
+        rows = rows_of(prompts)
+        fits = [self._room(self._tail(prompt, row)) > 0 for prompt, row in zip(prompts, rows, strict=True)]
+        for row, rollout, is_kept in zip(rows, rollouts, fits, strict=True):
+            if is_kept:
+                self.turns[row].append(rollout)
+        self.seconds += seconds
+        return as_trl_returns(prompts, [one if is_kept else None for one, is_kept in zip(rollouts, fits)])
+
+    def most_read(self) -> int:
+        """Most tokens that the student may have read before a turn, so that both models can go on by one."""
+        context = sys.maxsize if self.pair is None else self.pair.context
+        firsts = [turns[0] for turns in self.turns if turns]
+        return context - max((len(one.prompt_ids) - len(one.theta_prompt_ids) for one in firsts), default=0)
 
     def unread_settings(self) -> dict[str, str]:
         """Return the fields of TRL's configuration that this engine does not read, and what would read each."""
@@ -195,7 +234,9 @@ def refuse_images(images: list[Any] | None) -> None:
         ValueError: where there are any.
     """
     if images is not None:
-        raise ValueError("Rollouts from the mixture take text alone; the dataset has images. Drop them.")
+        raise ValueError(
+            "Rollouts from the mixture take text alone; the dataset, or an answer of a tool, has images. Drop them."
+        )
 
 
 class LogThetas(Sequence[tuple[float]]):
@@ -217,15 +258,18 @@ class LogThetas(Sequence[tuple[float]]):
         return zip(self.values)
 
 
-def as_trl_returns(
-    prompts: list[list[int]], rollouts: Sequence[Rollout]
-) -> tuple[list[list[int]], list[list[int]], list[LogThetas], None]:
+def as_trl_returns(prompts: Sequence[list[int]], rollouts: Sequence[Rollout | None]) -> TrlReturns:
     """Return what TRL's own `generate` does, with log θ for the log-probabilities of each token.
 
     TRL corrects the difference between the engine and the trainer with them, and would take q, the mixture or a
     truncation, for a defect.
+
+    Args:
+        prompts: what the student read.
+        rollouts: what followed; None is no token.
     """
-    return prompts, mark_endings(rollouts), [LogThetas(rollout.log_theta) for rollout in rollouts], None
+    log_thetas = [LogThetas(torch.empty(0) if one is None else one.log_theta) for one in rollouts]
+    return prompts, mark_endings(rollouts), log_thetas, None
 
 
 def check_generation_kwargs(extra: Mapping[str, Any]) -> None:

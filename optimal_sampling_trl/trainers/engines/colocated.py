@@ -6,7 +6,7 @@ Everything in TRL's `VLLMGeneration` that this relies on is named here and check
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -17,9 +17,10 @@ from trl.generation import vllm_generation
 from ...pairing import Pair, Source
 from ...rollouts.request import Request
 from ...rollouts.rollout import Rollout
-from .base import MixturePlan, as_trl_returns, on_all_ranks, refuse_images
+from .base import MixturePlan, TrlReturns, on_all_ranks, refuse_images
 from .push import PushedGeneration
 from .student_checks import check_overrides, check_student
+from .turns import Context
 
 if TYPE_CHECKING:
     from ...backends.vllm.backend import VLLMBackend
@@ -57,6 +58,8 @@ class EngineGeneration(PushedGeneration):
 
     def __init__(self, plan: MixturePlan, pair: Pair, folder: Source, **trl_arguments: Any) -> None:
         self.pair, self.folder = pair, folder
+        self._requests: list[Request] = []  # of this rank's call
+        self._first = 0  # position of its rollouts among those of the ranks that share the engine
         super().__init__(plan, **trl_arguments)
 
     def left_out(self) -> Container[str]:
@@ -81,18 +84,16 @@ class EngineGeneration(PushedGeneration):
         arguments = {name: value for name, value in engine_arguments.items() if value is not None}
         arguments.update(self.plan.generator.engine_arguments or {})
         backend = VLLMBackend(self.pair.teacher, model, pair=self.pair, **arguments)
-        return FusedLLM(backend, self._make_requests_of_group, self.accelerator)
+        return FusedLLM(backend, self._requests_of_group, self.most_read, self.accelerator)
 
-    def _make_requests_of_group(self, prompts: Sequence[list[int]]) -> list[Request]:
-        """The requests of the ranks that share one engine by tensor parallelism: `prompts` are theirs together."""
-        ranks = self.tensor_parallel_size
-        first = self.accelerator.process_index // ranks * len(prompts)
-        teacher_prompts = self.teacher_prompts
-        if teacher_prompts is not None and ranks > 1:  # TRL gathers the student's alone
-            gathered: list[Any] = [None] * ranks
-            torch.distributed.all_gather_object(gathered, list(teacher_prompts), group=self.tp_group)
-            teacher_prompts = [prompt for of_rank in gathered for prompt in of_rank]
-        return self.make_requests(prompts, first, teacher_prompts, ranks)
+    def _requests_of_group(self) -> list[Request]:
+        """The requests of the ranks that share one engine by tensor parallelism; TRL gathers the student's prompts."""
+        if self.tensor_parallel_size == 1:
+            return self._requests
+        gathered: list[Any] = [None] * self.tensor_parallel_size
+        torch.distributed.all_gather_object(gathered, self._requests, group=self.tp_group)
+        self._first = sum(map(len, gathered[: self.accelerator.process_index % self.tensor_parallel_size]))
+        return [request for of_rank in gathered for request in of_rank]
 
     def unread_settings(self) -> dict[str, str]:
         """Return TRL's share of a GPU's memory where there is no GPU."""
@@ -111,15 +112,13 @@ class EngineGeneration(PushedGeneration):
 
     def generate(
         self, prompts: list[list[int]], images: list[Any] | None, num_generations: int, profiler: Any = None
-    ) -> tuple:
+    ) -> TrlReturns:
         """TRL's own, through `FusedLLM.generate`; see `as_trl_returns` for what comes back."""
         refuse_images(images)
+        self._requests = self.make_requests(prompts)
         vllm_generation.VLLMGeneration.generate(self, prompts, images, num_generations, profiler)
-        # With tensor parallelism each rank samples its group's prompts and keeps its own.
-        start = self.accelerator.process_index % self.tensor_parallel_size * len(prompts)
-        self.rollouts = self.llm.rollouts[start : start + len(prompts)]
-        self.seconds = self.llm.seconds
-        return as_trl_returns(prompts, self.rollouts)
+        rollouts = self.llm.rollouts[self._first : self._first + len(prompts)]
+        return self.take(prompts, rollouts, self.llm.seconds)
 
     def types(self) -> set[torch.dtype]:
         """Return the one type of both models in the engine."""
@@ -130,28 +129,30 @@ class EngineGeneration(PushedGeneration):
         self.llm.backend.close()
 
 
-class FusedLLM:
-    """The fused engine as TRL uses a `vllm.LLM`: takes its prompts, hands back completions.
+class FusedLLM(Context):
+    """The fused engine as TRL uses a `vllm.LLM`: is asked for completions, and hands them back.
 
     `rollouts` holds those of the last call, and `seconds` how long it took.
 
     Args:
         backend: the engine.
-        make_requests: from the token ids of prompts to what is sampled for them.
+        requests: tells what is sampled in this call.
+        limit: see `Context`.
         accelerator: the trainer's.
     """
 
     def __init__(
-        self, backend: VLLMBackend, make_requests: Callable[[Sequence[list[int]]], list[Request]], accelerator: Any
+        self, backend: VLLMBackend, requests: Callable[[], list[Request]], limit: Callable[[], int], accelerator: Any
     ) -> None:
-        self.backend, self.make_requests, self.accelerator = backend, make_requests, accelerator
+        super().__init__(limit)
+        self.backend, self.requests, self.accelerator = backend, requests, accelerator
         self.rollouts: list[Rollout] = []
         self.seconds = 0.0
 
     def generate(self, prompts: list[dict[str, Any]], sampling_params: Any, use_tqdm: bool = False) -> list[Any]:
         """vLLM's outputs without log-probabilities, of which TRL would sort one dictionary a token: they stand in
-        `rollouts`. `sampling_params` stand in the requests already."""
-        requests = self.make_requests([prompt["prompt_token_ids"] for prompt in prompts])
+        `rollouts`. The prompts and `sampling_params` stand in the requests already."""
+        requests = self.requests()
         start = time.perf_counter()
         outputs, self.rollouts = on_all_ranks(partial(self.backend.sample, requests), self.accelerator)
         self.seconds = time.perf_counter() - start

@@ -28,14 +28,15 @@ class _AnyLastToken:
     __hash__ = object.__hash__
 
 
-def mark_endings(rollouts: Sequence[Rollout]) -> list[list[int]]:
-    """The token ids of completions; the last id of each that ended is a `LastToken`."""
-    return [
-        [*rollout.completion_ids[:-1], LastToken(rollout.completion_ids[-1])]
-        if rollout.finish_reason == "stop"
-        else rollout.completion_ids
-        for rollout in rollouts
-    ]
+def mark_endings(rollouts: Sequence[Rollout | None]) -> list[list[int]]:
+    """The token ids of completions; the last id of each that ended is a `LastToken`, and None has no token."""
+    return [[] if rollout is None else _mark(rollout) for rollout in rollouts]
+
+
+def _mark(rollout: Rollout) -> list[int]:
+    if rollout.finish_reason != "stop":
+        return rollout.completion_ids
+    return [*rollout.completion_ids[:-1], LastToken(rollout.completion_ids[-1])]
 
 
 @contextmanager

@@ -12,15 +12,8 @@ from transformers import PreTrainedModel
 
 from ...backends.transformers import TransformersBackend
 from ...pairing import Source
-from .base import (
-    LogThetas,
-    MixtureGeneration,
-    MixturePlan,
-    as_trl_returns,
-    on_all_ranks,
-    refuse_images,
-    tokenizer_of,
-)
+from .base import MixtureGeneration, MixturePlan, TrlReturns, on_all_ranks, refuse_images, tokenizer_of
+from .turns import Context
 
 
 class LiveGeneration(MixtureGeneration):
@@ -40,7 +33,7 @@ class LiveGeneration(MixtureGeneration):
     def __init__(self, plan: MixturePlan, teacher: PreTrainedModel | Source, **trl_arguments: Any) -> None:
         super().__init__(plan, **trl_arguments)
         self.sleeps = trl_arguments["enable_sleep_mode"]
-        accelerator = self.accelerator = trl_arguments["accelerator"]
+        accelerator = self.accelerator
         if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED"):
             raise ValueError(
                 f"The transformers backend reads the live model, which {accelerator.distributed_type.value} "
@@ -67,6 +60,7 @@ class LiveGeneration(MixtureGeneration):
             **options,
         )
         self.pair = self.backend.pair
+        self.llm = Context(self.most_read)
 
     def unread_settings(self) -> dict[str, str]:
         """Return the settings that only vLLM reads."""
@@ -75,19 +69,19 @@ class LiveGeneration(MixtureGeneration):
 
     def generate(
         self, prompts: list[list[int]], images: list[Any] | None, num_generations: int, profiler: Any = None
-    ) -> tuple[list[list[int]], list[list[int]], list[LogThetas], None]:
-        """Sample a completion of each prompt; see `as_trl_returns` for what comes back."""
+    ) -> TrlReturns:
+        """Sample a turn of each prompt; see `as_trl_returns` for what comes back."""
         refuse_images(images)
-        requests = self.make_requests(prompts, self.accelerator.process_index * len(prompts), self.teacher_prompts)
+        requests = self.make_requests(prompts)
         if self.sleeps:
             self.backend.wake_up()
         start = time.perf_counter()
         with profiler or nullcontext():
-            self.rollouts = on_all_ranks(partial(self.backend.generate, requests), self.accelerator)
-        self.seconds = time.perf_counter() - start
+            rollouts = on_all_ranks(partial(self.backend.generate, requests), self.accelerator)
+        seconds = time.perf_counter() - start
         if self.sleeps:
             self.backend.sleep()
-        return as_trl_returns(prompts, self.rollouts)
+        return self.take(prompts, rollouts, seconds)
 
     def types(self) -> set[torch.dtype]:
         """Return the types of the trained module."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Container, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -18,8 +19,9 @@ from trl.generation import vllm_generation
 
 from ...backends.vllm.server.client import FusedServer, refuse_silence
 from ...pairing import check_adapter, stop_tokens
+from ...rollouts.request import Request
 from ...rollouts.rollout import Rollout
-from .base import LogThetas, MixturePlan, as_trl_returns, on_all_ranks, refuse_images, tokenizer_of
+from .base import MixturePlan, TrlReturns, on_all_ranks, refuse_images, tokenizer_of
 from .push import PushedGeneration
 from .student import tied_heads
 from .student_checks import check_float
@@ -96,30 +98,25 @@ class ServerGeneration(PushedGeneration):
 
     def generate(
         self, prompts: list[list[int]], images: list[Any] | None, num_generations: int, profiler: Any = None
-    ) -> tuple[list[list[int]], list[list[int]], list[LogThetas], None]:
-        """Sample a completion of each prompt; see `as_trl_returns` for what comes back."""
+    ) -> TrlReturns:
+        """Sample a turn of each prompt; see `as_trl_returns` for what comes back."""
         refuse_images(images)
-        everyone = vllm_generation.gather_object(prompts)
-        teacher_prompts = self.teacher_prompts
-        if teacher_prompts is not None:
-            teacher_prompts = vllm_generation.gather_object(list(teacher_prompts))
+        everyone = vllm_generation.gather_object([self.make_requests(prompts)])  # a list for each process
         box: list[Any] = [None]
         start = time.perf_counter()
         with profiler or nullcontext():
-            box[0] = on_all_ranks(partial(self._sample, everyone, teacher_prompts), self.accelerator)
-        self.seconds = time.perf_counter() - start
+            box[0] = on_all_ranks(partial(self._sample, everyone), self.accelerator)
+        seconds = time.perf_counter() - start
         vllm_generation.broadcast_object_list(box, from_process=0)
-        first = self.accelerator.process_index * len(prompts)
-        self.rollouts = box[0][first : first + len(prompts)]
-        return as_trl_returns(prompts, self.rollouts)
+        first = sum(map(len, everyone[: self.accelerator.process_index]))
+        return self.take(prompts, box[0][first : first + len(prompts)], seconds)
 
-    def _sample(
-        self, prompts: Sequence[list[int]], teacher_prompts: Sequence[list[int]] | None
-    ) -> list[Rollout] | None:
-        """The rollouts of all processes' prompts, in the main process."""
+    def _sample(self, everyone: Sequence[list[Request]]) -> list[Rollout] | None:
+        """The rollouts of all processes' requests, in the main process."""
         if not self.accelerator.is_main_process:
             return None
-        return self.server.sample(self.make_requests(prompts, 0, teacher_prompts, self.accelerator.num_processes))
+        dense = self.plan.dense()  # whose number of tokens this process alone can hold to the vocabulary
+        return self.server.sample([replace(one, dense=dense) for of_process in everyone for one in of_process])
 
     def types(self) -> set[torch.dtype]:
         """Return the type that the server computes in, which the main process is told; to be called by all."""

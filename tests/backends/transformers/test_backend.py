@@ -13,7 +13,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Mamba2Config, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Mamba2Config,
+    PreTrainedModel,
+)
 
 from helpers.models import EOS, FAMILIES, PAD, make_model, make_tokenizer, publish
 from helpers.oracle import check_rollout, check_rollouts, expected_records, with_wishes
@@ -24,6 +32,7 @@ from optimal_sampling_trl.mixture import METHODS, Mixture
 from optimal_sampling_trl.mixture.dense import measure
 from optimal_sampling_trl.pairing import Ending
 from optimal_sampling_trl.pairing.names import model_class
+from optimal_sampling_trl.pairing.wrappers import WRAPPERS, text_weights
 from optimal_sampling_trl.rollouts.dense import Dense
 from optimal_sampling_trl.rollouts.request import Request, Sampling
 from optimal_sampling_trl.rollouts.rollout import RECORDS, Rollout
@@ -41,6 +50,7 @@ MIXTURES = {
     "teacher": Mixture.teacher_only(),
 }
 WINDOW = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"], "tied": True}
+LINEAR_FIRST = ["linear_attention", "full_attention", "linear_attention"]
 PAIRS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen2": ("qwen2", {"vocab_size": 320, "heads": 4, "kv_heads": 2}, {"tied": True}),
     "llama": ("llama", {"layers": 3}, {"vocab_size": 320}),
@@ -48,11 +58,14 @@ PAIRS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "mistral": ("mistral", {}, {}),
     "mistral-window": ("mistral", {"sliding_window": 7}, {"sliding_window": 9}),
     "granite": ("granite", {}, {"layers": 1}),
-    "linear-attention": ("qwen3_next", {}, {}),
+    "qwen3_next": ("qwen3_next", {}, {}),
+    "qwen3_5": ("qwen3_5_text", {"layers": 3, "layer_types": LINEAR_FIRST}, {"tied": True}),
     "gemma2": ("gemma2", WINDOW, WINDOW),
     "gemma3": ("gemma3_text", WINDOW, WINDOW),
     "gemma3-wrapper": ("gemma3", WINDOW, WINDOW),
     "qwen3_vl-wrapper": ("qwen3_vl", {}, {"tied": True}),
+    "qwen3_5-wrapper": ("qwen3_5", {}, {"tied": True}),
+    "qwen3_5_moe-wrapper": ("qwen3_5_moe", {}, {}),
 }
 """Family, and what the teacher's and the student's configuration have of their own. The first is every test's pair."""
 TOKENIZER = make_tokenizer()
@@ -193,6 +206,48 @@ def test_two_prompts(make_pair: Callable[[str], Pair]) -> None:
     ]
     requests = with_wishes(requests)
     pair.check(pair.backend.generate(requests), requests)
+
+
+HYBRIDS = ["qwen3_next", "qwen3_5_text"]
+
+
+@pytest.mark.parametrize("families", [("qwen3_5", "qwen3"), ("qwen3", "qwen3_5_text"), ("qwen3_5_text", "qwen3_next")])
+def test_a_hybrid_beside_another_model(tmp_path: Path, families: tuple[str, str]) -> None:
+    """Two prompts of unequal length, each three times, beside rows that end early and leave the batch."""
+    pair = Pair(*(make_model(tmp_path / str(seed), family, seed) for seed, family in enumerate(families)))
+    texts = [("You are wise, and answer in one word.\n\nadd", "add"), ("add", "You are a student.\n\nadd"), ("a", "a")]
+    requests = [ask(teacher, None, theta, seed=None, max_tokens=12) for teacher, theta in texts for _ in range(3)]
+    requests += [ask(text, seed=None, max_tokens=2) for text in TEXTS * 2]
+    requests = with_wishes(requests)
+    rollouts = pair.backend.generate(requests)
+    pair.check(rollouts, requests)
+    assert len({tuple(rollout.completion_ids) for rollout in rollouts[:3]}) == 3
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_padding_reaches_no_state(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short prompt beside a long one ends in the states, and goes on with the logits, that it has alone.
+
+    The long one spans two chunks of the linear attention's, the short one is shorter than its convolution.
+    """
+    model, device = load(make_model(tmp_path / "model", family, 0)), torch.device("cpu")
+
+    def read(*prompts: list[int]) -> list[Tensor]:
+        with torch.no_grad():
+            reader = decoding.Reader(model, list(prompts), 512, device)
+            logits = [reader.logits[-1]]
+            for token in (5, 6, 7):
+                reader.step(torch.full((len(prompts),), token))
+                logits.append(reader.logits[-1])
+        layer = reader.cache.layers[0]
+        return [*logits, layer.conv_states[0][-1], layer.recurrent_states[0][-1]]
+
+    short, long = ids("ab"), ids("A prompt that is longer, by far, than the other. " * 2)
+    torch.testing.assert_close(read(long, short), read(short), rtol=0, atol=TOLERANCE)
+    room = f"transformers.models.{model.__module__.split('.')[2]}.{model.__module__.split('.')[3]}"
+    monkeypatch.setattr(f"{room}.apply_mask_to_padding_states", lambda states, mask: states)
+    with pytest.raises(AssertionError):  # what a leak would look like
+        torch.testing.assert_close(read(long, short), read(short), rtol=0, atol=100 * TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -509,6 +564,21 @@ def test_load_theta(tmp_path: Any, pair: Pair, tied: bool) -> None:
     with torch.no_grad():
         new.model.embed_tokens.weight.mul_(2)
     assert not torch.equal(backend.theta.model.embed_tokens.weight, new.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("family", WRAPPERS)
+def test_a_wrapper_is_loaded_under_each_of_its_names(tmp_path: Path, pair: Pair, family: str) -> None:
+    """TRL pushes a wrapper's weights, towers and all; another trainer those of the language model alone."""
+    folder, new = make_model(tmp_path / "old", family, 1), make_model(tmp_path / "new", family, 9)
+    weights = dict(AutoModelForImageTextToText.from_pretrained(new).named_parameters())
+    requests = [ask(text, max_tokens=4) for text in TEXTS]
+    for named in (weights, dict(text_weights(weights.items()))):
+        backend = TransformersBackend(pair.folders[0], folder, device="cpu")
+        backend.load_theta(named.items())
+        check_rollouts(backend.generate(requests), requests, pair.models[0], load(new))
+        named.pop(next(name for name in named if name.endswith("model.norm.weight")))
+        with pytest.raises(ValueError, match=r"do not fit the student \(1 differ\): .* is missing"):
+            backend.load_theta(named.items())
 
 
 @pytest.mark.parametrize(

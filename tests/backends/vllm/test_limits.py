@@ -41,7 +41,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return teacher, theta
 
 
-HYBRID = {"model_type": "qwen3_next", "architectures": ["Qwen3NextForCausalLM"], "num_hidden_layers": 4}
+HYBRID = {"model_type": "lfm2", "architectures": ["Lfm2ForCausalLM"]}
 MLA = {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "kv_lora_rank": 16}
 WINDOW = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "sliding_window": 64}
 ALTERNATING = {"model_type": "cohere2", "architectures": ["Cohere2ForCausalLM"], "sliding_window": 64}
@@ -55,7 +55,7 @@ ENCODER = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], 
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (HYBRID, "Qwen3NextForCausalLM.* has recurrent or linear layers"),
+        (HYBRID, "Lfm2ForCausalLM.* has recurrent or linear layers"),
         ({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}, "MambaForCausalLM.* has recurrent"),
         (MLA, r"DeepseekV3ForCausalLM.* has latent attention \(MLA\)"),
         (WINDOW, r"MixtralForCausalLM.* has sliding-window attention \(window 64\).*`max_model_len` at most 64"),
@@ -258,7 +258,7 @@ def test_registration(monkeypatch: pytest.MonkeyPatch, pair: tuple[str, str]) ->
 
     plugin.register()
     plugin.register()
-    assert plugin.ARCHITECTURE in ModelRegistry.get_supported_archs()
+    assert {plugin.ARCHITECTURE, plugin.HYBRID} <= set(ModelRegistry.get_supported_archs())
     left = set(ModelRegistry.get_supported_archs()) - {plugin.ARCHITECTURE}
     monkeypatch.setattr(type(ModelRegistry), "get_supported_archs", lambda self: left)
     with pytest.raises(ImportError, match="VLLM_PLUGINS is set, add optimal_sampling"):

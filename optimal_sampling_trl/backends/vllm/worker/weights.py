@@ -51,9 +51,10 @@ class OptimalSamplingWorker:
                 runner.sampler = MixtureSampler(runner.sampler, runner)
 
     def zero_caches(self) -> None:
-        """Set every block of every layer's cache to 0."""
+        """Set every block of every layer's cache to 0, and every state."""
         for cache in self.model_runner.kv_caches:
-            cache.zero_()
+            for part in cache if isinstance(cache, list) else [cache]:
+                part.zero_()
 
     def check_theta_weights(self, named_parameters: Sequence[tuple[str, Tensor]]) -> None:
         """Read names and shapes of a whole set; see `VLLMBackend.load_theta`."""

