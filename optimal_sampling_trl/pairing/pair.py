@@ -27,6 +27,7 @@ class Pair:
         ending: where completions end.
         two_prompts: whether this engine takes another prompt for the student than for the teacher.
         windows: lengths of the two models' sliding windows, in tokens; empty where neither has one.
+        shares_caches: whether some layers read the cache of another layer.
         teacher_template: `template_digest` of the teacher's own tokenizer; None where it has no chat template.
         teacher_tokenizer: the teacher's own, which reads the prompts that the teacher alone is given.
     """
@@ -41,6 +42,7 @@ class Pair:
     two_prompts: bool = True
     teacher_template: str | None = None
     windows: tuple[int, ...] = ()
+    shares_caches: bool = False
     teacher_tokenizer: PreTrainedTokenizerBase | None = None
 
 
@@ -106,6 +108,7 @@ def read_pair(
         windows=tuple(
             sorted({window for window in map(attention_window, (teacher.text_config, theta.text_config)) if window})
         ),
+        shares_caches=any(map(shares_caches, (teacher.text_config, theta.text_config))),
         teacher_tokenizer=teacher_tokenizer,
     )
 
@@ -167,6 +170,11 @@ def rope_kinds(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
     found = getattr(config, "rope_parameters", None) or {}
     layers = [found] if "rope_type" in found else [each for each in found.values() if isinstance(each, dict)]
     return {str(each.get("rope_type")): each for each in layers}
+
+
+def shares_caches(config: PreTrainedConfig) -> bool:
+    """Returns True for a model in which some layers read the keys and values of an earlier one."""
+    return bool(getattr(config, "num_kv_shared_layers", 0))
 
 
 def attention_window(config: PreTrainedConfig) -> int | None:

@@ -6,12 +6,24 @@ import copy
 
 from transformers import PreTrainedConfig
 
-WRAPPERS = {"gemma3": "Gemma3ForCausalLM", "qwen3_vl": "Qwen3ForCausalLM"}
+WRAPPERS = {
+    "gemma3": "Gemma3ForCausalLM",
+    "gemma4": "Gemma4ForCausalLM",
+    "mistral3": "MistralForCausalLM",
+    "qwen3_vl": "Qwen3ForCausalLM",
+}
 """Model types of the wrappers that were checked, and the architecture of the language model inside of each."""
 INSIDE = ("model.language_model.", "language_model.model.")
 """Prefixes of the language model's weights: in memory and in new files, and in old files."""
 HEADS = ("lm_head.", "language_model.lm_head.")
-OWN = ("model.layers.", "model.embed_tokens.", "model.norm.")
+OWN = (
+    "model.layers.",
+    "model.embed_tokens.",
+    "model.norm.",
+    "model.embed_tokens_per_layer.",
+    "model.per_layer_model_projection.",
+    "model.per_layer_projection_norm.",
+)
 """Beginnings of the names that the language model's weights have without a wrapper."""
 
 

@@ -41,6 +41,10 @@ MIXTURES = {
     "teacher": Mixture.teacher_only(),
 }
 WINDOW = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"], "tied": True}
+SHARED = WINDOW | {
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    **{"layers": 3, "num_kv_shared_layers": 1},
+}
 PAIRS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen2": ("qwen2", {"vocab_size": 320, "heads": 4, "kv_heads": 2}, {"tied": True}),
     "llama": ("llama", {"layers": 3}, {"vocab_size": 320}),
@@ -53,6 +57,11 @@ PAIRS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gemma3": ("gemma3_text", WINDOW, WINDOW),
     "gemma3-wrapper": ("gemma3", WINDOW, WINDOW),
     "qwen3_vl-wrapper": ("qwen3_vl", {}, {"tied": True}),
+    "ministral3-wrapper": ("mistral3", {}, {"tied": True}),
+    "gemma4-wrapper": ("gemma4", SHARED, SHARED),
+    "deepseek_v2": ("deepseek_v2", {}, {}),
+    "moonlight": ("deepseek_v3", {}, {}),
+    "glm4_moe_lite": ("glm4_moe_lite", {}, {}),
 }
 """Family, and what the teacher's and the student's configuration have of their own. The first is every test's pair."""
 TOKENIZER = make_tokenizer()
