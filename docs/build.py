@@ -42,7 +42,7 @@ def navigation() -> list[dict[str, str | list[dict[str, str]]]]:
 
 
 def copy_pages(folder: Path) -> None:
-    """Copy the documents, and the files that they link to, to the same places below `folder`."""
+    """Copy the documents, the files that they link to and the site's style to the same places below `folder`."""
     shutil.rmtree(folder, ignore_errors=True)
     for document in documents():
         linked = (document.parent / link for link in LINK.findall(document.read_text()))
@@ -50,6 +50,7 @@ def copy_pages(folder: Path) -> None:
             target = folder / path.resolve().relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, target)
+    shutil.copy(ROOT / "docs" / "site.css", folder / "docs")
 
 
 def write_settings(path: Path) -> None:

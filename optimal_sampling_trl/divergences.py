@@ -9,12 +9,13 @@ divergence (Agarwal et al., "On-Policy Distillation of Language Models", arXiv:2
 | 0       | KL(t‖θ)                                                        | `forward` |
 | between | beta·KL(t‖m) + (1−beta)·KL(θ‖m), with m = (1−beta)·θ + beta·t   | `js`: 1/2 |
 
-Dense records (`rollouts.dense`) hold the likeliest tokens of both models alone. All other tokens stand together in one
+Dense records (`rollouts.dense`) hold only the likeliest tokens of both models. All other tokens together form one
 bucket, the tail, so that two distributions of few outcomes are compared. Their divergence is never negative, never
-above that of the whole vocabulary, and equal to it where every token is among the few. Without the tail a student can
-lower a reverse divergence by moving its mass off the few (seen in verl, pull request 5041). The tail bucket is that of
-OpenClaw-RL on slime (pull request 4), of miles (pull request 1322) and of verl (issue 7856). The student's likeliest
-tokens for a reverse divergence are verl's (pull request 7806); here the likeliest of both models stand in one union.
+above that of the whole vocabulary, and equal to it where every token is among them. Without the tail a student can
+lower a reverse divergence by moving its mass off these tokens (seen in verl, pull request 5041). The tail bucket is
+that of OpenClaw-RL on slime (pull request 4), of miles (pull request 1322) and of verl (issue 7856). The student's
+likeliest tokens for a reverse divergence are verl's (pull request 7806). Here the likeliest tokens of both models are
+one union.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ DIVERGENCES = {"reverse": 1.0, "forward": 0.0, "js": 0.5}
 ABSENT = -1e4
 """Log-probability of an outcome that both models rule out: its terms are 0."""
 ROUNDING = 8
-"""Smallest tail, in units of the type's rounding at 1: what 1 − Σp says below that is no mass."""
+"""Smallest tail, in units of the type's rounding at 1. A smaller 1 − Σp is rounding, not mass."""
 
 
 def divergence(
     log_theta: Float[Tensor, "*N V"], log_teacher: Float[Tensor, "*N V"], beta: float
 ) -> Float[Tensor, "*N"]:
-    """Divergence of the student from the teacher over V outcomes, in nats.
+    """Return the divergence of the student from the teacher over V outcomes, in nats.
 
     Args:
         log_theta: log-probabilities under the student, finite.
@@ -57,10 +58,10 @@ def union_divergence(
     ids: Int[Tensor, "*N K"],
     beta: float,
 ) -> Float[Tensor, "*N"]:
-    """Divergence over the K tokens `ids` and the tail, in nats.
+    """Return the divergence over the K tokens `ids` and the tail, in nats.
 
-    A token that stands twice counts once. One that a model rules out counts with the tail: a teacher's own ending,
-    whose mass was folded into another, would make the reverse divergence infinite.
+    A token that appears twice counts once. A token that a model rules out counts with the tail: otherwise a teacher's
+    own ending, whose mass was folded into another, would make the reverse divergence infinite.
 
     Args:
         log_theta: log-probabilities under the student; their gradient is the divergence's.
@@ -73,7 +74,7 @@ def union_divergence(
 
 
 def first_occurrences(ids: Int[Tensor, "*N K"]) -> Bool[Tensor, "*N K"]:
-    """True where a token stands for the first time in its row."""
+    """Return True where a token appears for the first time in its row."""
     ordered, places = ids.sort(dim=-1, stable=True)
     first = torch.ones_like(ids, dtype=torch.bool)
     first[..., 1:] = ordered[..., 1:] != ordered[..., :-1]
@@ -85,10 +86,10 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _with_tail(log_p: Tensor, counted: Tensor) -> Tensor:
-    """Log-probabilities of the tokens that count, and log(1 − Σp) of all others together, as one more outcome.
+    """Return the log-probabilities of the tokens that count, and log(1 − Σp) as that of one more outcome, the tail.
 
-    Below what rounding leaves of 1 − Σp, the tail has that floor and no gradient. Both are then too small to matter:
-    Σp·∇log p is that of the tail itself.
+    A tail below what rounding leaves of 1 − Σp is set to that floor and has no gradient. Both are then too small to
+    matter: Σp·∇log p is that of the tail itself.
     """
     mass = log_p.masked_fill(~counted, -torch.inf).exp().sum(-1, keepdim=True)
     floor = ROUNDING * torch.finfo(log_p.dtype).eps

@@ -57,7 +57,7 @@ class Lock:
     of data, does not hold it, so that one which outlives a killed parent is in nobody's way.
 
     Args:
-        path: the file that is locked; made if need be, and left there.
+        path: the file that is locked; made if it is missing, and left there.
         what: names what is written to under the lock, for the error.
     """
 

@@ -14,7 +14,7 @@ from .options import check_whole, suggest_arguments
 from .output import OptimalSamplingOutput
 from .pairing import Prompt, check_system_message, encode, reads_two_prompts, warn_of_templates
 from .pairing.rows import teacher_prompts_of
-from .rollouts.dense import Dense, check_wish
+from .rollouts.dense import Dense, check_dense
 from .rollouts.params import takes_sampling_params
 from .rollouts.progress import Progress, is_watched
 from .rollouts.request import Request, Sampling
@@ -51,7 +51,7 @@ class OptimalSamplingV1:
             `"refuse"` it, `"replace"` it, or `"append"` the system prompt to it.
         engine_arguments: go to the backend: all that vLLM's `LLM` takes, or `device`, `dtype`, `max_num_seqs`,
             `max_model_len`, `revision`, `attn_implementation`, `trust_remote_code` with transformers. `revision` is
-            the teacher's; a student of another one is passed as a folder.
+            the teacher's. Pass a student of another revision as a folder.
 
     Raises:
         ValueError: on an unknown argument, a setting out of range, or a pair that cannot be mixed.
@@ -139,7 +139,7 @@ class OptimalSamplingV1:
         Args:
             prompts: texts, lists of token ids or lists of chat messages; a single text is one prompt.
             max_tokens, top_p, top_k, min_p, repetition_penalty, stop: see `Sampling`. vLLM's `SamplingParams` may
-                stand in the place of `max_tokens`, or be passed as `sampling_params`, instead of these, `n`, `seed`.
+                take the place of `max_tokens`, or be passed as `sampling_params`, instead of these, `n` and `seed`.
             temperature: one for all, or one for each prompt.
             use_optimal_sampling: False samples from the teacher alone.
             n: completions of each prompt.
@@ -152,15 +152,15 @@ class OptimalSamplingV1:
                 among them is the prompt itself. On a CPU this takes `backend="transformers"`.
 
         Raises:
-            ValueError: on an empty or unreadable prompt, a setting out of range, or as many mixtures, temperatures or
-                teacher's prompts as there are not prompts.
+            ValueError: on an empty or unreadable prompt, a setting out of range, or where mixtures, temperatures or
+                teacher's prompts are given and differ in number from the prompts.
             UnsolvedError: naming each sequence for which a model returned NaN; its `rollouts` holds the others.
         """
         prompts = _prompt_list(prompts)
         check_whole("generate", "n", n, 1)
         if seed is not None:
             check_whole("generate", "seed", seed)
-        check_wish("generate", dense)
+        check_dense("generate", dense)
         if mixture is not None and not use_optimal_sampling:
             raise ValueError(
                 f"generate: `mixture` is {mixture!r} and `use_optimal_sampling` is False, the teacher alone; "
@@ -214,7 +214,7 @@ class OptimalSamplingV1:
     def encode(
         self, prompt: Prompt, index: int = 0, teacher_prompt: Prompt | None = None
     ) -> tuple[list[int], list[int]]:
-        """The token ids of one prompt for the teacher and for the student, after system prompts and chat template.
+        """Encode one prompt for the teacher and for the student, after system prompts and chat template.
 
         Args:
             prompt: a text, token ids or messages.
@@ -247,7 +247,7 @@ class OptimalSamplingV1:
         self.backend.load_theta(list(named_parameters))
 
     def sleep(self) -> None:
-        """Free what memory the engine can; the teacher is kept."""
+        """Free as much memory as the engine can; the teacher is kept."""
         self.backend.sleep()
 
     def wake_up(self) -> None:
@@ -288,7 +288,7 @@ def _prompt_list(prompts: Any) -> list[Prompt]:
 
 
 def _one_each(value: Any, kind: Any, count: int, name: str) -> list[Any]:
-    """`value` once for each of `count` prompts, or as it is where it holds one for each."""
+    """Return `value` once for each of `count` prompts, or as it is where it holds one for each."""
     if isinstance(value, kind):
         return [value] * count
     values = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]

@@ -45,7 +45,7 @@ CORRECTIONS = ("none", *(f"{level}_{shape}" for level in LEVELS for shape in SHA
 
 @dataclass(frozen=True)
 class Correction:
-    """Weight of each token of a mixture's completion.
+    """Correct a mixture's completions by a weight for each token.
 
     Args:
         name: one of `CORRECTIONS`.
@@ -87,7 +87,7 @@ class Correction:
         inclusive: bool = True,
         total: Callable[[Tensor], Tensor] = lambda sums: sums,
     ) -> Float[Tensor, "B T"]:
-        """Weight of each token; 1 in rows that the student sampled. Carries no gradient.
+        """Return the weight of each token; 1 in rows that the student sampled. Carries no gradient.
 
         Args:
             log_theta: log-probability of each token under the student.
@@ -128,7 +128,7 @@ def log_weights(
     window: int | None = None,
     inclusive: bool = True,
 ) -> Float[Tensor, "B T"]:
-    """Logarithm of the weight of each token, before a shape tames it (see the head of this module).
+    """Return the logarithm of the weight of each token, before a shape tames it (see the head of this module).
 
     Args:
         log_theta: log-probability of each token under the student.
@@ -160,7 +160,7 @@ def log_weights(
 def keep_positive(advantages: Float[Tensor, " B *T"], rows: Bool[Tensor, " B"]) -> Float[Tensor, " B *T"]:
     """Set advantages below 0 to 0 in the completions that `rows` marks.
 
-    A failure of the mixture says little about the student, which would often not have gone there.
+    A failure of the mixture says little about the student, which would often not have taken that path.
     """
     marked = rows.reshape(-1, *[1] * (advantages.ndim - 1))
     return torch.where(marked, advantages.clamp(min=0.0), advantages)
@@ -169,10 +169,11 @@ def keep_positive(advantages: Float[Tensor, " B *T"], rows: Bool[Tensor, " B"]) 
 def own_baseline(
     rewards: Float[Tensor, "G N"], theta_rows: Bool[Tensor, "G N"], scale: bool = True
 ) -> Float[Tensor, "G N"]:
-    """Advantages over the mean reward of the completions that the student sampled, in groups of N.
+    """Return the advantages over the mean reward of the completions that the student sampled, in groups of N.
 
-    The student's are divided by the deviation of its rewards, the mixture's are not: whether a completion with help
-    beats those without is told in units of the reward. Source: Jiang et al., "MENTOR", arXiv:2510.04140.
+    The student's advantages are divided by the standard deviation of its rewards. The mixture's are not: they say in
+    units of the reward by how much a completion with help beats those without.
+    Source: Jiang et al., "MENTOR", arXiv:2510.04140.
 
     Args:
         rewards: reward of each completion; NaN, where no function could score one, gets no advantage.
@@ -190,7 +191,7 @@ def own_baseline(
 
 
 def mixture_weight(step: int, steps: int | None) -> float:
-    """Weight of the mixture's advantages after `step` updates: half a cosine from 1 to 0 in `steps`; 1 without."""
+    """Return the weight of the mixture's advantages: half a cosine from 1 at step 0 to 0 at `steps`; 1 if None."""
     return 1.0 if steps is None else (1 + math.cos(math.pi * min(step / steps, 1.0))) / 2
 
 
@@ -202,7 +203,7 @@ def sampled_token_coefficients(
     clip: float | None = None,
     mean: Float[Tensor, " B"] | None = None,
 ) -> Float[Tensor, "B T"]:
-    """Coefficient c of −c·∇log θ(x) that takes the student to the teacher with sampled tokens alone: ℓ(x).
+    """Return the coefficient c of −c·∇log θ(x) that takes the student to the teacher with sampled tokens alone: ℓ(x).
 
     The log-variance divergence of a sampling distribution q, V_q = Var_q[ℓ]/2 with ℓ = log t − log θ, is 0 only where
     θ = t on q's support (Richter et al., "VarGrad", arXiv:2010.10436). With q held fixed its gradient is
@@ -219,7 +220,7 @@ def sampled_token_coefficients(
         mask: 1 on tokens, 0 on padding.
         clip: limits ℓ to [−clip, clip], in nats; biased, but one token cannot outweigh a batch. Without it a token
             that the teacher rules out (ℓ = −inf: an ending of the teacher's that was folded) is left out.
-        mean: mean of ℓ so limited over the whole batch, the same for each completion; subtracted.
+        mean: the mean over the whole batch of ℓ after `clip`, repeated for each completion; it is subtracted.
     """
     coefficient = (log_teacher - log_theta).detach().masked_fill(mask == 0, 0.0)
     coefficient = coefficient.masked_fill(coefficient.isinf(), 0.0) if clip is None else coefficient.clamp(-clip, clip)
@@ -261,7 +262,7 @@ def imitation_loss(
 
 
 def effective_sample_size(log_weights: Float[Tensor, " *N"]) -> Float[Tensor, ""]:
-    """(Σw)²/Σw²: the number of equally weighted samples that weigh as much together. 0 where every weight is 0.
+    """Return (Σw)²/Σw²: the number of equally weighted samples that weigh as much together. 0 where every weight is 0.
 
     Source: Kish, "Survey Sampling", 1965; Liu, "Monte Carlo Strategies in Scientific Computing", 2001, §2.5.3.
 

@@ -119,7 +119,7 @@ def of_dense(name: str, values: Float[Tensor, " N"]) -> dict[str, float]:
 def histograms_of_mixture(
     alpha: Float[Tensor, " N"], log_q: Float[Tensor, " N"], log_theta: Float[Tensor, " N"]
 ) -> dict[str, Float[Tensor, " N"]]:
-    """Finite values of the histograms over the N tokens that the mixture sampled, by name, where there are any."""
+    """Return the finite values of each histogram over the N tokens that the mixture sampled; none where empty."""
     values = {ALPHA_TOKENS: alpha, LOG_WEIGHT: log_theta - log_q}
     finite = {name: value[value.isfinite()] for name, value in values.items()}
     return {name: value for name, value in finite.items() if len(value)}
@@ -173,14 +173,14 @@ def _of_halves(
 
 
 def token_differences(trainer: Float[Tensor, "B T"], engine: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """|log θ in the trainer − log θ in the engine| of each token."""
+    """Return |log θ in the trainer − log θ in the engine| of each token."""
     return (trainer - engine).abs()
 
 
 def completion_differences(
     trainer: Float[Tensor, " B"], engine: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
 ) -> Float[Tensor, " B"]:
-    """Compute the same a token of each completion, from the trainer's log θ of the whole completion."""
+    """Compute the absolute difference of each completion's log θ per token; RLOO's trainer knows only their sums."""
     return ((engine * mask).sum(1) - trainer).abs() / mask.sum(1).clamp(min=1)
 
 

@@ -22,7 +22,7 @@ NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 
 
 def unknown_option(what: str, got: str, known: Iterable[str]) -> str:
-    """Message for an unknown option: its kind, the name that was given, the known names and the nearest of them."""
+    """Return the message for an unknown option: its kind, the given name, the known names and the nearest one."""
     names = sorted(known)
     close = get_close_matches(str(got), names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -128,7 +128,7 @@ def check_flag(owner: str, name: str, value: object) -> None:
 
 
 def shown(value: object) -> str:
-    """Text of a value for an error, cut after 200 characters; a type's name where the value cannot be printed."""
+    """Return a value's text for an error, cut after 200 characters; its type's name if it cannot be printed."""
     try:
         text = repr(value)
     except Exception:  # of a user's own class, or a whole number of more digits than Python prints

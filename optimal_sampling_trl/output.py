@@ -96,7 +96,8 @@ class OptimalSamplingOutput:
         return write_page(path, self.rollouts, self.tokenizer, rewards=rewards, title=title)
 
     def __repr__(self) -> str:
-        alpha = "" if self.alpha_stats is None else f", mean α {self.alpha_stats['mean']:.3f}"
+        stats = self.alpha_stats
+        alpha = "" if stats is None else f", α {stats['mean']:.3f} ({stats['min']:.3f} to {stats['max']:.3f})"
         first = f", first {shown(self.generated_texts[0][:60])}" if self.rollouts else ""
         return f"OptimalSamplingOutput({len(self.rollouts)} rollouts, {sum(self.num_tokens)} tokens{alpha}{first})"
 

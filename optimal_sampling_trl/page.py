@@ -49,7 +49,7 @@ def write_page(
     address leads to the third rollout.
 
     Args:
-        path: the file to write. Its folder is made; an existing file is replaced at once: nobody reads half a page.
+        path: the file to write. Its folder is made. An existing file is replaced atomically: nobody reads half a page.
         rollouts: N rollouts, each with its T tokens and four records (T,). NaN is shown as absent, infinities as such.
         tokenizer: turns ids into text; the teacher's or the student's, since they share it.
         rewards: N rewards; None or NaN is shown as absent.
@@ -84,7 +84,7 @@ def render_page(
     steps: Iterable[int] | None = None,
     advantages: Iterable[float | None] | None = None,
 ) -> str:
-    """The HTML that `write_page` writes, for a notebook or a server; arguments and errors are the same."""
+    """Return the HTML that `write_page` writes, for a notebook or a server; arguments and errors are the same."""
     if len(rollouts) == 0:
         raise ValueError("write_page got no rollouts; a page needs at least one: generate some before you write it.")
     count = len(rollouts)

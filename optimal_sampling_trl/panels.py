@@ -84,7 +84,7 @@ def draw_curves(
     """Draw curves, each seed's own or their mean in a band from the lowest to the highest.
 
     Args:
-        colors: colours by name, in the place of the palette's.
+        colors: colours by name, in place of the palette's.
         dashed: names of curves that are drawn with dashes.
     """
     for place, (name, curve) in enumerate(curves.items()):

@@ -25,22 +25,20 @@ COLORS = {
     "student's own": STUDENT,
     "mixture's": MIXTURE,
     "prompts with one": PALETTE[2],
-    "KL(q‖θ), estimated on sampled tokens": STUDENT,
-    "KL(q‖t), estimated on sampled tokens": MIXTURE,
-    "KL(q‖θ), exact": STUDENT,
-    "KL(q‖t), exact": MIXTURE,
+    "KL(q‖θ)": STUDENT,
+    "KL(q‖t)": MIXTURE,
 }
 """Colours of curves by their name; the others have the palette's."""
 BAND_LABEL = "10 % to 90 % of tokens"
 ENDS = 5
 """A title compares the first fifth of training with the last."""
-EXACT = {
-    "dense/kl_q_theta": "KL(q‖θ), exact",
-    "dense/kl_q_teacher": "KL(q‖t), exact",
-    "dense/kl_theta_teacher": "KL(θ‖t), exact",
-    "dense/kl_teacher_theta": "KL(t‖θ), exact",
+DIVERGENCES = {
+    metrics.KL_THETA: "KL(q‖θ)",
+    metrics.KL_TEACHER: "KL(q‖t)",
+    "dense/kl_theta_teacher": "KL(θ‖t)",
+    "dense/kl_teacher_theta": "KL(t‖θ)",
 }
-"""Divergences over the whole vocabulary, which are logged where there are dense records."""
+"""Divergences that are logged, and the names of their curves; the last two where there are dense records."""
 
 
 def plot_learning(
@@ -58,7 +56,7 @@ def plot_learning(
     """Draw the success of several runs and, below on the same x, α over training, as a PNG.
 
     Args:
-        path: the file to write, a PNG whatever its name. Its folder is made; an existing file is replaced at once.
+        path: the file to write, a PNG whatever its name. Its folder is made. An existing file is replaced atomically.
         curves: points (x, success) of each run by name, in the order of the legend. A NaN leaves a gap. In the place
             of points a list of them, one for each seed and at the same x: their mean is drawn, in a band from the
             lowest to the highest.
@@ -126,8 +124,8 @@ def draw_training(log_history: Sequence[Mapping[str, Any]], title: str | None = 
     - the share of completions and of prompts that the reward accepts;
     - α, mean and 10 % to 90 % of tokens;
     - the effective sample size of the mixture's tokens for the student, as a share of their number;
-    - divergences in nats a token: the exact ones of dense records, or else KL(q‖θ) and KL(q‖t) as they are estimated
-      on the sampled tokens.
+    - divergences in nats a token: KL(q‖θ) and KL(q‖t) over the mixture's tokens, estimated unless dense records hold
+      them, and the exact ones between student and teacher over all tokens where dense records hold those.
 
     Args:
         log_history: entries of `trainer.state.log_history`, each with a `step`.
@@ -144,11 +142,6 @@ def draw_training(log_history: Sequence[Mapping[str, Any]], title: str | None = 
         found = [entry for entry in logged if all(entry.get(name) is not None for name in names)]
         return [(entry["step"], *(entry[name] for name in names)) for entry in found]
 
-    exact = {label: points for name, label in EXACT.items() if (points := curve(name))}
-    estimated = {
-        "KL(q‖θ), estimated on sampled tokens": curve(metrics.KL_THETA),
-        "KL(q‖t), estimated on sampled tokens": curve(metrics.KL_TEACHER),
-    }
     alpha = curve(metrics.ALPHA_MEAN)
     panels_of: dict[str, Mapping[str, Sequence[tuple[float, ...]]]] = {
         "Mean reward": {
@@ -162,7 +155,7 @@ def draw_training(log_history: Sequence[Mapping[str, Any]], title: str | None = 
         },
         "α": {"mean α": alpha},
         "ESS ÷ tokens": {"mixture's tokens": curve(metrics.SAMPLE_SIZE)},
-        "Nats a token": exact or estimated,
+        "Nats a token": {label: curve(name) for name, label in DIVERGENCES.items()},
     }
     shown = {label: _with_points(curves) for label, curves in panels_of.items() if _with_points(curves)}
     if not shown:

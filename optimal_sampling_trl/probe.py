@@ -11,7 +11,7 @@ import html
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,7 +56,7 @@ class ProbeRow:
         greedy: share of the prompts whose likeliest tokens are accepted; NaN where that was not tried.
         kl_theta, kl_teacher: estimates of KL(q‖θ) and KL(q‖t), in nats a token.
         acceptance: mean of min(1, θ/q): the share of the student's drafts that speculative sampling would accept.
-        seconds: wall time of a token, all completions sampled together.
+        seconds: wall time of a token, all completions sampled together, after a token of each prompt was sampled.
     """
 
     name: str
@@ -137,6 +137,8 @@ def probe(
             "probe: `dataset` has no rows, or rows without a `prompt`; wanted rows as a trainer takes them."
         )
     task = _Task(sampler, rows, reward, max_tokens, accept)
+    # A token of each prompt first: else the first row would pay alone for kernels to compile and prompts to cache.
+    replace(task, max_tokens=1).sample(Mixture(), 1, temperature, seed)
     measured, overlap = [], math.nan
     for name, mixture in MIXTURES.items():
         start = time.perf_counter()

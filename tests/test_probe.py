@@ -79,6 +79,24 @@ def test_the_students_row_is_counted_and_computed_by_hand(
     assert found.overlap == pytest.approx(sum(exact) / len(exact), abs=4 * 0.5 / math.sqrt(len(exact)))
 
 
+def test_no_row_pays_for_the_first_look_at_the_prompts(
+    sampler: OptimalSamplingV1, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token of each prompt is sampled before the first row is timed, so that the student is not timed with it."""
+    calls: list[tuple[int, int]] = []
+    generate = sampler.backend.generate
+
+    def watched(requests: Sequence[Any], *further: Any) -> Any:
+        calls.append((len(requests), requests[0].sampling.max_tokens))
+        return generate(requests, *further)
+
+    monkeypatch.setattr(sampler.backend, "generate", watched)
+    probe(sampler, ROWS, has_wanted, n=2, max_tokens=3)
+    assert calls[0] == (12, 1)
+    assert calls[1] == (24, 3)
+    assert all(tokens == 3 for _, tokens in calls[1:])
+
+
 def test_greedy_is_the_likeliest_tokens(found: Probe, sampler: OptimalSamplingV1) -> None:
     assert [row.name for row in found.rows if not math.isnan(row.greedy)] == ["student", "α solved", "teacher"]
     prompts = [row["prompt"] for row in ROWS]

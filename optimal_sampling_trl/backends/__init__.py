@@ -1,4 +1,4 @@
-"""The engines that sample: each turns requests into rollouts. Here is what they share and how one is picked."""
+"""The engines that sample: each turns requests into rollouts. This file has their protocol and picks one."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Backend(Protocol):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The pair's."""
+        """The pair's tokenizer."""
 
     def check(self, request: Request, index: int) -> None:
         """Refuse a request that cannot be served; `index` is its number, for the error."""
@@ -46,13 +46,13 @@ class Backend(Protocol):
         """Sample one rollout for each request, in their order; each is added to `progress`."""
 
     def load_theta(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Replace the student's weights in place; refuses a set that is not whole."""
+        """Replace the student's weights in place; refuse a set that is not whole."""
 
     def weight_digest(self, role: str) -> str | None:
         """Return what changes with the weights of `"teacher"` or `"theta"`; None as long as they are the files'."""
 
     def sleep(self) -> None:
-        """Free what memory the engine can until `wake_up`; the teacher is kept."""
+        """Free as much memory as the engine can until `wake_up`; the teacher is kept."""
 
     def wake_up(self) -> None:
         """Undo `sleep`."""
@@ -63,7 +63,7 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend that serves a pair, and what was read of the pair on the way to it.
+    """The backend that serves a pair, and what was read about the pair to pick it.
 
     Args:
         name: `"vllm"` or `"transformers"`.
@@ -90,13 +90,13 @@ def choose(
     tokenizer: PreTrainedTokenizerBase | None = None,
     theta_settings: GenerationConfig | None = None,
 ) -> Choice:
-    """Pick the engine of a pair: the one place where it is decided, for the front door and for the trainers.
+    """Pick the engine of a pair. The front door and the trainers both decide it here.
 
     Args:
         backend: one of `BACKENDS`; `"auto"` is vLLM where it is installed and able.
         teacher: a folder, a model id or a loaded model.
         theta: likewise.
-        engine_arguments: those that the engine will be built with: they say which files are the models'.
+        engine_arguments: the arguments that the engine will be built with; they say which files hold the models.
         two_prompts: the teacher and the student will be given different prompts.
         tokenizer: the trainer's, where there is one: its end token ends a completion.
         theta_settings: generation settings of the model that is trained, where vLLM loads a copy of its files.
@@ -138,7 +138,7 @@ def _read_for_vllm(
     tokenizer: PreTrainedTokenizerBase | None,
     theta_settings: GenerationConfig | None,
 ) -> Pair:
-    """The pair as the fused engine serves it.
+    """Return the pair as the fused engine serves it.
 
     Raises:
         ImportError: where vLLM is missing, unsuited, or did not load this package's plugin.
@@ -184,7 +184,7 @@ def make_backend(
         theta: likewise.
         two_prompts: the teacher and the student will be given different prompts.
         gpu_memory_utilization: vLLM's share of a device's memory.
-        **engine_arguments: those of the engine.
+        **engine_arguments: further arguments of the engine.
 
     Raises:
         ImportError: see `choose`.
@@ -213,7 +213,7 @@ def make_backend(
 
 
 def _model(model: Any, role: str) -> str | PreTrainedModel:
-    """A loaded model as it is, a path as a text.
+    """Return a loaded model as it is, a path as a text.
 
     Raises:
         ValueError: on anything else.

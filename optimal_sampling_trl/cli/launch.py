@@ -19,17 +19,17 @@ PROFILE = "--accelerate_config"
 
 
 def launch_flags() -> set[str]:
-    """Flags of `accelerate launch`, and the one of a profile."""
+    """Return the flags of `accelerate launch`, and the one of a profile."""
     return {*launch_command_parser()._option_string_actions, PROFILE}
 
 
 def profiles() -> list[str]:
-    """Names of the profiles that come with TRL, such as `fsdp2`."""
+    """Return the names of the profiles that come with TRL, such as `fsdp2`."""
     return sorted(path.name.removesuffix(".yaml") for path in files("trl.accelerate_configs").iterdir())
 
 
 def launch_words(parser: Parser, words: Sequence[str]) -> list[str]:
-    """accelerate's words among those that a command does not know, with a profile's name as its file.
+    """Return accelerate's words among those that a command does not know, with a profile's name as its file.
 
     Ends the process on a flag that neither knows, naming the nearest, and on a profile that does not exist.
 

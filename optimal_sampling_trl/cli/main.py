@@ -15,7 +15,7 @@ FOLDER = Path(__file__).with_name("commands")
 
 
 def commands() -> dict[str, str]:
-    """The first line of each command, by its name. Nothing is imported: help comes at once."""
+    """Return the first line of each command, by its name. Nothing is imported: help comes at once."""
     files = [path for path in sorted(FOLDER.glob("*.py")) if path.stem != "__init__"]
     return {path.stem: _first_line(path) for path in files}
 
@@ -25,7 +25,7 @@ def _first_line(path: Path) -> str:
 
 
 def usage() -> str:
-    """The help of the program."""
+    """Return the help of the program."""
     listed = "\n".join(f"  {name:8} {line}" for name, line in commands().items())
     return (
         f"usage: {PROGRAM} COMMAND [--config FILE.yaml] [flags]\n\n{listed}\n\n"

@@ -48,7 +48,7 @@ class Parser(TrlParser):
         self._group_flags()
 
     def read(self, words: Sequence[str], further: Iterable[str] = ()) -> tuple[Any, ...]:
-        """The dataclasses that a command line describes; ends the process on what it does not know.
+        """Return the dataclasses that a command line describes; end the process on what it does not know.
 
         Args:
             words: the command line after the command.
@@ -65,7 +65,7 @@ class Parser(TrlParser):
         return tuple(found)
 
     def unread(self, words: Sequence[str]) -> tuple[list[str], list[str]]:
-        """Words of the YAML file and of the command line that are no flags of this parser's.
+        """Return the words of the YAML file and of the command line that are no flags of this parser's.
 
         Nothing is built of the flags: a configuration counts processes, which may be started later. Ends the process
         on a value that is none of a flag's choices, and after `--help`.
@@ -124,6 +124,6 @@ class Parser(TrlParser):
 
 
 def _package(kind: type, each: Field[Any]) -> str:
-    """The package of the class that a dataclass has a field from: an inherited field is the same object there."""
+    """Return the package of the class that defines a dataclass's field; an inherited field is the same object."""
     owners = [base for base in kind.__mro__ if vars(base).get("__dataclass_fields__", {}).get(each.name) is each]
     return owners[-1].__module__.split(".")[0]

@@ -29,7 +29,7 @@ class RewardArguments(ScriptArguments):
     )
 
     def rewards(self) -> list[Any]:
-        """The functions that the paths name; the working directory is searched too."""
+        """Return the functions that the paths name; the working directory is searched too."""
         if not self.reward_funcs:
             raise SystemExit("`--reward_funcs` is missing; wanted an import path such as trl.rewards.accuracy_reward.")
         for path in self.reward_funcs:
@@ -40,7 +40,7 @@ class RewardArguments(ScriptArguments):
 
 
 def load_data(script: ScriptArguments, evaluate: bool) -> dict[str, Any]:
-    """`train_dataset` and `eval_dataset` from the Hub, a folder or a file (.jsonl, .json, .csv, .parquet)."""
+    """Load `train_dataset` and `eval_dataset` from the Hub, a folder or a file (.jsonl, .json, .csv, .parquet)."""
     if not script.dataset_name:
         raise SystemExit("`--dataset_name` is missing; wanted a dataset with the column 'prompt'.")
     suffix = Path(script.dataset_name).suffix.lstrip(".")
@@ -63,7 +63,7 @@ def load_data(script: ScriptArguments, evaluate: bool) -> dict[str, Any]:
 
 
 def load_options(model: ModelConfig, training: Any) -> dict[str, Any]:
-    """`model`, `quantization_config`, `peft_config` of a trainer; the model's other flags go into `training`."""
+    """Load `model`, `quantization_config`, `peft_config` of a trainer; the model's other flags go into `training`."""
     training.model_init_kwargs = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
@@ -78,7 +78,7 @@ def load_options(model: ModelConfig, training: Any) -> dict[str, Any]:
 
 
 def checkpoint(given: str | bool | None) -> str | bool | None:
-    """Returns what a trainer takes for the flag `--resume_from_checkpoint`: TRL's parser reads `True` as a text."""
+    """Return what a trainer takes for the flag `--resume_from_checkpoint`: TRL's parser reads `True` as a text."""
     return True if given in ("True", "true") else given
 
 
@@ -111,7 +111,7 @@ class Job:
     rewarded: bool = True
 
     def parser(self) -> Parser:
-        """The command's flags: the generator's first, then data, model and training."""
+        """Return the command's flags: the generator's first, then data, model and training."""
         config = getattr(trainers, f"{self.method}Config")
         script = RewardArguments if self.rewarded else ScriptArguments
         kinds = (GeneratorArguments, script, ModelConfig, config)
@@ -155,7 +155,7 @@ class Job:
 
 
 def _without(words: Sequence[str], taken: Sequence[str]) -> list[str]:
-    """The words that are left after `taken`, which stand among them in this order."""
+    """Return the words that are left after `taken`, which stand among them in this order."""
     waiting = list(taken)
     kept = []
     for word in words:

@@ -92,9 +92,13 @@ def train(
     bar: Bar | None = None,
     **extra: Any,
 ) -> tuple[Any, Watch]:
-    """Train the student of `pair` from its start; returns the trainer and what was watched.
+    """Train the student of `pair` from its start; return the trainer and what was watched.
 
     Args:
+        trainer_class: a trainer of TRL's or of this package.
+        config_class: its configuration.
+        pair: the teacher and the student.
+        steps: optimizer steps.
         batch: completions in a step.
         settings: further fields of the configuration.
         job: what is learned.
@@ -111,18 +115,7 @@ def train(
         train_dataset=job.dataset("train", steps * batch // settings.get("num_generations", 1), seed=1),
         processing_class=tokenizer,
         callbacks=[watch],
-        args=config_class(
-            max_steps=steps,
-            per_device_train_batch_size=batch,
-            max_completion_length=job.length,
-            logging_steps=max(steps // 20, 1),
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            bf16=False,
-            log_level="error",
-            **settings,
-        ),
+        args=_configuration(config_class, steps, batch, job.length, settings),
         **rewards,
         **extra,
     )
@@ -134,3 +127,19 @@ def train(
     trainer.train()
     watch.seconds = trainer.state.log_history[-1]["train_runtime"]
     return trainer, watch
+
+
+def _configuration(config_class: Any, steps: int, batch: int, length: int, settings: dict[str, Any]) -> Any:
+    """Make the configuration of a short run on a CPU that saves and reports nothing."""
+    return config_class(
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        max_completion_length=length,
+        logging_steps=max(steps // 20, 1),
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        log_level="error",
+        **settings,
+    )

@@ -1,8 +1,8 @@
 """Make the embedded pair: a teacher that sorts ten digits, and a small student that is right once in fifty tries.
 
 The prompt is `3141592653=`, the completion `1123345569` and EOS: 11 tokens. Both models are tiny Llamas with one
-tokenizer, 40 entries, one per character; `data/` has prompts. Made once, in a minute or two
-on two CPU cores, then cached.
+tokenizer of 40 entries, one per character; `data/` has prompts. The pair is made once, in a minute or two on two CPU
+cores, and then cached.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ FINGERPRINT = hashlib.sha256(repr((RECIPES, BATCH, VOCABULARY, CHAT_TEMPLATE, PR
 
 
 def prompts(split: str, count: int, seed: int) -> list[str]:
-    """`count` prompts like `3141592653=`; no prompt of "test" is one of "train"."""
+    """Return `count` prompts like `3141592653=`; no prompt of "test" is one of "train"."""
     if split not in ("train", "test"):
         raise ValueError(f"split is {split!r}; it must be 'train' or 'test'")
     source = random.Random(f"{split} {seed}")
@@ -78,27 +78,27 @@ def prompts(split: str, count: int, seed: int) -> list[str]:
 
 
 def answer(prompt: str) -> str:
-    """The right completion, without EOS: `3141592653=` gives `1123345569`."""
+    """Return the right completion, without EOS: `3141592653=` gives `1123345569`."""
     return "".join(sorted(prompt.removesuffix("=")))
 
 
 def reward(prompts: Sequence[str], completions: Sequence[str], **kwargs: Any) -> list[float]:
-    """TRL's reward: 1.0 for exactly the right text, else 0.0 (plain text prompts, not conversations)."""
+    """Return TRL's reward: 1.0 for exactly the right text, else 0.0 (plain text prompts, not conversations)."""
     return [float(completion == answer(prompt)) for prompt, completion in zip(prompts, completions, strict=True)]
 
 
 def exact_match(prompts: Sequence[str], completions: Sequence[str]) -> float:
-    """Share of completions that are exactly right."""
+    """Return the share of completions that are exactly right."""
     return sum(reward(prompts, completions)) / len(prompts)
 
 
 def dataset(split: str, count: int, seed: int) -> Dataset:
-    """Prompts as TRL's trainers take them: one column, "prompt"."""
+    """Return the prompts as TRL's trainers take them: one column, "prompt"."""
     return Dataset.from_dict({"prompt": prompts(split, count, seed)})
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character; pad and EOS differ, and there is no BOS, so that every engine reads the same prompt."""
+    """Make a tokenizer with one token per character. It has no BOS, so that every engine reads the same prompt."""
     core = Tokenizer(models.WordLevel({entry: i for i, entry in enumerate(VOCABULARY)}, unk_token=UNK))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     core.decoder = decoders.Fuse()
@@ -107,7 +107,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build(recipe: Recipe) -> LlamaForCausalLM:
-    """An untrained model; the same weights on every call."""
+    """Build an untrained model, with the same weights on every call."""
     config = LlamaConfig(
         vocab_size=len(VOCABULARY), hidden_size=recipe.hidden, intermediate_size=2 * recipe.hidden, head_dim=32,
         num_hidden_layers=recipe.layers, num_attention_heads=recipe.hidden // 32, max_position_embeddings=128,
@@ -121,9 +121,12 @@ def build(recipe: Recipe) -> LlamaForCausalLM:
 def train(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, name: str, line: int = 0
 ) -> None:
-    """Cross-entropy on the completions; the rate rises over `warmup` steps and falls to 0 at the last one.
+    """Train by cross-entropy on the completions; the rate rises over `warmup` steps and falls to 0 at the last one.
 
     Args:
+        model: is trained in place.
+        tokenizer: the pair's.
+        recipe: the steps and the learning rate.
         name: what the bar is called.
         line: of the terminal, for the bar.
     """
@@ -143,7 +146,7 @@ def train(
 
 
 def measure(model: Any, tokenizer: PreTrainedTokenizerFast, count: int = 2048) -> float:
-    """Exact match on held-out prompts, sampled at temperature 1 (standard error 0.003 at 0.02)."""
+    """Return the exact match on held-out prompts, sampled at temperature 1 (standard error 0.003 at 0.02)."""
     texts = prompts("test", count, seed=0)
     inputs = tokenizer(texts, return_tensors="pt", return_token_type_ids=False)
     torch.manual_seed(0)
@@ -184,7 +187,7 @@ def write_model(folder: Path, name: str, recipe: Recipe, line: int) -> dict[str,
 
 
 def read_stamp(folder: Path) -> dict[str, Any]:
-    """The note of a finished pair, or nothing. The folder appears in one rename, so a note means complete."""
+    """Return the note of a finished pair, or nothing. The folder appears in one rename, so a note means complete."""
     return json.loads((folder / "pair.json").read_text()) if (folder / "pair.json").is_file() else {}
 
 

@@ -1,9 +1,9 @@
 """The demo: three trainings of one student from the same start, side by side, and what they learned as a picture.
 
-With TRL's GRPO on the student's own samples, at its best learning rate and at the mixture's, and with half of each
-group sampled from the mixture with its teacher; each with the same number of samples. Prints exact match on held-out
-prompts before and after, and writes learning.png (the curves, and α over training) and rollouts.html (the
-completions of both halves side by side, with each token's records).
+Two runs are TRL's GRPO on the student's own samples, at its best learning rate and at the mixture's. The third samples
+half of each group from the mixture with the teacher. All take the same number of samples. The demo prints the exact
+match on held-out prompts before and after. It writes learning.png (the curves, and α over training) and rollouts.html
+(the completions of both halves side by side, with each token's records).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ RATES = {MIXTURE: 1e-3, "GRPO, its best learning rate": 1e-4, "GRPO, the mixture
 """The runs, the longest first. The rates were chosen among 3e-5, 1e-4, 2e-4, 3e-4, 1e-3 and 2e-3 on this pair; three
 seeds agreed."""
 ENGINE = {"kv_cache_memory_bytes": 64 << 20, "enforce_eager": True}
-"""Of vLLM: a small cache for a small model, and no compilation, which takes longer than the demo."""
+"""Arguments of vLLM: a small cache for a small model, and no compilation, which takes longer than the demo."""
 
 
 class Result(NamedTuple):
@@ -44,11 +44,15 @@ class Result(NamedTuple):
 
 
 def run_one(name: str, line: int, pair: Pair, steps: int, backend: str, output: Path) -> Result:
-    """Train once; of the mixture's run the page is written, too.
+    """Train once; write the page of the mixture's run.
 
     Args:
         name: one of `RATES`.
         line: of the terminal, for the bar.
+        pair: the teacher and the student.
+        steps: optimizer steps.
+        backend: the engine of the mixture's run.
+        output: folder of what is written.
     """
     transformers.logging.disable_progress_bar()  # of loading weights
     settings = {"learning_rate": RATES[name], "output_dir": str(output / f"trainer-{line}")}
@@ -99,7 +103,7 @@ def draw(results: dict[str, Result], path: Path) -> Path:
 
 
 def report(results: dict[str, Result], samples: int) -> str:
-    """The table of the runs."""
+    """Return the table of the runs."""
     lines = [f"Exact match on held-out prompts{'before':>9} {'after':>8} {'samples':>8} {'seconds':>8}"]
     for name, result in reversed(results.items()):
         first, last = result.curve[0][1], result.curve[-1][1]

@@ -1,7 +1,7 @@
 """Exact numbers of two models and their mixture at a token, and each model's likeliest tokens, in torch.
 
-The symbols are those at the head of `mixture`. All is of the whole common vocabulary at the sampling temperature. A
-divergence KL(p‖r) is +inf where p has a token that r has not, as by its definition.
+The symbols are those at the head of `mixture`. Every number is taken over the whole common vocabulary, at the sampling
+temperature. A divergence KL(p‖r) is +inf where p has a token that r lacks, as its definition says.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 AT_ONCE = 1 << 24
-"""Logits that are measured at a time: 64 MiB in float32, of which a few copies are held."""
+"""The number of logits measured at a time: 64 MiB in float32, of which a few copies are held."""
 
 
 class Distributions(NamedTuple):
@@ -52,6 +52,12 @@ def measure(
         scalars: names among `SCALARS`.
         top_k: how many of each model's likeliest tokens are returned, the student's before the teacher's, in falling
             order; at most V.
+
+    Returns:
+        scalars: (N, S) in nats, a column for each name; `overlap` is a probability.
+        ids: (N, 2·top_k) the likeliest tokens.
+        log_theta: (N, 2·top_k) their log-probabilities under the student.
+        log_teacher: (N, 2·top_k) under the teacher.
     """
     size = max(1, AT_ONCE // max(theta.shape[1], 1))
     scale = temperature[:, None] if isinstance(temperature, Tensor) else theta.new_full((len(theta), 1), temperature)

@@ -135,9 +135,9 @@ def mix_at(
 ) -> Float[Tensor, "N V"]:
     """Mix two models' raw logits at a known α, each row in its form.
 
-    Divided by the temperature T they are log q up to a constant of the row, as an engine's sampler wants them. In the
-    geometric form that is `blend`. In the arithmetic form it is T·(log q + (1-α)·log Σe^(θ/T) + α·log Σe^(t/T)): the
-    constant makes the logits continuous in α, whose ends are one model's row, exactly.
+    Divided by the temperature T they are log q up to a constant of the row, as an engine's sampler expects them. In
+    the geometric form that is `blend`. In the arithmetic form it is T·(log q + (1-α)·log Σe^(θ/T) + α·log Σe^(t/T)):
+    the constant makes the logits continuous in α, whose ends are one model's row, exactly.
 
     Args:
         theta: the student's raw logits, or log-probabilities, over the common vocabulary.

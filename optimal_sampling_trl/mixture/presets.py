@@ -12,7 +12,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "trb": {"method": "trust_region", "form": "geometric", "epsilon": 0.01},
     "minillm": {"method": "fixed", "form": "arithmetic", "fixed_alpha": 0.2},
 }
-"""The settings of each mixture, by the name of its preset; what is not named has its default."""
+"""The settings of each mixture, by the name of its preset. The other settings keep their defaults."""
 
 LEFT_OUT = {
     "skd": "SKD (arXiv:2410.11325) draws a token from the student, and again from the teacher where the first one is "

@@ -1,7 +1,7 @@
 """The oracle: the mixture in float64, one row at a time, by bisection on the equations at the head of `mixture`.
 
-It shares no line with the solver and the kernels, which are tested against it: of this package it imports the settings
-alone.
+The solver and the kernels are tested against it, so it shares no line with them. From this package it imports only the
+settings.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from .presets import published
 METHODS = ("kl_symmetry", "ess_balance", "trust_region", "entropy", "fixed", "entropy_gate")
 FORMS = ("geometric", "arithmetic")
 CHOICES = {"method": METHODS, "form": FORMS}
-"""The fields of a mixture whose value is a word, and the words."""
+"""The fields of a mixture whose value is a word, with the words that each may have."""
 SAME_DIVERGENCE = 1e-9
 """Jeffreys divergence, in nats, below which two rows count as the same distribution."""
 CERTAIN_LOGIT = 1e4
@@ -30,7 +30,7 @@ Sampling then ends that sequence at any temperature: the number is certain, and 
 class Mixture:
     """Say how α is chosen at each token.
 
-    The order of the fields and their defaults stand here alone: `FIELDS` and `Mixture()` hand them on.
+    The order of the fields and their defaults are written here only. All else reads `FIELDS` and `Mixture()`.
 
     Args:
         method: the equation that α solves, one of `METHODS` (see the head of `mixture`).
@@ -107,7 +107,8 @@ class Mixture:
     def preset(cls, name: str) -> Mixture:
         """Return a mixture that others have published: `mentor`, `logit-fusion`, `trb` or `minillm`.
 
-        docs/presets.md has their settings and sources. `preset=` of a configuration sets this and the rest of each.
+        docs/presets.md has their settings and sources. The field `preset` of a trainer's configuration sets the
+        mixture and everything else that the publication sets.
 
         Raises:
             ValueError: on another name; on `skd` with the reason.
@@ -172,9 +173,9 @@ FIELDS = tuple(field.name for field in fields(Mixture))
 
 
 class MixtureRows(NamedTuple):
-    """The mixtures of N rows: one column a field, on the device that solves them.
+    """The mixtures of N rows: one column per field, on the device that solves them.
 
-    `present` holds the pairs of form and method that occur. It is kept on the host, so that no other one is computed
+    `present` holds the pairs of form and method that occur. It is kept on the host, so that no other pair is computed
     and nothing is read back from the device.
     """
 

@@ -16,7 +16,7 @@ from .settings import FORMS, METHODS, SAME_DIVERGENCE, MixtureRows
 SOLVER_STEPS = 48
 """The most passes over a row. The solver needs 4 to 8; bisection from 1 to 1e-9 would need 30."""
 SOLVER_TOLERANCE = 1e-9
-"""The solver stops once no α moves further than this. On a GPU it makes every pass: to look, it would have to wait."""
+"""The solver stops once no α moves further than this. On a GPU it makes every pass, since a look would mean a wait."""
 
 
 def solve_alpha(

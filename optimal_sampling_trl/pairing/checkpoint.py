@@ -12,7 +12,7 @@ BLOCK, SAMPLES, PIECE = 4096, 16, 1 << 20
 
 
 def checkpoint_digest(folder: Path) -> str | None:
-    """A number that tells two checkpoints apart, by samples of their weights; None where there is no such folder.
+    """Return a digest of samples of a checkpoint's weights, to tell two apart; None where there is no such folder.
 
     Reads a small weight as a whole, and of a larger one `SAMPLES` blocks: some MiB, where all may be 100 GiB.
     """
@@ -31,7 +31,7 @@ def checkpoint_digest(folder: Path) -> str | None:
 
 
 def _spans(file: BinaryIO, path: Path) -> list[tuple[int, int]]:
-    """The header of a file of weights and the place of each weight in it; pieces of a file of another kind."""
+    """Return the header of a file of weights and the place of each weight in it; pieces of a file of another kind."""
     size = path.stat().st_size
     if path.suffix != ".safetensors":
         return [(start, min(start + PIECE, size)) for start in range(0, size, PIECE)]

@@ -28,14 +28,14 @@ class Ending:
     folded: tuple[int, ...]
 
     def fold(self, teacher_logits: Tensor) -> Tensor:
-        """The teacher's raw logits (N, V) with the mass of its own endings counted for the student's."""
+        """Return the teacher's raw logits (N, V) with the mass of its own endings counted for the student's."""
         return fold_eos(teacher_logits, self.folded, self.stop[0]) if self.stop else teacher_logits
 
 
 def stop_tokens(
     settings: GenerationConfig | PreTrainedConfig, tokenizer_eos: int | None, vocabulary: int | None = None
 ) -> tuple[int, ...]:
-    """The tokens at which one model ends a completion, its tokenizer's first, as TRL has it in `eos_token_ids`.
+    """Return the tokens at which one model ends a completion, its tokenizer's first, as TRL has it in `eos_token_ids`.
 
     Args:
         settings: the model's generation settings, or its configuration where it has none.

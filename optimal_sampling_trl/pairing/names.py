@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def model_class(config: PreTrainedConfig) -> Any:
-    """The automatic class of transformers that a model is loaded with: some wrappers are no causal model to it."""
+    """Return the auto class that a model is loaded with; to transformers some wrappers are no causal models."""
     is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or not is_wrapper(config)
     return AutoModelForCausalLM if is_causal else AutoModelForImageTextToText
 
@@ -84,18 +84,18 @@ class WeightNames:
         return bool(conversions)
 
     def _place(self, name: str, files: Container[str]) -> str | None:
-        """The name in the files, with or without the base model's prefix."""
+        """Return the name in the files, with or without the base model's prefix."""
         candidates = (name, name.removeprefix(self._prefix), self._prefix + name)
         return next((candidate for candidate in candidates if candidate in files), None)
 
     def parameters_on_disk(self, files: Container[str]) -> set[str]:
-        """Names in the files of what is a parameter in memory; a tied one under each of its names."""
+        """Return the names in the files of what are parameters in memory; a tied one under each of its names."""
         named = [(name, torch.empty(shape, device="meta")) for name, shape in self.shapes.items()]
         tied = [(name, torch.empty(self.shapes[of], device="meta")) for name, of in self.ties.items()]
         return {name for name, _ in self.on_disk(named + tied, files) if name in files}
 
     def is_buffer(self, name: str) -> bool:
-        """Returns True where a name in the files is that of a buffer in memory."""
+        """Return True where a name in the files is that of a buffer in memory."""
         return self._place(name, self.buffers) is not None
 
 

@@ -20,7 +20,7 @@ class Pair:
     Args:
         teacher: the teacher's folder or name; empty for a loaded model without one.
         theta: the student's, likewise.
-        tokenizer: of both.
+        tokenizer: the tokenizer of both.
         vocabulary: the number of tokens that both models score.
         engine_vocabulary: the number that the teacher scores: vLLM's token ids end there.
         context: most tokens, prompt and completion together, that both can read in this engine.
@@ -49,7 +49,7 @@ class Pair:
 def name_sources(
     teacher: str | PreTrainedModel | Source, theta: str | PreTrainedModel | Source, arguments: Mapping[str, Any]
 ) -> tuple[Source, Source]:
-    """Both models of a pair, as an engine's arguments say how to load them; `revision` is the teacher's alone."""
+    """Return the sources of both models, loaded as an engine's arguments say; `revision` is the teacher's alone."""
     options = {name: arguments[name] for name in MODEL_OPTIONS if name in arguments}
     shared = {name: value for name, value in options.items() if name != "revision"}
     overrides = arguments.get("hf_overrides")
@@ -132,7 +132,7 @@ def check_same_tokens(teacher: PreTrainedTokenizerBase, theta: PreTrainedTokeniz
 
 
 def check_vocabulary(teacher: PreTrainedConfig, theta: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The number of tokens that both models score: the smaller of the two padded vocabularies.
+    """Return the number of tokens that both models score: the smaller of the two padded vocabularies.
 
     Raises:
         ValueError: where a model has no row for one of the tokenizer's tokens.
@@ -148,7 +148,7 @@ def check_vocabulary(teacher: PreTrainedConfig, theta: PreTrainedConfig, tokeniz
 
 
 def context_length(*configs: PreTrainedConfig) -> int:
-    """Most tokens, prompt and completion together, that all the models can read.
+    """Return the most tokens, prompt and completion together, that all the models can read.
 
     A model with LongRoPE is read to its original context: beyond it transformers turns all keys by other angles, those
     that were cached before too, and vLLM takes the other angles for short texts as well.
@@ -166,7 +166,7 @@ def _context_length(config: PreTrainedConfig) -> int:
 
 
 def rope_kinds(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
-    """The settings of a model's rotary embeddings by their kind, as transformers calls it; layers may differ."""
+    """Return a model's settings of rotary embeddings by transformers' name of their kind; layers may differ."""
     found = getattr(config, "rope_parameters", None) or {}
     layers = [found] if "rope_type" in found else [each for each in found.values() if isinstance(each, dict)]
     return {str(each.get("rope_type")): each for each in layers}
@@ -178,7 +178,7 @@ def shares_caches(config: PreTrainedConfig) -> bool:
 
 
 def attention_window(config: PreTrainedConfig) -> int | None:
-    """Most tokens that a layer with a sliding window reads, its own among them; None where no layer has one."""
+    """Return the length of the sliding window, a token's own place included; None where no layer has one."""
     kinds = getattr(config, "layer_types", None)
     if not getattr(config, "use_sliding_window", True) or (kinds and "sliding_attention" not in kinds):
         return None

@@ -70,7 +70,7 @@ def encode(
     role: str = "student",
     name: str = "Prompt",
 ) -> list[int]:
-    """The token ids of one prompt for one model.
+    """Return the token ids of one prompt for one model.
 
     Args:
         prompt: a text, token ids, or chat messages; messages go through the chat template always.
@@ -171,7 +171,7 @@ def _encode_chat(
 
 
 def render(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[int]:
-    """The token ids of a chat that an answer is to follow; `options` go to its template."""
+    """Return the token ids of a chat that an answer is to follow; `options` go to its template."""
     encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **options)
     return list(encoded["input_ids"])
 
@@ -197,7 +197,7 @@ def template_refusal(
         setting: the name of the system prompt that was put before the chat; None where there was none.
     """
     roles = ", ".join(str(message.get("role")) for message in messages)
-    cure = "Mend the row, or pass a tokenizer with another `chat_template`."
+    cure = "Fix the row, or pass a tokenizer with another `chat_template`."
     if setting is not None:
         cure = (
             f"`{setting}` is put before a chat as a system message. Does the template take none? Then drop the "

@@ -34,7 +34,7 @@ class PromptRows(Sequence[tuple[Any, Any]]):
 
 
 def read_prompts(prompts: Iterable[Any], teacher_prompts: Sequence[Any] | None = None) -> PromptRows:
-    """Each prompt of a data set's column `prompt`, or of a list, and what the teacher reads in its place, or None.
+    """Read the prompts of a data set's column `prompt`, or of a list, each with the teacher's prompt or None.
 
     A streamed data set is read to its end.
 
@@ -58,7 +58,7 @@ def read_prompts(prompts: Iterable[Any], teacher_prompts: Sequence[Any] | None =
 
 
 def _columns(data: Any) -> tuple[Sequence[Any], Sequence[Any] | None]:
-    """A data set's prompts, and the teacher's where it has the column."""
+    """Return a data set's prompts, and the teacher's where it has the column."""
     columns = getattr(data, "column_names", None)
     if isinstance(columns, dict):
         raise ValueError(f"`prompts` has the splits {', '.join(columns)}; wanted one of them. Pass data[split].")
@@ -83,7 +83,7 @@ def _listed(prompts: Iterable[Any]) -> Sequence[Any]:
 
 
 def teacher_prompts_of(teacher_prompts: Any, count: int) -> Sequence[Any]:
-    """The teacher's prompt of each of `count` prompts, or None for each where there are none.
+    """Return the teacher's prompt of each of `count` prompts, or None for each where there are none.
 
     Raises:
         ValueError: on another number of them.

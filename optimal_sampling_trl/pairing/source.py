@@ -1,4 +1,4 @@
-"""One model of a pair as it was passed, a folder, a model id or a loaded module, and what can be had from it."""
+"""One model of a pair as it was passed (a folder, a model id or a loaded module), and what can be read from it."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class Source:
         model: a folder, a model id or a loaded model.
         role: what errors call it.
         options: some of `MODEL_OPTIONS`; a loaded model has no use for them.
-        token: what the Hub is asked with; by default the machine's.
-        overrides: fields of the configuration that an engine sets anew.
+        token: the Hub's access token; by default the machine's.
+        overrides: fields of the configuration that an engine sets to other values.
     """
 
     model: str | PreTrainedModel
@@ -92,7 +92,7 @@ class Source:
 
     @cached_property
     def text_config(self) -> PreTrainedConfig:
-        """The same of the language model alone, where it stands in a multimodal wrapper."""
+        """The configuration of the language model alone, where it is inside of a multimodal wrapper."""
         return language_model(self.config)
 
     @cached_property
@@ -101,13 +101,13 @@ class Source:
         return names_of(self.config, **self._code)
 
     def generation_config(self) -> GenerationConfig | PreTrainedConfig:
-        """The generation settings, or the configuration where there are none."""
+        """Return the generation settings, or the configuration where there are none."""
         if isinstance(self.model, str):
             return load_generation_config(self.model, self.config, **self._access)
         return getattr(self.model, "generation_config", None) or self.config
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer beside the model's files."""
+        """Return the tokenizer beside the model's files."""
         if not self.name:
             raise ValueError(
                 f"The {self.role} is a loaded model without a `name_or_path`; wanted the folder of its tokenizer "
@@ -116,7 +116,7 @@ class Source:
         return load_tokenizer(self.name, self.role, **self._code, **self._access)
 
     def load(self, device: torch.device) -> PreTrainedModel:
-        """The model: one that was loaded where it stands, another on `device` and in evaluation mode."""
+        """Return the model: one that was loaded where it stands, another on `device` and in evaluation mode."""
         if not isinstance(self.model, str):
             return self.model
         with patch.dict(os.environ, EVERY_RANK):
@@ -135,7 +135,7 @@ class Source:
 
 
 def load_config(model: str, role: str, **kwargs: Any) -> PreTrainedConfig:
-    """The configuration of a model on disk or on the Hub.
+    """Return the configuration of a model on disk or on the Hub.
 
     Raises:
         ValueError: where there is none, or where the model is no decoder that reads text alone.
@@ -232,13 +232,13 @@ def check_decoder(config: PreTrainedConfig, role: str) -> None:
 
 
 def token_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A digest that is equal for tokenizers with the same tokens under the same ids, added ones included."""
+    """Return a digest that is equal for tokenizers with the same tokens under the same ids, added ones included."""
     tokens = sorted((index, token) for token, index in tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16]
 
 
 def load_tokenizer(model: str, role: str, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model.
+    """Return the tokenizer of a model.
 
     Raises:
         ValueError: where there is none.
@@ -253,7 +253,7 @@ def load_tokenizer(model: str, role: str, **kwargs: Any) -> PreTrainedTokenizerB
 
 
 def load_generation_config(model: str, config: PreTrainedConfig, **kwargs: Any) -> GenerationConfig | PreTrainedConfig:
-    """The generation settings beside a model, which may name more end-of-sequence tokens; else its configuration."""
+    """Return the generation settings beside a model, which may name more end tokens; else its configuration."""
     try:
         return GenerationConfig.from_pretrained(model, **kwargs)
     except OSError:
@@ -261,7 +261,7 @@ def load_generation_config(model: str, config: PreTrainedConfig, **kwargs: Any) 
 
 
 def weight_digest(model: nn.Module) -> str:
-    """A number that changes with any weight of a model: SHA-256 of all of their bytes.
+    """Return a number that changes with any weight of a model: SHA-256 of all of their bytes.
 
     Waits for the device, and copies each weight to the host once.
     """
@@ -274,7 +274,7 @@ def weight_digest(model: nn.Module) -> str:
 
 @torch.no_grad()
 def fingerprint(weight: Tensor) -> Tensor:
-    """A number () that changes with any element of a tensor and with their order, on the tensor's device.
+    """Return a number () that changes with any element of a tensor and with their order, on the tensor's device.
 
     The elements' bits, as integers, are multiplied by odd numbers that depend on the place, modulo 2^32, and summed: a
     change of one element always shows, one of many all but surely.
@@ -292,7 +292,7 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def folder_digest(folder: Path) -> str:
-    """A number that changes with any byte of a folder's weights, and not with the folder's name.
+    """Return a number that changes with any byte of a folder's weights, and not with the folder's name.
 
     Reads each file once, several at a time: loading the model reads the same bytes.
     """

@@ -28,12 +28,12 @@ OWN = (
 
 
 def is_wrapper(config: PreTrainedConfig) -> bool:
-    """Returns True for a model with towers for other inputs, whose language model is used alone."""
+    """Return True for a model with towers for other inputs, whose language model is used alone."""
     return config.model_type in WRAPPERS
 
 
 def language_model(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The settings of the language model inside of a wrapper, a copy with the wrapper's name; others as they are."""
+    """Return a copy of the settings of a wrapper's language model, under the wrapper's name; others as they are."""
     if not is_wrapper(config):
         return config
     text = copy.copy(config.get_text_config())
@@ -44,7 +44,7 @@ def language_model(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def text_name(name: str) -> str | None:
-    """The name of a wrapper's weight in the language model alone; None for a tower's."""
+    """Return the name of a wrapper's weight in the language model alone; None for a tower's."""
     for prefix in INSIDE:
         if name.startswith(prefix):
             return "model." + name.removeprefix(prefix)

@@ -104,7 +104,7 @@ def make_card(store: RolloutFolder, run: dict[str, Any]) -> str:
 
 
 def _columns(settings: dict[str, Any]) -> dict[str, str]:
-    """Descriptions of the columns; those of dense records where the run asked for them."""
+    """Return the description of each column. Dense records have columns where the run asked for them."""
     scalars = settings.get("dense.scalars", [])
     dense = {f"dense_{name}": f"T numbers: {SCALARS[name]}, of the whole common vocabulary" for name in scalars}
     return {**COLUMNS, **dense, **(LIKELIEST if settings.get("dense.top_k", 0) else {})}

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, Features
 
 DENSE = "dense_"
-"""Begins the name of each column of dense records."""
+"""Prefix of the names of the columns of dense records."""
 LIKELIEST = ("ids", "log_theta", "log_teacher")
 """Fields of `DenseRecords` with K entries a token."""
 
@@ -27,7 +27,7 @@ def to_dataset(rollouts: Iterable[Rollout], dense: Dense | None = None) -> Datas
 
     Args:
         rollouts: the rows.
-        dense: dense records that have columns even where no rollout has them.
+        dense: dense records whose columns are made even where no rollout has them.
 
     Example:
         ```python
@@ -63,7 +63,7 @@ def from_dataset(dataset: Iterable[dict[str, Any]]) -> list[Rollout]:
 
 
 def features(dense: Iterable[str] = ()) -> Features:
-    """Columns of `to_dataset` with their types.
+    """Return the columns of `to_dataset` with their types.
 
     Args:
         dense: names of the scalars, and of `LIKELIEST`, that have columns.
@@ -85,11 +85,11 @@ def features(dense: Iterable[str] = ()) -> Features:
     )
 
 
-def _dense_names(rollouts: Iterable[Rollout], wish: Dense | None) -> list[str]:
-    """Names of the dense columns that the rollouts and a wish need, in a fixed order."""
+def _dense_names(rollouts: Iterable[Rollout], asked: Dense | None) -> list[str]:
+    """Return the names of the dense columns that the rollouts have or that are asked for, in a fixed order."""
     records = [rollout.dense for rollout in rollouts if rollout.dense is not None]
-    scalars = set(wish.scalars if wish else ()).union(*(one.scalars for one in records))
-    has_tokens = any(one.ids.shape[1] for one in records) or (wish is not None and wish.top_k > 0)
+    scalars = set(asked.scalars if asked else ()).union(*(one.scalars for one in records))
+    has_tokens = any(one.ids.shape[1] for one in records) or (asked is not None and asked.top_k > 0)
     return [name for name in SCALARS if name in scalars] + (list(LIKELIEST) if has_tokens else [])
 
 

@@ -1,8 +1,8 @@
-"""Dense records: what both models say of the whole vocabulary at each token, for losses that want the teacher.
+"""Dense records: what both models say about the whole vocabulary at each token, for losses that need the teacher.
 
-They are of the models' distributions over the whole common vocabulary at the sampling temperature, the teacher's
-endings folded. q is the mixture itself, before penalties and truncation: where those act it is not the distribution
-that the token was drawn from, whose log-probability is a rollout's `log_q`.
+They describe the models' distributions over the whole common vocabulary at the sampling temperature, with the
+teacher's endings folded. Here q is the mixture itself, before penalties and truncation. A token that those act on was
+drawn from another distribution, the one whose log-probability is a rollout's `log_q`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from ..options import check_whole, shown, unknown_option
 
 @dataclass(frozen=True)
 class Dense:
-    """Wish for dense records.
+    """Ask for dense records.
 
     Args:
         scalars: those of `SCALARS` that are wanted.
         top_k: how many of each model's likeliest tokens are wanted; 0 is none.
 
     Raises:
-        ValueError: on an unknown or repeated scalar, a `top_k` below 0, or a wish for nothing.
+        ValueError: on an unknown or repeated scalar, a `top_k` below 0, or where nothing is asked for.
 
     Example:
         ```python
@@ -68,8 +68,8 @@ class Dense:
         check_whole("Dense", "top_k", self.top_k, 0, "Both models share no more tokens.", high=vocabulary)
 
 
-def check_wish(owner: str, dense: object) -> None:
-    """Refuse what is no wish for dense records.
+def check_dense(owner: str, dense: object) -> None:
+    """Refuse an option `dense` that is no `Dense`.
 
     Args:
         owner: the function or class that takes the option, for the error.
@@ -88,13 +88,13 @@ def check_wish(owner: str, dense: object) -> None:
 class DenseRecords:
     """Dense records of the T tokens of a completion, as float32 and int64 tensors on the CPU.
 
-    A divergence or an entropy is in nats, and +inf where the first distribution has a token that the second has not.
-    A log-probability is -inf there.
+    Divergences and entropies are in nats. A divergence is +inf where its first distribution has a token that the
+    second lacks. A log-probability is -inf for a token that the model lacks.
 
     Args:
         scalars: (T,) numbers by the names of `SCALARS`; those that were asked for.
         ids: (T, K) the student's K/2 likeliest tokens in falling order, then the teacher's. A token that is among both
-            stands twice. K is 0 where none were asked for.
+            appears twice. K is 0 where none were asked for.
         log_theta: (T, K) log-probabilities of `ids` under the student.
         log_teacher: (T, K) under the teacher.
 
@@ -104,8 +104,8 @@ class DenseRecords:
     Example:
         ```python
         with OptimalSamplingV1(model_teacher="large", model_theta="small") as sampler:
-            wish = Dense(scalars=("kl_theta_teacher",), top_k=8)
-            dense = sampler.generate(["3 + 4 ="], max_tokens=8, dense=wish).rollouts[0].dense
+            asked = Dense(scalars=("kl_theta_teacher",), top_k=8)
+            dense = sampler.generate(["3 + 4 ="], max_tokens=8, dense=asked).rollouts[0].dense
         print(dense.scalars["kl_theta_teacher"], dense.ids[:, 8:], dense.tail_teacher)
         ```
     """
@@ -133,12 +133,12 @@ class DenseRecords:
                 )
 
     def __len__(self) -> int:
-        """Number T of tokens."""
+        """Return the number T of tokens."""
         return len(self.ids)
 
     @property
     def is_first(self) -> Bool[Tensor, "T K"]:
-        """True where a token stands for the first time: the distinct tokens of each row."""
+        """True where a token appears for the first time: the distinct tokens of each row."""
         half = self.ids.shape[1] // 2
         student, teacher = self.ids[:, :half], self.ids[:, half:]
         repeated = (teacher[:, :, None] == student[:, None, :]).any(-1)

@@ -45,7 +45,7 @@ class Key(NamedTuple):
 
 
 def iterate_rollouts(folder: str | os.PathLike[str]) -> Iterator[Rollout]:
-    """The rollouts of a folder in order of (prompt_index, sample), one shard in memory at a time.
+    """Iterate over the rollouts of a folder in order of (prompt_index, sample), one shard in memory at a time.
 
     Raises:
         ValueError: where the folder holds no run, or a shard cannot be read.
@@ -64,7 +64,7 @@ def iterate_rollouts(folder: str | os.PathLike[str]) -> Iterator[Rollout]:
 
 
 def load_rollouts(folder: str | os.PathLike[str]) -> list[Rollout]:
-    """The rollouts of a folder in order of (prompt_index, sample), each bit as it was sampled.
+    """Load the rollouts of a folder in order of (prompt_index, sample), each bit as it was sampled.
 
     A run that was interrupted gives the rollouts that it finished.
 
@@ -136,7 +136,7 @@ class RolloutFolder:
                 )
 
     def write_file(self, name: str, content: bytes) -> None:
-        """Put a file in its place whole or not at all, on the disk when this returns.
+        """Write a file whole or not at all. It is on the disk when this returns.
 
         Raises:
             OSError: saying what could not be written and what is kept.
@@ -152,7 +152,7 @@ class RolloutFolder:
             ) from error
 
     def read_run(self) -> dict[str, Any]:
-        """The content of run.json.
+        """Read run.json.
 
         Raises:
             ValueError: where there is none, or it cannot be read.
@@ -166,7 +166,7 @@ class RolloutFolder:
             ) from error
 
     def shards(self) -> list[Path]:
-        """The shards that are there, in order."""
+        """Return the shards that are there, in order."""
         found = {match: path for path in (self.path / DATA).glob("*") if (match := SHARD.fullmatch(path.name))}
         return [found[match] for match in sorted(found, key=lambda match: int(match[1]))]
 
@@ -177,9 +177,11 @@ class RolloutFolder:
         failed: dict[Key, str] | None = None,
         dense: Dense | None = None,
     ) -> None:
-        """Write shard `number` with these rollouts.
+        """Write a shard.
 
         Args:
+            number: its place among the shards, from 0.
+            rollouts: the shard's rollouts by their places, in order.
             failed: places of the shard that have no rollout, with the reason of each; kept in the file's metadata, so
                 that both appear at once.
             dense: dense records of the run, whose columns are in each shard.
@@ -205,7 +207,7 @@ class RolloutFolder:
         self.write_file(f"{DATA}/rollouts-{number:06}.parquet", buffer.getvalue())
 
     def read_shard(self, path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-        """A shard, or some columns of it.
+        """Read a shard, or some columns of it.
 
         Raises:
             ValueError: where it cannot be read.
@@ -222,12 +224,12 @@ class RolloutFolder:
             ) from error
 
     def keys(self, path: Path) -> list[Key]:
-        """The places of a shard's rollouts, in their order."""
+        """Return the places of a shard's rollouts, in their order."""
         columns = self.read_shard(path, Key._fields)
         return [Key(*pair) for pair in zip(*(columns[name].to_pylist() for name in Key._fields), strict=True)]
 
     def failed(self, path: Path) -> dict[Key, str]:
-        """The places of a shard's rollouts that could not be sampled, with the reason of each.
+        """Return the places of a shard's rollouts that could not be sampled, with the reason of each.
 
         Raises:
             ValueError: where it cannot be read.

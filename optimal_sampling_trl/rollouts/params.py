@@ -1,4 +1,4 @@
-"""vLLM's `SamplingParams` in the place of keywords."""
+"""vLLM's `SamplingParams` in place of keywords."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 C = TypeVar("C", bound=Callable[..., Any])
 
 READ = ("n", "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop", "seed")
-"""Fields that a mixture is sampled by; they mean here what they mean in vLLM."""
+"""The fields that sampling from a mixture reads. They mean here what they mean in vLLM."""
 
 
 def read_sampling_params(params: Any) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def read_sampling_params(params: Any) -> dict[str, Any]:
         params: vLLM's `SamplingParams`, or an object with its fields, such as our `Sampling`.
 
     Raises:
-        ValueError: on what is no such object, and on a field that is set and that the mixture does not read.
+        ValueError: on an object without these fields, and on a field that is set and not among `READ`.
     """
     if isinstance(params, type) or not hasattr(params, "temperature"):
         raise ValueError(

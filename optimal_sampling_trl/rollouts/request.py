@@ -1,4 +1,4 @@
-"""Request to a backend: one completion of one prompt, its mixture and its settings of sampling."""
+"""A request to a backend: one completion of one prompt, with its mixture and its sampling settings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Sampling:
     """Settings by which tokens are drawn from the mixture, in vLLM's words and with vLLM's meaning.
 
     Args:
-        max_tokens: most tokens to generate; a context that ends earlier ends the completion too.
+        max_tokens: the most tokens to generate; a completion also ends with the models' context.
         temperature: acts on both models before α is solved. 0 takes the likeliest token of the mixture solved at 1.
         top_p: keep the likeliest tokens of q whose mass reaches this share; 1 keeps all.
         top_k: keep the k likeliest tokens of q; -1 or 0 keeps all.

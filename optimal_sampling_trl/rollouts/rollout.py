@@ -42,7 +42,7 @@ class Rollout:
         dense: dense records of the T tokens, where they were asked for.
 
     Raises:
-        ValueError: where a record has not one entry for each token.
+        ValueError: where a record does not have one entry for each token.
 
     Example:
         ```python
@@ -124,7 +124,7 @@ class Rollout:
         return f"<table>{''.join(rows)}</table>"
 
     def _summary(self, most: int = 60) -> dict[str, str]:
-        """Texts that describe the rollout: at most so many characters of its completion, and means over its tokens."""
+        """Describe the rollout: at most `most` characters of its completion, and means over its tokens."""
         text = self.text if len(self.text) <= most else f"{self.text[:most]}..."
         means = {name: float(getattr(self, name).mean()) for name in RECORDS} if self.completion_ids else {}
         counted = {"text": repr(text), "tokens": str(len(self.completion_ids)), "finish": self.finish_reason}
@@ -158,7 +158,7 @@ class Rollout:
 
     @property
     def effective_sample_size(self) -> float:
-        """Number of tokens drawn by the student that these T are worth; see `losses.effective_sample_size`."""
+        """Number of tokens drawn by the student that these T tokens are worth; see `losses.effective_sample_size`."""
         return float(effective_sample_size(self._log_weight(self.log_theta).double()))
 
 
@@ -166,7 +166,7 @@ class UnsolvedError(ValueError):
     """A model returned NaN, or the two share no token, in some requests of a call; the others were sampled.
 
     Args:
-        rollouts: the call's rollouts in their order, None in the place of each request that failed.
+        rollouts: the call's rollouts in their order, None for each request that failed.
         failed: the reason of each failure, by the request's number.
 
     Example:

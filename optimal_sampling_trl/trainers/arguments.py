@@ -44,8 +44,8 @@ class SamplerArguments:
         default=Mixture.entropy_scale,
         metadata={"help": "Entropy of the student, in nats, from which on alpha of the method 'entropy_gate' is 1."},
     )
-    teacher_system_prompt: str | None = field(default=None, metadata={"help": "Put before each teacher's prompt."})
-    theta_system_prompt: str | None = field(default=None, metadata={"help": "Put before each student's prompt."})
+    teacher_system_prompt: str | None = field(default=None, metadata={"help": "System prompt of the teacher."})
+    theta_system_prompt: str | None = field(default=None, metadata={"help": "System prompt of the student."})
     system_message: str = field(
         default="refuse",
         metadata={

@@ -81,13 +81,13 @@ class BatchMetrics(TrlTrainer):
         self.histograms = {}
 
     def _gathered(self, values: Tensor, mask: Tensor) -> Tensor:
-        """Values (B, T) of all processes where `mask` holds, in one dimension."""
+        """Return the values (B, T) of all processes where `mask` holds, in one dimension."""
         marked = values.float().masked_fill(~mask, torch.nan)
         every = self.accelerator.gather(self.accelerator.pad_across_processes(marked, dim=1, pad_index=torch.nan))
         return every[~every.isnan()]
 
     def _entropy_scale(self) -> float | None:
-        """Scale of the entropy gate for the next batch; a resumed run starts with the last one that was logged."""
+        """Return the scale of the entropy gate for the next batch; a resumed run starts with the last logged one."""
         if self.generator.entropy_quantile is None:
             return None
         if self._scale is None:

@@ -22,6 +22,8 @@ LOSS_FIELDS = (
     "accept",
     "completion_weight",
     "denominator",
+    "baseline",
+    "mixture_weight_steps",
 )
 """Fields of our configurations that say what the loss makes of a completion."""
 NO_BASE = "[None](https://huggingface.co/None)"
@@ -74,6 +76,8 @@ def card_facts(trainer: Any) -> dict[str, Any]:
         trainer: a `MixtureTrainer`.
     """
     generator, mixture, args = trainer.generator, trainer.generator.mixture, trainer.args
+    group, gated = trainer._group_size(), mixture.method == "entropy_gate"
+    alone = generator.theta_count(group, trainer.default_theta_fraction)  # as set: it may grow while training runs
     loss = {"positive_only": getattr(trainer, "_positive_only", None)}  # a configuration of TRL's has no such field
     loss |= {name: getattr(args, name) for name in LOSS_FIELDS if hasattr(args, name)}
     facts: dict[str, Any] = {
@@ -83,8 +87,11 @@ def card_facts(trainer: Any) -> dict[str, Any]:
         "mixture": f"{mixture.method}, {mixture.form}",
         "α": f"{mixture.alpha_min:g} to {mixture.alpha_max:g}" if mixture.method != "fixed" else mixture.fixed_alpha,
         "budget of KL(q‖θ), nats a token": mixture.epsilon if mixture.method == "trust_region" else None,
+        "entropy of the student where α is 1, nats": mixture.entropy_scale if gated else None,
+        "quantile of the entropies that sets it": generator.entropy_quantile,
         "annealed to the student over": None if generator.schedule is None else f"{generator.schedule:g} of training",
-        "completions of the student alone": f"{trainer._theta_count()} of {trainer._group_size()}",
+        "completions of the student alone": f"{alone} of {group}",
+        "mixture only where none of these has a reward of": generator.mixture_below,
         "teacher's system prompt": generator.teacher_system_prompt,
         "student's system prompt": generator.theta_system_prompt,
         "loss": ", ".join(f"{name}={value!r}" for name, value in loss.items() if value is not None),

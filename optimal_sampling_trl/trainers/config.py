@@ -19,12 +19,12 @@ DENOMINATORS = ("all", "accepted")
 BASELINES = ("group", "own")
 POSITIVE_ONLY = ("mixture", "all", "none")
 OTHER_DEFAULTS = ("vllm_importance_sampling_correction", "beta")
-"""Fields of TRL's whose default is another one here."""
+"""Fields of TRL's configurations whose default differs here."""
 
 
 @dataclass
 class GuardConfig:
-    """Settings that tell the engine's student from the trained one; see `guard.WeightGuard`.
+    """Settings of the guard that compares the engine's student with the trained one; see `guard.WeightGuard`.
 
     Raises:
         ValueError: on a tolerance that is no number of at least 0, and as TRL's.

@@ -17,9 +17,9 @@ DISTANCE = "kl_theta_teacher"
 
 @dataclass
 class DenseTermConfig:
-    """A dense term beside the loss of a reward: a coefficient times the divergence from the teacher, a token.
+    """Settings of the dense term beside the loss of a reward: a coefficient times the mean divergence.
 
-    The divergence is that of `divergences.union_divergence`, of the dense records which the rollouts then carry.
+    The divergence is `divergences.union_divergence` of the dense records that the rollouts then carry.
 
     Raises:
         ValueError: on an unknown divergence, a number out of range, or a detail of the term without its coefficient.
@@ -73,7 +73,7 @@ class DenseTermConfig:
 
 @dataclass
 class DenseLossConfig:
-    """The likeliest tokens of the dense loss of distillation; TRL's `beta` picks its divergence.
+    """Settings of the dense loss of distillation; TRL's `beta` picks its divergence.
 
     Raises:
         ValueError: on a number of tokens below 1.
@@ -100,14 +100,14 @@ def dense_of(args: Any) -> Dense | None:
 
 
 def joined(one: Dense | None, other: Dense | None) -> Dense | None:
-    """Return the wish for all that two wishes ask for."""
+    """Return a `Dense` that asks for all that either of two asks for."""
     if one is None or other is None:
         return one or other
     return Dense(tuple(dict.fromkeys((*one.scalars, *other.scalars))), max(one.top_k, other.top_k))
 
 
 def coefficient_at(args: Any, progress: float) -> float:
-    """Coefficient of the dense term at a share of training in [0, 1]; 0 where the configuration has no such term."""
+    """Return the coefficient of the dense term at a share of training in [0, 1]; 0 without such a term."""
     coefficient = float(getattr(args, "dense_coefficient", 0.0))
     fade = getattr(args, "dense_fade", None)
     return coefficient if fade is None else coefficient * max(0.0, 1 - progress / fade)

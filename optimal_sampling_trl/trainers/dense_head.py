@@ -3,7 +3,7 @@
 TRL's fused output layer projects the student's hidden states tile by tile in an autograd function that it finds under
 a name of its module, and lays out no logits (B, T, V). `DenseHead` stands under that name while a loss is computed. It
 calls TRL's function and then reads further tokens from the same hidden states: the student's body runs once, and the
-cost is one more output layer, forward and twice backward. All that is relied on in TRL for it stands here, and is
+cost is one more output layer, forward and twice backward. Everything in TRL that this relies on is named here and
 checked by tests/whole/test_upstream_trl.py.
 """
 
@@ -82,7 +82,7 @@ class DenseHead:
         return result
 
     def _positions(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """Hidden states (N, H) at the positions that count: TRL has picked them, or hands over whole rows."""
+        """Return the hidden states (N, H) at the positions that count, which TRL may already have picked."""
         if utils._use_triton(hidden.device):
             return hidden
         B, T = mask.shape
@@ -91,14 +91,14 @@ class DenseHead:
 
 @contextmanager
 def dense_head(ids: Int[Tensor, "B T K"], mask: Bool[Tensor, "B T"]) -> Iterator[DenseHead]:
-    """While this lasts, a pass through TRL's fused output layer also computes log θ of `ids` where `mask` is True."""
+    """Let TRL's fused output layer also compute log θ of `ids` where `mask` is True, inside the block."""
     head = DenseHead(getattr(utils, FUNCTION), ids, mask)
     with patch.object(utils, FUNCTION, head):
         yield head
 
 
 class _TiledLogProbabilities(torch.autograd.Function):
-    """`Layer.log_probabilities` by tiles of positions, whose logits are computed anew in the backward pass.
+    """`Layer.log_probabilities` by tiles of positions, whose logits are computed again in the backward pass.
 
     A weight that DeepSpeed splits over processes is whole in both, as in TRL's own function.
     """
@@ -126,6 +126,6 @@ class _TiledLogProbabilities(torch.autograd.Function):
 
 
 def _tiles(hidden: Tensor, weight: Tensor) -> list[slice]:
-    """Rows whose logits fit into a tile."""
+    """Return the rows whose logits fit into a tile."""
     size = max(TILE // weight.shape[0], 1)
     return [slice(start, start + size) for start in range(0, len(hidden), size)]

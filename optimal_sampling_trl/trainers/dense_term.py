@@ -51,7 +51,7 @@ class DenseTermTrainer(MixtureTrainer):
         return loss + coefficient * divergences.sum() / self._dense_share(inputs)
 
     def _dense_share(self, inputs: dict[str, Any]) -> Tensor:
-        """Number of tokens that divides the term: this process's share of those in one step of the optimizer.
+        """Return the divisor of the term: this process's share of the tokens in one step of the optimizer.
 
         Where transformers divides the loss of each micro-batch by their number, as it does RLOO's, the share is that
         of a micro-batch.

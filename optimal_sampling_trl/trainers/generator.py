@@ -15,7 +15,7 @@ from ..backends.transformers.backend import ENGINE_OPTIONS
 from ..mixture import FIELDS, Mixture
 from ..options import check_flag, check_number, shown, suggest_arguments, unknown_option
 from ..pairing import MODEL_OPTIONS, check_system_message, reads_two_prompts
-from ..rollouts.dense import Dense, check_wish
+from ..rollouts.dense import Dense, check_dense
 
 ELSEWHERE = {
     "model_teacher": "teacher=",
@@ -67,7 +67,7 @@ class OptimalSamplingGenerator:
             model below the adapter, which is in memory once and is not trained.
 
     Raises:
-        ValueError: on a mixture that is none, an unknown backend, a wish that is none or a number out of range.
+        ValueError: on a `mixture` or `dense` of another type, an unknown backend, or a number out of range.
 
     Example:
         ```python
@@ -101,7 +101,7 @@ class OptimalSamplingGenerator:
                 "{'max_num_seqs': 64}."
             )
         check_system_message(self.system_message)
-        check_wish("OptimalSamplingGenerator", self.dense)
+        check_dense("OptimalSamplingGenerator", self.dense)
         if self.theta_fraction is not None:
             check_number("OptimalSamplingGenerator", "theta_fraction", self.theta_fraction, 0.0, 1.0)
         if self.mixture_below is not None:
@@ -152,7 +152,7 @@ class OptimalSamplingGenerator:
 
     @property
     def is_the_student(self) -> bool:
-        """True where the teacher differs from the student in nothing but its prompt."""
+        """True where the teacher differs from the student only in its prompt."""
         return self.is_own_teacher and self.teacher_refresh == "step" and self.teacher_adapter
 
     def _check_entropy_quantile(self) -> None:
@@ -172,7 +172,7 @@ class OptimalSamplingGenerator:
 
     @property
     def named_teacher(self) -> str | PreTrainedModel:
-        """Teacher as TRL and vLLM take it: a path is a text."""
+        """The teacher as TRL and vLLM take it, a path as text."""
         return os.fspath(self.teacher) if isinstance(self.teacher, os.PathLike) else self.teacher
 
     @property
@@ -181,7 +181,7 @@ class OptimalSamplingGenerator:
         return reads_two_prompts(self.teacher_system_prompt, self.theta_system_prompt)
 
     def theta_count(self, group: int, default: float) -> int:
-        """Number of a group's completions that the student samples alone.
+        """Return the number of a group's completions that the student samples alone.
 
         Args:
             group: number of completions in the group.
@@ -201,7 +201,7 @@ class OptimalSamplingGenerator:
         return count
 
     def current_mixture(self, progress: float, entropy_scale: float | None = None) -> Mixture:
-        """Mixture at a share of training in [0, 1], with the scale of the entropy gate that was set last."""
+        """Return the mixture at a share of training in [0, 1], with the last scale of the entropy gate."""
         if entropy_scale is not None:
             return replace(self.mixture, entropy_scale=entropy_scale)
         return self.mixture if self.schedule is None else self.mixture.anneal(min(progress / self.schedule, 1.0))

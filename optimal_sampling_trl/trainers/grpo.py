@@ -53,7 +53,7 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
         generator: source of the rollouts; has to be passed.
 
     Raises:
-        ValueError: on a generator that is none, and on settings that would do nothing, before anything is loaded.
+        ValueError: without a generator, and on settings that would do nothing, before anything is loaded.
 
     Example:
         ```python
@@ -159,14 +159,14 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
         return super()._theta_count()
 
     def _advantages(self, output: dict[str, Any]) -> Tensor:
-        """Base's advantages (B,), over the student's own baseline and weighed down where that is asked for."""
+        """Return the advantages (B,), over the student's own baseline and weighted down where that is asked for."""
         if getattr(self.args, "baseline", "group") == "own":
             output["advantages"] = self._own_advantages(len(output["advantages"]))
         weight = mixture_weight(self.state.global_step, getattr(self.args, "mixture_weight_steps", None))
         return torch.where(output["mixture_rows"], weight, 1.0) * super()._advantages(output)
 
     def _own_advantages(self, rows: int) -> Tensor:
-        """Advantages (rows,) of this process over the student's own baseline."""
+        """Return the advantages (rows,) of this process over the student's own baseline."""
         group, first = self._group_size(), self.accelerator.process_index * rows
         theta_rows = self._theta_rows().view(-1, group)
         advantages = own_baseline(self.rewards.view(-1, group), theta_rows, self.args.scale_rewards == "group")

@@ -1,7 +1,7 @@
 """The guard of the weights: the engine's log θ against the trainer's, on the tokens that the engine sampled.
 
-The two are one model's, so that only rounding may tell them apart. A student that was not pushed, was pushed without
-its adapter, or reads another prompt, differs by tenths of a nat a token and more.
+Both come from one model, so they may differ only by rounding. A student that was not pushed, was pushed without its
+adapter, or reads another prompt differs by tenths of a nat a token and more.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ class WeightGuard:
         self.bound, self.limit = bound, bound if tolerance is None else tolerance
 
     def check(self, engine: Float[Tensor, " N"], trainer: Float[Tensor, " N"], hints: Sequence[str] = ()) -> None:
-        """Compare the log θ of N sampled tokens; none are fine.
+        """Compare the log θ of N sampled tokens, in nats; N may be 0.
 
         Args:
-            engine: as it was recorded.
-            trainer: as the trained module says.
-            hints: what may be wrong in this run, to be named.
+            engine: log θ as it was recorded.
+            trainer: log θ as the trained module computes it.
+            hints: what may be wrong in this run, for the error.
 
         Raises:
             RuntimeError: with both numbers and what to check.
@@ -99,7 +99,7 @@ CAUSES = (
 def log_theta_of(
     model: Any, prompts: Sequence[Sequence[int]], rollouts: Sequence[Rollout], temperature: float
 ) -> Tensor:
-    """Compute log θ of the sampled tokens, row by row and without dropout, as the trained module says it.
+    """Compute log θ of the sampled tokens with the trained module, row by row and without dropout.
 
     Args:
         model: the module.
@@ -108,7 +108,7 @@ def log_theta_of(
         temperature: at which they were sampled.
 
     Returns:
-        (N,), one row's tokens after the other's.
+        log θ (N,), one row's tokens after another's.
     """
     keeps = "logits_to_keep" in inspect.signature(_decoder(model).forward).parameters
     rows = []

@@ -1,4 +1,4 @@
-"""The moment when the student's own completions earn more than the mixture's, which is told once."""
+"""A warning, given once, when the student's own completions come to earn more than the mixture's."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 BATCHES = 20
 """Latest batches that are compared."""
 LEAST = 5
-"""Batches before which nothing is told: a half whose few rewards are all equal has no error to go by."""
+"""Batches before the first warning: a half whose few rewards are all equal has no standard error to go by."""
 ERRORS = 3.0
-"""Standard errors by which the student's mean has to be above: batch after batch is asked, so two would be luck."""
+"""Standard errors by which the student's mean must lead. Every batch is a test, so two would come by luck."""
 
 
 class Overtaking:

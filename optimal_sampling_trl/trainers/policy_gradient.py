@@ -40,7 +40,7 @@ class PolicyGradientTrainer(RewardedTrainer):
         return getattr(self.args, "positive_only", PolicyGradientConfig.positive_only)
 
     def _advantages(self, output: dict[str, Any]) -> Tensor:
-        """TRL's advantages (B,), those below 0 set to 0 where `positive_only` asks for it."""
+        """Return TRL's advantages (B,), those below 0 set to 0 where `positive_only` asks for it."""
         advantages, mixed = output["advantages"], output["mixture_rows"]
         if self._positive_only == "none":
             return advantages

@@ -1,11 +1,11 @@
 """Settings of publications that sample from a mixture, in the words of this package: `preset=` of a configuration.
 
-A preset is what its source sets. It fills the fields that stand at their default, of the configuration and of the
-generator, and refuses any that is set to another value: a run under its name is the source's. For a variation take
-`preset_settings` and `Mixture.preset`, change what is to be changed, and set no `preset`. A field that is set to its
-default on purpose cannot be told from one that is not set, and the preset overrules it.
+A preset is what its source sets. It fills those fields of the configuration and the generator that have their default,
+and refuses one that is set to another value, so that a run under its name is the source's. For a variation take
+`preset_settings` and `Mixture.preset`, change them, and set no `preset`. A field that is set to its default on purpose
+cannot be told from one that is not set: the preset overrules it.
 
-Numbers of models, batches and learning rates are the user's: a preset names none.
+Models, batch sizes and learning rates are the user's; a preset sets none.
 """
 
 from __future__ import annotations
@@ -16,9 +16,6 @@ from typing import Any
 from ..mixture import Mixture
 from ..mixture.presets import published
 from .generator import OptimalSamplingGenerator
-
-GENERATOR_FIELDS = ("mixture", "theta_fraction", "schedule", "entropy_quantile")
-"""The fields of a generator that a preset sets or leaves at their default."""
 
 
 @dataclass(frozen=True)

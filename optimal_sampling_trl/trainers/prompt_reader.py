@@ -30,13 +30,13 @@ class PromptReader(TrlTrainer):
         """Refuse a teacher that reads another prompt than the student; by default it may."""
 
     def _check_shapes(self) -> dict[Any, int]:
-        """See `prompts.check_shapes`; one process looks for all."""
+        """Check shapes as `prompts.check_shapes` does; one process looks for all."""
         if not self.accelerator.is_main_process:
             return {}
         return check_shapes(self._rows(), self.generator, self._token_ids)
 
     def _check_lengths(self, longest: dict[Any, int], engine: MixtureGeneration) -> None:
-        """See `prompts.check_lengths`; warn where the teacher has another chat template."""
+        """Check lengths as `prompts.check_lengths` does; warn where the teacher has another chat template."""
         if self.accelerator.is_main_process and engine.pair is not None:
             longest |= check_shapes(self._rows(), self.generator, self._own_token_ids, of_column=True)
             tokenize = {False: self._token_ids, True: self._own_token_ids}
@@ -45,7 +45,7 @@ class PromptReader(TrlTrainer):
                 self._compare_templates(engine.pair)
 
     def _rows(self) -> Iterator[Row]:
-        """The prompts of all data sets that are not streamed."""
+        """Return the prompts of all data sets that are not streamed."""
         yield from rows_of(self.train_dataset, "train_dataset")
         yield from rows_of(self.eval_dataset, "eval_dataset")
 
@@ -66,7 +66,7 @@ class PromptReader(TrlTrainer):
         return self._tokenize_prompts(prompts)[0]
 
     def _own_token_ids(self, prompts: list[Any]) -> list[list[int]]:
-        """The teacher's own prompts as its own tokenizer and chat template have them; chats or texts alone.
+        """Return the teacher's own prompts as its own tokenizer and chat template have them; chats or texts alone.
 
         Raises:
             ValueError: naming the roles of a chat that the template does not take.
@@ -135,7 +135,7 @@ class PromptReader(TrlTrainer):
         return [{**one, "prompt": with_system_prompt(one["prompt"], system_prompt, way)} for one in inputs]
 
     def _teacher_ids(self, rows: Sequence[Row]) -> list[list[int]]:
-        """Token ids that the teacher reads of each row of a batch."""
+        """Return the token ids that the teacher reads of each row of a batch."""
         system_prompt, way = self.generator.teacher_system_prompt, self.generator.system_message
         groups: dict[tuple[bool, bool], dict[int, Any]] = {}  # by whose tokenizer reads it, and whether it is a chat
         for index, row in enumerate(rows):

@@ -1,7 +1,7 @@
 """The prompts of a trainer's data sets: refused before the first step where a row cannot be read.
 
-A row that is drawn after hours would stop a run that could have been refused at once. Data that is streamed cannot be
-looked through, and is checked batch by batch as it comes.
+A bad row that is drawn after hours would stop a run that could have been refused at once. A stream cannot be read in
+advance, and is checked batch by batch as it comes.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def is_chat(prompt: Any) -> bool:
 
 
 def rows_of(data: Any, name: str) -> Iterator[Row]:
-    """The prompts of a trainer's data set or sets, but of those that are streamed.
+    """Yield the prompts of a trainer's data set or sets, without streamed ones.
 
     Args:
         data: a data set, a dictionary of some, or None.
@@ -100,7 +100,7 @@ def check_kinds(row: Row) -> None:
         if not isinstance(prompt, str) and not is_chat(prompt):
             kind = f"{str(prompt)[:60]!r} ({type(prompt).__name__})"
             raise ValueError(
-                f"The {name} in {row.where} is {kind}; wanted a text or a list of messages. Mend or drop it.{absent}"
+                f"The {name} in {row.where} is {kind}; wanted a text or a list of messages. Fix or drop it.{absent}"
             )
         if not prompt:
             raise ValueError(f"The {name} in {row.where} is empty; wanted at least one token. Drop it.{absent}")
@@ -109,9 +109,9 @@ def check_kinds(row: Row) -> None:
 def check_shapes(
     rows: Iterator[Row], generator: OptimalSamplingGenerator, tokenize: Tokenize, of_column: bool = False
 ) -> dict[Any, int]:
-    """Refuse rows that are no prompt, have a system message too many, or that the chat template does not render.
+    """Refuse rows that are no prompt, have one system message too many, or that the chat template does not render.
 
-    A template looks at the roles of a chat, and seldom at its contents: one chat of each succession of roles is
+    A template depends on the roles of a chat, and seldom on its contents. So one chat of each sequence of roles is
     rendered for each model.
 
     Args:
@@ -136,14 +136,14 @@ def check_shapes(
 
 
 def shape_of(prompt: Any) -> Any:
-    """Return what a chat template's course depends on: the roles, and of what type the contents are."""
+    """Return what the course of a chat template depends on: the roles, and the types of the contents."""
     if isinstance(prompt, str):
         return None
     return tuple((message.get("role"), type(message.get("content")).__name__) for message in prompt)
 
 
 def _read_first(where: str, reading: Reading, system_message: str, tokenize: Tokenize) -> int:
-    """The number of tokens that a model reads of the first row of a kind."""
+    """Return the number of tokens that a model reads of the first row of a kind."""
     where = f"the `{TEACHER_PROMPT}` of {where}" if reading.is_own else where
     prompt, system_prompt = reading.prompt, reading.system_prompt
     try:
@@ -165,7 +165,7 @@ def check_lengths(
 ) -> None:
     """Refuse rows that leave no room for a token, or hold none, as one of the models reads them.
 
-    No token has less than a byte of its own, so that only rows which are long in bytes need to be tokenized.
+    Each token takes at least a byte, so that only rows with many bytes need to be tokenized.
 
     Args:
         rows: prompts and where they stand.
@@ -200,6 +200,6 @@ def check_lengths(
 
 
 def _bytes(prompt: Any) -> int:
-    """The size of a prompt's own text."""
+    """Return the size of a prompt's own text."""
     contents = [prompt] if isinstance(prompt, str) else [message.get("content") for message in prompt]
     return sum(len(str(content or "").encode()) for content in contents)

@@ -64,7 +64,7 @@ class RAFTTrainer(RewardedTrainer, trl.GRPOTrainer):
         generator: source of the rollouts; has to be passed.
 
     Raises:
-        ValueError: on a generator that is none, and on settings that would do nothing, before anything is loaded.
+        ValueError: without a generator, and on settings that would do nothing, before anything is loaded.
 
     Example:
         ```python
@@ -141,7 +141,7 @@ class RAFTTrainer(RewardedTrainer, trl.GRPOTrainer):
         )
 
     def _group_size(self) -> int:
-        """Number of a prompt's completions; of one that stands alone, a process's batch."""
+        """Return the number of completions of a prompt, or, where it has one, of a process's batch."""
         if self.args.num_generations > 1:
             return self.args.num_generations
         return self.args.per_device_train_batch_size * self.args.steps_per_generation
@@ -162,7 +162,7 @@ class RAFTTrainer(RewardedTrainer, trl.GRPOTrainer):
                 )
 
     def _setting(self, name: str) -> Any:
-        """Value of a field of `RAFTConfig`; its default where the configuration is TRL's, which has none."""
+        """Return the value of a field of `RAFTConfig`; its default under TRL's configuration, which lacks it."""
         return getattr(self.args, name, getattr(RAFTConfig, name))
 
     def _log_rewards(self) -> None:
@@ -187,13 +187,13 @@ class RAFTTrainer(RewardedTrainer, trl.GRPOTrainer):
             output["num_items_in_batch"] = self.accelerator.reduce((weights[:, None] * mask).sum())
 
     def _correct(self, output: dict[str, Any]) -> None:
-        """Nothing: the weights are those of an evaluation too."""
+        """Do nothing: the weights are those of an evaluation too."""
 
     def _trained_on(self, output: dict[str, Any]) -> Tensor:
         return output["imitation_weights"]
 
     def _imitation_weights(self) -> Tensor:
-        """Weight of each row of all processes, 0 where it is not accepted.
+        """Return the weight of each row of all processes, 0 where it is not accepted.
 
         Raises:
             ValueError: where the reward is the weight, and one is not in [0, 1].
@@ -229,7 +229,7 @@ class RAFTTrainer(RewardedTrainer, trl.GRPOTrainer):
         return loss
 
     def _token_count(self, inputs: dict[str, Any]) -> Tensor:
-        """This process's share of the tokens in one step of the optimizer, as TRL counts them for its loss 'dapo'."""
+        """Return this process's share of the tokens of an optimizer step, as TRL counts them for its loss 'dapo'."""
         count = inputs["num_items_in_batch"].float() / self.accelerator.num_processes
         if not self.model.training:
             return count

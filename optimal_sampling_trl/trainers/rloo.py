@@ -42,7 +42,7 @@ class RLOOTrainer(PolicyGradientTrainer, trl.RLOOTrainer):
         generator: source of the rollouts; has to be passed.
 
     Raises:
-        ValueError: on a generator that is none, and on settings that would do nothing, before anything is loaded.
+        ValueError: without a generator, and on settings that would do nothing, before anything is loaded.
 
     Example:
         ```python

@@ -26,7 +26,7 @@ def print_summary(trainer: Any) -> None:
 
 
 def describe(trainer: Any) -> str:
-    """The line of a trainer."""
+    """Describe a trainer in one line."""
     teacher = getattr(trainer.generator.teacher, "name_or_path", trainer.generator.teacher)
     student = trainer.model.config._name_or_path
     return (
@@ -50,7 +50,7 @@ def _words(mixture: Mixture) -> str:
 
 
 def _loss(args: Any) -> str:
-    """Words for the loss; of TRL's own configuration for the defaults here."""
+    """Describe the loss; a configuration of TRL's own gets the defaults of this package."""
     weights = getattr(args, "correction", "none")
     corrected = "" if weights == "none" else f", weighted by {weights}"
     if hasattr(args, "accept"):
@@ -61,7 +61,7 @@ def _loss(args: Any) -> str:
 
 
 def _memory() -> str:
-    """Memory that is taken when training starts: of this process's GPU, or of the process."""
+    """Return the memory that is taken when training starts: of this process's GPU, or of the process."""
     if torch.cuda.is_available():
         return f"{torch.cuda.memory_reserved() / 1e9:.1f} GB of the GPU taken"
     unit = 1 if sys.platform == "darwin" else 1024

@@ -18,7 +18,7 @@ _FUNCTION = "ChunkedDivergenceFunction"
 
 @contextmanager
 def weighted_divergence(weights: Tensor, mask: Tensor) -> Iterator[None]:
-    """Multiply the divergence of each position in TRL's loss, while the context lasts.
+    """Multiply the divergence of each position in TRL's loss by a weight inside the block.
 
     Args:
         weights: of the completions' tokens (B, T).

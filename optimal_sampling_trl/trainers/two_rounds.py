@@ -1,13 +1,13 @@
-"""Rows of the mixture only where they are needed: a group's own rows are sampled and scored first.
+"""Rows of the mixture only where they are needed: the student's own rows of a group are sampled and scored first.
 
 A batch takes two calls of the engine, each as long as its longest completion. Reward functions run once for each
-completion, in two calls a batch: the first reads each group's own rows, the second all others. One that compares the
-completions of a group sees a part of it at a time.
+completion, in two calls a batch: the first reads the student's own rows of each group, the second all others. A
+function that compares the completions of a group sees only a part of it at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -17,6 +17,9 @@ from torch import Tensor
 from .. import metrics
 from ..rollouts.rollout import Rollout
 from .mixture_trainer import MixtureTrainer
+
+CLIPPED_RATIO = "completions/clipped_ratio"
+"""TRL's name of the share of completions that did not end."""
 
 
 class Round(NamedTuple):
@@ -54,7 +57,7 @@ class TwoRounds(MixtureTrainer):
             )
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """As TRL's; afterwards the plan says again who samples which row."""
+        """Do as TRL does; afterwards the plan says again who samples which row."""
         try:
             return super()._generate_and_score_completions(inputs)
         finally:
@@ -72,6 +75,8 @@ class TwoRounds(MixtureTrainer):
         if below is None or not self.model.training:
             return super()._generate(prompts)
         first, second = self._rounds(len(prompts))
+        if not second:  # once `mixture_weight_steps` are over, all rows are the student's
+            return super()._generate(prompts)
         processes = self.accelerator.num_processes
         one = self._sample_round(prompts, first, [False] * (len(first) * processes))
         self._first_rewards = self._score(first, one.output)
@@ -90,7 +95,7 @@ class TwoRounds(MixtureTrainer):
         return tuple(interleave(*parts, first, second) for parts in zip(one.output, other.output, strict=True))
 
     def _rounds(self, rows: int) -> tuple[list[int], list[int]]:
-        """Rows of this process that are sampled first, and the others."""
+        """Return the rows of this process that are sampled first, and the others."""
         group, alone = self._group_size(), self._theta_count()
         return [i for i in range(rows) if i % group < alone], [i for i in range(rows) if i % group >= alone]
 
@@ -99,7 +104,7 @@ class TwoRounds(MixtureTrainer):
         self.vllm_generation.plan = replace(self.vllm_generation.plan, chosen=mixed)
 
     def _sample_round(self, prompts: list[Any], rows: list[int], mixed: Sequence[bool]) -> Round:
-        """Sample some rows of this process, by the mixture where `mixed` says so of all processes' rows."""
+        """Sample some rows of this process; `mixed` is True for each row of all processes that the mixture samples."""
         engine = self.vllm_generation
         of_teacher = engine.teacher_prompts
         self._choose(mixed)
@@ -109,31 +114,30 @@ class TwoRounds(MixtureTrainer):
         return Round(output, engine.pop_rollouts(), engine.seconds)
 
     def _score(self, rows: list[int], output: Any) -> Tensor:
-        """TRL's rewards (rows of all processes, functions) of what its `_generate` returned."""
+        """Return TRL's rewards (rows of all processes, functions) of what its `_generate` returned."""
         inputs = [self._dataset_rows[row] for row in rows]
         completions = output[3 if len(output) > 3 else 2]  # GRPO's, RLOO's
         return super()._calculate_rewards(inputs, [one["prompt"] for one in inputs], completions, output[1])
 
     def _groups_in_need(self, rewards: Tensor, below: float) -> Tensor:
-        """True for each group (groups,) none of whose first rows has a reward of at least `below`."""
+        """Return True for each group (groups,) none of whose first rows has a reward of at least `below`."""
         found = self._totals(rewards).view(-1, self._theta_count()) >= below
         return ~found.any(dim=1).cpu()
 
     def _totals(self, rewards: Tensor) -> Tensor:
-        """Total reward of each row; NaN where no function could score it, as in TRL."""
+        """Return the total reward of each row; NaN where no function could score it, as in TRL."""
         totals = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         return totals.masked_fill(rewards.isnan().all(dim=1), torch.nan)
 
     def _merge_lengths(self, share: float) -> None:
         """Make TRL's numbers of the lengths in both rounds those of one; the first had this share of the rows."""
-        for name, values in self._metrics["train"].items():
-            if name.startswith("completions/"):
-                last, before = values.pop(), values.pop()
-                pick = min if "/min_" in name else max if "/max_" in name else None
-                values.append(pick(before, last) if pick else share * before + (1 - share) * last)
+        columns = {name: column for name, column in self._metrics["train"].items() if name.startswith("completions/")}
+        second, first = ({name: column.pop() for name, column in columns.items()} for _ in range(2))
+        for name, value in merge_lengths(first, second, share).items():
+            columns[name].append(value)
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
-        """TRL's rewards of all rows (rows of all processes, functions), without scoring the first round again."""
+        """Return the rewards of all rows (rows of all processes, functions); the first round is not scored again."""
         if self._first_rewards is None:
             return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         rounds = first, second = self._rounds(len(prompts))
@@ -162,3 +166,27 @@ def interleave(one: Any, other: Any, first: Sequence[int], second: Sequence[int]
         return one
     rows = dict(zip([*first, *second], [*one, *other], strict=True))
     return [rows[row] for row in range(len(rows))]
+
+
+def merge_lengths(first: Mapping[str, float], second: Mapping[str, float], share: float) -> dict[str, float]:
+    """Merge TRL's numbers of the completions' lengths in two rounds into those of all rows.
+
+    TRL writes 0 for the lengths of the completions that ended where none did. That round then has no part in them.
+
+    Args:
+        first: numbers of the first round by TRL's names; lengths are in tokens.
+        second: those of the second round.
+        share: share of the rows in the first round, strictly between 0 and 1.
+    """
+    rows = (share, 1 - share)
+    ended = tuple(part * (1 - numbers[CLIPPED_RATIO]) for part, numbers in zip(rows, (first, second)))
+    merged = {}
+    for name in first:
+        weights = ended if "_terminated_" in name else rows
+        parts = [(weight, numbers[name]) for weight, numbers in zip(weights, (first, second)) if weight > 0]
+        values = [value for _, value in parts]
+        if "/min_" in name or "/max_" in name:
+            merged[name] = (min if "/min_" in name else max)(values, default=0.0)
+        else:
+            merged[name] = sum(weight * value for weight, value in parts) / (sum(weights) or 1.0)
+    return merged

@@ -1,7 +1,7 @@
 """Settings of TRL's that are set and that nothing will read: each is named once, with what would read it.
 
-TRL takes most of them without a word. They do no harm, so they are warned of; what contradicts another setting is
-refused where that stands.
+TRL accepts most of them silently. They do no harm, so a warning is enough. A setting that contradicts another is
+refused where the other is checked.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _loss(args: Any) -> str:
 
 
 def has_negatives(args: Any) -> bool:
-    """True where an advantage below 0 can reach the loss."""
+    """Return True where an advantage below 0 can reach the loss."""
     return getattr(args, "positive_only", "all") != "all" or getattr(args, "distillation_coefficient", 0.0) != 0
 
 
@@ -120,7 +120,7 @@ RULES = (
         "with `vllm_mode='colocate'`: they are the server's to be started with",
     ),
 )
-"""A field is read where every rule that names it holds; of several that do not, the first is told."""
+"""A field is read where every rule that names it holds. Of several that fail, the first is reported."""
 
 
 def unread_settings(args: Any) -> dict[str, str]:
@@ -153,7 +153,7 @@ def warn_of_unread(args: Any, unread: dict[str, str]) -> None:
 
 
 def _changed(args: Any) -> dict[str, Any]:
-    """Values of the fields that are not at their default, by name."""
+    """Return the values of the fields that are not at their default, by name."""
     defaults: Iterable[tuple[str, Any]] = (
         (field.name, field.default if field.default_factory is MISSING else field.default_factory())
         for field in fields(args)

@@ -173,14 +173,14 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 def _piece(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """Text of a token in the middle of a text; empty for an id without text, such as a padded vocabulary row."""
+    """Return a token's text in the middle of a text; empty for an id without text, such as a padded row."""
     # SentencePiece drops the space of a first token: the second of two tells what the token adds.
     once, twice = _decode(tokenizer, [token]), _decode(tokenizer, [token, token])
     return twice[len(once) :] if twice.startswith(once) else once
 
 
 def _joined_characters(tokenizer: PreTrainedTokenizerBase, ids: list[int], texts: list[str]) -> dict[int, str]:
-    """Texts by position where a character spans several tokens: the first token gets it, the others the empty text."""
+    """Return the texts, by position, of characters that span several tokens: the first token gets all of it."""
     joined: dict[int, str] = {}
     start = 0
     while start < len(ids):

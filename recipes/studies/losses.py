@@ -93,21 +93,24 @@ ARMS = {
     "Distillation, mixture": Arm(*DISTILLATION),
     "Distillation, mixture, prefix_truncate": Arm(*DISTILLATION, PREFIX),
     "Distillation, trust region, annealed": Arm(*DISTILLATION, generator=ANNEALED),
+    **{
+        f"Dense, {rollouts}, k = {k}": Arm(*DISTILLATION, {"loss": "dense", "dense_top_k": k}, share)
+        for rollouts, share in (("mixture", {}), ("student's rollouts", ALONE))
+        for k in (1, 4, 32)
+    },
     "Sampled tokens, student's rollouts": Arm(*DISTILLATION, SAMPLED, ALONE),
     "Sampled tokens, mixture": Arm(*DISTILLATION, SAMPLED),
 }
 DRAWN = (
-    "GRPO",
-    "GRPO, half mixture (default)",
-    "GRPO, half mixture, positive only there",
-    "RLOO",
-    "RLOO, half mixture (default)",
     "RAFT, mixture (default)",
-    "RAFT, student's rollouts",
-    "Distillation, student's rollouts",
     "Distillation, mixture",
-    "Sampled tokens, mixture",
+    "Distillation, student's rollouts",
+    "GRPO, half mixture (default)",
+    "GRPO, positive only",
+    "GRPO",
+    "RAFT, student's rollouts",
 )
+"""The arms of the picture, the best first."""
 
 
 def subject(ladder: Path | None, task: str) -> tuple[Pair, Job]:
@@ -160,11 +163,10 @@ def report(runs: list[Line], output: Path) -> None:
         middle = [one["curve"][len(one["curve"]) // 2][1] for one in seeds]
         means = f"{sum(middle) / len(middle):.3f} | {sum(ends) / len(ends):.3f}"
         print(f"| {name} | {seeds[0]['learning_rate']:g} | {means} | {' '.join(f'{end:.3f}' for end in ends)} |")
-        if name in DRAWN:
-            curves[name.strip()] = [one["curve"] for one in seeds]
-    if curves:
+        curves[name] = [one["curve"] for one in seeds]
+    if drawn := {name: curves[name] for name in DRAWN if name in curves}:
         labels = {"x_label": "sampled completions", "y_label": "exact match", "percent": True}
-        print(f"Curves: {plot_learning(output / 'losses.png', curves, **labels)}")
+        print(f"Curves: {plot_learning(output / 'losses.png', drawn, **labels)}")
 
 
 def main() -> None:

@@ -7,7 +7,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from horizon_report import best, end, spread
+from optimal_sampling_trl.panels import Curve, draw_curves, finish, show_percent
 from past_the_teacher_arms import ARMS, CORE, DENSE, FACTORIAL, MAIN, MANY, ROLLOUTS
 from runs import Line, by_rate
 from stacks import Setting, place_of
@@ -126,28 +129,30 @@ def interaction_table(lines: list[Line], panel: tuple[Any, ...]) -> Iterator[str
 
 
 def draw(lines: list[Line], path: Path) -> None:
-    """One panel for each interaction: arms over the levels of its axis, the teacher's three lines dashed."""
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(PANELS), figsize=(6 * len(PANELS), 5), layout="constrained")
+    """One panel for each interaction: arms over the levels of its axis, seeds as a band, the teacher dashed."""
+    figure = Figure(figsize=(6.5 * len(PANELS), 5), dpi=110, layout="constrained")
+    axes = figure.subplots(1, len(PANELS))
     for panel, axis in zip(PANELS, axes):
         levels, arms = axis_of(lines, panel)
-        for number, arm in enumerate(arms):
-            points = [(i, [*map(end, seeds)]) for i, (_, runs) in enumerate(levels) if (seeds := best(runs, arm))]
-            shifted = [i + 0.05 * (number - len(arms) / 2) for i, _ in points]
-            middle = [mean(ends) for _, ends in points]
-            around = [[m - min(e), max(e) - m] for m, (_, e) in zip(middle, points)]
-            if points:
-                axis.errorbar(shifted, middle, yerr=[*zip(*around)], marker="o", capsize=2, label=arm)
-        for name, style in (("right", ":"), ("greedy", "--"), ("any_right", "-.")):
-            values = [of_teacher(runs).get(name, float("nan")) for _, runs in levels]
-            label = f"teacher, {name.replace('any_right', 'pass@8').replace('right', 'sampled')}"
-            axis.plot(range(len(levels)), values, style, color="grey", label=label)
-        axis.set(title=panel[0], ylim=(0, 1.02), xticks=range(len(levels)), ylabel="right at the end")
-        axis.set_xticklabels([level for level, _ in levels])
-        axis.legend(fontsize=7)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+        curves: dict[str, Curve] = {}
+        for arm in arms:
+            ends = {i: [*map(end, seeds)] for i, (_, runs) in enumerate(levels) if (seeds := best(runs, arm))}
+            if ends:
+                curves[arm] = [list(zip(ends, values)) for values in zip(*ends.values())]
+        teacher = {
+            f"teacher, {words}": [(i, of_teacher(runs).get(name, float("nan"))) for i, (_, runs) in enumerate(levels)]
+            for name, words in (("right", "sampled"), ("greedy", "greedy"), ("any_right", "pass@8"))
+        }
+        if levels:
+            greys = dict(zip(teacher, ("#b0b0b0", "#707070", "#303030")))
+            draw_curves(axis, {**curves, **teacher}, "right at the end", colors=greys, dashed=[*teacher])
+        axis.set_title(panel[0])
+    finish(figure, axes, "", None)
+    for panel, axis in zip(PANELS, axes):
+        levels, _ = axis_of(lines, panel)
+        axis.set_xticks(range(len(levels)), [level for level, _ in levels])
+        show_percent(axis.yaxis)
+    figure.savefig(path)
 
 
 def report(lines: list[Line], alone: list[Line], output: Path, settings: Sequence[Setting]) -> None:

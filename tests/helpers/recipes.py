@@ -22,14 +22,20 @@ HOME = {Path(name).stem: name for name in FOUND}
 """Of each recipe its path, by the name that it is imported by."""
 TRAINING = ("grpo", "rloo", "raft", "distill")
 PYTHON = (sys.executable,)
+COMMAND = "optimal_sampling_trl.cli.main"
+"""The module behind `optimal-sampling`, which finds the recipe by its name."""
 LAUNCHERS = {
     "torchrun": TWO_RANKS,
     "accelerate": (
         *(*PYTHON, "-m", "accelerate.commands.launch", "--config_file", str(RECIPES / "accelerate" / "ddp.yaml")),
         *("--num_processes", "2", "--main_process_port", "0"),
     ),
+    "optimal-sampling": (
+        *(*PYTHON, "-m", COMMAND, "grpo", "--accelerate_config", "multi_gpu"),
+        *("--num_processes", "2", "--main_process_port", "0"),
+    ),
 }
-"""Two processes, as the head of accelerate/ddp.yaml says."""
+"""Two processes, as the head of accelerate/ddp.yaml and docs/cli.md say."""
 
 
 def need_vllm() -> None:
@@ -46,7 +52,8 @@ def start(script: str, *flags: object, launcher: tuple[str, ...] = PYTHON) -> su
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(ROOT),
     }
-    return run_to_its_end([*launcher, RECIPES / script, *flags], cwd=ROOT, environment=settings)
+    recipe = () if COMMAND in launcher else (RECIPES / script,)
+    return run_to_its_end([*launcher, *recipe, *flags], cwd=ROOT, environment=settings)
 
 
 def run(script: str, *flags: object, launcher: tuple[str, ...] = PYTHON, ok: bool = True) -> str:

@@ -249,8 +249,8 @@ def test_the_yaml_on_vllm(name: str, made: embedded.Pair, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_processes(made: embedded.Pair, tmp_path: Path, launcher: str) -> None:
-    """The lines in accelerate/ddp.yaml: two ranks with one group of 8 each, gloo, on a CPU. Judged by what is printed
-    and saved, since torch may abort at exit after all work was done."""
+    """The lines in accelerate/ddp.yaml, and the command with a profile: two ranks with one group of 8 each, gloo, on a
+    CPU. Judged by what is printed and saved, since torch may abort at exit after all work was done."""
     output = train("grpo", made, tmp_path, "--per_device_train_batch_size", 8, launcher=LAUNCHERS[launcher])
     assert f"The model is in {tmp_path / 'trained'}, trained by 2 process(es)." in output
     entries = [entry for entry in logs(output) if "alpha/mean" in entry]

@@ -1,4 +1,4 @@
-"""The studies: each runs for two steps on the smallest models, and reports what it saw."""
+"""The studies: each runs for two steps on the smallest models, or draws what is stored, and reports what it saw."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+import headline
 import pair as embedded
 from helpers.recipes import run, run_failing
 from runs import read_runs, run_all
@@ -133,3 +134,23 @@ def test_a_run_that_fails_stops_no_other(tmp_path: Path, capsys: pytest.CaptureF
     printed = capsys.readouterr()
     assert printed.out.splitlines() == ["1/4 seed 0", "3/4 seed 2"]
     assert "2/4 failed: JSONDecodeError" in printed.err
+
+
+def test_headline(tmp_path: Path) -> None:
+    """The stored runs, each arm at its best rate: means as the tables of recipes/studies/README.md have them."""
+    runs = [json.loads(line) for line in (headline.RESULTS / "past_the_teacher.jsonl").read_text().splitlines()]
+    teachers = json.loads((headline.RESULTS / "past_the_teacher_teachers.json").read_text())
+    curves = headline.curves_of(runs, teachers)
+    assert [len(seeds) for seeds in curves.values()] == [3] * len(headline.ARMS)
+    means = {
+        name: [pytest.approx(sum(points[place][1] for points in seeds) / 3, abs=2e-3) for place in range(4)]
+        for name, seeds in curves.items()
+    }
+    assert means["RAFT on the mixture"] == [0.941, 0.915, 0.948, 0.935]
+    assert means["GRPO without a teacher, positives only"] == [0.679] * 4
+    assert all(
+        [x for x, _ in points] == pytest.approx([21, 60, 83, 99.7], abs=0.3) for points in curves["distillation"]
+    )
+    path = tmp_path / "made" / "headline.png"
+    assert str(path) in run("studies/headline.py", "--output", path)
+    assert path.read_bytes().startswith(b"\x89PNG")

@@ -39,6 +39,24 @@ def test_a_card_tells_teacher_mixture_halves_and_version(pair: tuple[str, str], 
     assert str(Path(pair[0]).parent) not in card.text, "it tells a path of the machine"
 
 
+def test_a_card_tells_the_gate_and_the_share_that_training_began_with(pair: tuple[str, str], tmp_path: Path) -> None:
+    """At the end of `mixture_weight_steps` the student samples all; the card says what the run was set to."""
+    generator = {
+        "mixture": Mixture("entropy_gate", form="arithmetic", entropy_scale=1.5),
+        "entropy_quantile": 0.95,
+        "mixture_below": 1.0,
+    }
+    trainer = make_trainer("grpo", pair, tmp_path, generator=generator, mixture_weight_steps=3, baseline="own")
+    trainer.state.global_step = 3
+    facts, group = card_facts(trainer), trainer.args.num_generations
+    assert trainer._theta_count() == group
+    assert facts["completions of the student alone"] == f"{group // 2} of {group}"
+    assert facts["entropy of the student where α is 1, nats"] == 1.5
+    assert facts["quantile of the entropies that sets it"] == 0.95
+    assert facts["mixture only where none of these has a reward of"] == 1.0
+    assert "baseline='own', mixture_weight_steps=3" in facts["loss"]
+
+
 def test_a_configuration_of_trls_gets_our_default_named(pair: tuple[str, str], tmp_path: Path) -> None:
     assert "positive_only='all'" in card_facts(make_trainer("grpo", pair, tmp_path, config=trl.GRPOConfig))["loss"]
 

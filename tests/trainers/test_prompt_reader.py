@@ -120,7 +120,7 @@ def test_a_template_of_the_teacher_that_refuses(pair: tuple[str, str], tmp_path:
     tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No') }}{% endif %}" + SPOKEN
     tokenizer.save_pretrained(strict)
     rows = {"train_dataset": data((USER, HINTED), (USER, SYSTEM))}
-    words = r"In the `teacher_prompt` of row 1 of `train_dataset`: .*roles system, user: No\. Mend the row"
+    words = r"In the `teacher_prompt` of row 1 of `train_dataset`: .*roles system, user: No\. Fix the row"
     with pytest.raises(ValueError, match=words):
         make_trainer("grpo", (strict, pair[1]), tmp_path, trainer=rows)
     rows = {"train_dataset": data((USER, HINTED))}

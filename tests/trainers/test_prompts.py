@@ -79,7 +79,7 @@ def test_a_row_is_named_at_the_start(pair: tuple[str, str], tmp_path: Path, prom
 
 def test_a_chat_that_its_template_refuses(pair: tuple[str, str], tmp_path: Path) -> None:
     given = data(USER, SYSTEM) | {"processing_class": template(pair[1], NO_SYSTEM + "OLD")}
-    with pytest.raises(ValueError, match=r"In row 1 of `train_dataset`: .*System role not supported\. Mend the row"):
+    with pytest.raises(ValueError, match=r"In row 1 of `train_dataset`: .*System role not supported\. Fix the row"):
         make_trainer("grpo", pair, tmp_path, trainer=given)
 
 

@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from helpers.oracle import check_rollout
 from helpers.training import PROMPTS, TEACHER_PROMPTS, Watch, load, make_trainer, make_untrained_pair
-from optimal_sampling_trl.trainers.two_rounds import interleave
+from optimal_sampling_trl.trainers.two_rounds import interleave, merge_lengths
 
 EASY = PROMPTS[::2]
 """Prompts to which a reward accepts every answer; to the others none."""
@@ -86,6 +86,30 @@ def test_trls_table_and_lengths_are_those_of_one_round(pair: tuple[str, str], tm
         assert log["completions/max_length"] == max(lengths)
         assert log["completions/min_length"] == min(lengths)
         assert log["completions/mean_length"] == pytest.approx(sum(lengths) / len(lengths))
+        pad = trainer.processing_class.pad_token_id  # TRL takes one that is drawn last for an ending
+        ended = [len(r.completion_ids) for r in rollouts if r.finish_reason == "stop" or r.completion_ids[-1] == pad]
+        assert log["completions/mean_terminated_length"] == pytest.approx(sum(ended) / max(len(ended), 1))
+        assert log["completions/min_terminated_length"] == min(ended, default=0)
+        assert log["completions/max_terminated_length"] == max(ended, default=0)
+
+
+def numbers_of(lengths: Sequence[int], limit: int) -> dict[str, float]:
+    """TRL's numbers of a batch's lengths; a completion as long as the limit did not end."""
+    ended = [length for length in lengths if length < limit]
+    numbers = {"completions/clipped_ratio": 1 - len(ended) / len(lengths)}
+    for kind, some in (("", lengths), ("terminated_", ended or [0])):
+        numbers |= {f"completions/{pick.__name__}_{kind}length": float(pick(some)) for pick in (min, max)}
+        numbers[f"completions/mean_{kind}length"] = sum(some) / len(some)
+    return numbers
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [([2, 9], [4, 5, 6, 9]), ([9, 9], [4, 5]), ([3], [9, 9, 9]), ([9], [9, 9]), ([1, 2], [3])]
+)
+def test_the_lengths_of_two_rounds_are_those_of_all_rows(first: list[int], second: list[int]) -> None:
+    """A round in which no completion ended has no part in the lengths of those that did."""
+    merged = merge_lengths(numbers_of(first, 9), numbers_of(second, 9), len(first) / len(first + second))
+    assert merged == pytest.approx(numbers_of(first + second, 9))
 
 
 def test_a_reward_that_nobody_gives_is_not_reached(pair: tuple[str, str], tmp_path: Path) -> None:
@@ -97,6 +121,17 @@ def test_a_reward_that_nobody_gives_is_not_reached(pair: tuple[str, str], tmp_pa
     trainer = train("rloo", pair, tmp_path, silent)
     for _, output, _ in trainer.generations:
         assert output["mixture_rows"].tolist() == [False, True, True, True] * 4
+
+
+def test_one_round_once_the_mixture_has_no_weight(pair: tuple[str, str], tmp_path: Path) -> None:
+    """After `mixture_weight_steps` updates the student samples all rows, and there is no second round."""
+    trainer = make_trainer(
+        "grpo", pair, tmp_path, mixin=Watch, generator={"mixture_below": 1.0, "theta_fraction": 0.25},
+        trainer={"reward_funcs": (verifier := Verifier())}, mixture_weight_steps=1, **SETTINGS,
+    )  # fmt: skip
+    trainer.train()
+    assert [len(call) for call in verifier.calls] == [4, 12, 16]
+    assert not trainer.generations[-1][1]["mixture_rows"].any()
 
 
 def test_an_evaluation_samples_once(pair: tuple[str, str], tmp_path: Path) -> None:

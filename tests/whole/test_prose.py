@@ -17,8 +17,6 @@ QUESTIONS = {"What", "Whether", "Where", "Why", "How", "Which", "When", "Who"}
 VAGUE = {"own", "theirs", "said", "left", "apart", "tails"}
 """Words that say nothing as the name of a variable."""
 LONGEST_FILE, LONGEST_FUNCTION = 400, 80
-EXCEPTIONS: set[str] = set()
-"""Files whose words are still to be mended."""
 
 
 def short(path: Path) -> str:
@@ -51,16 +49,12 @@ def test_a_docstring_opens_with_no_question_word(path: Path) -> None:
         for line, text in docstrings(path)
         if text and text.split()[0].strip(",:") in QUESTIONS
     ]
-    if short(path) in EXCEPTIONS:
-        pytest.skip("stands in EXCEPTIONS")
     assert not asked, "Begin these with a verb, or with the thing that is returned:\n" + "\n".join(asked)
 
 
 @pytest.mark.parametrize("path", READ, ids=short)
 def test_a_variable_is_named_for_what_it_holds(path: Path) -> None:
     vague = [f"{short(path)}:{line}: {name}" for line, name in names(path) if name in VAGUE]
-    if short(path) in EXCEPTIONS:
-        pytest.skip("stands in EXCEPTIONS")
     assert not vague, "Name these for what they hold:\n" + "\n".join(vague)
 
 

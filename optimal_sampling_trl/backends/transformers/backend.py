@@ -1,7 +1,7 @@
 """The mixture on plain transformers: two models with a KV cache each, batched. Needs no vLLM, and is exact.
 
-The student may be the module that is being trained: it is used where it stands, so there is no copy of it and nothing
-to synchronise. Prompts are padded on the left; equal prompts are read once; rows that ended leave the batch.
+The student may be the module that is being trained. It is used in place, so there is no copy of it and nothing to
+synchronise. Prompts are padded on the left; equal prompts are read once; rows that ended leave the batch.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class TransformersBackend:
 
     Args:
         teacher: a folder, a model id, a loaded model, or the `Source` of one.
-        theta: likewise; a loaded model is used as it stands, also while it is being trained.
+        theta: likewise; a loaded model is used in place, even while it is being trained.
         tokenizer: the pair's; by default the student's, checked against the teacher's.
         teacher_tokenizer: the teacher's own; by default the one beside its files.
-        device: where loaded folders go; by default the student's device, or a GPU where there is one.
+        device: where models from folders are loaded; by default the student's device, or a GPU where there is one.
         max_num_seqs: most rows in a batch.
         max_model_len: most tokens of a prompt and its completion; by default what both models can read.
         model_options: `dtype`, `attn_implementation`, `trust_remote_code` for `from_pretrained`, and `revision` for
-            the teacher's; a student of another revision is passed as a folder.
+            the teacher's. Pass a student of another revision as a folder.
 
     Raises:
         ValueError: on an unknown option, a model that cannot be loaded, or a pair that cannot be mixed.
@@ -81,7 +81,7 @@ class TransformersBackend:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The pair's."""
+        """The pair's tokenizer."""
         return self.pair.tokenizer
 
     def check(self, request: Request, index: int) -> None:
@@ -96,7 +96,7 @@ class TransformersBackend:
             request.dense.check_vocabulary(self.pair.vocabulary)
 
     def generate(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Rollout]:
-        """One rollout for each request, in their order; `progress` shows them while they are drawn.
+        """Sample one rollout for each request, in their order; `progress` shows them while they are drawn.
 
         Raises:
             ValueError: on a prompt that a model cannot read, before anything is sampled.
@@ -165,7 +165,7 @@ class TransformersBackend:
                 current[name].copy_(new[name])
 
     def weight_digest(self, role: str) -> str | None:
-        """A number that changes with the weights of the `teacher` or of `theta`.
+        """Return a digest that changes with the weights of the `teacher` or of `theta`.
 
         Raises:
             RuntimeError: after `close`.
@@ -188,7 +188,7 @@ class TransformersBackend:
                 model.to(device)  # type: ignore[arg-type]
 
     def close(self) -> None:
-        """Let go of both models. Doing so twice is fine."""
+        """Release both models. Doing so twice is fine."""
         self.__dict__.pop("teacher", None)
         self.__dict__.pop("theta", None)
 

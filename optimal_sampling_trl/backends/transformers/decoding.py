@@ -40,7 +40,8 @@ class Reader:
 
     def __init__(self, model: PreTrainedModel, prompts: list[list[int]], context: int, device: torch.device) -> None:
         self.model, self.context = model, context
-        # Of experts' scores, which a configuration may ask for, transformers computes a loss; with a cache it raises.
+        # Where a configuration asks for the experts' scores, transformers computes a loss from them, which raises with
+        # a cache.
         self.further = {"output_router_logits": False} if _scores_experts(model.config) else {}
         unique = {tuple(prompt): index for index, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
         width = max(map(len, unique))
@@ -166,7 +167,7 @@ class Rows:
         )
 
     def _mix_by_kernels(self, theta_logits: Tensor, teacher_logits: Tensor) -> Step:
-        """Mix in a few passes over the logits, where the solver in float64 takes 48 and holds five copies of them."""
+        """Mix in a few passes over the logits; the solver in float64 makes 48 and holds five copies of them."""
         from ...mixture.kernels.launch import mix_logits
 
         mixed = mix_logits(theta_logits, teacher_logits, self.mixtures, self.temperature)
@@ -179,7 +180,7 @@ class Rows:
         return Step(mixed.alpha, mixed.logits[:, :V], read)
 
     def _seen(self, rows: Tensor) -> Tensor | None:
-        """The tokens (rows, length) of the rows' teacher prompts and completions, for the repetition penalty."""
+        """Return the tokens (rows, length) of the rows' teacher prompts and completions, for the penalty."""
         if all(r.sampling.repetition_penalty == 1.0 for r in self.requests):
             return None
         prompts = [self.requests[self.active[row]].prompt_ids for row in rows.tolist()]
@@ -188,7 +189,7 @@ class Rows:
         return torch.cat([torch.tensor(padded, device=rows.device), self.tokens[self.index[rows], : self.step]], dim=1)
 
     def _gumbel(self, log_q: Tensor) -> Tensor:
-        """Standard Gumbel noise (N, V): argmax(log q + noise) is a draw from q. Seeded rows use their own stream."""
+        """Draw Gumbel noise (N, V): argmax(log q + noise) is a draw from q. Seeded rows use their own generators."""
         noise = torch.empty_like(log_q)
         if any(self.generators[request] is None for request in self.active):
             noise.exponential_()
@@ -199,7 +200,11 @@ class Rows:
         return -noise.clamp(min=torch.finfo(noise.dtype).tiny).log()
 
     def advance(self, tokens: Tensor) -> Tensor | None:
-        """Note which rows ended. Return the rows to go on with where at least half have ended (none: all have)."""
+        """Note which rows ended.
+
+        Returns:
+            The rows to go on with, none where all have ended; None while more than half go on, and all rows stay.
+        """
         self.step += 1
         for token, request in zip(tokens.tolist(), self.active, strict=True):
             if not self.lengths[request] and self._ended(request, token):
@@ -213,7 +218,7 @@ class Rows:
         return torch.tensor(going, dtype=torch.int64, device=tokens.device)
 
     def so_far(self) -> tuple[int, int, float]:
-        """Rows that ended, tokens drawn, and the sum of α over them. Waits for the device."""
+        """Return the number of rows that ended, that of tokens drawn, and the sum of their α. Waits for the device."""
         lengths = torch.tensor([length or self.step for length in self.lengths])
         drawn = torch.arange(self.step) < lengths[:, None]
         alpha = self.records[:, : self.step, RECORDS.index("alpha")].cpu()
@@ -246,13 +251,13 @@ class Rows:
 
 
 def _recent(stops: Sequence[str]) -> deque[int]:
-    """The last tokens of a completion, enough to hold the longest stop text."""
+    """Return the last tokens of a completion, enough to hold the longest stop text."""
     # A token brings a byte or more, but for special ones, which are not kept; the first few may be half a character.
     return deque(maxlen=max((len(stop.encode()) for stop in stops), default=0) + 4)
 
 
 def _processors(sampling: Sampling) -> LogitsProcessorList:
-    """transformers' own processors, in vLLM's order: penalty, temperature, min_p, top_k, top_p."""
+    """Return transformers' own processors, in vLLM's order: penalty, temperature, min_p, top_k, top_p."""
     processors = LogitsProcessorList()
     if sampling.repetition_penalty != 1.0:
         processors.append(RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))

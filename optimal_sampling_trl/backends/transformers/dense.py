@@ -15,7 +15,7 @@ from ...rollouts.request import Request
 
 
 class _Group(NamedTuple):
-    """Hold the places in the batch of the rows with the same wish, and the requests that they answer."""
+    """Hold the places in the batch of the rows that ask for the same, and the requests that they answer."""
 
     dense: Dense
     places: Int[Tensor, " R"]
@@ -61,7 +61,7 @@ class DenseRows:
             self.steps.setdefault(dense, []).append((requests, measured))
 
     def records(self, lengths: Sequence[int]) -> list[DenseRecords | None]:
-        """Returns the dense records of each request, of its first tokens, as many as its length says."""
+        """Return the dense records of the first `lengths[i]` tokens of each request i; None if it asked for none."""
         found: list[DenseRecords | None] = [None] * len(self.requests)
         for dense, steps in self.steps.items():
             owners = torch.cat([requests for requests, _ in steps])

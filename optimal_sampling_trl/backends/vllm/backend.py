@@ -1,4 +1,4 @@
-"""The fused engine: built from two names, asked with requests, answered with rollouts."""
+"""The fused engine: it is built from two names, takes requests and returns rollouts."""
 
 from __future__ import annotations
 
@@ -33,15 +33,17 @@ HALF_LOADED = "a reload of the student failed half-way, so that its weights are 
 class VLLMBackend:
     """The backend `vllm` (see `backends.Backend`): owns vLLM's engine in this process, and all that belongs to it.
 
-    `pair` is what the engine was built on, `stale` why it must not sample until the next reload, or None, and
-    `has_nan` whether a model returned NaN since the caches were last cleaned.
-
     Args:
         teacher: the teacher's folder or name; what the engine takes for its model.
         theta: the student's folder or name.
-        pair: what both share, where it was read already; with these names and arguments.
-        gpu_memory_utilization: vLLM's share of the device's memory; on the CPU of the machine's.
+        pair: what both models share, if it was read already from these names and arguments.
+        gpu_memory_utilization: vLLM's share of the device's memory; on a CPU, of the machine's.
         **engine_arguments: further arguments of `vllm.LLM`; `max_model_len` defaults to what both models can read.
+
+    Attributes:
+        pair: what the engine was built on.
+        stale: why the engine must not sample until the next reload; None if it may.
+        has_nan: whether a model returned NaN since the caches were last cleaned.
 
     Raises:
         ImportError: where vLLM is missing, unsuited, or did not load this package's plugin.
@@ -88,7 +90,7 @@ class VLLMBackend:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The pair's."""
+        """The pair's tokenizer."""
         return self.pair.tokenizer
 
     @property
@@ -107,7 +109,7 @@ class VLLMBackend:
         check_request(request, self.pair, index, self.llm.llm_engine.model_config.max_logprobs)
 
     def generate(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Rollout]:
-        """One rollout for each request, in their order; `progress` has vLLM's bar below it, and counts at the end.
+        """Sample one rollout for each request, in their order. vLLM shows its bar; `progress` counts at the end.
 
         Raises:
             ValueError: on a request that cannot be served, before any is; and where a model returned NaN.
@@ -119,7 +121,7 @@ class VLLMBackend:
         return rollouts
 
     def sample(self, requests: Sequence[Request], use_tqdm: bool = False) -> tuple[list[RequestOutput], list[Rollout]]:
-        """vLLM's outputs and the rollouts in them, one of each for each request, in their order.
+        """Return vLLM's outputs and their rollouts, one of each per request, in the requests' order.
 
         Args:
             requests: what is asked for.
@@ -185,9 +187,9 @@ class VLLMBackend:
     def load_theta(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Replace the student's weights in place and forget what was cached under the old ones.
 
-        A list is checked as a whole first, and the old weights stay where it is refused. A generator is loaded as it
-        comes, as each of its tensors may be gathered for a moment only: where that fails half-way the engine refuses
-        to sample until a whole set was loaded.
+        A list is checked as a whole first; if it is refused, the old weights stay. A generator is loaded as it comes,
+        because each of its tensors may be gathered for a moment only. If that fails half-way, the engine refuses to
+        sample until a whole set has been loaded.
 
         Args:
             named_parameters: every weight of the student under its checkpoint's name, as pairs or as a `state_dict`;
@@ -234,7 +236,7 @@ class VLLMBackend:
             self.has_nan = False
 
     def weight_digest(self, role: str) -> str | None:
-        """A number that changes with the student's weights; None as long as they, or the teacher's, are the files'."""
+        """Return a digest that changes with the student's weights; None while weights are those of the files."""
         return self.llm.collective_rpc("theta_digest")[0] if role == "theta" else None
 
     def sleep(self) -> None:

@@ -1,6 +1,7 @@
 """The blocks of the cache that requests may share where teacher and student read different prompts.
 
-vLLM's scheduler decides it, by hashes of the teacher's tokens: this stands outside `worker/`, which runs the models.
+vLLM's scheduler decides which, by hashes of the teacher's tokens. So this file is not part of `worker/`, which runs
+the models.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from .wire import teacher_shift_of, theta_prompt_of
 
 
 def shared_end(prompt: int, behind: int, block_size: int) -> int:
-    """The end of the part of a request's cache that may be shared, in tokens of the scheduled stream.
+    """Return the end of the part of a request's cache that may be shared, in tokens of the scheduled stream.
 
     The first completion token of the model whose prompt is d tokens shorter has place `prompt - d % block_size`.
     Blocks that end later belong to one request alone.

@@ -164,5 +164,5 @@ def check_latent(configs: dict[str, PreTrainedConfig]) -> None:
 
 
 def has_experts(config: PreTrainedConfig) -> bool:
-    """True for a mixture of experts, as vLLM tells one by its configuration."""
+    """Return True for a mixture of experts, as vLLM tells one by its configuration."""
     return any(getattr(config, name, None) for name in EXPERTS)

@@ -10,14 +10,14 @@ class TeacherHooks:
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """vLLM's hook while a model's configuration is made."""
+        """Adjust a model's configuration: vLLM's hook while it is made."""
         read_positions_of_text(model_config)
         for hooks in _hooks_of(model_config):
             hooks.verify_and_update_model_config(model_config)
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """vLLM's hook while an engine's configuration is made."""
+        """Adjust an engine's configuration: vLLM's hook while it is made."""
         for hooks in _hooks_of(vllm_config.model_config):
             hooks.verify_and_update_config(vllm_config)
 
@@ -30,10 +30,10 @@ def _hooks_of(model_config: Any) -> list[Any]:
 
 
 def read_positions_of_text(model_config: Any) -> None:
-    """Let the engine count positions of text alone where its model has three of them for a token of an image.
+    """Let the engine count positions as in text where its model has three for each token of an image.
 
     Symptom: an engine on a vision-language teacher asks the fused model for positions of images.
-    Cause: a section for each kind of position in the settings of rotary embeddings, by which vLLM knows such a model.
+    Cause: the settings of rotary embeddings have a section for each kind of position, by which vLLM knows such models.
     Safe: all positions of a token of text are equal, so that the angles are those without sections.
     Upstream: none; vLLM serves these models with their images.
     Delete when: the fused model takes images.
@@ -44,7 +44,7 @@ def read_positions_of_text(model_config: Any) -> None:
 
 
 def own_architectures(model_config: Any) -> list[str]:
-    """The architectures in the teacher's checkpoint: the engine's configuration names the fused model instead."""
+    """Return the architectures in the teacher's checkpoint; the engine's configuration names the fused model."""
     from vllm.transformers_utils.config import get_config
 
     config = model_config

@@ -20,12 +20,12 @@ WORKER = "optimal_sampling_trl.backends.vllm.worker.weights.OptimalSamplingWorke
 
 
 def engine_settings(pair: Pair, engine_arguments: Mapping[str, Any], **further: Any) -> dict[str, Any]:
-    """The engine arguments that this backend sets.
+    """Return the engine arguments that this backend sets.
 
     Args:
         pair: what the engine is built on.
         engine_arguments: the user's, which are added to.
-        **further: what else the engine is to tell about itself.
+        **further: further settings that the engine tells about itself.
     """
     ending = {"stop": pair.ending.stop, "folded": pair.ending.folded}
     # Windows of one length share a table of blocks with layers that read all; others need one each, and so do layers
@@ -46,14 +46,15 @@ def engine_settings(pair: Pair, engine_arguments: Mapping[str, Any], **further: 
 
 
 def platform_settings() -> dict[str, str]:
-    """The variables that vLLM starts under: Model Runner V2 on a GPU, V1 on a CPU, also on one that has Triton."""
+    """Return the variables that vLLM starts under: Model Runner V2 on a GPU, V1 on a CPU, even one with Triton."""
     from vllm.platforms import current_platform
 
     return {"VLLM_USE_V2_MODEL_RUNNER": "0" if current_platform.is_cpu() else "1"}
 
 
 def quiet() -> None:
-    """Let vLLM say warnings and errors alone, unless `VLLM_LOGGING_LEVEL` is set; it logs thirty lines at a start.
+    """Let vLLM log only warnings and errors unless `VLLM_LOGGING_LEVEL` is set; else it logs thirty lines at each
+    start.
 
     vLLM reads the variable when it is imported. On a CPU it also warns then that Triton has no driver.
     """
@@ -66,7 +67,7 @@ def quiet() -> None:
 
 
 def quick_settings() -> dict[str, Any]:
-    """Engine arguments unless the user sets them: no bar for each shard, and on a CPU no compilation."""
+    """Return the defaults of engine arguments: no bar for each shard, and on a CPU no compilation."""
     from vllm.platforms import current_platform
 
     return {"use_tqdm_on_load": False} | ({"enforce_eager": True} if current_platform.is_cpu() else {})
@@ -97,9 +98,9 @@ def _name(dtype: torch.dtype) -> str:
 
 @contextmanager
 def in_this_process() -> Iterator[None]:
-    """While this lasts vLLM starts its core beside the caller, where the student's weights can be reached.
+    """Let vLLM start its core inside the caller's process, where the student's weights can be reached.
 
-    These variables alone are put back: `patch.dict` would take back what vLLM sets for its own later use, too.
+    Only these variables are restored: `patch.dict` would also undo what vLLM sets for its own later use.
     """
     settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **platform_settings()}
     before = {name: os.environ.get(name) for name in settings}

@@ -1,4 +1,4 @@
-"""Refusals of the fused engine before it starts, each by name and reason: seconds instead of a trace from vLLM."""
+"""Refusals of the fused engine before it starts: each names the setting and the reason, in place of vLLM's trace."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def check_pair(
 
 
 def _teacher_tokenizer(teacher: Source, arguments: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    """The tokenizer that vLLM loads for its model."""
+    """Return the tokenizer that vLLM loads for its model."""
     revision = arguments.get("tokenizer_revision") or arguments.get("revision")
     options = {**teacher.options, "revision": revision}
     return Source(str(arguments.get("tokenizer") or teacher.name), "teacher", options, teacher.token).tokenizer()

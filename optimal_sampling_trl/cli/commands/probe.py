@@ -18,12 +18,12 @@ class ProbeArguments(RewardArguments):
     """The prompts and the reward that a probe takes; see `probe`."""
 
     model_name_or_path: str = field(default="", metadata={"help": "Folder or model id of the student."})
-    prompts: int = field(default=64, metadata={"help": "Take the first so many prompts alone."})
+    prompts: int = field(default=64, metadata={"help": "Take only this many prompts, the first ones."})
     n: int = field(default=8, metadata={"help": "Completions of each prompt, in each way of sampling."})
     max_tokens: int = field(default=256, metadata={"help": "Most tokens of a completion."})
     temperature: float = field(default=1.0, metadata={"help": "Acts on both models before alpha is solved."})
     accept: float | None = field(default=None, metadata={"help": "Smallest reward that counts; default: any above 0."})
-    seed: int = field(default=0, metadata={"help": "Of the sampling."})
+    seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
     output: str | None = field(default=None, metadata={"help": "File for the numbers as a page.", "aliases": ["-o"]})
 
 

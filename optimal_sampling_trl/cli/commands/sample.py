@@ -25,31 +25,33 @@ class SampleArguments(ScriptArguments):
     """The prompts to sample, their number, and the folder; see `sample_to_folder` and `Sampling`."""
 
     model_name_or_path: str = field(default="", metadata={"help": "Folder or model id of the student."})
-    output_dir: str = field(default="output/rollouts", metadata={"help": "Folder of the shards; made if need be."})
-    max_samples: int | None = field(default=None, metadata={"help": "Take the first so many prompts alone."})
+    output_dir: str = field(default="output/rollouts", metadata={"help": "Folder of the shards; made if missing."})
+    max_samples: int | None = field(default=None, metadata={"help": "Take only this many prompts, the first ones."})
     n: int = field(default=1, metadata={"help": "Completions of each prompt."})
-    seed: int = field(default=0, metadata={"help": "Of the whole run; each rollout gets one of its own from it."})
+    seed: int = field(default=0, metadata={"help": "Seed of the whole run, from which each rollout gets its own."})
     batch_size: int = field(default=1024, metadata={"help": "Rollouts in a shard: what a kill can cost."})
     max_tokens: int = field(default=100, metadata={"help": "Most tokens of a completion."})
     temperature: float = field(default=1.0, metadata={"help": "Acts on both models before alpha is solved."})
     top_p: float = field(default=1.0, metadata={"help": "Keep the likeliest tokens up to this mass; 1 keeps all."})
-    top_k: int = field(default=-1, metadata={"help": "Keep so many likeliest tokens; -1 keeps all."})
-    min_p: float = field(default=0.0, metadata={"help": "Keep tokens above this share of the likeliest's."})
+    top_k: int = field(default=-1, metadata={"help": "Keep this many of the likeliest tokens; -1 keeps all."})
+    min_p: float = field(
+        default=0.0, metadata={"help": "Keep tokens with at least this share of the likeliest token's probability."}
+    )
     repetition_penalty: float = field(default=1.0, metadata={"help": "Divides the logits of tokens seen before."})
     stop: list[str] = field(default_factory=list, metadata={"help": "Texts that end a completion."})
-    dense_scalars: list[str] = field(default_factory=list, metadata={"help": "Exact numbers kept of each token."})
-    dense_top_k: int = field(default=0, metadata={"help": "Likeliest tokens of each model kept of each token."})
+    dense_scalars: list[str] = field(default_factory=list, metadata={"help": "Exact numbers to keep for each token."})
+    dense_top_k: int = field(default=0, metadata={"help": "Likeliest tokens of each model to keep for each token."})
     use_tqdm: bool = field(default=True, metadata={"help": "Show tokens/s, mean alpha and the time left."})
 
     def prompts(self) -> Any:
-        """The prompts that the flags name."""
+        """Return the prompts that the flags name."""
         data = load_data(self, evaluate=False)["train_dataset"]
         if self.max_samples is None:
             return data
         return data.take(min(self.max_samples, len(data)) if hasattr(data, "__len__") else self.max_samples)
 
     def sampling(self) -> Sampling:
-        """Settings of the draws."""
+        """Return the settings of the draws."""
         return Sampling(
             max_tokens=self.max_tokens,
             temperature=self.temperature,
@@ -61,7 +63,7 @@ class SampleArguments(ScriptArguments):
         )
 
     def dense(self) -> Dense | None:
-        """Dense records that are wanted."""
+        """Return the dense records that are wanted."""
         asked = self.dense_scalars or self.dense_top_k
         return Dense(tuple(self.dense_scalars), self.dense_top_k) if asked else None
 

@@ -36,10 +36,10 @@ from .sums import fold_endings, growth, load_tile, store_sums, take
 
 @triton.jit
 def guess_average(share_theta, m0, share_teacher, m2, c, only_teacher, low, high, epsilon, is_symmetric):
-    """Return α of a row, or a guess of it, and whether it stands.
+    """Return α of a row, or a guess of it, and whether it is final.
 
-    Args are of `nodes._guess`: the shares of each model's mass on the tokens that both have, and E[x] of the models
-    over those. So Eθ[ℓ] = share_theta·(m0 - c) over them, and Et[ℓ] = share_teacher·(m2 - c) = KL(t‖θ).
+    The arguments come from `nodes._guess`: the share of each model's mass on the tokens that both have, and its E[x]
+    over them. So over them Eθ[ℓ] = share_theta·(m0 - c), and Et[ℓ] = share_teacher·(m2 - c) = KL(t‖θ).
     """
     of_theta = tl.where(share_theta > 0, share_theta * (m0 - c), 0.0)
     of_teacher = tl.where(share_teacher > 0, share_teacher * (m2 - c), 0.0)

@@ -21,11 +21,10 @@ def blend(
 ):  # fmt: skip
     """Write (1-α)·θ + α·t of one chunk of the teacher's V, and the row's α with the first chunk.
 
-    Where `ARITHMETIC` says that a row may be of that form, such a row is `average`d instead; the two sums are read
-    there alone.
+    If `ARITHMETIC`, rows of the arithmetic form take `average` instead. Only they read the two sums.
 
-    At α = 0 and α = 1 it is one model's row. Beyond the common V it is -inf. In a row without a solution, whose α is
-    NaN, it is 0, and `CERTAIN` at the student's ending if `STOP` says that there is one.
+    At α = 0 and α = 1 the result is one model's row. Beyond the common V it is -inf. In a row without a solution,
+    whose α is NaN, it is 0, and `CERTAIN` at the student's ending if `STOP` says that there is one.
     """
     row, piece = (tl.program_id(0) // out_chunks).to(tl.int64), tl.program_id(0) % out_chunks
     theta += row * theta_stride

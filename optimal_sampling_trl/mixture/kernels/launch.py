@@ -9,13 +9,13 @@ over the tokens that both models have. K = log S_0 has the slope S_1/S_0 = E_p[x
 c = log Σe^t - log Σe^s, each over a whole row, ℓ = x - c. The launches have a program for each chunk of each row, so
 that even one row alone fills a chip:
 
-`average` holds what the arithmetic form needs. Batches without such a row run kernels compiled without it.
-
 1. `nodes.begin` sums at p = 0, ½ and 1. The last program of a row joins the sums of its chunks and finds the root on
    the cubics through the nodes. A row whose α is known, or follows from these sums, is done.
 2. `steps.step`, `STEPS` times, takes the moments at α and makes a step of third order in a bracket. Most rows are done
    after the first. Rows still unsolved after the last launch are finished by one program each.
 3. `blend.blend` writes the blended logits.
+
+`average` holds what the arithmetic form needs. Batches without such a row run kernels compiled without it.
 
 The sums are float32, and joined in float64. Differences that float32 would ruin are computed directly: x is the
 difference of the logits themselves, less that of the two largest, and the terms of S_0(p') - S_0(p) are summed as

@@ -26,7 +26,7 @@ ENTROPY = tl.constexpr(METHODS.index("entropy"))
 """The methods before this one are equations in α."""
 ENTROPY_GATE = tl.constexpr(METHODS.index("entropy_gate"))
 ARITHMETIC_TRUST_REGION = tl.constexpr(len(METHODS))
-"""Stands for `TRUST_REGION` in a row of the arithmetic form, whose equation is another."""
+"""Stands for `TRUST_REGION` in a row of the arithmetic form, whose equation differs."""
 FORM_ARITHMETIC = tl.constexpr(FORMS.index("arithmetic"))
 
 # A row, float64: written by `begin`, updated by each `step`, read by `blend`.
@@ -80,7 +80,7 @@ NODE_MAX_TEACHER = tl.constexpr(14)
 """The largest raw logits of the chunk."""
 NODE_MAX_BOTH = tl.constexpr(15)
 """-inf in a chunk without a token that both models have."""
-# and of any other row, for its entropies: the largest terms' number, and Σe^u and Σu·2^u of the others.
+# and of any other row, for its entropies: the number of the largest terms, and Σe^u and Σu·2^u of the others.
 ENTROPY_THETA = tl.constexpr(0)
 ENTROPY_TEACHER = tl.constexpr(3)
 # In `step`: S_0 to S_3 at the powers p and q,

@@ -34,7 +34,7 @@ class MixturePlan:
         theta_count: how many of each group come from the student alone.
         training: whether the trainer trains; an evaluation samples from the student alone.
         progress: the share of training that is done, in [0, 1].
-        step: number of updates so far; what does not divide by the processes moves on with it.
+        step: number of updates so far; rows that do not divide evenly among the processes rotate with it.
         dense: the dense records that each completion shall carry.
         teacher_prompts: whether rows have a prompt of the teacher's own.
         chosen: for each row of all processes in the next call, whether the mixture samples it; None leaves that to
@@ -59,7 +59,7 @@ class MixturePlan:
         return self.teacher_prompts or self.generator.two_prompts
 
     def mixtures(self, rows: int, first: int, processes: int = 1) -> list[Mixture]:
-        """The mixture of each of `rows` completions, which start at row `first` of the batch of all processes.
+        """Return the mixture of each of `rows` completions, which start at row `first` of the batch of all processes.
 
         Args:
             rows: number of completions.
@@ -74,7 +74,7 @@ class MixturePlan:
         return [mixture if is_mixed else Mixture.theta_only() for is_mixed in mixed]
 
     def _is_of_theta(self, row: int, share: int) -> bool:
-        """True for a row of the batch that the student samples alone.
+        """Return True for a row of the batch that the student samples alone.
 
         The student's rows stand first in a group. A group that several processes of `share` rows hold is cut where
         they meet; each part has its share of the student's rows, first in the part. Which part gets one more, where
@@ -118,11 +118,11 @@ class MixtureGeneration:
         self.pushes += 1
 
     def has_changed(self) -> bool:
-        """Returns True where the engine's student is another than the trained one."""
+        """Return True where the engine's student is another than the trained one."""
         return False
 
     def types(self) -> set[torch.dtype]:
-        """Types in which the engine computes."""
+        """Return the types in which the engine computes."""
         raise NotImplementedError
 
     def pop_rollouts(self) -> list[Rollout]:
@@ -152,7 +152,7 @@ class MixtureGeneration:
         ]
 
     def unread_settings(self) -> dict[str, str]:
-        """Fields of TRL's configuration that this engine does not read, and what would read each."""
+        """Return the fields of TRL's configuration that this engine does not read, and what would read each."""
         return {}
 
     def close(self) -> None:
@@ -161,9 +161,9 @@ class MixtureGeneration:
 
 
 def on_all_ranks(work: Callable[[], T], accelerator: Any) -> T:
-    """Return what `work` returns in this process; where it raises in one process it raises in all.
+    """Return what `work` returns in this process; where it raises in one process, raise in all.
 
-    The others would wait for that one for ever.
+    Otherwise the others would wait for that one for ever.
 
     Raises:
         RuntimeError: where it raised in another process, saying which and what.
@@ -184,7 +184,7 @@ def on_all_ranks(work: Callable[[], T], accelerator: Any) -> T:
 
 
 def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
-    """A trainer's tokenizer, which a processor of several kinds of input holds inside."""
+    """Return a trainer's tokenizer; a processor of several kinds of input holds it inside."""
     return getattr(processing_class, "tokenizer", processing_class)
 
 

@@ -1,6 +1,6 @@
 """The fused engine in a trainer's process: TRL's own colocated engine with the fused model inside.
 
-All that is relied on in TRL's `VLLMGeneration` for it stands here, and is checked by tests/whole/test_upstream_trl.py.
+Everything in TRL's `VLLMGeneration` that this relies on is named here and checked by tests/whole/test_upstream_trl.py.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CPU_CACHE = 1 << 30
 
 
 def pair_arguments(plan: MixturePlan, trl_arguments: dict[str, Any]) -> dict[str, Any]:
-    """The engine's arguments by which a pair is read and judged: TRL's, and over them the user's."""
+    """Return the engine's arguments by which a pair is read and judged: TRL's, and over them the user's."""
     arguments = {
         "max_model_len": trl_arguments["max_model_length"],
         "tensor_parallel_size": trl_arguments["tensor_parallel_size"],
@@ -60,7 +60,7 @@ class EngineGeneration(PushedGeneration):
         super().__init__(plan, **trl_arguments)
 
     def left_out(self) -> Container[str]:
-        """Names that the student's folder ties to another one."""
+        """Return the names that the student's folder ties to another one."""
         names = self.folder.weight_names
         return () if names is None else names.ties
 
@@ -95,7 +95,7 @@ class EngineGeneration(PushedGeneration):
         return self.make_requests(prompts, first, teacher_prompts, ranks)
 
     def unread_settings(self) -> dict[str, str]:
-        """TRL's share of a GPU's memory, where there is none."""
+        """Return TRL's share of a GPU's memory where there is no GPU."""
         if self.accelerator.device.type != "cpu":
             return {}
         reader = "on a GPU; on a CPU `kv_cache_memory_bytes` among the generator's `engine_arguments` is the cache's"
@@ -122,7 +122,7 @@ class EngineGeneration(PushedGeneration):
         return as_trl_returns(prompts, self.rollouts)
 
     def types(self) -> set[torch.dtype]:
-        """The one type of both models in the engine."""
+        """Return the one type of both models in the engine."""
         return {self.llm.backend.llm.llm_engine.model_config.dtype}
 
     def close(self) -> None:

@@ -1,7 +1,8 @@
 """The end of a completion, marked for TRL.
 
 TRL takes a completion for cut short unless its last token is one of `eos_token_ids`: in `completions/clipped_ratio`
-and in `mask_truncated_completions`. A completion that ended at a stop text has any token there, and its rollout knows.
+and in `mask_truncated_completions`. A completion that ended at a stop text may have any token there, but its rollout
+says so.
 """
 
 from __future__ import annotations
@@ -39,6 +40,6 @@ def mark_endings(rollouts: Sequence[Rollout]) -> list[list[int]]:
 
 @contextmanager
 def endings_known(trainer: Any) -> Iterator[None]:
-    """While this lasts, TRL's trainer takes each completion of `mark_endings` that ended for one."""
+    """Let TRL's trainer see inside the block which completions of `mark_endings` ended."""
     with patch.object(trainer, "eos_token_ids", [*trainer.eos_token_ids, _AnyLastToken()]):
         yield

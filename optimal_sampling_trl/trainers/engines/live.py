@@ -69,7 +69,7 @@ class LiveGeneration(MixtureGeneration):
         self.pair = self.backend.pair
 
     def unread_settings(self) -> dict[str, str]:
-        """Those of vLLM's."""
+        """Return the settings that only vLLM reads."""
         reader = "by vLLM, and rollouts are sampled with transformers"
         return dict.fromkeys(("vllm_gpu_memory_utilization", "vllm_model_impl"), reader)
 
@@ -90,9 +90,9 @@ class LiveGeneration(MixtureGeneration):
         return as_trl_returns(prompts, self.rollouts)
 
     def types(self) -> set[torch.dtype]:
-        """The trained module's own."""
+        """Return the types of the trained module."""
         return {parameter.dtype for parameter in self.backend.theta.parameters()}
 
     def close(self) -> None:
-        """Let go of the teacher. Doing so twice is fine."""
+        """Release the teacher. Doing so twice is fine."""
         self.backend.close()

@@ -43,13 +43,13 @@ class PushedGeneration(MixtureGeneration, vllm_generation.VLLMGeneration):
         return StudentWeights(self.model, self._dist.gather_params, self.accelerator.device)
 
     def left_out(self) -> Container[str]:
-        """Names of tied weights, which are pushed under their other name."""
+        """Return the names of tied weights, which are pushed under their other name."""
         raise NotImplementedError
 
     def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights in place of TRL's: with every kind of adapter, once each, and exactly as they were afterwards.
+        """Yield the weights in place of TRL's: with every kind of adapter, once each, and restored exactly afterwards.
 
-        FSDP1 alone is walked through by TRL, which brings each of its parts together in turn.
+        Only FSDP1 is left to TRL, which gathers its parts in turn.
         """
         if self._dist.fsdp_version == 1:
             for name, weight in super()._iter_named_params():
@@ -68,7 +68,7 @@ class PushedGeneration(MixtureGeneration, vllm_generation.VLLMGeneration):
         raise NotImplementedError
 
     def has_changed(self) -> bool:
-        """Returns True where the student differs from the one that was pushed last, in any process."""
+        """Return True where the student differs from the one that was pushed last, in any process."""
         changed = True
         if self._pushed is not None:
             values, adapters = self._state()
@@ -77,6 +77,6 @@ class PushedGeneration(MixtureGeneration, vllm_generation.VLLMGeneration):
         return bool(counted.sum())
 
     def _state(self) -> tuple[Tensor, Any]:
-        """Returns what changes with the student: numbers of this process's weights, and the adapters in use."""
+        """Return what changes with the student: numbers of this process's weights, and the adapters in use."""
         held = [held_here(parameter) for parameter in self.model.parameters()]
         return torch.stack([fingerprint(one).cpu() for one in held]), adapters_in_use(self.model)

@@ -3,10 +3,11 @@
 TRL builds that object inside `__init__`, under a name of its module, and offers no other way in.
 `engine_replaced_by` puts ours under that name while `__init__` runs.
 
-By the pages of their releases, which were read and not run, later versions of TRL touch it so. 1.17 corrects truncated
-sampling by the mask of kept tokens that vLLM returns (`return_sampling_mask`), which `limits.py` refuses: its columns
-and those of the records would meet. 1.18 makes asynchronous GRPO a stable trainer with a loop and a client of its own
-(`trl.trainer.async_grpo_trainer`, `trl.generation.async_vllm_client`), which do not come by this name.
+Two later versions of TRL concern this place. Their release notes were read; they were not run. Version 1.17 corrects
+truncated sampling by the mask of kept tokens that vLLM returns (`return_sampling_mask`). `limits.py` refuses that
+setting, since its columns and those of the records would collide. Version 1.18 makes asynchronous GRPO a stable
+trainer with its own loop and client (`trl.trainer.async_grpo_trainer`, `trl.generation.async_vllm_client`), which do
+not use this name.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def build_generation(
 
 @contextmanager
 def engine_replaced_by(trainer: type, build: Callable[..., Any]) -> Iterator[None]:
-    """While this lasts, TRL's trainer above `trainer` builds its engine with `build`.
+    """Let TRL's trainer above `trainer` build its engine with `build` inside the block.
 
     Raises:
         RuntimeError: where TRL has no such name any more.

@@ -15,7 +15,7 @@ from ..generator import OptimalSamplingGenerator
 
 
 def own_teacher(generator: OptimalSamplingGenerator, model: Any) -> Any:
-    """The teacher that the generator asks for, made of the module that is trained.
+    """Return the teacher that the generator asks for, made of the module that is trained.
 
     Args:
         generator: with the teacher `"student"`.
@@ -51,17 +51,17 @@ class WithoutAdapter(nn.Module):
 
     @property
     def device(self) -> Any:
-        """The student's."""
+        """The student's device."""
         return self.model.device
 
     def forward(self, **inputs: Any) -> Any:
-        """As the student's, with its adapter off for as long as this lasts."""
+        """Run the student's forward pass with its adapter off."""
         with self.model.disable_adapter():
             return self.model(**inputs)
 
 
 def frozen_copy(model: Any) -> Any:
-    """A copy of a model as it is now, in evaluation mode, which shares all weights that are not trained.
+    """Return a copy of a model as it is now, in evaluation mode, which shares all weights that are not trained.
 
     TRL puts a `forward` into some modules that calls the original's: the copy has its class's own.
     """

@@ -49,7 +49,7 @@ class ServerGeneration(PushedGeneration):
         super().__init__(plan, **trl_arguments)
 
     def left_out(self) -> Container[str]:
-        """The output layer of a tied student; a server whose student does not tie it says that it is missing."""
+        """Return the output layer's name if the student is tied; an untied server's student would miss it."""
         return tied_heads(self.model)
 
     def _init_vllm(self) -> None:
@@ -122,12 +122,12 @@ class ServerGeneration(PushedGeneration):
         return self.server.sample(self.make_requests(prompts, 0, teacher_prompts, self.accelerator.num_processes))
 
     def types(self) -> set[torch.dtype]:
-        """The type that the server computes in, which the main process is told; to be called by all."""
+        """Return the type that the server computes in, which the main process is told; to be called by all."""
         box: list[Any] = [self.server.dtype if self.accelerator.is_main_process else None]
         vllm_generation.broadcast_object_list(box, from_process=0)
         return {box[0]}
 
     def close(self) -> None:
-        """Let go of the server, which runs on."""
+        """Disconnect from the server, which keeps running."""
         if self.accelerator.is_main_process:
             self.vllm_client.close_communicator()

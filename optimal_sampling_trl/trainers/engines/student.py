@@ -40,7 +40,7 @@ class StudentWeights:
             yield name, self._whole(parameter)
 
     def _walk(self, module: nn.Module, prefix: str, gather: Gather) -> Iterator[tuple[str, Tensor]]:
-        """Names and values below a module, which stands at `prefix` of the plain student."""
+        """Yield the names and values below a module, which stands at `prefix` of the plain student."""
         module = seen_through(module)
         if is_adapted(module):
             with gather(list(module.parameters())), self._whole_layer(module), merged(module) as base:
@@ -55,7 +55,7 @@ class StudentWeights:
 
     @contextmanager
     def _whole_layer(self, layer: nn.Module) -> Iterator[None]:
-        """While this lasts a layer has its whole parameters in the place of the shards that FSDP2 keeps of them.
+        """Give a layer its whole parameters inside the block, in place of the shards that FSDP2 keeps.
 
         DoRA, IA3 and others assign what they merged to `weight.data`, which a shard ignores without a word.
         """
@@ -79,7 +79,7 @@ class StudentWeights:
         return weight.to(self.device or weight.device).full_tensor()
 
     def module(self, name: str) -> nn.Module | None:
-        """The module at a plain name, with its adapter; None where there is none."""
+        """Return the module at a plain name, with its adapter; None where there is none."""
         module: Any = seen_through(self.model)
         for part in name.split("."):
             module = getattr(seen_through(module), part, None)
@@ -87,7 +87,7 @@ class StudentWeights:
 
 
 def seen_through(module: Any) -> Any:
-    """The module that a wrapper stands for: compiled, sharded, or the one of several that an adapter has in use."""
+    """Return the module behind a wrapper: compiled, sharded, or the one of several that an adapter has in use."""
     while True:
         inner = next((child for name, child in module.named_children() if name in SEEN_THROUGH), None)
         if inner is None and hasattr(module, "peft_config") and hasattr(module, "get_base_model"):
@@ -102,19 +102,19 @@ def seen_through(module: Any) -> Any:
 
 
 def _saved_module(wrapper: Any) -> nn.Module:
-    """The copy that the adapter in use trains whole, or the layer itself where none is in use."""
+    """Return the copy that the adapter in use trains whole, or the layer itself where none is in use."""
     in_use = [name for name in wrapper.active_adapters if name in wrapper.modules_to_save]
     return wrapper.modules_to_save[in_use[0]] if in_use and not wrapper.disable_adapters else wrapper.original_module
 
 
 def is_adapted(module: Any) -> bool:
-    """True for a layer of an adapter, which holds the layer that it changes."""
+    """Return True for a layer of an adapter, which holds the layer that it changes."""
     return hasattr(module, "merge") and hasattr(module, "merged_adapters") and hasattr(module, "get_base_layer")
 
 
 @contextmanager
 def merged(layer: Any) -> Iterator[nn.Module]:
-    """While this lasts the adapter's part is in the weights of the layer below it, which is yielded."""
+    """Merge an adapter into the weights of the layer below it inside the block; yield that layer."""
     layers = [layer]
     while is_adapted(layers[-1].base_layer):
         layers.append(layers[-1].base_layer)
@@ -134,13 +134,13 @@ def merged(layer: Any) -> Iterator[nn.Module]:
 
 
 def held_here(parameter: Any) -> Tensor:
-    """Returns the part of a parameter that this process holds, where DeepSpeed or FSDP2 splits it."""
+    """Return the part of a parameter that this process holds, where DeepSpeed or FSDP2 splits it."""
     part = getattr(parameter, "ds_tensor", parameter)
     return part.to_local() if hasattr(part, "to_local") else part
 
 
 def adapters_in_use(model: nn.Module) -> list[Any]:
-    """Returns what stands in no parameter of a model: the adapters in use, and their factors."""
+    """Return what stands in no parameter of a model: the adapters in use, and their factors."""
     return [
         (name, module.disable_adapters, list(module.active_adapters), dict(getattr(module, "scaling", {})))
         for name, module in model.named_modules()
@@ -149,7 +149,7 @@ def adapters_in_use(model: nn.Module) -> list[Any]:
 
 
 def tied_heads(model: Any) -> set[str]:
-    """Names of the output layer's weight where the trained student ties it to the embedding."""
+    """Return the names of the output layer's weight where the trained student ties it to the embedding."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     return {"lm_head.weight"} if head is not None and storages(embedding) == storages(head) else set()
 

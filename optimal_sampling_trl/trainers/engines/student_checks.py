@@ -124,7 +124,7 @@ def _check_shapes(found: dict[str, torch.Size], names: WeightNames, folder: Sour
 
 
 def _check_ties(model: Any, weights: StudentWeights, names: WeightNames, folder: Source) -> None:
-    """A tied engine has one weight for both layers, so the trainer must have one, too, adapters included."""
+    """Refuse a trainer with two weights, adapters included, where the tied engine has one for both layers."""
     for name, other in names.ties.items():
         first, second = (weights.module(one.rpartition(".")[0]) for one in (other, name))
         if storages(first) == storages(second):

@@ -24,8 +24,6 @@ from .messages import pair_of, to_arguments, to_rollouts
 
 CONCURRENT = 64
 """Requests that are sent at a time: as many connections as TRL's client keeps."""
-
-
 MOST_STOPS = 4
 """Stop texts that the protocol of vLLM's server lets a request have."""
 
@@ -37,7 +35,7 @@ class FusedServer:
         client: TRL's `VLLMClient`, connected.
         teacher: the teacher that the server must have.
         tokenizer: the trainer's.
-        timeout: seconds that an answer is waited for.
+        timeout: seconds to wait for an answer.
 
     Raises:
         RuntimeError: where the server is another than the trainer needs, saying what to start.
@@ -100,7 +98,7 @@ class FusedServer:
 
     @contextmanager
     def push(self) -> Iterator[None]:
-        """While this lasts weights are sent.
+        """Check the server before and after the block, inside which the weights are sent.
 
         Raises:
             RuntimeError: where they did not arrive in each of the server's processes, or another trainer's did.
@@ -118,7 +116,7 @@ class FusedServer:
             self._check_weights(self._call_workers("theta_state"), self.pushed)
 
     def sample(self, requests: Sequence[Request]) -> list[Rollout]:
-        """One rollout for each request, in their order; equal ones that follow each other share an HTTP request.
+        """Sample one rollout for each request, in their order. Equal requests in a row share one HTTP request.
 
         Raises:
             ValueError: on a request that cannot be served, before any is; and where a model returned NaN.
@@ -150,7 +148,7 @@ class FusedServer:
         return to_rollouts(choices, group[0], self.pair)
 
     def _drop_prefix_cache(self) -> bool:
-        """Tell whether the server dropped the blocks that it had cached; TRL asks for it, and not for the answer."""
+        """Drop the blocks that the server has cached, and tell whether it did; TRL's own call ignores the answer."""
         return bool(self.client._post(f"{self.client.base_url}/reset_prefix_cache").get("success", True))
 
     def _call_workers(self, method: str, *arguments: str) -> list[dict[str, Any]]:
@@ -176,7 +174,7 @@ class FusedServer:
 
     @contextmanager
     def _explain_errors(self, what: str) -> Iterator[None]:
-        """Errors of a server name it, and say what to start."""
+        """Turn an error inside the block into one that names the server and says what to start."""
         try:
             yield
         except Exception as error:
@@ -187,7 +185,7 @@ class FusedServer:
             ) from error
 
     def _cause(self, error: Exception) -> str:
-        """Say what happened; an engine that died is told from a server that is gone or refuses."""
+        """Say what happened, and tell an engine that died from a server that is gone or refuses."""
         if isinstance(error, http.Timeout):
             return _timeout_text(self.timeout)
         if isinstance(error, ValueError):
@@ -206,8 +204,8 @@ class FusedServer:
 def complete(client: Any, arguments: dict[str, Any]) -> list[dict[str, Any]]:
     """Send the request that TRL's client sends for `arguments`, and return the choices of the answer as they came.
 
-    TRL's `generate` drops why each completion ended, and sorts a dictionary for each token: 10 µs, and of a batch of
-    512 completions of 8 192 tokens 40 s.
+    TRL's `generate` drops the reason why each completion ended, and sorts a dictionary for each token. That takes 10
+    µs a token, and 40 s for a batch of 512 completions of 8 192 tokens.
     """
     further = dict(arguments)
     prompt, nested = further.pop("prompts"), further.pop("generation_kwargs")
@@ -279,5 +277,5 @@ def _check_teacher(found: str, digest: str | None, wanted: str) -> None:
 
 
 def _basename(name: str) -> str:
-    """A model's name without where it lies, which differs from machine to machine."""
+    """Return a model's name without where it lies, which differs from machine to machine."""
     return name.rstrip("/").split("/")[-1]

@@ -41,7 +41,7 @@ LEAST = -9999.0
 
 
 def describe(pair: Pair) -> dict[str, Any]:
-    """The settings in which a server tells about itself, beside what its model needs."""
+    """Return the settings by which a server describes itself, beyond those that its model needs."""
     return {
         "version": __version__,
         "tokens": token_digest(pair.tokenizer),
@@ -55,7 +55,7 @@ def describe(pair: Pair) -> dict[str, Any]:
 
 
 def pair_of(info: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Pair:
-    """The pair that a server serves.
+    """Return the pair that a server serves.
 
     Args:
         info: vLLM's `/server_info`.
@@ -92,7 +92,7 @@ def pair_of(info: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Pair:
 
 
 def _settings_of(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any] | None:
-    """The chat template and special tokens of a teacher's tokenizer, which may differ from the pair's."""
+    """Return the chat template and special tokens of a teacher's tokenizer, which may differ from the pair's."""
     if tokenizer is None:
         return None
     special = {name: getattr(tokenizer, name) for name in SPECIAL_TOKENS}
@@ -102,7 +102,7 @@ def _settings_of(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any] | 
 def _with_settings(
     tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any] | None
 ) -> PreTrainedTokenizerBase | None:
-    """The teacher's tokenizer: the pair's with what `_settings_of` told of it."""
+    """Return the teacher's tokenizer: the pair's with what `_settings_of` told of it."""
     if settings is None:
         return None
     teacher = copy.deepcopy(tokenizer)
@@ -112,7 +112,7 @@ def _with_settings(
 
 
 def to_arguments(request: Request, ending: Ending, n: int, seed: int) -> dict[str, Any]:
-    """The arguments of TRL's `VLLMClient.generate` for n completions of a request, with their records.
+    """Return the arguments of TRL's `VLLMClient.generate` for n completions of a request, with their records.
 
     Args:
         request: what is asked for.
@@ -131,7 +131,7 @@ def to_arguments(request: Request, ending: Ending, n: int, seed: int) -> dict[st
 
 
 def to_rollouts(choices: Sequence[dict[str, Any]], request: Request, pair: Pair) -> list[Rollout]:
-    """The n rollouts in the choices with which a server answered `to_arguments`, n of one request."""
+    """Return the n rollouts in the choices with which a server answered `to_arguments`, n of one request."""
     return [_to_rollout(choice, request, pair) for choice in choices]
 
 
@@ -152,14 +152,14 @@ def _to_rollout(choice: dict[str, Any], request: Request, pair: Pair) -> Rollout
 
 
 def _restored(rows: Float[np.ndarray, "T C"]) -> Float[np.ndarray, "T C"]:
-    """The numbers with -inf where the server wrote `LEAST`."""
+    """Return the numbers with -inf where the server wrote `LEAST`."""
     return np.where(rows <= LEAST, np.float32(-np.inf), rows)
 
 
 def _all_columns(
     tokens: Sequence[dict[str, float]], columns: int
 ) -> tuple[Int[np.ndarray, "T C"], Float[np.ndarray, "T C"]]:
-    """The ids and the numbers of all columns, from a dictionary for each token, in their order.
+    """Return the ids and the numbers of all columns, from a dictionary for each token, in their order.
 
     Raises:
         RuntimeError: where a token has another number of columns.
@@ -177,7 +177,7 @@ def _all_columns(
 
 
 def _columns(tokens: Sequence[dict[str, float]], pair: Pair) -> Float[np.ndarray, "T 3"]:
-    """The columns of `RECORD_NAMES`, from a dictionary for each token: its own log q, and these.
+    """Return the columns of `RECORD_NAMES`, from a dictionary for each token: its own log q, and these.
 
     Raises:
         RuntimeError: where the dictionaries hold anything else.

@@ -31,7 +31,7 @@ ONE_SERVER = {"headless": False, "grpc": False, "api_server_count": None}
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments of vLLM's server for a pair.
+    """Return the arguments of vLLM's server for a pair.
 
     Raises:
         ImportError: where vLLM is missing, unsuited, or did not load this package's plugin.
@@ -61,7 +61,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _given(parser: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """The engine arguments among the flags that are not at their default."""
+    """Return the engine arguments among the flags that are not at their default."""
     from vllm import EngineArgs
 
     if args.model_tag is not None:
@@ -128,7 +128,7 @@ def answer_for_replicas(engine: Any) -> None:
 def refuse_early(engine: Any) -> None:
     """Check each request before it reaches the engine, whatever endpoint it came by.
 
-    There it would stop the step, and with it the server; here vLLM answers it with status 400.
+    A bad request in the engine would stop the step, and with it the server. Here vLLM answers it with status 400.
     """
     from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
 
@@ -138,10 +138,7 @@ def refuse_early(engine: Any) -> None:
     def checked(prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
         ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
         check_params(sampling_params, ids or (), settings)
-        ending = settings["ending"]
-        if ending["folded"] and not sampling_params.ignore_eos:  # vLLM would stop at the teacher's end alone
-            asked = sampling_params.stop_token_ids or []
-            sampling_params.stop_token_ids = [*asked, *(token for token in ending["stop"] if token not in asked)]
+        end_at(sampling_params, settings["ending"]["stop"])
         if wants_record(sampling_params):
             # A trainer's, which reads ids: no object and no text a token.
             sampling_params.flat_logprobs = True
@@ -156,8 +153,19 @@ def refuse_early(engine: Any) -> None:
     mixin.beam_search = no_beams
 
 
+def end_at(params: Any, stop: Sequence[int]) -> None:
+    """Let a request end at the student's tokens, too, unless it ignores endings: vLLM knows only the teacher's.
+
+    Args:
+        params: vLLM's parameters of the request.
+        stop: the student's end tokens.
+    """
+    if not params.ignore_eos:
+        params.stop_token_ids = list(dict.fromkeys([*(params.stop_token_ids or ()), *stop]))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command `optimal-sampling-serve`; a refusal is one line and exit status 2."""
+    """Run the command `optimal-sampling-serve`; a refusal is one line and exit status 2."""
     try:
         args = parse(argv)
     except (ImportError, ValueError) as error:

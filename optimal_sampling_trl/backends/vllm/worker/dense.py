@@ -16,7 +16,7 @@ from ..wire import NO_NUMBER, RECORD_COLUMNS, dense_ids
 from .records import Mixed
 
 
-class Wish(NamedTuple):
+class Group(NamedTuple):
     """Hold the rows of a batch that ask for the same dense records, as a tensor on the device."""
 
     dense: Dense
@@ -24,31 +24,31 @@ class Wish(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Hold the columns of a wish: C for each of its R rows."""
+    """Hold the columns of a group: C for each of its R rows."""
 
     rows: Int[Tensor, " R"]
     ids: Int[Tensor, "R C"]
     values: Float[Tensor, "R C"]
 
 
-def group_wishes(wishes: Sequence[Dense | None], device: torch.device) -> list[Wish]:
+def group_rows(asked: Sequence[Dense | None], device: torch.device) -> list[Group]:
     """Group the rows of a batch by what they ask for. Does not wait for a GPU."""
     groups: dict[Dense, list[int]] = {}
-    for row, dense in enumerate(wishes):
+    for row, dense in enumerate(asked):
         if dense is not None:
             groups.setdefault(dense, []).append(row)
-    return [Wish(dense, _to_device(torch.tensor(rows), device)) for dense, rows in groups.items()]
+    return [Group(dense, _to_device(torch.tensor(rows), device)) for dense, rows in groups.items()]
 
 
 def _to_device(rows: Tensor, device: torch.device) -> Tensor:
     return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)
 
 
-def measure_wishes(mixed: Mixed, wishes: Sequence[Wish]) -> list[Columns]:
-    """Measure the rows of a step that ask for it; before vLLM's sampler, which may write into the mixed logits."""
+def measure_groups(mixed: Mixed, groups: Sequence[Group]) -> list[Columns]:
+    """Measure the rows of a step that ask for it. Call this before vLLM's sampler, which may write into the logits."""
     V = min(mixed.theta.shape[1], mixed.teacher.shape[1])
     columns = []
-    for dense, rows in wishes:
+    for dense, rows in groups:
         parts = [_measure_rows(mixed, dense, part, V) for part in rows.split(max(1, AT_ONCE // V))]
         columns.append(Columns(rows, *(torch.cat(column) for column in zip(*parts))))
     return columns
@@ -57,7 +57,7 @@ def measure_wishes(mixed: Mixed, wishes: Sequence[Wish]) -> list[Columns]:
 def _measure_rows(
     mixed: Mixed, dense: Dense, rows: Int[Tensor, " R"], V: int
 ) -> tuple[Int[Tensor, "R C"], Float[Tensor, "R C"]]:
-    """The ids and the numbers of some rows: the rows of logits are copied, so that few are taken at a time."""
+    """Return the ids and the numbers of a few rows, whose logits are copied."""
     theta, teacher, q = (one[rows, :V] for one in (mixed.theta, mixed.teacher, mixed.logits))
     temperature = 1.0 if mixed.temperature is None else mixed.temperature[rows]
     teacher = mixed.ending.fold(teacher.float())
@@ -68,7 +68,7 @@ def _measure_rows(
 
 
 def with_dense(columns: LogprobsTensors, measured: Sequence[Columns]) -> LogprobsTensors:
-    """The log-probabilities of a step with dense records behind the records that `with_records` wrote."""
+    """Return the log-probabilities of a step with dense records behind the records that `with_records` wrote."""
     first = 1 + RECORD_COLUMNS
     width = max(columns.logprobs.shape[1], *(first + one.ids.shape[1] for one in measured))
     missing = (0, width - columns.logprobs.shape[1])

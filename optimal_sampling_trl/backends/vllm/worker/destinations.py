@@ -29,8 +29,11 @@ class Destinations:
 
     @torch.no_grad()
     def load(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Write weights, under the names of the model's checkpoint, into its own storages: each before the next comes,
-        as one may be gathered for a moment only."""
+        """Write weights into the model's own storages, each before the next comes, as it may be gathered for a moment.
+
+        Args:
+            named_parameters: the weights under the names of the model's checkpoint.
+        """
         for name, weight in named_parameters:
             if name not in self.places:
                 self.places[name] = self._learn(name, weight)
@@ -40,7 +43,7 @@ class Destinations:
                 place.copy_(weight)
 
     def _learn(self, name: str, weight: Tensor) -> Tensor | None:
-        """Load a weight the loaders' way; its place, where they copied it as it is and wrote nothing else."""
+        """Load a weight by vLLM's loaders. Return its place if they copied it as it is and wrote nothing else."""
         with _Writes() as writes:
             self.model.load_weights([(name, weight)])
         if writes.has_others or len(writes.copies) != 1:
@@ -51,7 +54,7 @@ class Destinations:
 
 
 class _Writes(TorchDispatchMode):
-    """While this lasts: what is copied where, and whether anything else is written to."""
+    """Record inside the block what is copied where, and whether anything else is written to."""
 
     def __init__(self) -> None:
         super().__init__()

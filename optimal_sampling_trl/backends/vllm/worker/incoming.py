@@ -69,7 +69,7 @@ class IncomingWeights:
             yield from [(name, weight)] if names is None else names.on_disk([(name, weight)], self.model.theta_shapes)
 
     def _check_tied(self, head: Tensor) -> None:
-        """A tied student has no head but the embedding, so that another one would be dropped without a word."""
+        """Refuse a head that differs from a tied student's embedding: it would be dropped without a word."""
         known = self._embedding
         if head.is_meta or (known is not None and not torch.equal(fingerprint(head).cpu(), known.cpu())):
             raise ValueError(

@@ -49,9 +49,12 @@ COMPUTED = ".rotary_emb.inv_freq"
 
 
 class OptimalSamplingForCausalLM(nn.Module):
-    """The engine's model is the teacher; the student is named in `additional_config["optimal_sampling"]`:
-    `theta` (its folder), `ending` (`stop` and `folded` token ids, see `pairing.Ending`), `mixture` (of a request that
-    brings none, as `Mixture.to_dict`)."""
+    """Teacher and student as one model of vLLM; the engine's own model is the teacher.
+
+    `additional_config["optimal_sampling"]` describes the rest: `theta` is the student's folder, `ending` the `stop`
+    and `folded` token ids (see `pairing.Ending`), `mixture` that of a request without one, as `Mixture.to_dict` gives
+    it.
+    """
 
     is_text_generation_model = True
     teacher: Any
@@ -100,7 +103,7 @@ class OptimalSamplingForCausalLM(nn.Module):
         self.instance, self.updates, self.stale = secrets.token_hex(8), 0, None
 
     def embed_input_ids(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The teacher's embeddings; vLLM asks every model for them, and uses them for multimodal ones alone."""
+        """Return the teacher's embeddings; vLLM asks every model for them, and uses them for multimodal ones alone."""
         return self.teacher.embed_input_ids(input_ids, *args, **kwargs)
 
     def forward(
@@ -114,7 +117,7 @@ class OptimalSamplingForCausalLM(nn.Module):
         theta_positions: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """The hidden states of both, (tokens, teacher's size + student's size).
+        """Return the hidden states of both models, (tokens, teacher's size + student's size).
 
         Args:
             input_ids: what vLLM schedules.
@@ -173,14 +176,17 @@ class OptimalSamplingForCausalLM(nn.Module):
             planned.update({name: places[:tokens] for name in layers if name in planned})
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
-        """The teacher's logits (N, V of the teacher); the student's stay on `theta_logits` for the sampler."""
+        """Return the teacher's logits (N, V of the teacher); the student's stay on `theta_logits` for the sampler."""
         teacher, theta = hidden_states.split([self.teacher_size, self.theta_size], dim=1)
         self.theta_logits = self.theta.compute_logits(theta.contiguous())
         return self.teacher.compute_logits(teacher.contiguous())
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """At first both models from disk, the student's names behind `theta.`; afterwards the student alone, under
-        the names of its own checkpoint, so that vLLM's and TRL's ways of pushing weights reach it."""
+        """Load both models from disk the first time, and the student alone later.
+
+        The student's names begin with `theta.` the first time. Later they are those of its own checkpoint, so that
+        vLLM's and TRL's ways of pushing weights reach it.
+        """
         names = self.theta_names
         if self.is_loaded:
             weights = self.of_text("theta", weights)
@@ -223,7 +229,7 @@ class OptimalSamplingForCausalLM(nn.Module):
 
 
 def as_text(config: VllmConfig, architectures: list[str]) -> tuple[VllmConfig, list[str]]:
-    """The configuration and architectures of the language model inside of a multimodal wrapper; others as they are."""
+    """Return the configuration and architectures of a multimodal wrapper's language model; others as they are."""
     whole = config.model_config.hf_config
     if not is_wrapper(whole):
         return config, architectures

@@ -40,11 +40,11 @@ class OptimalSamplingModelState(DefaultModelState):
         model.teacher_places, model.theta_places = self.teacher.places, self.theta.places
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, None]:
-        """The sampler, and no rejection sampler: a draft model is refused."""
+        """Return the sampler and no rejection sampler, as draft models are refused."""
         return SlotSampler(sampler, self.model, self.max_num_reqs, self.device), None
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
-        """vLLM's hook for a new request, or one that was preempted and comes back."""
+        """Note a request's prompts: vLLM's hook for a new request, or one that comes back after a preemption."""
         super().add_request(req_index, new_req_data)
         prompt, shift = theta_prompt_of(new_req_data.sampling_params), teacher_shift_of(new_req_data.sampling_params)
         if prompt is not None:
@@ -56,7 +56,7 @@ class OptimalSamplingModelState(DefaultModelState):
         self.of_theta_np[req_index], self.of_teacher_np[req_index] = prompt is not None, shift > 0
 
     def apply_staged_writes(self) -> None:
-        """vLLM's hook before a step with new requests."""
+        """Bring the noted prompts to the device: vLLM's hook before a step with new requests."""
         super().apply_staged_writes()
         for staged in (self.prompts, self.prompt_lengths, self.theta_shifts, self.teacher_shifts):
             staged.apply_write()
@@ -72,7 +72,7 @@ class OptimalSamplingModelState(DefaultModelState):
         *args: Any,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """vLLM's hook before the model runs: plans the attention of both models, each by its own stream."""
+        """Plan the attention of both models, each by its own stream: vLLM's hook before the model runs."""
         block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         both = self._fill_streams(input_batch, block_tables[0], slot_mappings[0], block_size)
         groups: dict[bool, list[Any]] = {True: [], False: []}
@@ -104,11 +104,11 @@ class OptimalSamplingModelState(DefaultModelState):
         return both
 
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
-        """vLLM's hook for what the model is called with, after `prepare_attn`."""
+        """Return what the model is called with: vLLM's hook after `prepare_attn`."""
         return super().prepare_inputs(input_batch, req_states) | self._inputs(input_batch.num_tokens_after_padding)
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
-        """The same for trial steps and the capture of CUDA graphs."""
+        """Return the same for trial steps and the capture of CUDA graphs."""
         return super().prepare_dummy_inputs(num_reqs, num_tokens) | self._inputs(num_tokens)
 
     def _inputs(self, tokens: int) -> dict[str, Any]:

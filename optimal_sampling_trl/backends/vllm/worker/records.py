@@ -1,4 +1,4 @@
-"""The record of each sampled token, written behind vLLM's log-probabilities: of both samplers, rows and slots."""
+"""The record of each sampled token, written behind vLLM's log-probabilities, for both samplers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Mixed(NamedTuple):
     ending: Ending
 
     def record(self, sampled: Int[Tensor, " N"]) -> Float[Tensor, "N 3"]:
-        """α, log θ and log t of the sampled tokens, in the order of `RECORD_NAMES`; `NO_NUMBER` for NaN."""
+        """Return α, log θ and log t of the sampled tokens, in the order of `RECORD_NAMES`; `NO_NUMBER` for NaN."""
         index = sampled[:, None].long()
         theta, teacher = self.theta.gather(1, index)[:, 0].float(), self.teacher.gather(1, index)[:, 0].float()
         if self.ending.stop and self.ending.folded:
@@ -54,7 +54,7 @@ class Mixed(NamedTuple):
 def with_records(
     columns: LogprobsTensors, sampled: Int[Tensor, " N"], mixed: Mixed, wanted: Tensor | None
 ) -> LogprobsTensors:
-    """The log-probabilities of a step with the record behind the first column, that of the sampled token.
+    """Return the log-probabilities of a step with the record behind the first column, that of the sampled token.
 
     Args:
         columns: vLLM's, (N, 1 + k).

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ....mixture import CERTAIN_LOGIT, Mixture, MixtureRows, log_distributions, mix_at, solve_alpha
 from ....pairing import Ending
 from ..wire import dense_of, mixture_of, wants_record
-from .dense import Wish, group_wishes, measure_wishes, with_dense
+from .dense import Group, group_rows, measure_groups, with_dense
 from .records import Mixed, with_records
 
 _CACHED = 1 << 16
@@ -43,7 +43,7 @@ class BatchMixtures(NamedTuple):
     def of(
         cls, mixtures: Sequence[Mixture], temperatures: Sequence[float], masked: Sequence[bool], device: torch.device
     ) -> BatchMixtures:
-        """Greedy rows (temperature 0) are solved at 1. `masked`: whether a grammar masks the row's logits."""
+        """Make a batch's mixtures. Greedy rows (temperature 0) are solved at 1; a grammar masks `masked` rows."""
         rows = MixtureRows.of(mixtures, device)
         known = [m.alpha_min if m.alpha_min == m.alpha_max else m.fixed_alpha for m in mixtures]
         unknown = [i for i, m in enumerate(mixtures) if m.alpha_min < m.alpha_max and m.method != "fixed"]
@@ -87,7 +87,7 @@ def mix_step(
 
 
 def _solve(theta: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"], mixtures: BatchMixtures) -> Float[Tensor, " N"]:
-    """α of each row, of raw logits; a few rows at a time, as many as the processor's cache holds."""
+    """Return α of each row from raw logits, solving as many rows at a time as the processor's cache holds."""
     rows = mixtures.solve if mixtures.solve is not None else torch.arange(len(theta))
     solved = []
     for part in rows.split(max(1, _CACHED // theta.shape[1])):
@@ -117,7 +117,7 @@ class _HeldGenerator(torch.Generator):
 
 
 def generators_of_kept_rows(runner: Any, generators: dict[int, torch.Generator]) -> dict[int, torch.Generator]:
-    """The generators of the rows whose token will be kept, by row.
+    """Return the generators of the rows whose token will be kept, by row.
 
     Symptom: seeded requests and chunked prefill on the CPU stop with "CPU Generator does not use offset".
     Cause: Model Runner V1 winds back the generator of a row whose prompt is not yet read, by an offset that only GPUs
@@ -147,7 +147,7 @@ class MixtureSampler(nn.Module):
         self.mixtures: BatchMixtures | None = None
         self.wanted: Tensor | None = None
         self.num_logprobs: int | None = None
-        self.wishes: list[Wish] = []
+        self.groups: list[Group] = []
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -168,7 +168,7 @@ class MixtureSampler(nn.Module):
             max_num_logprobs=sampling_metadata.max_num_logprobs if self.num_logprobs is None else self.num_logprobs,
             generators=generators_of_kept_rows(self.runner, sampling_metadata.generators),
         )
-        measured = measure_wishes(mixed, self.wishes)
+        measured = measure_groups(mixed, self.groups)
         output = self.base(mixed.logits, sampling_metadata, *args, **kwargs)
         if self.num_logprobs is not None:
             output.logprobs_tensors = with_records(
@@ -187,7 +187,7 @@ class MixtureSampler(nn.Module):
             [one.structured_outputs is not None for one in params],
             device,
         )
-        self.wishes = group_wishes([dense_of(one.extra_args) if wants_record(one) else None for one in params], device)
+        self.groups = group_rows([dense_of(one.extra_args) if wants_record(one) else None for one in params], device)
         wanted = [wants_record(one) for one in params]
         V = self.runner.input_batch.vocab_size  # what -1 stands for
         asked = [one.logprobs for one, mine in zip(params, wanted) if not mine and one.logprobs is not None]

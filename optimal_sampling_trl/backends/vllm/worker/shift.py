@@ -92,7 +92,7 @@ class StreamBuffers:
 def shift_stream(
     scheduled: Stream, starts: Int[Tensor, " R_1"], slots: Int[Tensor, " R"], prompts: Prompts, block_size: int
 ) -> Stream:
-    """One model's stream in the step in which vLLM schedules `scheduled`; waits for no device.
+    """Return one model's stream in the step in which vLLM schedules `scheduled`; waits for no device.
 
     A token before the model's first has id and position 0 and is written nowhere; its hidden state means nothing.
 

@@ -17,7 +17,7 @@ from ....mixture import FIELDS, FORMS, Mixture, MixtureRows
 from ....mixture.kernels.launch import mix_logits
 from ....rollouts.dense import Dense
 from ..wire import RECORD, dense_of, mixture_of
-from .dense import group_wishes, measure_wishes, with_dense
+from .dense import group_rows, measure_groups, with_dense
 from .records import Mixed, with_records
 
 SLOT_COLUMNS = (*FIELDS, "temperature")
@@ -25,7 +25,7 @@ SLOT_COLUMNS = (*FIELDS, "temperature")
 
 
 class SlotSampler:
-    """Stand before the sampler of Model Runner V2, to which every other attribute is handed on.
+    """Stands before the sampler of Model Runner V2, whose other attributes it shares.
 
     Args:
         base: vLLM's sampler.
@@ -84,7 +84,7 @@ class SlotSampler:
         theta, ending = self.model.theta_logits, self.model.ending
         mixed = mix_logits(theta, logits, rows, temperature, masked, ending.stop, ending.folded)
         step = Mixed(mixed.logits, mixed.alpha, theta, logits, mixed.theta_sum, mixed.teacher_sum, temperature, ending)
-        measured = measure_wishes(step, group_wishes([self.dense[slot] for slot in slots_np], slots.device))
+        measured = measure_groups(step, group_rows([self.dense[slot] for slot in slots_np], slots.device))
         output = self.base(step.logits, batch)
         wanted = self.wanted_np[slots_np]
         if wanted.any():

@@ -32,7 +32,7 @@ class _Receiver:
 
 
 class ThetaTransfer:
-    """Goes before one of vLLM's engines of weight transfer among the bases of a class; that one brings the tensors.
+    """Loads weights into the student; a class puts this base before one of vLLM's engines, which brings the tensors.
 
     All weights come in one update, as TRL's client sends them. They are loaded while the server runs no step, so that
     no request meets a student of which a part is missing.
@@ -44,7 +44,7 @@ class ThetaTransfer:
         self.model_config = self._default_model_config = model.theta_config.model_config
 
     def start_weight_update(self) -> None:
-        """Say that the student is about to change; an update that never comes leaves it said."""
+        """Mark the student as stale; it stays so if the update never comes."""
         self.fused.stale = "a trainer announced new weights of the student, and they did not arrive"
 
     def receive_weights(self, update_info: Any) -> None:
@@ -61,7 +61,7 @@ class ThetaTransfer:
             receiver.finish()
 
     def finish_weight_update(self) -> None:
-        """Nothing: `receive_weights` finished what it began."""
+        """Do nothing: `receive_weights` finished what it began."""
 
 
 class ThetaNCCL(ThetaTransfer, NCCLWeightTransferEngine):

@@ -69,7 +69,7 @@ class OptimalSamplingWorker:
             load(_checked(model, named_parameters))
 
     def theta_digest(self) -> str | None:
-        """A number that changes with the student's weights: of a few entries of each. None before the first reload."""
+        """Return a number that changes with the student's weights; None before the first reload."""
         model = self.model_runner.model
         return weight_digest(model.theta) if model.updates else None
 
@@ -108,7 +108,7 @@ def load_copies(theta: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
 
 @contextmanager
 def reloading(model: Any) -> Iterator[None]:
-    """While this lasts vLLM's `load_weights` writes into the student's own storages, in any portions."""
+    """Let vLLM's `load_weights` write into the student's own storages inside the block, in any portions."""
     model.stale = "a reload of the student failed half-way"
     with nullcontext() if keeps_what_it_loads(model.theta) else _layerwise(model):
         yield
@@ -169,7 +169,7 @@ def repack_experts(model: nn.Module) -> None:
 
 @contextmanager
 def _layerwise(model: Any) -> Iterator[None]:
-    """vLLM's way: each layer is loaded anew beside the old one, made ready, and copied over it."""
+    """Load in vLLM's way: each layer anew beside the old one, made ready, and copied over it."""
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
     with quiet_reload():
@@ -189,7 +189,7 @@ def _layerwise(model: Any) -> Iterator[None]:
 
 
 def lost_weights(theta: nn.Module, is_tied: bool) -> list[str]:
-    """Names of the student's parameters that a reload would leave as they were, asked before its end.
+    """Return the names of the student's parameters that a reload would leave as they were, asked before its end.
 
     Symptom: after a reload some weights are the old ones, and nothing says so.
     Cause: a family's loader that copies to a parameter itself writes to a stand-in, which the reload drops.
@@ -228,7 +228,7 @@ def _is_tied(model: Any) -> bool:
 
 
 def _checked(model: Any, named_parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """The weights, on their way; raises where one does not fit, and at the end where some are missing."""
+    """Yield the weights; raise where one does not fit, and at the end where some are missing."""
     incoming = IncomingWeights(model)
     yield from incoming.accept(named_parameters)
     incoming.finish()

@@ -15,6 +15,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,6 +40,7 @@ from trl.generation import vllm_generation
 from trl.generation.vllm_client import VLLMClient
 from urllib3.util.retry import Retry
 from vllm import SamplingParams
+from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
 from vllm.sampling_params import StructuredOutputsParams
 
 from helpers.servers import MIXED, Server
@@ -546,6 +548,21 @@ def test_a_grammar_is_refused_where_the_models_end_differently() -> None:
     check_params(params, [5], settings | {"ending": {"stop": [256], "folded": []}})
 
 
+def test_a_request_of_anybody_ends_at_the_students_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the teacher has no end of its own: vLLM stops at the teacher's, and the student may have more."""
+    monkeypatch.setattr(BeamSearchOnlineMixin, "beam_search", BeamSearchOnlineMixin.beam_search)  # put back afterwards
+    settings = {"vocabulary": 272, "two_prompts": False, "ending": {"stop": [256, 7], "folded": []}}
+    config = SimpleNamespace(additional_config={"optimal_sampling": settings})
+    engine = SimpleNamespace(vllm_config=config, generate=lambda _, params: params)
+    serve.refuse_early(engine)
+    assert engine.generate({"prompt_token_ids": [5]}, SamplingParams(stop_token_ids=[9, 7])).stop_token_ids == [
+        9,
+        7,
+        256,
+    ]
+    assert not engine.generate({"prompt_token_ids": [5]}, SamplingParams(ignore_eos=True)).stop_token_ids
+
+
 def test_two_ranks(tmp_path: Path) -> None:
     """Tensor parallelism over gloo: both ranks reload, and agree."""
     sizes = {"kv_heads": 2, "heads": 4, "hidden": 128}
@@ -571,7 +588,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def trained(pair: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    running = Server(*pair, tmp_path_factory.mktemp("log") / "server.log")
+    running = Server(*pair, tmp_path_factory.mktemp("log") / "server.log", "--max-logprobs", "200")
     try:
         yield running
     finally:
@@ -584,7 +601,7 @@ def build(kind: str, pair: tuple[str, str], folder: Path, server: Server, **furt
     return make_trainer(kind, pair, folder, generator={"backend": "vllm"}, mixin=Watch, trainer=evaluation, **settings)
 
 
-@pytest.mark.parametrize("kind", ["grpo", "rloo", "divergence", "raft"])
+@pytest.mark.parametrize("kind", ["grpo", "rloo", "divergence", "dense", "raft"])
 def test_trainers_on_a_server(
     trained: Server, pair: tuple[str, str], tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
