@@ -51,6 +51,10 @@ MIXTURES = {
 }
 WINDOW = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"], "tied": True}
 LINEAR_FIRST = ["linear_attention", "full_attention", "linear_attention"]
+SHARED = WINDOW | {
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    **{"layers": 3, "num_kv_shared_layers": 1},
+}
 PAIRS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen2": ("qwen2", {"vocab_size": 320, "heads": 4, "kv_heads": 2}, {"tied": True}),
     "llama": ("llama", {"layers": 3}, {"vocab_size": 320}),
@@ -66,6 +70,11 @@ PAIRS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen3_vl-wrapper": ("qwen3_vl", {}, {"tied": True}),
     "qwen3_5-wrapper": ("qwen3_5", {}, {"tied": True}),
     "qwen3_5_moe-wrapper": ("qwen3_5_moe", {}, {}),
+    "ministral3-wrapper": ("mistral3", {}, {"tied": True}),
+    "gemma4-wrapper": ("gemma4", SHARED, SHARED),
+    "deepseek_v2": ("deepseek_v2", {}, {}),
+    "moonlight": ("deepseek_v3", {}, {}),
+    "glm4_moe_lite": ("glm4_moe_lite", {}, {}),
 }
 """Family, and what the teacher's and the student's configuration have of their own. The first is every test's pair."""
 TOKENIZER = make_tokenizer()
