@@ -14,6 +14,7 @@ from .pair import (
     name_sources,
     read_pair,
     rope_kinds,
+    shares_caches,
 )
 from .prompts import (
     Prompt,
@@ -70,6 +71,7 @@ __all__ = [
     "read_pair",
     "reads_two_prompts",
     "rope_kinds",
+    "shares_caches",
     "stop_tokens",
     "template_digest",
     "template_refusal",

@@ -28,6 +28,7 @@ class Pair:
         two_prompts: whether this engine takes another prompt for the student than for the teacher.
         windows: lengths of the two models' sliding windows, in tokens; empty where neither has one.
         has_states: whether a model has layers that keep a state of what they read, such as linear attention.
+        shares_caches: whether some layers read the cache of another layer.
         teacher_template: `template_digest` of the teacher's own tokenizer; None where it has no chat template.
         teacher_tokenizer: the teacher's own, which reads the prompts that the teacher alone is given.
     """
@@ -43,6 +44,7 @@ class Pair:
     teacher_template: str | None = None
     windows: tuple[int, ...] = ()
     has_states: bool = False
+    shares_caches: bool = False
     teacher_tokenizer: PreTrainedTokenizerBase | None = None
 
 
@@ -109,6 +111,7 @@ def read_pair(
             sorted({window for window in map(attention_window, (teacher.text_config, theta.text_config)) if window})
         ),
         has_states=any(map(has_states, (teacher.text_config, theta.text_config))),
+        shares_caches=any(map(shares_caches, (teacher.text_config, theta.text_config))),
         teacher_tokenizer=teacher_tokenizer,
     )
 
@@ -170,6 +173,11 @@ def rope_kinds(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
     found = getattr(config, "rope_parameters", None) or {}
     layers = [found] if "rope_type" in found else [each for each in found.values() if isinstance(each, dict)]
     return {str(each.get("rope_type")): each for each in layers}
+
+
+def shares_caches(config: PreTrainedConfig) -> bool:
+    """Returns True for a model in which some layers read the keys and values of an earlier one."""
+    return bool(getattr(config, "num_kv_shared_layers", 0))
 
 
 def attention_window(config: PreTrainedConfig) -> int | None:

@@ -10,6 +10,8 @@ from transformers import PreTrainedConfig
 
 WRAPPERS = {
     "gemma3": "Gemma3ForCausalLM",
+    "gemma4": "Gemma4ForCausalLM",
+    "mistral3": "MistralForCausalLM",
     "qwen3_5": "Qwen3_5ForCausalLM",
     "qwen3_5_moe": "Qwen3_5MoeForCausalLM",
     "qwen3_vl": "Qwen3ForCausalLM",
@@ -18,7 +20,14 @@ WRAPPERS = {
 INSIDE = ("model.language_model.", "language_model.model.")
 """Prefixes of the language model's weights: in memory and in new files, and in old files."""
 HEADS = ("lm_head.", "language_model.lm_head.")
-OWN = ("model.layers.", "model.embed_tokens.", "model.norm.")
+OWN = (
+    "model.layers.",
+    "model.embed_tokens.",
+    "model.norm.",
+    "model.embed_tokens_per_layer.",
+    "model.per_layer_model_projection.",
+    "model.per_layer_projection_norm.",
+)
 """Beginnings of the names that the language model's weights have without a wrapper."""
 
 

@@ -38,6 +38,26 @@ LINEAR: dict[str, Any] = {
     "linear_key_head_dim": 64,  # vLLM's kernels on a CPU know of no smaller one
     "linear_value_head_dim": 64,
 }
+GEMMA4: dict[str, Any] = {
+    "global_head_dim": 64,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": 320,
+    "final_logit_softcapping": 3.0,
+}
+MINISTRAL: dict[str, Any] = {
+    "rope_parameters": {
+        **{"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 64},
+        **{"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
+    },
+}
+LATENT: dict[str, Any] = {
+    # The sizes of what is kept of a token are those that vLLM's kernel for CPUs was compiled for.
+    **{"kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 32},
+    **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 64},
+    **{"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": None},
+}
+BIASED = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+"""How DeepSeek-V3 and its kin choose experts; transformers knows no other way for them, vLLM does."""
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {},
@@ -49,6 +69,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": {"query_pre_attn_scalar": 32},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "gemma3": {"query_pre_attn_scalar": 32},
+    "gemma4_text": GEMMA4,
+    "gemma4": GEMMA4,
+    "ministral3": MINISTRAL,
+    "mistral3": {"model_type": "ministral3", **MINISTRAL},
     "qwen3_vl": {
         "rope_parameters": {
             "rope_type": "default",
@@ -68,8 +92,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": MOE | LINEAR | {"shared_expert_intermediate_size": 64},
     "qwen3_5_moe": MOE | LINEAR | {"shared_expert_intermediate_size": 64},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v2": LATENT,
+    "deepseek_v3": LATENT | BIASED,
+    "glm4_moe_lite": LATENT | BIASED | {"q_lora_rank": 48},
 }
 """Settings that each family's configuration needs beyond its sizes."""
+KEPT = ("e_score_correction_bias", "layer_scalar")
+"""Endings of the buffers that a checkpoint holds; at first each is 0 or 1, which would hide that one is not read."""
 TOWER = {"hidden_size": 32, "intermediate_size": 64}
 QWEN_TOWER: dict[str, Any] = {
     "vision_config": TOWER | {"depth": 1, "num_heads": 2, "patch_size": 4, "num_position_embeddings": 16}
@@ -78,6 +107,15 @@ WRAPPERS: dict[str, dict[str, Any]] = {
     "gemma3": {
         "mm_tokens_per_image": 4,
         "vision_config": TOWER | {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8},
+    },
+    "gemma4": {
+        "vision_config": TOWER
+        | {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+        | {"position_embedding_size": 16},
+    },
+    "mistral3": {
+        "vision_config": TOWER
+        | {"num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16, "image_size": 32, "patch_size": 8},
     },
     "qwen3_5": QWEN_TOWER,
     "qwen3_5_moe": QWEN_TOWER,
@@ -132,7 +170,7 @@ def make_model(
         "intermediate_size": 2 * hidden,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
+        "num_key_value_heads": heads if "kv_lora_rank" in FAMILIES[family] else kv_heads,
         "head_dim": hidden // heads,
         "max_position_embeddings": 512,
         "tie_word_embeddings": tied,
@@ -153,6 +191,9 @@ def make_model(
         auto = AutoModelForImageTextToText if family in WRAPPERS else AutoModelForCausalLM
         model = auto.from_config(settings, dtype=torch.float32)
         remember(model)
+        for name, buffer in model.named_buffers():
+            if name.endswith(KEPT):
+                buffer.add_(torch.randn_like(buffer) * 0.1)
     model.to(dtype).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return str(folder)

@@ -28,6 +28,7 @@ ELSEWHERE = {
     "backends/vllm/worker/dense.py": ("backends/vllm/test_backend.py", "dense records of live rows"),
     "backends/vllm/worker/incoming.py": ("backends/vllm/worker/test_weights.py", "sets of weights, whole or not"),
     "backends/vllm/worker/model.py": ("backends/vllm/test_families.py", "both models of every family in one"),
+    "backends/vllm/worker/positions.py": ("backends/vllm/test_families.py", "angles and scales by position"),
     "backends/vllm/worker/records.py": ("backends/vllm/test_backend.py", "records of live rows"),
     "backends/vllm/worker/slot_sampler.py": ("backends/vllm/test_gpu.py", "vLLM's runner on GPUs has slots"),
     "backends/vllm/worker/transfer.py": ("backends/vllm/server/test_server.py", "weights that a trainer sends"),

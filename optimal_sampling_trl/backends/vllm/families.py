@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from importlib.util import find_spec
 
 from transformers import PreTrainedConfig
 
-from ...pairing import attention_window, has_states, is_wrapper, rope_kinds
+from ...pairing import attention_window, has_states, is_wrapper, rope_kinds, shares_caches
 
-WINDOWED = ("gemma2", "gemma3_text", "gpt_oss", "mistral", "phi3")
+WINDOWED = ("gemma2", "gemma3_text", "gemma4_text", "gpt_oss", "mistral", "phi3")
 """Model types whose windows were held against the oracle: vLLM reads windows in each family's code by other rules."""
 LINEAR = ("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next")
 """Model types whose linear attention was held against the oracle."""
+LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
+"""Model types whose latent attention was held against the oracle. Sparse ones keep caches of further kinds."""
 ATTENTION = {"full_attention", "attention", "sliding_attention"}
 STATES = {"mamba", "mamba2", "conv", "recurrent", "hybrid"}
 """Kinds of layers, as `layer_types` calls them."""
@@ -80,8 +83,10 @@ def _reasons(config: PreTrainedConfig, role: str, context: int) -> Iterator[str]
         yield "is a Qwen3.5, whose code in vLLM imports torchvision: install one that loads beside this torch"
     if further := kinds - ATTENTION - {"linear_attention"}:
         yield f"has layers of the kind {', '.join(sorted(further))}, which were never checked beside others"
-    if getattr(config, "kv_lora_rank", None):
-        yield "has latent attention (MLA), whose cache has blocks of another kind than the other model's"
+    if latent_sizes(config) and (config.model_type not in LATENT or hasattr(config, "index_topk")):
+        yield f"has latent attention (MLA), which was checked for {', '.join(LATENT)} alone, and never the sparse kind"
+    if latent_sizes(config) and config.tie_word_embeddings:
+        yield "has latent attention and ties its output layer to the embedding, which vLLM's code of it does not"
     if window and window < context and config.model_type not in WINDOWED:
         yield (
             f"has sliding-window attention (window {window}), which was checked for {', '.join(WINDOWED)} alone; with "
@@ -89,6 +94,8 @@ def _reasons(config: PreTrainedConfig, role: str, context: int) -> Iterator[str]
         )
     if "dynamic" in rope_kinds(config):
         yield "has dynamic RoPE, whose angles vLLM computes otherwise than transformers, which trains"
+    if "mscale_all_dim" in rope_kinds(config).get("yarn", {}) and not latent_sizes(config) and not reads_mscale():
+        yield "has YaRN with `mscale_all_dim`, which this vLLM does not read, so that its angles are others"
     if role == "student" and config.model_type == "gpt_oss":
         yield "is a gpt-oss, of which vLLM's reload keeps the old experts; it may be the teacher"
     if not has_a_class(config):
@@ -105,20 +112,58 @@ def has_a_class(config: PreTrainedConfig) -> bool:
     return bool(rooms) and not any(".transformers" in room for room in rooms)
 
 
+def reads_mscale() -> bool:
+    """Tell whether this vLLM makes the cosines of YaRN as long as transformers does: see vLLM issue 48621."""
+    from vllm.model_executor.layers.rotary_embedding.yarn_scaling_rope import YaRNScalingRotaryEmbedding
+
+    return "mscale_all_dim" in inspect.signature(YaRNScalingRotaryEmbedding.__init__).parameters
+
+
 def check_windows(configs: dict[str, PreTrainedConfig], can_differ: bool) -> None:
-    """Refuse two windows of different lengths on a runner that has one table of blocks for both models.
+    """Refuse what needs several tables of blocks on a runner that has one for both models: windows of different
+    lengths, and layers with a window beside some that read another layer's cache.
 
     Raises:
-        ValueError: naming both.
+        ValueError: naming both windows, or the model.
     """
+    if can_differ:
+        return
     windows = {role: attention_window(config) for role, config in configs.items()}
-    if can_differ or len({window for window in windows.values() if window}) < 2:
+    for role, config in configs.items():
+        if shares_caches(config) and windows[role]:
+            raise ValueError(
+                f"The {role} {config.name_or_path!r} has layers that read another layer's cache "
+                f"(`num_kv_shared_layers`) beside windows. Wanted neither on a GPU, where the engine has one table of "
+                f"cached blocks, in which vLLM finds no place for them. {OTHER_BACKEND}"
+            )
+    if len({window for window in windows.values() if window}) < 2:
         return
     words = " and ".join(f"the {role}'s is {window}" for role, window in windows.items())
     raise ValueError(
         f"Teacher and student have sliding windows of different lengths: {words}. Wanted the same on a GPU, where the "
         f"engine has one table of cached blocks for both. {OTHER_BACKEND}"
     )
+
+
+def latent_sizes(config: PreTrainedConfig) -> tuple[int, int] | None:
+    """Sizes of what latent attention keeps of a token, its key's rotated part behind; None for other attention."""
+    rank = getattr(config, "kv_lora_rank", None)
+    return (rank, config.qk_rope_head_dim) if rank else None
+
+
+def check_latent(configs: dict[str, PreTrainedConfig]) -> None:
+    """Refuse latent attention beside another kind, or beside one that keeps more or less of a token.
+
+    Raises:
+        ValueError: naming both.
+    """
+    sizes = {role: latent_sizes(config) for role, config in configs.items()}
+    if len(set(sizes.values())) > 1:
+        words = " and ".join(f"the {role}'s {f'keeps {size}' if size else 'has none'}" for role, size in sizes.items())
+        raise ValueError(
+            f"Of latent attention (MLA), {words} numbers of a token. Wanted two models of one family, whose caches "
+            f"have blocks of one kind. {OTHER_BACKEND}"
+        )
 
 
 def has_experts(config: PreTrainedConfig) -> bool:

@@ -29,8 +29,10 @@ def engine_settings(pair: Pair, engine_arguments: Mapping[str, Any], **further: 
         **further: further settings that the engine tells about itself.
     """
     ending = {"stop": pair.ending.stop, "folded": pair.ending.folded}
-    # Windows of one length share a table of blocks with layers that read all; others need one each.
-    groups = {"disable_hybrid_kv_cache_manager": True} if len(pair.windows) == 1 else {}
+    # Windows of one length share a table of blocks with layers that read all; others need one each, and so do layers
+    # that read another layer's cache: vLLM finds no place for them in a common table.
+    has_one_table = len(pair.windows) == 1 and not pair.shares_caches
+    groups = {"disable_hybrid_kv_cache_manager": True} if has_one_table else {}
     architecture = HYBRID if pair.has_states else ARCHITECTURE
     return {
         **groups,

@@ -12,7 +12,15 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizer
 
 from ...options import unknown_option
 from ...pairing import Pair, Source, attention_window, context_length, name_sources, read_pair
-from .families import OTHER_BACKEND, check_family, check_windows, check_wrapper, has_experts
+from .families import (
+    OTHER_BACKEND,
+    check_family,
+    check_latent,
+    check_windows,
+    check_wrapper,
+    has_experts,
+    latent_sizes,
+)
 from .states import check_states
 from .wire import RECORD_COLUMNS
 
@@ -83,15 +91,17 @@ def check_pair(
         )
     check_windows(configs, can_differ=not can_read_two_prompts())
     check_states(configs, arguments, is_on_cpu=not can_read_two_prompts())
+    check_latent(configs)
     _check_max_model_len(configs, arguments.get("max_model_len"))
     has_windows = any((attention_window(config) or context) < context for config in configs.values())
+    is_latent = any(map(latent_sizes, configs.values()))
     return read_pair(
         *sources,
         tokenizer=tokenizer,
         theta_settings=theta_settings,
         teacher_tokenizer=_teacher_tokenizer(sources[0], arguments),
         max_model_len=arguments.get("max_model_len"),
-        two_prompts=can_read_two_prompts() and not has_windows,
+        two_prompts=can_read_two_prompts() and not has_windows and not is_latent,
     )
 
 

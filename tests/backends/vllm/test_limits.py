@@ -42,7 +42,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 HYBRID = {"model_type": "lfm2", "architectures": ["Lfm2ForCausalLM"]}
-MLA = {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "kv_lora_rank": 16}
+MLA = {"model_type": "longcat_flash", "architectures": ["LongcatFlashForCausalLM"], "kv_lora_rank": 16}
+LATENT = {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "kv_lora_rank": 16}
+SPARSE = LATENT | {"index_topk": 8}
+TIED_LATENT = LATENT | {"tie_word_embeddings": True}
 WINDOW = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "sliding_window": 64}
 ALTERNATING = {"model_type": "cohere2", "architectures": ["Cohere2ForCausalLM"], "sliding_window": 64}
 CHUNKED = {"model_type": "llama4_text", "architectures": ["Llama4ForCausalLM"]}
@@ -57,7 +60,12 @@ ENCODER = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], 
     [
         (HYBRID, "Lfm2ForCausalLM.* has recurrent or linear layers"),
         ({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}, "MambaForCausalLM.* has recurrent"),
-        (MLA, r"DeepseekV3ForCausalLM.* has latent attention \(MLA\)"),
+        (
+            MLA,
+            r"LongcatFlashForCausalLM.* has latent attention \(MLA\), which was checked for deepseek_v2, deepseek_v3",
+        ),
+        (SPARSE, r"DeepseekV3ForCausalLM.* has latent attention \(MLA\), .* never the sparse kind"),
+        (TIED_LATENT, "DeepseekV3ForCausalLM.* has latent attention and ties its output layer"),
         (WINDOW, r"MixtralForCausalLM.* has sliding-window attention \(window 64\).*`max_model_len` at most 64"),
         (ALTERNATING, r"Cohere2ForCausalLM.* has sliding-window attention \(window 64\)"),
         (CHUNKED, "Llama4ForCausalLM.* has layers of the kind chunked_attention"),
@@ -66,7 +74,20 @@ ENCODER = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], 
         (MULTIMODAL, "LlavaForConditionalGeneration.* is a multimodal model"),
         (ENCODER, "T5ForConditionalGeneration.* is an encoder-decoder"),
     ],
-    ids=["hybrid", "mamba", "mla", "window", "alternating", "chunked", "dynamic", "no class", "multimodal", "encoder"],
+    ids=[
+        "hybrid",
+        "mamba",
+        "mla",
+        "sparse",
+        "tied latent",
+        "window",
+        "alternating",
+        "chunked",
+        "dynamic",
+        "no class",
+        "multimodal",
+        "encoder",
+    ],
 )
 @pytest.mark.parametrize("role", ["teacher", "student"])
 def test_architectures(pair: tuple[str, str], tmp_path: Path, config: dict[str, Any], words: str, role: str) -> None:
@@ -102,6 +123,51 @@ def test_windows_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     reason = why_not_vllm(plain, models[0], two_prompts=True)
     assert reason is not None
     assert "which takes models without sliding windows" in reason
+
+
+def test_latent_attention_beside_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One table of blocks holds what latent attention of one size keeps; two prompts were never seen beside it."""
+    from vllm.platforms import current_platform
+
+    latent, small = (make_model(tmp_path / str(size), "deepseek_v2", 0, kv_lora_rank=size) for size in (512, 256))
+    with pytest.raises(ValueError, match=r"the teacher's keeps \(512, 64\) and the student's keeps \(256, 64\)"):
+        check_pair(latent, small, {})
+    plain = make_model(tmp_path / "plain", "qwen3_moe", 0)
+    with pytest.raises(ValueError, match=r"the teacher's has none and the student's keeps \(512, 64\) numbers"):
+        check_pair(plain, latent, {})
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    assert not check_pair(latent, latent, {}).two_prompts
+
+
+def test_layers_that_share_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have tables of their own, which a GPU's runner of two models has not."""
+    from vllm.platforms import current_platform
+
+    kinds = ["sliding_attention", "full_attention", "full_attention"]
+    settings = {"layers": 3, "layer_types": kinds, "sliding_window": 24}
+    shared, plain = (
+        make_model(tmp_path / str(count), "gemma4", 0, num_kv_shared_layers=count, **settings) for count in (1, 0)
+    )
+    found = [check_pair(shared, plain, {}), check_pair(plain, plain, {})]
+    assert [pair.shares_caches for pair in found] == [True, False]
+    assert ["disable_hybrid_kv_cache_manager" in engine_settings(pair, {}) for pair in found] == [False, True]
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    with pytest.raises(ValueError, match=r"The teacher .*1' has layers that read another layer's cache .* on a GPU"):
+        check_pair(shared, plain, {})
+    assert check_pair(plain, plain, {}).windows == (24,)
+
+
+def test_angles_whose_size_vllm_does_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to some version, YaRN's cosines were longer by 0.1 log(factor) than those of transformers."""
+    from vllm.model_executor.layers.rotary_embedding import yarn_scaling_rope
+
+    model = make_model(tmp_path, "ministral3", 0)
+    assert check_pair(model, model, {}).teacher == model
+    monkeypatch.setattr(yarn_scaling_rope.YaRNScalingRotaryEmbedding, "__init__", lambda self, head_size: None)
+    with pytest.raises(ValueError, match="has YaRN with `mscale_all_dim`, which this vLLM does not read"):
+        check_pair(model, model, {})
+    latent = make_model(tmp_path / "own", "deepseek_v2", 0)  # whose YaRN is a class of its own
+    assert check_pair(latent, latent, {}).teacher == latent
 
 
 def test_longrope_ends_where_its_angles_change(tmp_path: Path) -> None:

@@ -103,6 +103,9 @@ STUDENTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "adapter beside windows": ("gemma3_text", WINDOWS, {"target_modules": ["q_proj", "down_proj"]}),
     "adapter inside of a wrapper": ("gemma3", WINDOWS, {"target_modules": ["q_proj", "down_proj"]}),
+    "adapter inside of Ministral 3": ("mistral3", {}, {"target_modules": r".*language_model.*\.(q|down)_proj"}),
+    "adapter inside of Gemma 4": ("gemma4", WINDOWS, {"target_modules": r".*language_model.*\.(q|down)_proj"}),
+    "adapter on latent attention": ("deepseek_v3", {}, {"target_modules": ["q_proj", "kv_b_proj"]}),
 }
 
 

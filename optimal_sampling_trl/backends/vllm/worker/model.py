@@ -22,7 +22,7 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.config.utils import replace
 from vllm.distributed import parallel_state
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.model_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models import ModelRegistry
@@ -35,6 +35,7 @@ from ....pairing.names import names_of
 from ....pairing.wrappers import text_weights
 from ..hooks import own_architectures
 from .destinations import Destinations
+from .positions import read_query_scale, rotate_every_head
 
 ONE_STREAM = "OPTIMAL_SAMPLING_ONE_STREAM"
 """The variable that keeps both models on one stream of the GPU, to measure what the second one brings."""
@@ -76,13 +77,14 @@ class OptimalSamplingForCausalLM(nn.Module):
         self.wraps = {role: is_wrapper(each.hf_config) for role, each in zip(ROLES, (vllm_config.model_config, theta))}
         with set_model_tag("theta"):
             self.theta_config, architectures = as_text(self.theta_config, theta.architectures)
+            # Before the student is built: vLLM gives some settings of rotary embeddings names of its own.
+            self.theta_names = names_of(self.theta_config.model_config.hf_config, theta.trust_remote_code)
             self.theta = _build(self.theta_config, architectures, "theta")
         _bind_attention(self.theta, self.theta_config)
         self.secondary_weights = [DefaultModelLoader.Source(settings["theta"], revision=None, prefix=THETA)]
         self.teacher_size = vllm_config.model_config.get_hidden_size()
         self.theta_size = theta.get_hidden_size()
         self.dtype: Any = vllm_config.model_config.dtype
-        self.theta_names = names_of(self.theta_config.model_config.hf_config, theta.trust_remote_code)
         # Of the student's files: all shapes, the parameters among them, and the values of the buffers.
         self.theta_shapes: dict[str, torch.Size] = {}
         self.theta_required: set[str] = set()
@@ -243,8 +245,11 @@ def _build(config: VllmConfig, architectures: list[str], prefix: str) -> nn.Modu
     Delete when: never, it is vLLM's own constructor.
     """
     make_expert_group(config.model_config)
+    read_query_scale(config.model_config.hf_config)
     model_class, _ = ModelRegistry.resolve_model_cls(architectures, config.model_config)
-    return initialize_model(config, prefix=prefix, model_class=model_class)
+    model = initialize_model(config, prefix=prefix, model_class=model_class)
+    rotate_every_head(model)
+    return model
 
 
 def make_expert_group(config: ModelConfig) -> None:
@@ -321,7 +326,7 @@ def _bind_attention(model: nn.Module, config: VllmConfig) -> None:
     """
     bound: dict[type, type] = {}
     for module in model.modules():
-        if isinstance(module, Attention):
+        if isinstance(module, (Attention, MLAAttention)):
             backend = module.attn_backend
             if backend not in bound:
                 bound[backend] = subclass_attention_backend("Theta", backend, _bound_builder(backend, config))
@@ -344,7 +349,7 @@ def _may_overlap(model: OptimalSamplingForCausalLM, config: VllmConfig) -> bool:
 
     Experts, latent attention and FlashInfer have one for the whole process, and tensor parallelism one set of signals.
     """
-    backends = {m.attn_backend.get_name() for m in model.modules() if isinstance(m, Attention)}
+    backends = {m.attn_backend.get_name() for m in model.modules() if isinstance(m, (Attention, MLAAttention))}
     return (
         current_platform.is_cuda()
         and config.parallel_config.world_size == 1

@@ -198,13 +198,13 @@ def lost_weights(theta: nn.Module, is_tied: bool) -> list[str]:
     Upstream: vLLM RFC 57795 and pull request 57805, for the sinks of attention.
     Delete when: vLLM raises where a reload did not reach a parameter.
     """
-    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.layers.attention import Attention, MLAAttention
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
     lost = []
     for name, layer in theta.named_modules():
         info = get_layerwise_info(layer)
-        if not info.can_load() or isinstance(layer, Attention) or (is_tied and name == "lm_head"):
+        if not info.can_load() or isinstance(layer, (Attention, MLAAttention)) or (is_tied and name == "lm_head"):
             continue
         came = {each for each, _ in info.loaded_weights}
         lost += [f"{name}.{each}" for each, _ in layer.named_parameters(recurse=False) if each not in came]
@@ -213,13 +213,15 @@ def lost_weights(theta: nn.Module, is_tied: bool) -> list[str]:
 
 def keeps_what_it_loads(theta: nn.Module) -> bool:
     """Tell whether layers store their weights as they are loaded, so that loading them again in place is enough: plain
-    layers on a GPU. A CPU packs them, and layers of experts may reorder theirs."""
+    layers on a GPU. A CPU packs them, layers of experts may reorder theirs, and latent attention multiplies some."""
+    from vllm.model_executor.layers.attention import MLAAttention
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
     from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
     methods = {type(getattr(module, "quant_method", None)) for module in theta.modules()}
     plain = {UnquantizedLinearMethod, UnquantizedEmbeddingMethod, type(None)}
-    return all(weight.is_cuda for weight in theta.parameters()) and methods <= plain
+    is_plain = methods <= plain and not any(isinstance(module, MLAAttention) for module in theta.modules())
+    return is_plain and all(weight.is_cuda for weight in theta.parameters())
 
 
 def _is_tied(model: Any) -> bool:
