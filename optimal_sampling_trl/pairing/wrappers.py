@@ -31,6 +31,10 @@ OWN = (
 """Beginnings of the names that the language model's weights have without a wrapper."""
 
 
+PREFIXES = {**dict.fromkeys(INSIDE, "model."), "language_model.lm_head": "lm_head"}
+"""Prefixes of layers inside of a wrapper, and those that the layers have without it."""
+
+
 def is_wrapper(config: PreTrainedConfig) -> bool:
     """Return True for a model with towers for other inputs, whose language model is used alone."""
     return config.model_type in WRAPPERS
@@ -44,6 +48,8 @@ def language_model(config: PreTrainedConfig) -> PreTrainedConfig:
     text.name_or_path = config.name_or_path
     text.architectures = [WRAPPERS[config.model_type]]
     text.tie_word_embeddings = config.tie_word_embeddings
+    if hasattr(config, "quantization_config"):
+        text.quantization_config = config.quantization_config
     return text
 
 

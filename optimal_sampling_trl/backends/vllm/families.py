@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import json
+import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 
@@ -39,6 +41,8 @@ RECURRENT = {
 """Model types with recurrent layers that do not name them in `layer_types`."""
 EXPERTS = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts", "block_configs")
 """Fields of a configuration by which vLLM knows a mixture of experts."""
+RENAMED = ("compressed-tensors", "fp8")
+"""Ways of quantising of which vLLM can rename the layers that a checkpoint leaves out."""
 OTHER_BACKEND = "Sample with backend='transformers' instead."
 
 
@@ -61,15 +65,20 @@ def check_family(config: PreTrainedConfig, role: str, context: int) -> None:
 
 
 def check_wrapper(config: PreTrainedConfig, role: str) -> None:
-    """Refuse a quantised multimodal wrapper, whose list of layers left out has the wrapper's names.
+    """Refuse a quantised multimodal wrapper whose list of layers left out cannot be given the language model's names.
 
     Raises:
         ValueError: naming the model.
     """
-    if is_wrapper(config) and getattr(config, "quantization_config", None):
+    quantised = getattr(config, "quantization_config", None)
+    if not is_wrapper(config) or not quantised:
+        return
+    has_patterns = re.search(r'"re:[^"]*language_model', json.dumps(quantised)) is not None
+    if role == "student" or quantised.get("quant_method") not in RENAMED or has_patterns:
         raise ValueError(
             f"The {role} {config.name_or_path!r} is a quantised multimodal model, whose layers that stay as they are "
-            f"go by the wrapper's names. Wanted one that is not quantised. {OTHER_BACKEND}"
+            f"go by the wrapper's names. Wanted a teacher by {' or '.join(RENAMED)} without patterns of such names, "
+            f"or one that is not quantised. {OTHER_BACKEND}"
         )
 
 

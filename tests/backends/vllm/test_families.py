@@ -194,10 +194,18 @@ def test_a_reload_that_passes_weights_by_is_no_success(tmp_path: Path, monkeypat
         backend.close()
 
 
-def test_layers_that_a_quantised_teacher_leaves_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "prefix", "pattern"),
+    [
+        ("qwen2", "model.", r"re:model\."),
+        ("mistral3", "language_model.model.", "re:.*"),
+        ("gemma4", "model.language_model.", "re:.*"),
+    ],
+)
+def test_layers_that_a_quantised_teacher_leaves_out(tmp_path: Path, family: str, prefix: str, pattern: str) -> None:
     """Its list has their own names; a layer of it that was taken for a quantised one would have scales of nothing."""
-    teacher, theta = (make_model(tmp_path / role, "qwen2", seed) for seed, role in enumerate(("teacher", "theta")))
-    left_out = ["lm_head", "model.layers.0.mlp.down_proj", "re:model\\.layers\\.1\\.self_attn\\.o_proj"]
+    teacher, theta = (make_model(tmp_path / role, family, seed) for seed, role in enumerate(("teacher", "theta")))
+    left_out = ["lm_head", f"{prefix}layers.0.mlp.down_proj", rf"{pattern}layers\.1\.self_attn\.o_proj"]
     quantise(Path(teacher), left_out)
     backend = start(teacher, theta, dtype="bfloat16")
     try:

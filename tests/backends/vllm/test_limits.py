@@ -125,6 +125,25 @@ def test_windows_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "which takes models without sliding windows" in reason
 
 
+@pytest.mark.parametrize(
+    ("role", "scheme"),
+    [
+        ("student", {"quant_method": "fp8"}),
+        ("teacher", {"quant_method": "awq"}),
+        ("teacher", {"quant_method": "compressed-tensors", "ignore": [r"re:model\.language_model\.layers"]}),
+    ],
+)
+def test_quantised_wrappers_whose_layers_cannot_be_renamed(tmp_path: Path, role: str, scheme: dict[str, Any]) -> None:
+    plain = make_model(tmp_path / "plain", "mistral3", 0)
+    quantised = copy_with(plain, tmp_path / "quantised", quantization_config=scheme)
+    pair = (quantised, plain) if role == "teacher" else (plain, quantised)
+    with pytest.raises(ValueError, match=f"The {role} .*quantised' is a quantised multimodal model"):
+        check_pair(*pair, {})
+    fp8 = {"quant_method": "fp8", "kv_cache_scheme": {"num_bits": 8, "type": "float"}}
+    with pytest.raises(ValueError, match=r"The teacher .*fp8' brings an FP8 KV cache"):
+        check_pair(copy_with(plain, tmp_path / "fp8", quantization_config=fp8), plain, {})
+
+
 def test_latent_attention_beside_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One table of blocks holds what latent attention of one size keeps; two prompts were never seen beside it."""
     from vllm.platforms import current_platform

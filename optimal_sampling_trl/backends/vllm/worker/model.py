@@ -26,13 +26,14 @@ from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.model_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models import ModelRegistry
+from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_config
 from vllm.v1.attention.backend import subclass_attention_backend
 
 from ....pairing import Ending, is_wrapper, language_model
 from ....pairing.names import names_of
-from ....pairing.wrappers import text_weights
+from ....pairing.wrappers import PREFIXES, text_weights
 from ..hooks import own_architectures
 from .destinations import Destinations
 from .positions import read_query_scale, rotate_every_head
@@ -231,6 +232,8 @@ def as_text(config: VllmConfig, architectures: list[str]) -> tuple[VllmConfig, l
     whole = config.model_config.hf_config
     if not is_wrapper(whole):
         return config, architectures
+    if config.quant_config is not None:
+        config.quant_config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix=PREFIXES))
     text = language_model(whole)
     return config.with_hf_config(text, text.architectures), list(text.architectures or [])
 
