@@ -27,6 +27,7 @@ ELSEWHERE = {
     "backends/vllm/server/serve.py": ("backends/vllm/server/test_server.py", "the server's command"),
     "backends/vllm/worker/dense.py": ("backends/vllm/test_backend.py", "dense records of live rows"),
     "backends/vllm/worker/incoming.py": ("backends/vllm/worker/test_weights.py", "sets of weights, whole or not"),
+    "backends/vllm/worker/submodels.py": ("backends/vllm/test_families.py", "both models of every family in one"),
     "backends/vllm/worker/model.py": ("backends/vllm/test_families.py", "both models of every family in one"),
     "backends/vllm/worker/positions.py": ("backends/vllm/test_families.py", "angles and scales by position"),
     "backends/vllm/worker/records.py": ("backends/vllm/test_backend.py", "records of live rows"),

@@ -12,9 +12,9 @@ from helpers.paths import ROOT, TESTS
 ROOM = ROOT / "optimal_sampling_trl" / "backends" / "vllm"
 WORDS = ("Symptom", "Cause", "Safe", "Upstream", "Delete when")
 TRAPS = {
-    "_bind_attention",
-    "_build",
-    "_copy_cache_config",
+    "bind_attention",
+    "build_submodel",
+    "copy_cache_config",
     "_run_in_turn",
     "clean_caches",
     "forget_dead_groups",

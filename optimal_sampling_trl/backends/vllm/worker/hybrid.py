@@ -12,7 +12,8 @@ from vllm.model_executor.models import ModelRegistry
 
 from ....pairing import has_states, language_model
 from ..hooks import own_architectures
-from .model import OptimalSamplingForCausalLM, theta_model_config
+from .model import OptimalSamplingForCausalLM
+from .submodels import theta_model_config
 
 Shapes = tuple[tuple[int, ...], ...]
 """Of the states that a layer keeps for a request: its convolution's and its recurrence's."""
