@@ -27,7 +27,9 @@ from hypothesis import strategies as st
 
 from helpers.engines import TEXTS, TOLERANCE, Oracle, request
 from helpers.models import EOS, make_model, make_tokenizer
-from helpers.oracle import WISHES, with_wishes
+from helpers.oracle import WISHES, check_rollout, with_wishes
+from helpers.speakers import PROMPTS as CHATS
+from helpers.speakers import add, make_speakers, repeat
 from helpers.training import TEXTS as PROMPTS
 from helpers.training import Watch, load, make_trainer, make_untrained_pair, train_and_check
 
@@ -52,6 +54,7 @@ from optimal_sampling_trl.backends.vllm.wire import TEACHER_SHIFT, THETA_PROMPT
 from optimal_sampling_trl.pairing import Ending, Pair
 from optimal_sampling_trl.pairing.prompts import render
 from optimal_sampling_trl.rollouts.dense import Dense
+from optimal_sampling_trl.trainers.records import loss_mask
 from processes.serve_from_files import FileClient
 
 COLUMNS = ("--max-logprobs", "64")
@@ -615,6 +618,31 @@ def test_trainers_on_a_server(
     train_and_check(trainer, pair, load(pair[1]), TOLERANCE)
     if kind in ("grpo", "rloo"):
         assert set(sent) == {2, 4}, "half a group is a request, and a whole one where all is the student's"
+
+
+def test_tools_on_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later turns are requests of their own, each held against the oracle."""
+    monkeypatch.setattr(vllm_generation, "VLLMClient", FileClient)
+    monkeypatch.setattr(FileClient, "folder", tmp_path, raising=False)
+    speakers = make_speakers(tmp_path / "speakers")
+    server = Server(*speakers, tmp_path / "server.log")
+    try:
+        trainer = make_trainer(
+            "grpo", speakers, tmp_path, mixin=Watch, generator={"backend": "vllm"},
+            trainer={"train_dataset": Dataset.from_dict({"prompt": CHATS}), "tools": [add, repeat]},
+            vllm_mode="server", vllm_server_base_url=server.url, max_completion_length=64, max_steps=2,
+        )  # fmt: skip
+        trainer.train()
+    finally:
+        server.stop()
+    teacher, theta, later = load(speakers[0]), load(speakers[1]), 0
+    for weights, (_, batch, rollouts) in zip(trainer.weights, trainer.generations, strict=True):
+        theta.load_state_dict(weights, strict=False)
+        for rollout in rollouts:
+            check_rollout(rollout, teacher, theta, tolerance=TOLERANCE)
+        assert torch.cat([one.log_q for one in rollouts]).equal(batch["log_q"][loss_mask(batch).bool()])
+        later += len(rollouts) - len(batch["completion_ids"])
+    assert later > 0, "no completion has a second turn"
 
 
 def test_two_prompts_take_a_server_on_a_gpu(trained: Server, pair: tuple[str, str], tmp_path: Path) -> None:
