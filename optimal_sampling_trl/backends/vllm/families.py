@@ -157,7 +157,7 @@ def check_windows(configs: dict[str, PreTrainedConfig], can_differ: bool) -> Non
 def latent_sizes(config: PreTrainedConfig) -> tuple[int, int] | None:
     """Sizes of what latent attention keeps of a token, its key's rotated part behind; None for other attention."""
     rank = getattr(config, "kv_lora_rank", None)
-    return (rank, config.qk_rope_head_dim) if rank else None
+    return (rank, getattr(config, "qk_rope_head_dim", 0)) if rank else None
 
 
 def check_latent(configs: dict[str, PreTrainedConfig]) -> None:
