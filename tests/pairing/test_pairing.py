@@ -188,7 +188,7 @@ def test_a_tokenizer_is_loaded(tmp_path: Path) -> None:
         ("whisper", "an encoder-decoder"),
         ("llava", "a multimodal model"),
         ("qwen2_vl", "a multimodal model"),
-        ("gemma4", "a multimodal model without a vocabulary of its own"),
+        ("gemma3n", "a multimodal model"),
         ("qwen2_audio", "a multimodal model"),
         ("qwen2_5_omni", "a multimodal model without a vocabulary of its own"),
         ("granite_speech", "a multimodal model without a vocabulary of its own"),
