@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from difflib import get_close_matches
 from functools import wraps
 from inspect import Parameter
@@ -28,6 +28,16 @@ def unknown_option(what: str, got: str, known: Iterable[str]) -> str:
     hint = f" Did you mean {close[0]!r}?" if close else ""
     listed = "" if close and len(names) > MANY else f" Known: {', '.join(names)}."
     return f"Unknown {what} {got!r}.{listed}{hint}"
+
+
+def check_choice(name: str, value: Any, known: Collection[str]) -> None:
+    """Refuse a value of an option that is none of the known ones.
+
+    Raises:
+        ValueError: naming the option, the value and the known ones.
+    """
+    if value not in known:
+        raise ValueError(unknown_option(f"value of `{name}`", value, known))
 
 
 class UnknownArgumentError(TypeError, ValueError):

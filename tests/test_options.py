@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from optimal_sampling_trl.options import (
+    check_choice,
     check_flag,
     check_number,
     check_whole,
@@ -24,6 +25,13 @@ def test_an_unknown_option_is_told_the_nearest() -> None:
         "Unknown method 'entropi'. Known: entropy, kl. Did you mean 'entropy'?"
     )
     assert unknown_option("method", "xyz", ["kl", "entropy"]) == "Unknown method 'xyz'. Known: entropy, kl."
+
+
+def test_a_choice_is_one_of_those_that_are_known() -> None:
+    check_choice("mode", "kl", ("kl", "entropy"))
+    told = r"^Unknown value of `mode` 'entropi'\. Known: entropy, kl\. Did you mean 'entropy'\?$"
+    with pytest.raises(ValueError, match=told):
+        check_choice("mode", "entropi", ("kl", "entropy"))
 
 
 def test_of_many_names_the_nearest_alone_is_told() -> None:

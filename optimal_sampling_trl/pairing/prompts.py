@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from ..options import unknown_option
+from ..options import check_choice
 from ..user_warnings import warn_user
 
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
@@ -26,8 +26,7 @@ _PROBE = ({"role": "user", "content": "1"}, {"role": "assistant", "content": "2"
 
 def check_system_message(system_message: str) -> None:
     """Refuse what is none of `SYSTEM_MESSAGE`."""
-    if system_message not in SYSTEM_MESSAGE:
-        raise ValueError(unknown_option("value of `system_message`", system_message, SYSTEM_MESSAGE))
+    check_choice("system_message", system_message, SYSTEM_MESSAGE)
 
 
 def check_prompt(prompt_ids: Sequence[int], context: int, vocabulary: int, index: int | str, role: str) -> None:

@@ -14,10 +14,8 @@ from ..rollouts.rollout import RECORDS, Rollout
 from .entropy_scale import next_scale
 from .generator import OptimalSamplingGenerator
 from .loggers import send_histograms
+from .prompt_reader import TrlTrainer
 from .records import loss_mask
-
-TrlTrainer: Any = object
-"""The TRL trainer that follows in the method resolution order; Any, so that mypy lets its attributes pass."""
 
 
 class BatchMetrics(TrlTrainer):

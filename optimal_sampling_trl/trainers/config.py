@@ -9,7 +9,7 @@ from typing import Any
 import trl
 
 from ..losses import LEVELS, Correction
-from ..options import check_number, check_whole, suggest_arguments, unknown_option
+from ..options import check_choice, check_number, check_whole, suggest_arguments, unknown_option
 from .credit_config import CreditConfig
 from .dense_config import DenseLossConfig, DenseTermConfig
 from .presets import PresetConfig
@@ -95,8 +95,7 @@ class PolicyGradientConfig(DenseTermConfig, CorrectionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]
-        if self.positive_only not in POSITIVE_ONLY:
-            raise ValueError(unknown_option("value of `positive_only`", self.positive_only, POSITIVE_ONLY))
+        check_choice("positive_only", self.positive_only, POSITIVE_ONLY)
 
 
 @suggest_arguments()
@@ -168,8 +167,7 @@ class GRPOConfig(PresetConfig, CreditConfig, PolicyGradientConfig, trl.GRPOConfi
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.baseline not in BASELINES:
-            raise ValueError(unknown_option("value of `baseline`", self.baseline, BASELINES))
+        check_choice("baseline", self.baseline, BASELINES)
         if self.mixture_weight_steps is not None:
             check_whole("GRPOConfig", "mixture_weight_steps", self.mixture_weight_steps, 1)
         sums = self.multi_objective_aggregation == "sum_then_normalize"
@@ -245,10 +243,8 @@ class RAFTConfig(DenseTermConfig, GuardConfig, trl.GRPOConfig):
         check_whole("RAFTConfig", "num_generations", self.num_generations, 1)
         if self.accept is not None:
             check_number("RAFTConfig", "accept", self.accept, float("-inf"))
-        if self.completion_weight not in WEIGHTS:
-            raise ValueError(unknown_option("value of `completion_weight`", self.completion_weight, WEIGHTS))
-        if self.denominator not in DENOMINATORS:
-            raise ValueError(unknown_option("value of `denominator`", self.denominator, DENOMINATORS))
+        check_choice("completion_weight", self.completion_weight, WEIGHTS)
+        check_choice("denominator", self.denominator, DENOMINATORS)
         number = int(self.num_generations or 1)
         self.num_generations = _GroupOfAnySize(number)
         super().__post_init__()

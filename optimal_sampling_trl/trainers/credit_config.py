@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..options import unknown_option
+from ..options import check_choice
 
 CREDITS = ("completion", "anchored", "routed")
 
@@ -30,8 +30,7 @@ class CreditConfig:
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]
-        if self.credit not in CREDITS:
-            raise ValueError(unknown_option("value of `credit`", self.credit, CREDITS))
+        check_choice("credit", self.credit, CREDITS)
         if self.credit == "routed" and self.dense_coefficient == 0:  # type: ignore[attr-defined]
             raise ValueError(
                 "`credit` is 'routed' and `dense_coefficient` 0, so that wrong completions would teach nothing; "

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..divergences import DIVERGENCES
-from ..options import check_number, check_whole, unknown_option
+from ..options import check_choice, check_number, check_whole
 from ..rollouts.dense import Dense
 
 TOP_K = 32
@@ -56,8 +56,7 @@ class DenseTermConfig:
     def __post_init__(self) -> None:
         owner = type(self).__name__
         check_number(owner, "dense_coefficient", self.dense_coefficient, 0.0)
-        if self.dense_divergence not in DIVERGENCES:
-            raise ValueError(unknown_option("value of `dense_divergence`", self.dense_divergence, DIVERGENCES))
+        check_choice("dense_divergence", self.dense_divergence, DIVERGENCES)
         if self.dense_fade is not None:
             check_number(owner, "dense_fade", self.dense_fade, 0.0, 1.0)
             if self.dense_fade == 0:

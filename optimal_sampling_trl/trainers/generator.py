@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..backends import BACKENDS
 from ..backends.transformers.backend import ENGINE_OPTIONS
 from ..mixture import FIELDS, Mixture
-from ..options import check_flag, check_number, shown, suggest_arguments, unknown_option
+from ..options import check_choice, check_flag, check_number, shown, suggest_arguments, unknown_option
 from ..pairing import MODEL_OPTIONS, check_system_message, reads_two_prompts
 from ..rollouts.dense import Dense, check_dense
 
@@ -117,8 +117,7 @@ class OptimalSamplingGenerator:
         self._check_own_teacher()
 
     def _check_own_teacher(self) -> None:
-        if self.teacher_refresh not in REFRESH:
-            raise ValueError(unknown_option("value of `teacher_refresh`", self.teacher_refresh, REFRESH))
+        check_choice("teacher_refresh", self.teacher_refresh, REFRESH)
         check_flag("OptimalSamplingGenerator", "teacher_adapter", self.teacher_adapter)
         given = {"teacher_refresh": self.teacher_refresh != "step", "teacher_adapter": not self.teacher_adapter}
         set_ones = [f"`{name}` is {getattr(self, name)!r}" for name, is_set in given.items() if is_set]

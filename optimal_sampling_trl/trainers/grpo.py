@@ -17,7 +17,7 @@ from ..losses import (
     own_baseline,
     sampled_token_coefficients,
 )
-from ..options import suggest_arguments, unknown_option
+from ..options import check_choice, suggest_arguments
 from ..user_warnings import warn_user
 from .config import GRPOConfig, with_our_default
 from .dense_config import CONFIDENCE
@@ -136,8 +136,7 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
 
     def _check_settings(self) -> None:
         super()._check_settings()
-        if (mode := self.args.vllm_importance_sampling_mode) not in RATIO_MODES:
-            raise ValueError(unknown_option("value of `vllm_importance_sampling_mode`", mode, RATIO_MODES))
+        check_choice("vllm_importance_sampling_mode", self.args.vllm_importance_sampling_mode, RATIO_MODES)
         if getattr(self.args, "baseline", "group") == "own" and self._theta_count() == 0:
             raise ValueError(
                 "`baseline` is 'own' and the student samples no completion of a group; wanted some. Raise the "

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import metrics
-from ..options import unknown_option
+from ..options import check_choice
 from ..rollouts.dense import Dense
 from ..rollouts.rollout import Rollout
 from ..user_warnings import warn_user
@@ -176,8 +176,7 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
         self._theta_count()
         if self.generator.two_prompts or self.has_teacher_prompts:
             self._check_two_prompts()
-        if self.args.vllm_mode not in VLLM_MODES:
-            raise ValueError(unknown_option("value of `vllm_mode`", self.args.vllm_mode, VLLM_MODES))
+        check_choice("vllm_mode", self.args.vllm_mode, VLLM_MODES)
         if self.generator.is_own_teacher:
             self._check_own_teacher()
         self.generator.check_engine_arguments()

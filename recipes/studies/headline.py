@@ -11,12 +11,12 @@ learning rate of three; the arms without a teacher are the same at every teacher
 
 import argparse
 import json
-from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 
 from optimal_sampling_trl.panels import Points
 from optimal_sampling_trl.plots import plot_learning
+from runs import Line, by_rate, read_runs
 
 RESULTS = Path(__file__).parent / "results"
 ARMS = {
@@ -31,16 +31,12 @@ ARMS = {
 GREEDY = "the teacher itself, greedy"
 
 
-def seeds_at_best_rate(runs: list[dict], arm: str) -> list[float]:
+def seeds_at_best_rate(runs: list[Line], arm: str) -> list[float]:
     """The success of each seed at the end, at the learning rate with the best mean."""
-    by_rate: dict[float, list[float]] = defaultdict(list)
-    for run in runs:
-        if run["arm"] == arm:
-            by_rate[run["learning_rate"]].append(run["end"])
-    return max(by_rate.values(), key=mean, default=[])
+    return max(([run["end"] for run in seeds] for seeds in by_rate(runs, arm)), key=mean, default=[])
 
 
-def curves_of(runs: list[dict], teachers: dict[str, dict[str, float]]) -> dict[str, list[Points]]:
+def curves_of(runs: list[Line], teachers: dict[str, dict[str, float]]) -> dict[str, list[Points]]:
     """Points of each arm, a list for each seed: success of the teacher's samples in per cent, and of the student's."""
     places = {
         name: [run for run in runs if (run["task"], run["student"], run["teacher"]) == ("sums-40", "student-2", name)]
@@ -61,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("output/headline.png"), help="the PNG (%(default)s)")
     options = parser.parse_args()
-    runs = [json.loads(line) for line in (RESULTS / "past_the_teacher.jsonl").read_text().splitlines()]
+    runs = read_runs(RESULTS / "past_the_teacher.jsonl")
     teachers = json.loads((RESULTS / "past_the_teacher_teachers.json").read_text())
     curves = curves_of(runs, teachers)
     greedy = [(100 * one["right"], one["greedy"]) for one in teachers.values()]

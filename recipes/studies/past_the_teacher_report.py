@@ -132,8 +132,8 @@ def draw(lines: list[Line], path: Path) -> None:
     """One panel for each interaction: arms over the levels of its axis, seeds as a band, the teacher dashed."""
     figure = Figure(figsize=(6.5 * len(PANELS), 5), dpi=110, layout="constrained")
     axes = figure.subplots(1, len(PANELS))
-    for panel, axis in zip(PANELS, axes):
-        levels, arms = axis_of(lines, panel)
+    shown = [axis_of(lines, panel) for panel in PANELS]
+    for panel, axis, (levels, arms) in zip(PANELS, axes, shown):
         curves: dict[str, Curve] = {}
         for arm in arms:
             ends = {i: [*map(end, seeds)] for i, (_, runs) in enumerate(levels) if (seeds := best(runs, arm))}
@@ -148,8 +148,7 @@ def draw(lines: list[Line], path: Path) -> None:
             draw_curves(axis, {**curves, **teacher}, "right at the end", colors=greys, dashed=[*teacher])
         axis.set_title(panel[0])
     finish(figure, axes, "", None)
-    for panel, axis in zip(PANELS, axes):
-        levels, _ = axis_of(lines, panel)
+    for axis, (levels, _) in zip(axes, shown):
         axis.set_xticks(range(len(levels)), [level for level, _ in levels])
         show_percent(axis.yaxis)
     figure.savefig(path)

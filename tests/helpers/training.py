@@ -31,6 +31,7 @@ from optimal_sampling_trl import (
 )
 from optimal_sampling_trl.pairing.source import EVERY_RANK
 from optimal_sampling_trl.rollouts.rollout import RECORDS
+from optimal_sampling_trl.trainers.records import loss_mask
 
 KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "grpo": (GRPOTrainer, GRPOConfig, {"num_generations": 4}),
@@ -190,6 +191,19 @@ def check_batch(
         asked = mixture if mixed else Mixture.theta_only()
         rollout = Rollout(prompt, prompt, completion, **records, text="", finish_reason="stop", mixture=asked)
         check_rollout(rollout, teacher, theta, tolerance=tolerance)
+
+
+def check_turns(trainer: Any, pair: tuple[str, str], tolerance: float) -> None:
+    """Hold every turn of each batch against the oracle with the weights of its moment; some row has a second turn."""
+    teacher, theta, later = load(pair[0]), load(pair[1]), 0
+    for weights, (_, batch, rollouts) in zip(trainer.weights, trainer.generations, strict=True):
+        theta.load_state_dict(weights, strict=False)
+        for rollout in rollouts:
+            check_rollout(rollout, teacher, theta, tolerance=tolerance)
+        mask = loss_mask(batch).bool()
+        assert torch.cat([rollout.log_q for rollout in rollouts]).equal(batch["log_q"][mask])
+        later += len(rollouts) - len(mask)
+    assert later > 0, "no completion has a second turn"
 
 
 def train_and_check(trainer: Any, pair: tuple[str, str], theta: Any, tolerance: float) -> None:

@@ -138,7 +138,7 @@ def test_a_run_that_fails_stops_no_other(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_headline(tmp_path: Path) -> None:
     """The stored runs, each arm at its best rate: means as the tables of recipes/studies/README.md have them."""
-    runs = [json.loads(line) for line in (headline.RESULTS / "past_the_teacher.jsonl").read_text().splitlines()]
+    runs = read_runs(headline.RESULTS / "past_the_teacher.jsonl")
     teachers = json.loads((headline.RESULTS / "past_the_teacher_teachers.json").read_text())
     curves = headline.curves_of(runs, teachers)
     assert [len(seeds) for seeds in curves.values()] == [3] * len(headline.ARMS)

