@@ -147,16 +147,17 @@ def _read_for_vllm(
     from .vllm.launch import quiet
 
     quiet()
-    from .vllm.limits import can_read_two_prompts, check_pair, check_platform
+    from .vllm.limits import check_pair, check_platform
     from .vllm.plugin import require
 
     require()
-    if two_prompts and not can_read_two_prompts():
-        raise ValueError("teacher and student read different prompts, which the fused vLLM engine does on GPUs alone")
     check_platform(engine_arguments)
     pair = check_pair(teacher, theta, engine_arguments, tokenizer, theta_settings)
     if two_prompts and not pair.two_prompts:
-        raise ValueError("teacher and student read different prompts, which takes models without sliding windows")
+        raise ValueError(
+            "teacher and student read different prompts, which takes models without sliding windows, latent attention "
+            "and linear attention"
+        )
     return pair
 
 

@@ -26,7 +26,8 @@ class OptimalSamplingWorker:
     model_runner: Any
 
     def install_mixture_sampler(self) -> None:
-        """Put the mixture before the sampler of Model Runner V1; V2 asks the model for its own (model_state.py).
+        """Put the mixture before the sampler of Model Runner V1, and its streams before the models; V2 asks the model
+        for its own (model_state.py).
 
         Raises:
             ValueError: where vLLM gave the two models more than one group of caches on V2, or chose V1 on a GPU.
@@ -46,9 +47,11 @@ class OptimalSamplingWorker:
                     "on the host. Install Triton and drop settings that force V1, such as `logits_processors`."
                 )
             from .row_sampler import MixtureSampler
+            from .row_streams import RowStreams
 
             if not isinstance(runner.sampler, MixtureSampler):
                 runner.sampler = MixtureSampler(runner.sampler, runner)
+                runner.model.row_streams = RowStreams(runner)
 
     def zero_caches(self) -> None:
         """Set every block of every layer's cache to 0, and every state."""
