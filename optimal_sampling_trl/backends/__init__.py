@@ -181,8 +181,8 @@ def make_backend(
 
     Args:
         backend: one of `BACKENDS`.
-        teacher: a folder, a model id or a loaded model.
-        theta: likewise.
+        teacher: a folder, a model id, a loaded model, or `"student"`: the student itself.
+        theta: likewise a folder, a model id or a loaded model.
         two_prompts: the teacher and the student will be given different prompts.
         gpu_memory_utilization: vLLM's share of a device's memory.
         **engine_arguments: further arguments of the engine.
@@ -192,7 +192,9 @@ def make_backend(
         ValueError: on an unknown backend or argument, a setting that the backend asked for does not have, or a pair
             that it cannot mix.
     """
-    choice = choose(backend, teacher, theta, engine_arguments, two_prompts=two_prompts)
+    from ..pairing import is_student
+
+    choice = choose(backend, teacher, theta, engine_arguments, two_prompts=two_prompts or is_student(teacher))
     is_default = gpu_memory_utilization == GPU_MEMORY_UTILIZATION
     if backend == "auto":
         ignored = f" `gpu_memory_utilization` ({gpu_memory_utilization}) is vLLM's alone and does nothing here."

@@ -207,13 +207,18 @@ def write_gguf(gguf: Any, path: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def test_prompt_distillation(made: embedded.Pair, tmp_path: Path) -> None:
-    """A small chat model with the system prompt teaches itself: the student is measured, learns, and is saved."""
+@pytest.mark.parametrize("teacher", ["its folder", pytest.param("student", marks=pytest.mark.engine)])
+def test_prompt_distillation(made: embedded.Pair, tmp_path: Path, teacher: str) -> None:
+    """A small chat model with the system prompt teaches itself: the student is measured, learns, and is saved. As its
+    own teacher it is sampled in the engine."""
+    if teacher == "student":
+        need_vllm()
     folder = make_model(tmp_path / "chat", "llama", seed=0, max_position_embeddings=1024)
     named = {
         "config": RECIPES / "prompt_distillation.yaml",
         "model_name_or_path": folder,
-        "teacher": folder,
+        "teacher": folder if teacher == "its folder" else teacher,
+        "backend": "transformers" if teacher == "its folder" else "vllm",
         "output_dir": tmp_path / "trained",
         "use_cpu": True,
         "max_steps": 2,

@@ -45,11 +45,11 @@ def _take_tensors(taker: Any, giver: Any) -> None:
 def share_layers(layers: dict[str, Any], prefix: str) -> None:
     """Let vLLM find the teacher's layer under the name of the student's, of layers that have no cache.
 
-    Symptom: the student's experts are another layer's, whose weights were never loaded.
-    Cause: vLLM looks experts up by their name, and the student's name leads to the layer that it was built with.
+    Symptom: before torch 2.11 the student's experts are a layer whose weights were never loaded.
+    Cause: vLLM counts experts there instead of naming them, and finds what the student was built with.
     Safe: both names lead to the layer that both models run.
     Upstream: none; vLLM knows of one model in an engine.
-    Delete when: test_records_and_a_reload_of_every_weight passes for experts without this function.
+    Delete when: torch 2.11 is the oldest beside an accepted vLLM; a layer is then handed its own name.
 
     Args:
         layers: vLLM's layers by their names.

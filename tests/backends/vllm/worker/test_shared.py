@@ -68,6 +68,7 @@ def test_the_weights_are_in_memory_once(live: Live) -> None:
 
 
 def test_each_has_its_own_caches(live: Live) -> None:
+    """Layers without a cache, such as experts, are found under both models' names."""
     layers = live.backend.llm.llm_engine.vllm_config.compilation_config.static_forward_context
     caches = [
         {layers[name].kv_cache.data_ptr() for name in names if hasattr(layers[name], "kv_cache")}
@@ -75,6 +76,9 @@ def test_each_has_its_own_caches(live: Live) -> None:
     ]
     assert len(caches[0]) == len(caches[1]) == 2  # layers
     assert not caches[0] & caches[1]
+    rest = [name for name in live.fused.teacher_layers if not hasattr(layers[name], "kv_cache")]
+    assert all(layers[f"theta.{name}"] is layers[name] for name in rest)
+    assert bool(rest) == ("moe" in type(live.fused.teacher).__name__.lower())
 
 
 def test_records_and_a_reload_of_every_weight(live: Live) -> None:
