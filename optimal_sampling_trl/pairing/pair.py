@@ -76,6 +76,9 @@ def name_sources(
     """Return the sources of both models, loaded as an engine's arguments say; `revision` is the teacher's alone.
 
     A teacher that is the student has the student's source, the same object.
+
+    Raises:
+        ValueError: on a `revision` for such a teacher.
     """
     options = {name: arguments[name] for name in MODEL_OPTIONS if name in arguments}
     shared = {name: value for name, value in options.items() if name != "revision"}
@@ -86,6 +89,11 @@ def name_sources(
     }
     of_theta = Source.of(theta, "student", shared, **further)
     if is_student(teacher):
+        if arguments.get("revision") is not None:
+            raise ValueError(
+                f"`revision` is {arguments['revision']!r}, which is the teacher's, and the teacher is the student "
+                "itself. Drop it, and pass a student of another revision as a folder."
+            )
         return of_theta, of_theta
     return Source.of(teacher, "teacher", options, **further), of_theta
 

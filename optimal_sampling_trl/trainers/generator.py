@@ -57,10 +57,10 @@ class OptimalSamplingGenerator:
         dense: dense records that the rollouts carry for each token, beside those that a loss asks for. With
             `kl_q_theta`, `kl_q_teacher` or `overlap` among its scalars `mixture/kl_theta`, `mixture/kl_teacher` or
             `mixture/acceptance` is the mean of exact numbers, where it is an estimate otherwise.
-        teacher_refresh: of the teacher `"student"`: `"step"`, it is always as new as the student and is the same
-            module, or `"never"`, it stays as the student was before training; a copy of what is trained.
+        teacher_refresh: of the teacher `"student"`: `"step"`, it is always as new as the student, whose weights are in
+            memory once, or `"never"`, it stays as the student was before training; a copy of what is trained.
         teacher_adapter: of the teacher `"student"`, whether it has the student's adapter on as well. Off, it is the
-            model below the adapter, which is in memory once and is not trained.
+            model below the adapter, which is not trained; with transformers it is in memory once.
 
     Raises:
         ValueError: on a `mixture` or `dense` of another type, an unknown backend, or a number out of range.

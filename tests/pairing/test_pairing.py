@@ -53,7 +53,7 @@ def words(vocabulary: tuple[str, ...] = WORDS, name: str = "words", **options: A
 def test_the_student_as_its_own_teacher_is_one_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has the student's tokenizer, template and endings, whatever the trainer made of them."""
     folder = make_model(tmp_path / "theta", "llama", 0)
-    sources = name_sources("student", folder, {"revision": "of the teacher"})
+    sources = name_sources("student", folder, {})
     assert sources[0] is sources[1]
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "another"
@@ -63,6 +63,8 @@ def test_the_student_as_its_own_teacher_is_one_model(tmp_path: Path, monkeypatch
     assert pair.teacher_tokenizer is pair.tokenizer is tokenizer
     assert not pair.ending.folded
     assert not read_pair(*name_sources(folder, folder, {})).one_model
+    with pytest.raises(ValueError, match="`revision` is 'old', which is the teacher's, and the teacher is the stud"):
+        name_sources("student", folder, {"revision": "old"})
     (tmp_path / "student").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"there is a folder of that name\. Write '\./student'"):

@@ -1,7 +1,8 @@
 """The student as its own teacher: it reads another prompt, or is the student as it was before training.
 
-The weights are in memory once wherever both are one model. What is never trained, such as the layers below an adapter,
-is shared even with a teacher that stays as it was at the start.
+The weights are in memory once wherever both are one model. With transformers, what is never trained, such as the
+layers below an adapter, is shared even with a teacher that stays as it was at the start. vLLM's engine has adapters
+merged, and reads such a teacher from the student's files, as a second model.
 """
 
 from __future__ import annotations
@@ -65,13 +66,15 @@ def other_files(generator: OptimalSamplingGenerator, model: Any, folder: Source,
     weights = StudentWeights(model, DistributedBackend(accelerator).gather_params, accelerator.device)
     with nullcontext() if generator.teacher_adapter else model.disable_adapter():
         differs = _differing_weight(weights, folder)
-    found = [name for name in gather_object([differs]) if name]
+    every = gather_object([differs]) if accelerator.num_processes > 1 else [differs]
+    found = [name for name in every if name]
     if not found:
         return None
     what = "the student as it is now" if generator.teacher_adapter else "the model below the student's adapter"
     return (
         f"the teacher is to be {what}, and the files of {folder.name!r}, from which the engine would read it, have "
-        f"another {found[0]!r}; wanted the same weights. Save the model there (merged, as `merge_and_unload` does)"
+        f"another {found[0]!r}, or none; wanted the same weights as safetensors. Save the model, an adapter merged "
+        "into it, and train from that folder"
     )
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -17,6 +19,9 @@ from helpers.models import make_model
 from helpers.oracle import check_rollout
 from helpers.training import PROMPTS, Watch, load, make_trainer, make_untrained_pair
 from optimal_sampling_trl import OptimalSamplingGenerator
+from optimal_sampling_trl.pairing import Source
+from optimal_sampling_trl.pairing.names import model_class
+from optimal_sampling_trl.trainers.engines.self_teacher import other_files
 
 ROWS = Dataset.from_dict({"prompt": PROMPTS, "teacher_prompt": [f"{text[::-1]}{text}" for text in PROMPTS]})
 LORA = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
@@ -164,6 +169,20 @@ def test_the_engine_reads_a_frozen_teacher_from_the_students_files(student: str,
     further = {"model": get_peft_model(changed, NEW_LORA)}
     with pytest.raises(ValueError, match=start.format("the model below the student's adapter", "model.norm.weight")):
         own(student, tmp_path, "grpo", further, "vllm", teacher_adapter=False)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "qwen3_vl", "deepseek_v3"])
+def test_files_are_compared_under_their_own_names(tmp_path: Path, family: str) -> None:
+    """Experts that are stacked in memory, wrappers, tied heads, and types that are narrower in memory."""
+    generator, accelerator = OptimalSamplingGenerator("student", teacher_refresh="never"), Accelerator(cpu=True)
+    folder = make_model(tmp_path / "model", family, 0, tied=family == "llama")
+    source = Source(folder, "student")
+    for dtype in (torch.float32, torch.bfloat16):
+        model = model_class(source.config).from_pretrained(folder, dtype=dtype)
+        assert other_files(generator, model, source, accelerator) is None
+    name, weight = list(model.named_parameters())[-1]
+    weight.data.mul_(2)
+    assert f"have another '{name}', or none" in str(other_files(generator, model, source, accelerator))
 
 
 @pytest.mark.engine
