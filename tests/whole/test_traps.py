@@ -38,6 +38,7 @@ TRAPS = {
     "share_seeds",
     "sleep",
     "start_new_graph_pool",
+    "unpack_convolutions",
     "use_own_window",
     "use_workspace",
 }
