@@ -18,7 +18,7 @@ completion ends early, and every other step counts from the second on.
 | `update` | s of forward and backward passes of the loss and of the optimizer |
 | `other` | s of all else before the loss: log-probabilities, rewards, texts, a teacher's forward pass |
 | `step` | s of the whole |
-| `GiB` | the most memory in use, without the engine's cache; on a CPU the process's, with it |
+| `GiB` | the most memory in use in a step, without the engine's cache; on a CPU the process's, with it |
 | `÷ TRL` | `step` over that of TRL's trainer of the same kind, and `GiB` likewise |
 """
 
@@ -143,8 +143,10 @@ class Watch(TrainerCallback):
         setattr(owner, method, timed)
 
     def on_step_begin(self, *given: Any, **named: Any) -> None:
-        """Begin a step."""
+        """Begin a step; the first forgets what the start of the engine took."""
         synchronize()
+        if not self.seconds and ON_GPU:
+            torch.cuda.reset_peak_memory_stats()
         self.seconds.append(dict.fromkeys(("rollout", "sync", "before"), 0.0))
         self.began = time.perf_counter()
 
