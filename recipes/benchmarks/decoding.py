@@ -1,4 +1,4 @@
-"""What a decoding step of an engine takes: a model of three constants, fitted to measured steps."""
+"""A model of the time of a decoding step: three constants, fitted to measured steps."""
 
 from __future__ import annotations
 
