@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -79,7 +80,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     if args.server:
         generator["backend"] = "auto"
         given |= {"vllm_mode": "server", "vllm_server_base_url": args.server}
-    rows = 6 if args.server and PartialState().num_processes == 1 else 3
+    rows = 6 if args.server and os.environ.get("WORLD_SIZE", "1") == "1" else 3
     return given | {"generator": generator, "per_device_train_batch_size": rows, "max_steps": args.steps}
 
 
