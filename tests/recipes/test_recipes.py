@@ -27,6 +27,7 @@ TESTED_IN = {".": "test_starters.py", "benchmarks": "test_benchmarks.py", "studi
 """The file of tests that runs a folder's scripts."""
 MODULES = {
     "benchmarks/random_pair.py": "the benchmarks import it: flags, random models, stopwatch",
+    "benchmarks/decoding.py": "scaling.py imports it: a step of decoding, fitted to measured ones",
     "benchmarks/training_arms.py": "training.py imports it: the trainers that are compared",
     "studies/stack.py": "horizon_train.py imports it: many students as one batch; test_stack.py",
     "studies/digit_tasks.py": "ladder.py imports it: what is asked; test_past_the_teacher.py",

