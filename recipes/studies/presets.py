@@ -30,7 +30,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # the recipes that a study shar
 import losses
 from past_the_teacher import make_ladders, seconds_alone
 from past_the_teacher_arms import beyond, rates_with_edges
-from presets_arms import BATCH, PAIR, PLACE, PLACES, arms_of
+from presets_arms import BATCH, PAIR, TASKS, arms_of, settings_of
 from presets_report import PAIR_RUNS, SECONDS, SUMS_RUNS, report
 from runs import Line, by_rate, read_runs, run_all
 from stacks import missing, one, words
@@ -71,8 +71,8 @@ def run_sums(options: argparse.Namespace) -> None:
     arms = arms_of(options.steps)
     while time.time() < deadline and len(lines := read_runs(path)) > before:
         before, rates = len(lines), rates_with_edges(lines, arms)
-        places = [place._replace(seeds=options.seeds) for place in PLACES]
-        todo = list(missing(places, rates, lines, options.steps, options.ladder, options.stack))[: options.first]
+        settings = [place._replace(seeds=options.seeds) for place in settings_of(options.task)]
+        todo = list(missing(settings, rates, lines, options.steps, options.ladder, options.stack))[: options.first]
         print(f"{sum(len(runs) for _, runs in todo)} runs in {len(todo)} stacks", flush=True)
         if not todo:
             return
@@ -86,15 +86,18 @@ def time_alone(options: argparse.Namespace) -> None:
     """Seconds of an update of each arm on sums-40 by itself: in a stack the arms share one clock."""
     arms = arms_of(options.steps)
     for arm in PAIR:
-        seconds = seconds_alone(PLACE, arm, arms, options)
+        seconds = seconds_alone(settings_of(options.task)[0], arm, arms, options)
         with (options.output / f"{SECONDS}.jsonl").open("a") as file:
-            file.write(json.dumps({"arm": arm, "seconds": seconds, "device": options.device}) + "\n")
+            file.write(
+                json.dumps({"task": options.task, "arm": arm, "seconds": seconds, "device": options.device}) + "\n"
+            )
 
 
 def main() -> None:
     """Run what is missing on both tasks, side by side."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("pair", "sums"), help="one of the two tasks")
+    parser.add_argument("--only", choices=("pair", "sums"), help="the pair alone, or the stacks")
+    parser.add_argument("--task", choices=TASKS, default=TASKS[0], help="of the stacks (%(default)s)")
     parser.add_argument("--ladder", type=Path, default=Path("output/ladder"), help="folder of ladder.py's folders")
     parser.add_argument("--ladder_steps", type=int, nargs=2, default=(2000, 3000), help="at most (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("output/presets"), help="folder (%(default)s)")
@@ -111,7 +114,7 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true", help="time each arm on sums-40 by itself, run nothing else")
     parser.add_argument("--report", type=Path, help="report the runs of this folder, run nothing")
     options = parser.parse_args()
-    options.tasks = [PLACE.task]
+    options.tasks = [options.task]
     options.output.mkdir(parents=True, exist_ok=True)
     if options.alone:
         time_alone(options)

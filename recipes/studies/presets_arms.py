@@ -7,6 +7,7 @@ from typing import Any
 from optimal_sampling_trl import Mixture
 from optimal_sampling_trl.trainers.presets import PRESETS
 from past_the_teacher_arms import ALONE, DEFAULT, KL, LARGE, MAIN, MIDDLE, OWN, RAFT, SMALL, TEACHER
+from stacks import Setting
 from stage import Arm
 
 BATCH = 72
@@ -91,12 +92,16 @@ PAIR = {
 REST = tuple(f"RAFT, {name}'s mixture" for name in NAMES.values())
 """The mixtures of the presets under one loss."""
 WITH_TEACHER = tuple(arm for arm in PAIR if arm != "GRPO")
-PLACE = MAIN._replace(arms=tuple(PAIR), batch=BATCH)
-PLACES = (
-    PLACE,
-    PLACE._replace(student="student-0"),
-    PLACE._replace(teacher="teacher", arms=WITH_TEACHER),
-    PLACE._replace(teacher="teacher", student="student-0", arms=WITH_TEACHER),
-    PLACE._replace(arms=REST),
-)
-"""Teachers right in about .5 and 1.0 of their samples, starts of .06 and .001; then the mixtures under one loss."""
+TASKS = ("sums-40", "sums-10")
+
+
+def settings_of(task: str) -> tuple[Setting, ...]:
+    """Teachers right in about .5 and 1.0 of their samples, starts of .06 and .001; then the mixtures with one loss."""
+    place = MAIN._replace(task=task, arms=tuple(PAIR), batch=BATCH)
+    return (
+        place,
+        place._replace(student="student-0"),
+        place._replace(teacher="teacher", arms=WITH_TEACHER),
+        place._replace(teacher="teacher", student="student-0", arms=WITH_TEACHER),
+        place._replace(arms=REST),
+    )

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from horizon_report import spread
 from optimal_sampling_trl.panels import draw_curves, finish, show_percent
 from past_the_teacher_report import at, at_seconds, of_teacher
-from presets_arms import BATCH, PAIR, PLACES, REST
+from presets_arms import BATCH, PAIR, REST, TASKS, settings_of
 from runs import Line, by_rate, read_runs
 
 PAIR_RUNS, SUMS_RUNS, SECONDS = "presets_pair", "presets_sums", "presets_seconds"
@@ -41,16 +41,23 @@ def places_of(folder: Path) -> list[Place]:
     pair = read_runs(folder / f"{PAIR_RUNS}.jsonl")
     sums = [line for line in read_runs(folder / f"{SUMS_RUNS}.jsonl") if not line["stopped"]]
     of_pair = {arm: mean(times) for arm in PAIR if (times := [x["seconds"] for x in pair if x["arm"] == arm])}
-    times = read_runs(folder / f"{SECONDS}.jsonl")  # the least of several is that of a quiet machine
-    of_sums = {arm: min(x["seconds"] for x in times if x["arm"] == arm) for arm in {x["arm"] for x in times}}
     found = [Place("pair", pair, of_pair)] if pair else []
-    for place in PLACES:
-        if here := at(sums, place):
-            if place.teacher == "teacher":  # an arm without a teacher is the same at each, and was run at one
-                here = here + [line for line in at(sums, PLACES[PLACES.index(place) - 2]) if line["arm"] == "GRPO"]
-            title = f"sums-40, from {here[0]['curve'][0][1]:.2g}, teacher {of_teacher(here).get('right', 0):.2f}"
-            found.append(Place(title, here, of_sums))
+    for task in TASKS:
+        alone = seconds_of(read_runs(folder / f"{SECONDS}.jsonl"), task)
+        *four, _ = settings_of(task)  # the last one is the first with other arms
+        for i, place in enumerate(four):
+            if here := at(sums, place):
+                if i >= 2:  # an arm without a teacher is the same at each, and was run at one
+                    here = here + [line for line in at(sums, four[i - 2]) if line["arm"] == "GRPO"]
+                title = f"{task}, from {here[0]['curve'][0][1]:.2g}, teacher {of_teacher(here).get('right', 0):.2f}"
+                found.append(Place(title, here, alone))
     return found
+
+
+def seconds_of(times: Sequence[Line], task: str) -> dict[str, float]:
+    """Seconds of an update of each arm: the least of several, which is that of a quiet machine."""
+    here = [line for line in times if line["task"] == task]
+    return {arm: min(x["seconds"] for x in here if x["arm"] == arm) for arm in PAIR if arm in {x["arm"] for x in here}}
 
 
 def best(lines: Sequence[Line], arm: str, share: float = 1.0) -> Cell | None:
@@ -102,14 +109,15 @@ def _words(column: Mapping[str, Cell], arm: str) -> str:
     if arm not in column:
         return "–"
     cell, top = column[arm], max((cell.values for cell in column.values()), key=mean)
-    mark = "" if separates(cell.values, top) else "**"
+    mark = "" if len(top) == 1 or separates(cell.values, top) else "**"  # one seed separates nothing
     return f"{mark}{spread(cell.values)}{mark} ({cell.rate:g}{'*' if cell.edge else ''})"
 
 
 def draw(places: Sequence[Place], path: Path) -> None:
     """A panel for each place: the curve of each arm at its best rate, its seeds as a band."""
-    figure = Figure(figsize=(15, 10), dpi=110, layout="constrained")
-    axes = figure.subplots(2, 3).flatten()
+    rows = len(places) // 3 + 1  # the legend has a panel of its own
+    figure = Figure(figsize=(15, 5 * rows), dpi=110, layout="constrained")
+    axes = figure.subplots(rows, 3).flatten()
     for axis, place in zip(axes, places):
         curves = {}
         for arm in PAIR:
@@ -121,7 +129,9 @@ def draw(places: Sequence[Place], path: Path) -> None:
         axis.set_xlabel("completions")
         show_percent(axis.yaxis)
     finish(figure, axes[: len(places)], "completions", None)
-    handles, labels = axes[0].get_legend_handles_labels()
+    handles, labels = max(
+        (axis.get_legend_handles_labels() for axis in axes[: len(places)]), key=lambda pair: len(pair[1])
+    )
     for axis in axes[: len(places)]:
         axis.get_legend().remove()
     for axis in axes[len(places) :]:

@@ -74,7 +74,7 @@ def test_presets(made: embedded.Pair, tmp_path: Path) -> None:
     sums, pair = (read_runs(tmp_path / f"presets_{name}.jsonl") for name in ("sums", "pair"))
     assert [(line["arm"], len(line["curve"]), line["stopped"]) for line in sums] == [("MENTOR", 2, False)] * 2
     assert [line["curve"][-1][0] for line in pair] == [72]
-    assert output.count("| MENTOR | **0.0") == 2  # at equal completions and at equal seconds
+    assert output.count("| MENTOR | 0.0") == 2  # at equal completions and at equal seconds
     assert run("studies/presets.py", *flags, "--report", tmp_path) == output[output.index("### At equal") :]
     assert (tmp_path / "presets.png").read_bytes().startswith(b"\x89PNG")
 

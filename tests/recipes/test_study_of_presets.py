@@ -25,7 +25,7 @@ def test_every_preset_is_an_arm_with_its_mixture() -> None:
         arm = arms[presets_arms.NAMES[name]]
         assert arm.mixture == Mixture.preset(name)
         assert f"RAFT, {presets_arms.NAMES[name]}'s mixture" in arms
-    assert {arm for place in presets_arms.PLACES for arm in place.arms} == set(arms)
+    assert {arm for place in presets_arms.settings_of("sums-40") for arm in place.arms} == set(arms)
     assert arms["MENTOR"].terms == {"reward": 1.0, "own_baseline": 1.0}
     assert arms["Logit Fusion"].terms == {"reward": 1.0, "negatives": 1.0, "ratios": 1.0}
     assert arms["TRB"].terms == arms["MiniLLM"].terms == {"divergence": 1.0}
