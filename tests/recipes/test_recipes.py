@@ -39,6 +39,8 @@ MODULES = {
     "studies/stage.py": "horizon_train.py imports it: arms and their phases; test_past_the_teacher.py",
     "studies/past_the_teacher_arms.py": "past_the_teacher.py imports it: what is compared, and why",
     "studies/past_the_teacher_report.py": "past_the_teacher.py imports it: its tables and its picture",
+    "studies/presets_arms.py": "presets.py imports it: what is compared, and where",
+    "studies/presets_report.py": "presets.py imports it: its tables and its picture",
     "studies/real_tasks.py": "real_text.py imports it: its questions and verifier; test_real_text.py",
     "studies/real_models.py": "real_text.py imports it: its students and teachers; test_real_text.py",
     "studies/real_arms.py": "real_text.py imports it: what is compared, and its trainers",
