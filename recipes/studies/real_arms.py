@@ -45,6 +45,8 @@ class Arm(NamedTuple):
 
 
 FILTER = {"accept": 0.5}
+FADED = {"dense_coefficient": 1.0, "dense_fade": 0.5}
+"""Distillation that gives way to the reward: the dense term falls to 0 over the first half of the training."""
 STUDY = {
     "RAFT, mixture": Arm("RAFT", 1e-4, FILTER, MIXED),
     "GRPO, half mixture": Arm("GRPO", 3e-5),
@@ -54,6 +56,10 @@ STUDY = {
     "Sampled tokens, mixture": Arm("Distillation", 1e-4, {"loss": "sampled_token"}, MIXED),
     "RAFT, mixture + dense 0.1": Arm("RAFT", 1e-4, {**FILTER, "dense_coefficient": 0.1}, MIXED),
     "RAFT, teacher": Arm("RAFT", 1e-4, FILTER, TEACHER),
+    "RAFT, mixture + dense 1 faded": Arm("RAFT", 1e-4, FILTER | FADED, MIXED),
+    "RAFT, own + dense 1 faded": Arm("RAFT", 1e-4, FILTER | FADED, ALONE),
+    "GRPO, half mixture + dense 1 faded": Arm("GRPO", 3e-5, FADED),
+    "GRPO, own + dense 1 faded": Arm("GRPO", 3e-5, FADED | {"positive_only": "none"}, ALONE),
 }
 """Those of the study, the most important first."""
 ARMS = STUDY | {
