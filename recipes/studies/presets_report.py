@@ -115,8 +115,8 @@ def _words(column: Mapping[str, Cell], arm: str) -> str:
 
 def draw(places: Sequence[Place], path: Path) -> None:
     """A panel for each place: the curve of each arm at its best rate, its seeds as a band."""
-    rows = len(places) // 3 + 1  # the legend has a panel of its own
-    figure = Figure(figsize=(15, 5 * rows), dpi=110, layout="constrained")
+    rows = -(-len(places) // 3)
+    figure = Figure(figsize=(15, 4.5 * rows + 1), dpi=110, layout="constrained")
     axes = figure.subplots(rows, 3).flatten()
     for axis, place in zip(axes, places):
         curves = {}
@@ -136,7 +136,7 @@ def draw(places: Sequence[Place], path: Path) -> None:
         axis.get_legend().remove()
     for axis in axes[len(places) :]:
         axis.axis("off")
-    axes[-1].legend(handles, labels, loc="center")
+    figure.legend(handles, labels, loc="outside lower center", ncols=5)
     figure.savefig(path)
 
 
