@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import wraps
+from importlib import import_module
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -25,6 +26,9 @@ MOST = 8
 VERSIONS = ((0, 26),)
 """Minor versions of vLLM on which the tokens were held against the mixture; others draw drafts by other rules."""
 METHOD = "draft_model"
+"""The kind of drafts for which vLLM's scheduler sets blocks aside, and whose folder holds a whole model."""
+SPECULATOR = f"{__package__}.worker.speculator"
+"""The module that runs in the worker, named because it imports vLLM."""
 SAME_SPEED = "Drop it: the tokens are of the same distribution without."
 
 
@@ -143,9 +147,7 @@ def draft_with_theta() -> None:
     def init_speculator(vllm_config: Any, device: Any, *args: Any) -> Any:
         if not is_fused(vllm_config):
             return make(vllm_config, device, *args)
-        from .worker.speculator import ThetaSpeculator
-
-        return ThetaSpeculator(vllm_config, device)
+        return import_module(SPECULATOR).ThetaSpeculator(vllm_config, device)
 
     @wraps(list_unsupported)
     def unsupported(self: Any) -> list[str]:

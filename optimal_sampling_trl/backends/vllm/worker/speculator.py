@@ -7,11 +7,12 @@ changes from step to step is on the device: one CUDA graph holds all drafts of a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -31,6 +32,8 @@ class ThetaSpeculator(DraftModelSpeculator):
 
     supports_mm_inputs = False
     model: Any
+    model_state: Any
+    dtype: Any
     draft_logits: Tensor
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
@@ -41,10 +44,11 @@ class ThetaSpeculator(DraftModelSpeculator):
                 f"folder, or drop `{NUM_SPECULATIVE_TOKENS}`."
             )
         self.positions, self.ends = torch.zeros(2, self.max_num_reqs, dtype=torch.int64, device=device)
-        self.starts = torch.arange(self.max_num_reqs + 1, dtype=torch.int32, device=device)
+        self.starts_cpu = torch.arange(self.max_num_reqs + 1, dtype=torch.int32)
+        self.starts = self.starts_cpu.to(device)
         self.plans: dict[int, dict[str, Any]] = {}
 
-    def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
+    def load_draft_model(self, target_model: Any, target_attn_layer_names: set[str]) -> Any:
         """Return the student: vLLM's hook, which would load another model."""
         return target_model.theta
 
@@ -82,10 +86,10 @@ class ThetaSpeculator(DraftModelSpeculator):
     def capture(self) -> None:
         """Capture the graphs: vLLM's hook after those of the whole step."""
 
-        def create(batch: Any, warmup: bool) -> Any:
+        def create(desc: Any, warmup: bool) -> Callable[[CUDAGraphMode], None]:
             self._empty(0)
-            self._plan(batch.num_reqs)
-            return lambda mode: self._draft(batch.num_reqs)
+            self._plan(desc.num_reqs)
+            return lambda mode: self._draft(desc.num_reqs)
 
         self.graphs.capture(create, progress_bar_desc="Capturing drafts")
 
@@ -184,7 +188,7 @@ class ThetaSpeculator(DraftModelSpeculator):
             buffers = self.model_state.theta
             common = CommonAttentionMetadata(
                 query_start_loc=self.starts[: rows + 1],
-                query_start_loc_cpu=self.arange[: rows + 1],
+                query_start_loc_cpu=self.starts_cpu[: rows + 1],
                 seq_lens=buffers.lengths[:rows],
                 num_reqs=rows,
                 num_actual_tokens=rows,
@@ -208,7 +212,8 @@ class ThetaSpeculator(DraftModelSpeculator):
         Upstream: vLLM issues 47386 and 54282, fixed in 0.29.
         Delete when: vLLM 0.26 is no longer accepted.
         """
-        return gumbel_sample(
+        draw: Any = gumbel_sample  # 0.31 names its arguments otherwise
+        return draw(
             finite(logits[:, : self.draft_logits.shape[-1]]),
             self.idx_mapping[: len(logits)],
             self.temperature,
