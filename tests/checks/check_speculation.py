@@ -271,9 +271,7 @@ def main() -> None:
     flags.add_argument("--only", nargs="+", choices=steps, default=steps)
     flags.add_argument("--sequences", type=int, default=100_000)
     flags.add_argument("--k", type=int, nargs="+", default=[1, 2, 3, 4])
-    flags.add_argument(
-        "--pair", help="the demo's pair, made before; by default it is made, which takes a minute or two"
-    )
+    flags.add_argument("--pair", type=Path, default=demo.DEFAULT, help="folder of the demo's pair, made if missing")
     args = flags.parse_args()
     check = Check(demo.make_pair(args.pair), args.sequences, args.k)
     report = Report(budget=3600)
