@@ -80,6 +80,8 @@ def _reason_against(configs: Mapping[str, PreTrainedConfig], arguments: Mapping[
     if not is_checked():
         wanted = " or ".join(".".join(map(str, version)) for version in VERSIONS)
         return f"vLLM is {__version__}; drafts were checked on {wanted} alone"
+    if arguments.get("enable_sleep_mode"):
+        return "`enable_sleep_mode` is set; drafts were not checked in an engine that sleeps"
     for name in ("tensor_parallel_size", "data_parallel_size"):
         if (arguments.get(name) or 1) > 1:
             return f"`{name}` is {arguments[name]}; drafts were checked on one GPU alone"

@@ -207,15 +207,12 @@ def test_preemption(short_of_memory: Any, judge: Judge, prompts: str) -> None:
     judge.check(rollouts, f"{prompts}, preempted")
 
 
-@pytest.fixture(scope="module", params=DRAFTS)
-def default(
-    request: pytest.FixtureRequest, pair: tuple[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Any]:
+@pytest.fixture(scope="module")
+def default(pair: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """An engine with vLLM's own choice of graphs, which sleeps and counts, and compiles into an empty cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CACHE_ROOT", str(tmp_path_factory.mktemp("cache")))
-        further = {"enable_sleep_mode": True, "disable_log_stats": False, "enforce_eager": False}
-        backend = engine(pair, num_speculative_tokens=DRAFTS[request.param], **further)
+        backend = engine(pair, enable_sleep_mode=True, disable_log_stats=False, enforce_eager=False)
         yield backend
         backend.close()
 

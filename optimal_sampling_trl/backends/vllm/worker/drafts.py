@@ -26,7 +26,7 @@ def first_positions(
         rejected: drafts of that step that were not kept.
         shift: by how many tokens the student's stream is behind the scheduled one.
     """
-    return (lengths - rejected - shift).long()
+    return (lengths - rejected - shift).clamp(min=0).long()  # in its prompt it may not have begun
 
 
 def ends(sampled: Int[Tensor, " R"], shift: Int[Tensor, " R"], max_model_len: int) -> Int[Tensor, " R"]:

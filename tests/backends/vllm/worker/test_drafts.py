@@ -90,6 +90,13 @@ def test_a_new_request_has_certain_drafts() -> None:
     assert not cache[[0, 2]].any()
 
 
+def test_a_shorter_prompt_that_has_not_begun_is_read_nowhere() -> None:
+    shift, blocks = torch.tensor([9]), torch.tensor([[1, 2]])
+    first = first_positions(torch.tensor([4]), torch.tensor([0]), shift)
+    stream = draft_stream(torch.tensor([5]), first, ends(torch.tensor([0]), shift, LONGEST), blocks, BLOCK)
+    assert (stream.positions.tolist(), stream.places.tolist(), stream.lengths.tolist()) == ([0], [NOWHERE], [1])
+
+
 def test_noise_of_drafts_is_that_of_no_position() -> None:
     assert SALT > 2**28  # further than any model reads
     assert SALT + 2**28 < 2**31
