@@ -35,7 +35,8 @@ class OptimalSamplingV1:
     """Samples completions from the mixture of a teacher and a student θ.
 
     Args:
-        model_teacher: the teacher: a folder, a model id, or (with the transformers backend) a loaded model.
+        model_teacher: the teacher: a folder, a model id, (with the transformers backend) a loaded model, or
+            `"student"`: the student itself, in memory once, with another prompt; `load_theta` then replaces both.
         model_theta: the student, likewise.
         alpha_method, fixed_alpha, alpha_max, epsilon, form, entropy_scale: the mixture; see `Mixture`.
         alpha_min: likewise; None is 0.5 for the methods that balance the two models, so that samples lean towards the
@@ -149,7 +150,7 @@ class OptimalSamplingV1:
             use_tqdm: show a bar with tokens, tokens/s, the mean of α and the time left; with vLLM its own bar as well.
                 None shows it in a terminal and in a notebook.
             teacher_prompts: what the teacher reads in place of each prompt, rendered with its own chat template; None
-                among them is the prompt itself. On a CPU this takes `backend="transformers"`.
+                among them is the prompt itself.
 
         Raises:
             ValueError: on an empty or unreadable prompt, a setting out of range, or where mixtures, temperatures or

@@ -192,7 +192,7 @@ def own_baseline(
     return advantages.nan_to_num(nan=0.0)
 
 
-def mixture_weight(step: int, steps: int | None) -> float:
+def mixture_weight(step: float, steps: float | None) -> float:
     """Return the weight of the mixture's advantages: half a cosine from 1 at step 0 to 0 at `steps`; 1 if None."""
     return 1.0 if steps is None else (1 + math.cos(math.pi * min(step / steps, 1.0))) / 2
 

@@ -219,7 +219,7 @@ def _weights(sampler: OptimalSamplingV1, role: str) -> str | None:
     """Return a digest of a model's weights, or of all bytes of its files; None for a model id."""
     if (loaded := sampler.backend.weight_digest(role)) is not None:
         return DIGEST + loaded
-    folder = Path(getattr(sampler, f"model_{role}"))
+    folder = Path(getattr(sampler.backend.pair, role))  # of a teacher that is the student, the student's
     return DIGEST + folder_digest(folder) if folder.is_dir() else None
 
 

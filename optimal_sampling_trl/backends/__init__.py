@@ -147,16 +147,17 @@ def _read_for_vllm(
     from .vllm.launch import quiet
 
     quiet()
-    from .vllm.limits import can_read_two_prompts, check_pair, check_platform
+    from .vllm.limits import check_pair, check_platform
     from .vllm.plugin import require
 
     require()
-    if two_prompts and not can_read_two_prompts():
-        raise ValueError("teacher and student read different prompts, which the fused vLLM engine does on GPUs alone")
     check_platform(engine_arguments)
     pair = check_pair(teacher, theta, engine_arguments, tokenizer, theta_settings)
     if two_prompts and not pair.two_prompts:
-        raise ValueError("teacher and student read different prompts, which takes models without sliding windows")
+        raise ValueError(
+            "teacher and student read different prompts, which takes models without sliding windows, latent attention "
+            "and linear attention"
+        )
     return pair
 
 
@@ -180,8 +181,8 @@ def make_backend(
 
     Args:
         backend: one of `BACKENDS`.
-        teacher: a folder, a model id or a loaded model.
-        theta: likewise.
+        teacher: a folder, a model id, a loaded model, or `"student"`: the student itself.
+        theta: likewise a folder, a model id or a loaded model.
         two_prompts: the teacher and the student will be given different prompts.
         gpu_memory_utilization: vLLM's share of a device's memory.
         **engine_arguments: further arguments of the engine.
@@ -191,7 +192,9 @@ def make_backend(
         ValueError: on an unknown backend or argument, a setting that the backend asked for does not have, or a pair
             that it cannot mix.
     """
-    choice = choose(backend, teacher, theta, engine_arguments, two_prompts=two_prompts)
+    from ..pairing import is_student
+
+    choice = choose(backend, teacher, theta, engine_arguments, two_prompts=two_prompts or is_student(teacher))
     is_default = gpu_memory_utilization == GPU_MEMORY_UTILIZATION
     if backend == "auto":
         ignored = f" `gpu_memory_utilization` ({gpu_memory_utilization}) is vLLM's alone and does nothing here."

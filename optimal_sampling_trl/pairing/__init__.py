@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from .checkpoint import checkpoint_digest
+from .checkpoint import StoredWeights, checkpoint_digest
 from .ending import Ending, end_of_sequence, stop_tokens
 from .pair import (
+    STUDENT,
     Pair,
     attention_window,
     check_same_tokens,
     check_vocabulary,
     context_length,
     has_states,
+    is_student,
     name_sources,
     read_pair,
     rope_kinds,
@@ -44,10 +46,12 @@ from .wrappers import is_wrapper, language_model
 
 __all__ = [
     "MODEL_OPTIONS",
+    "STUDENT",
     "Ending",
     "Pair",
     "Prompt",
     "Source",
+    "StoredWeights",
     "attention_window",
     "check_adapter",
     "check_decoder",
@@ -62,6 +66,7 @@ __all__ = [
     "end_of_sequence",
     "folder_digest",
     "has_states",
+    "is_student",
     "is_wrapper",
     "language_model",
     "load_config",

@@ -1,4 +1,4 @@
-"""A number for a checkpoint on disk that is quick to compute: two machines compare what they were told to load."""
+"""A checkpoint on disk: a number for it that is quick to compute, for two machines to compare, and its weights."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import hashlib
 import json
 from pathlib import Path
 from typing import BinaryIO
+
+from safetensors import safe_open
+from torch import Tensor
 
 BLOCK, SAMPLES, PIECE = 4096, 16, 1 << 20
 """Bytes that are read at a time, how many times in a weight, and the size of what stands for one in other files."""
@@ -28,6 +31,27 @@ def checkpoint_digest(folder: Path) -> str | None:
                     file.seek(place)
                     digest.update(file.read(min(BLOCK, end - place)))
     return digest.hexdigest()[:16]
+
+
+class StoredWeights:
+    """The weights in a checkpoint's files, each read when it is asked for.
+
+    Args:
+        folder: holds `.safetensors` files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._paths: dict[str, Path] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                self._paths |= dict.fromkeys(file.keys(), path)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._paths
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._paths[name], "pt") as file:
+            return file.get_tensor(name)
 
 
 def _spans(file: BinaryIO, path: Path) -> list[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,9 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from .ending import Ending, end_of_sequence
 from .prompts import template_digest
 from .source import MODEL_OPTIONS, Source
+
+STUDENT = "student"
+"""The teacher's name where it is the student itself."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Pair:
         shares_caches: whether some layers read the cache of another layer.
         teacher_template: `template_digest` of the teacher's own tokenizer; None where it has no chat template.
         teacher_tokenizer: the teacher's own, which reads the prompts that the teacher alone is given.
+        one_model: whether the teacher is the student itself: one set of weights, which a reload replaces for both.
     """
 
     teacher: str
@@ -46,12 +51,35 @@ class Pair:
     has_states: bool = False
     shares_caches: bool = False
     teacher_tokenizer: PreTrainedTokenizerBase | None = None
+    one_model: bool = False
+
+
+def is_student(teacher: Any) -> bool:
+    """Tell whether a teacher is named as the student itself.
+
+    Raises:
+        ValueError: where a folder has that name.
+    """
+    if not (isinstance(teacher, str) and teacher == STUDENT):
+        return False
+    if os.path.isdir(STUDENT):
+        raise ValueError(
+            "The teacher is 'student', the student itself, and there is a folder of that name. Write './student' for "
+            "the folder, or rename it."
+        )
+    return True
 
 
 def name_sources(
     teacher: str | PreTrainedModel | Source, theta: str | PreTrainedModel | Source, arguments: Mapping[str, Any]
 ) -> tuple[Source, Source]:
-    """Return the sources of both models, loaded as an engine's arguments say; `revision` is the teacher's alone."""
+    """Return the sources of both models, loaded as an engine's arguments say; `revision` is the teacher's alone.
+
+    A teacher that is the student has the student's source, the same object.
+
+    Raises:
+        ValueError: on a `revision` for such a teacher.
+    """
     options = {name: arguments[name] for name in MODEL_OPTIONS if name in arguments}
     shared = {name: value for name, value in options.items() if name != "revision"}
     overrides = arguments.get("hf_overrides")
@@ -59,7 +87,15 @@ def name_sources(
         "token": arguments.get("hf_token"),
         "overrides": overrides if isinstance(overrides, Mapping) else {},
     }
-    return Source.of(teacher, "teacher", options, **further), Source.of(theta, "student", shared, **further)
+    of_theta = Source.of(theta, "student", shared, **further)
+    if is_student(teacher):
+        if arguments.get("revision") is not None:
+            raise ValueError(
+                f"`revision` is {arguments['revision']!r}, which is the teacher's, and the teacher is the student "
+                "itself. Drop it, and pass a student of another revision as a folder."
+            )
+        return of_theta, of_theta
+    return Source.of(teacher, "teacher", options, **further), of_theta
 
 
 def read_pair(
@@ -78,7 +114,8 @@ def read_pair(
         teacher: the teacher's source.
         theta: the student's source.
         tokenizer: the pair's; by default the student's.
-        teacher_tokenizer: the teacher's, which must have the same tokens; by default the one beside its files.
+        teacher_tokenizer: the teacher's, which must have the same tokens; by default the one beside its files, or the
+            pair's where the teacher is the student.
         theta_settings: generation settings of the student in memory, where `theta` names the files of a copy; by
             default those of `theta`.
         max_model_len: most tokens that the engine reads, no more than both models can; by default as many.
@@ -88,7 +125,10 @@ def read_pair(
         ValueError: where a model or a tokenizer cannot be loaded, or the two differ in their tokens.
     """
     tokenizer = theta.tokenizer() if tokenizer is None else tokenizer
-    teacher_tokenizer = teacher.tokenizer() if teacher_tokenizer is None else teacher_tokenizer
+    one_model = teacher is theta
+    if teacher_tokenizer is None:
+        teacher_tokenizer = tokenizer if one_model else teacher.tokenizer()
+    of_theta = theta.generation_config() if theta_settings is None else theta_settings
     check_same_tokens(teacher_tokenizer, tokenizer)
     vocabulary = check_vocabulary(teacher.text_config, theta.text_config, tokenizer)
     return Pair(
@@ -99,8 +139,8 @@ def read_pair(
         engine_vocabulary=teacher.text_config.vocab_size,
         context=max_model_len or context_length(teacher.text_config, theta.text_config),
         ending=end_of_sequence(
-            teacher.generation_config(),
-            theta.generation_config() if theta_settings is None else theta_settings,
+            of_theta if one_model else teacher.generation_config(),
+            of_theta,
             tokenizer.eos_token_id,
             teacher_tokenizer.eos_token_id,
             vocabulary,
@@ -113,6 +153,7 @@ def read_pair(
         has_states=any(map(has_states, (teacher.text_config, theta.text_config))),
         shares_caches=any(map(shares_caches, (teacher.text_config, theta.text_config))),
         teacher_tokenizer=teacher_tokenizer,
+        one_model=one_model,
     )
 
 

@@ -23,7 +23,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.hub import cached_file
 
+from .checkpoint import StoredWeights
 from .names import WeightNames, model_class, names_of
 from .wrappers import WRAPPERS, is_wrapper, language_model
 
@@ -99,6 +101,11 @@ class Source:
     def weight_names(self) -> WeightNames | None:
         """The weights by name and shape; None where transformers cannot build a model of this kind without values."""
         return names_of(self.config, **self._code)
+
+    def stored_weights(self) -> StoredWeights:
+        """Return the weights in the files of a folder or model id."""
+        config = cached_file(self.name, "config.json", **self._access)
+        return StoredWeights(Path(str(config)).parent)
 
     def generation_config(self) -> GenerationConfig | PreTrainedConfig:
         """Return the generation settings, or the configuration where there are none."""

@@ -19,7 +19,7 @@ class SamplerArguments:
 
     teacher: str = field(
         default="",
-        metadata={"help": "Folder or model id of the teacher; in a trainer also 'student', the model itself."},
+        metadata={"help": "Folder or model id of the teacher; or 'student', the student itself."},
     )
     alpha_method: str = field(
         default=Mixture.method, metadata={"help": "Equation that alpha solves.", "choices": METHODS}

@@ -14,7 +14,7 @@ from ..backends import BACKENDS
 from ..backends.transformers.backend import ENGINE_OPTIONS
 from ..mixture import FIELDS, Mixture
 from ..options import check_choice, check_flag, check_number, shown, suggest_arguments, unknown_option
-from ..pairing import MODEL_OPTIONS, check_system_message, reads_two_prompts
+from ..pairing import MODEL_OPTIONS, STUDENT, check_system_message, is_student, reads_two_prompts
 from ..rollouts.dense import Dense, check_dense
 
 ELSEWHERE = {
@@ -23,10 +23,6 @@ ELSEWHERE = {
     **{name: f"mixture=Mixture({name}=...)" for name in FIELDS},
 }
 """Words for the teacher and the mixture in other interfaces, and what is to be written here."""
-NO_SHARED_WEIGHTS = "vLLM's engine holds two models, the second a copy of the first that would have to be pushed too"
-OTHER_BACKEND = "Use backend='transformers', or 'auto'."
-STUDENT = "student"
-"""The teacher's name where it is the model that is trained."""
 REFRESH = ("step", "never")
 """Times at which a teacher that is the student becomes as new as the student."""
 
@@ -61,10 +57,10 @@ class OptimalSamplingGenerator:
         dense: dense records that the rollouts carry for each token, beside those that a loss asks for. With
             `kl_q_theta`, `kl_q_teacher` or `overlap` among its scalars `mixture/kl_theta`, `mixture/kl_teacher` or
             `mixture/acceptance` is the mean of exact numbers, where it is an estimate otherwise.
-        teacher_refresh: of the teacher `"student"`: `"step"`, it is always as new as the student and is the same
-            module, or `"never"`, it stays as the student was before training; a copy of what is trained.
+        teacher_refresh: of the teacher `"student"`: `"step"`, it is always as new as the student, whose weights are in
+            memory once, or `"never"`, it stays as the student was before training; a copy of what is trained.
         teacher_adapter: of the teacher `"student"`, whether it has the student's adapter on as well. Off, it is the
-            model below the adapter, which is in memory once and is not trained.
+            model below the adapter, which is not trained; with transformers it is in memory once.
 
     Raises:
         ValueError: on a `mixture` or `dense` of another type, an unknown backend, or a number out of range.
@@ -130,14 +126,8 @@ class OptimalSamplingGenerator:
                 f"{' and '.join(set_ones)}: the model below the adapter never changes; wanted one of the two. Drop "
                 "`teacher_refresh`."
             )
-        if os.path.isdir(STUDENT):
-            raise ValueError(
-                "`teacher` is 'student', the model that is trained, and there is a folder of that name. Write "
-                "'./student' for the folder, or rename it."
-            )
-        if self.backend == "vllm":
-            raise ValueError(f"`backend` is 'vllm' and `teacher` 'student': {NO_SHARED_WEIGHTS}. {OTHER_BACKEND}")
-        for name in MODEL_OPTIONS:
+        is_student(self.teacher)  # refuses a folder of that name
+        for name in MODEL_OPTIONS if self.backend == "transformers" else ("revision",):
             if name in (self.engine_arguments or {}):
                 raise ValueError(
                     f"`engine_arguments` has `{name}`, which says how a teacher is loaded, and `teacher` is "
@@ -153,6 +143,11 @@ class OptimalSamplingGenerator:
     def is_the_student(self) -> bool:
         """True where the teacher differs from the student only in its prompt."""
         return self.is_own_teacher and self.teacher_refresh == "step" and self.teacher_adapter
+
+    @property
+    def is_frozen_student(self) -> bool:
+        """True where the teacher is the student as it was at the start, or below its adapter."""
+        return self.is_own_teacher and not self.is_the_student
 
     def _check_entropy_quantile(self) -> None:
         """Refuse a quantile that nothing reads, or that α could not tell."""

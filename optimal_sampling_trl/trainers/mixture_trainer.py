@@ -26,7 +26,7 @@ from .engines.base import MixtureGeneration, MixturePlan, check_generation_kwarg
 from .engines.endings import endings_known
 from .engines.seam import build_generation, engine_replaced_by
 from .engines.student_checks import check_head, check_teacher_apart
-from .generator import NO_SHARED_WEIGHTS, OptimalSamplingGenerator, check_generator
+from .generator import OptimalSamplingGenerator, check_generator
 from .guard import ROWS, TOKENS, WeightGuard, bound_of, dropout_of, log_theta_of
 from .loggers import FigureCallback
 from .presets import with_preset
@@ -195,12 +195,7 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
         warn_of_unread(self.args, unread)
 
     def _check_own_teacher(self) -> None:
-        """Refuse the teacher `"student"` where it cannot be had, or would be the student itself."""
-        if self.args.vllm_mode == "server":
-            raise ValueError(
-                f"`vllm_mode` is 'server' and `teacher` 'student': {NO_SHARED_WEIGHTS}. Set `vllm_mode='colocate'`, "
-                "with which rollouts are sampled with transformers."
-            )
+        """Refuse the teacher `"student"` where their mixture would be the student itself."""
         if self.generator.is_the_student and not (self.generator.two_prompts or self.may_have_teacher_prompts):
             raise ValueError(
                 "`teacher` is 'student', and both read the same prompt: their mixture is the student itself. Add a "

@@ -18,7 +18,7 @@ completion ends early, and every other step counts from the second on.
 | `update` | s of forward and backward passes of the loss and of the optimizer |
 | `other` | s of all else before the loss: log-probabilities, rewards, texts, a teacher's forward pass |
 | `step` | s of the whole |
-| `GiB` | the most memory in use, without the engine's cache; on a CPU the process's, with it |
+| `GiB` | the most memory in use in a step, without the engine's cache; on a CPU the process's, with it |
 | `÷ TRL` | `step` over that of TRL's trainer of the same kind, and `GiB` likewise |
 """
 
@@ -46,7 +46,7 @@ import vllm
 from transformers import TrainerCallback
 
 from random_pair import describe, make_random_pair, parser, synchronize
-from training_arms import ARMS, ON_GPU, Arm, build
+from training_arms import ARMS, BASES, ON_GPU, Arm, build
 
 PARTS = ("rollout", "sync", "update", "other", "step")
 HEAD = ("arm", *PARTS, "GiB", "step ÷ TRL", "GiB ÷ TRL")
@@ -60,16 +60,20 @@ def main() -> None:
     print(describe(args, f"vLLM {vllm.__version__}, TRL {trl.__version__}"))
     print("| " + " | ".join(HEAD) + " |\n|---|" + "---:|" * (len(HEAD) - 1))
     found: dict[str, dict[str, float]] = {}
+    failed: list[str] = []
     with tempfile.TemporaryDirectory(prefix="training-") as home:
         pair = make_random_pair(home, args)
         for name in args.arms:
-            found[name] = run(name, pair)
-            base = next(
-                (found[one] for one in found if one.startswith("TRL") and ARMS[one].kind == ARMS[name].kind), {}
-            )
-            print(line(name, found[name], base), flush=True)
-    if args.json:
-        args.json.write_text(json.dumps({"command": sys.argv, "arms": found}, indent=1))
+            try:
+                found[name] = run(name, pair)
+            except RuntimeError as error:
+                failed.append(str(error))
+                continue
+            print(line(name, found[name], found.get(BASES[ARMS[name].kind], {})), flush=True)
+            if args.json:
+                args.json.write_text(json.dumps({"command": sys.argv, "arms": found}, indent=1))
+    if failed:
+        raise SystemExit("\n\n".join(failed))
 
 
 def parse() -> argparse.Namespace:
@@ -143,8 +147,10 @@ class Watch(TrainerCallback):
         setattr(owner, method, timed)
 
     def on_step_begin(self, *given: Any, **named: Any) -> None:
-        """Begin a step."""
+        """Begin a step; the first forgets what the start of the engine took."""
         synchronize()
+        if not self.seconds and ON_GPU:
+            torch.cuda.reset_peak_memory_stats()
         self.seconds.append(dict.fromkeys(("rollout", "sync", "before"), 0.0))
         self.began = time.perf_counter()
 

@@ -85,11 +85,17 @@ class Watch(TrainerCallback):
         self._look(state, kwargs["model"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.tokens += sum(len(rollout.completion_ids) for rollout in self.trainer.rollouts)
+        self.tokens += self._sampled()
         over = time.time() > self.deadline
         control.should_training_stop |= over
         if state.global_step % self.every == 0 or over:
             self._look(state, kwargs["model"])
+
+    def _sampled(self) -> int:
+        """Tokens of the last batch; TRL's own trainers have no rollouts, but the mean length of a completion."""
+        if hasattr(self.trainer, "rollouts"):
+            return sum(len(rollout.completion_ids) for rollout in self.trainer.rollouts)
+        return round(self.trainer._metrics["train"]["completions/mean_length"][-1] * self.batch)
 
     def _look(self, state: Any, model: Any) -> None:
         start, training = time.perf_counter(), model.training

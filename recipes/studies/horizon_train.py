@@ -28,17 +28,19 @@ class Prompts:
 
     Args:
         count: how many there are; 0 is one for each completion of the training.
+        batch: completions of a run in a step.
     """
 
-    def __init__(self, task: Task, runs: list[Run], steps: int, count: int) -> None:
+    def __init__(self, task: Task, runs: list[Run], steps: int, count: int, batch: int = BATCH) -> None:
         seeds = sorted({run.seed for run in runs})
-        self.every = torch.stack([task.sequences("train", count or BATCH * steps, seed) for seed in seeds])
+        self.batch = batch
+        self.every = torch.stack([task.sequences("train", count or batch * steps, seed) for seed in seeds])
         self.which = torch.tensor([seeds.index(run.seed) for run in runs])[:, None]
 
     def at(self, step: int, groups: Tensor) -> Tensor:
         """The sequences (S, B, P + T) of a step, each prompt as often as its run's group (S,) is large."""
-        different = BATCH // groups[:, None]
-        place = step * different + torch.arange(BATCH) // groups[:, None]  # (S, B)
+        different = self.batch // groups[:, None]
+        place = step * different + torch.arange(self.batch) // groups[:, None]  # (S, B)
         return self.every[self.which, place % self.every.shape[1]]
 
 
@@ -88,6 +90,7 @@ def update(
     losses = loss(student, batch, rewards, mixed, stage.losses(progress), sizes, weights=weights)
     adam.step(gradients(student, losses), min((adam.steps + 1) / WARMUP, 1))
     stage.note(right.all(-1).float(), (until == 0).float())
+    stage.note_alpha(batch.alpha, mixed & (batch.mask > 0))
     return batch.mask.sum((1, 2))
 
 
@@ -114,8 +117,8 @@ def train(
     for weight in student.weights.values():
         weight.requires_grad_()
     adam = Adam(student.weights, torch.tensor([run.learning_rate for run in runs], device=device))
-    stage = Stage([arms[run.arm] for run in runs], task.completion_length, device)
-    prompts = Prompts(task, runs, steps, setting.prompts)
+    stage = Stage([arms[run.arm] for run in runs], task.completion_length, device, setting.batch)
+    prompts = Prompts(task, runs, steps, setting.prompts, setting.batch)
     read = teacher if stage.reads_teacher else None
     rollouts = Rollouts(student, read, task.completion_length, END, stage.mixes)
     held_out, validation = (
@@ -130,7 +133,13 @@ def train(
         sequences = prompts.at(step, stage.groups).to(device)
         curve.tokens += update(student, adam, rollouts, stage, sequences, setting, step / steps)
     seconds = time.perf_counter() - curve.start
-    shared = {"clock": curve.clock, "stopped": adam.steps < steps, "stack": len(runs), "seconds": seconds}
+    shared = {
+        "clock": curve.clock,
+        "stopped": adam.steps < steps,
+        "stack": len(runs),
+        "batch": setting.batch,
+        "seconds": seconds,
+    }
     ends: list[dict[str, float]] = [{}] * len(runs)
     if ending and not shared["stopped"]:
         part = held_out[:ending]

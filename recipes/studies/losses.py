@@ -29,8 +29,6 @@ from optimal_sampling_trl.demo.pair import Pair, make_pair
 from optimal_sampling_trl.plots import plot_learning
 from runs import Line, by_rate, read_runs, run_all
 
-BATCH = 64
-
 
 class Arm(NamedTuple):
     """A way to train: the trainer, fields of its configuration, fields of the generator (None: TRL's own rollouts)."""
@@ -88,6 +86,10 @@ ARMS = {
     "RAFT, half mixture": Arm(*RAFT, generator={"theta_fraction": 0.5}),
     "RAFT, teacher's rollouts": Arm(*RAFT, generator={"mixture": Mixture.teacher_only()}),
     "RAFT, student's rollouts": Arm(*RAFT, generator=ALONE),
+    "SFT on the teacher's samples": Arm(*RAFT, {"accept": 0.0}, {"mixture": Mixture.teacher_only()}),  # takes any
+    "MENTOR": Arm(*GRPO, {"preset": "mentor", "num_generations": 12}),
+    "Logit Fusion": Arm(*GRPO, {"preset": "logit-fusion"}),
+    **{name: Arm(*DISTILLATION, {"preset": name.lower()}) for name in ("TRB", "MiniLLM")},
     "RAFT, mixture, groups of 8": Arm(*RAFT, {"num_generations": 8}),
     "Distillation, student's rollouts": Arm(*DISTILLATION, generator=ALONE),
     "Distillation, mixture": Arm(*DISTILLATION),
@@ -122,21 +124,21 @@ def subject(ladder: Path | None, task: str) -> tuple[Pair, Job]:
     return pair, Job(long.completion_length, long.dataset, long.reward, lambda model, _: measure_task(model, long))
 
 
-def run(name: str, learning_rate: float, seed: int, steps: int, ladder: Path | None, task: str) -> list[Line]:
+def run(name: str, rate: float, seed: int, steps: int, ladder: Path | None, task: str, batch: int = 64) -> list[Line]:
     """One run, in a process of its own: the points (samples, exact match) of its curve. No weights are kept."""
     torch.set_num_threads(1)
     arm, (pair, job) = ARMS[name], subject(ladder, task)
     generator = {}
     if arm.generator is not None:
         generator["generator"] = OptimalSamplingGenerator(pair.teacher, backend="transformers", **arm.generator)
-    schedule = {"learning_rate": learning_rate, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 10}
+    schedule = {"learning_rate": rate, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 10}
     with TemporaryDirectory() as output:  # a trainer holds its folder for itself
         settings = {"seed": seed, "output_dir": output, "disable_tqdm": True} | schedule | arm.settings
-        trainer, watch = train(arm.trainer, arm.config, pair, steps, BATCH, settings, job, **generator)
+        trainer, watch = train(arm.trainer, arm.config, pair, steps, batch, settings, job, **generator)
     alpha = [
-        (entry["step"] * BATCH, entry["alpha/mean"]) for entry in trainer.state.log_history if "alpha/mean" in entry
+        (entry["step"] * batch, entry["alpha/mean"]) for entry in trainer.state.log_history if "alpha/mean" in entry
     ]
-    key = {"arm": name, "learning_rate": learning_rate, "seed": seed, "steps": steps}
+    key = {"arm": name, "learning_rate": rate, "seed": seed, "steps": steps}
     return [key | {"curve": watch.curve, "alpha": alpha, "seconds": watch.seconds}]
 
 

@@ -20,6 +20,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -34,7 +35,8 @@ from ladder import make_ladder
 from past_the_teacher_arms import ARMS, CORE, MAIN, rates_with_edges, settings
 from past_the_teacher_report import report
 from runs import read_runs, run_all
-from stacks import Run, missing, one, words
+from stacks import Run, Setting, missing, one, words
+from stage import Arm
 
 ALONE_STEPS = 15
 
@@ -79,15 +81,20 @@ def run_missing(options: argparse.Namespace, path: Path) -> None:
 
 def time_alone(options: argparse.Namespace, path: Path) -> None:
     """Seconds of an update of each core arm with the device to itself: in a stack the arms share one clock."""
-    torch.set_num_threads(1)
     for arm in CORE:
-        run, ladder = Run(arm, ARMS[arm].rates[0], 0), str(options.ladder)
-        line, *_ = train(MAIN, [run], ARMS, ALONE_STEPS, ladder, options.device, math.inf)
-        clock = line["clock"]  # a point after each update; the first one sets up
-        seconds = (clock[-1] - clock[2]) / (len(clock) - 3)
+        seconds = seconds_alone(MAIN, arm, ARMS, options)
         with path.open("a") as file:
             file.write(json.dumps({"arm": arm, "seconds": seconds, "device": options.device}) + "\n")
         print(f"{arm}: {1e3 * seconds:.0f} ms an update", flush=True)
+
+
+def seconds_alone(setting: Setting, arm: str, arms: Mapping[str, Arm], options: argparse.Namespace) -> float:
+    """Seconds of an update of one run, without the measurements."""
+    torch.set_num_threads(1)
+    run = Run(arm, arms[arm].rates[0], 0)
+    line, *_ = train(setting, [run], arms, ALONE_STEPS, str(options.ladder), options.device, math.inf)
+    clock: list[float] = line["clock"]  # a point after each update; the first one sets up
+    return (clock[-1] - clock[2]) / (len(clock) - 3)
 
 
 def main() -> None:

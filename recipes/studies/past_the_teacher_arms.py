@@ -15,7 +15,7 @@ All cells of {loss} × {dense} × {rollouts} × {task} × {teacher} × {start} �
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import mean
 
 from optimal_sampling_trl import Mixture
@@ -161,13 +161,13 @@ def settings(seeds: int = 3) -> list[Setting]:
     return [place._replace(seeds=seeds) for place in places]
 
 
-def rates_with_edges(lines: Sequence[Line]) -> Rates:
+def rates_with_edges(lines: Sequence[Line], arms: Mapping[str, Arm] = ARMS) -> Rates:
     """The rates of an arm at a place: its three, and one beyond for as long as the best of those run is at an end."""
 
     def rates(setting: Setting, arm: str) -> tuple[float, ...]:
-        tries = ARMS[arm].rates
-        while (beyond := _beyond(tries, found.get((place_of(setting), arm), {}), setting.seeds)) is not None:
-            tries = tuple(sorted((*tries, beyond)))
+        tries = arms[arm].rates
+        while (more := beyond(tries, found.get((place_of(setting), arm), {}), setting.seeds)) is not None:
+            tries = tuple(sorted((*tries, more)))
         return tries
 
     found: dict[tuple, dict[float, list[float]]] = {}
@@ -178,7 +178,7 @@ def rates_with_edges(lines: Sequence[Line]) -> Rates:
     return rates
 
 
-def _beyond(tries: tuple[float, ...], ends: dict[float, list[float]], seeds: int) -> float | None:
+def beyond(tries: tuple[float, ...], ends: dict[float, list[float]], seeds: int) -> float | None:
     """The next rate of `LADDER` past the end where the best one stands; None where it stands inside, or runs miss."""
     if any(len(ends.get(rate, ())) < seeds for rate in tries):
         return None

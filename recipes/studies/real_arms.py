@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from functools import cache
+from types import ModuleType
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+import trl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import optimal_sampling_trl
 from optimal_sampling_trl import Mixture, OptimalSamplingGenerator
 from real_tasks import Task
 
-GROUP = 8
+GROUP, GROUPED = 8, ("GRPO", "RLOO")
+"""Completions of a prompt, and the trainers that compare them."""
 ENGINE = {
     "dtype": "bfloat16", "gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2 << 30, "max_model_len": 640,
     "max_num_seqs": 256, "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY",
@@ -25,16 +28,26 @@ MIXED = {"theta_fraction": 0.0}
 
 
 class Arm(NamedTuple):
-    """A way to train: a trainer, its middle learning rate, fields of its configuration and of the generator."""
+    """A way to train: a trainer, its middle learning rate, fields of its configuration and of the generator.
+
+    Without a generator it is TRL's own trainer, with an engine of the student alone.
+    """
 
     trainer: str
     learning_rate: float
     settings: dict[str, Any] = {}  # noqa: RUF012
-    generator: dict[str, Any] = {}  # noqa: RUF012
+    generator: dict[str, Any] | None = {}  # noqa: RUF012
+
+    @property
+    def library(self) -> ModuleType:
+        """The package that the trainer is of."""
+        return trl if self.generator is None else optimal_sampling_trl
 
 
 FILTER = {"accept": 0.5}
-ARMS = {
+FADED = {"dense_coefficient": 1.0, "dense_fade": 0.5}
+"""Distillation that gives way to the reward: the dense term falls to 0 over the first half of the training."""
+STUDY = {
     "RAFT, mixture": Arm("RAFT", 1e-4, FILTER, MIXED),
     "GRPO, half mixture": Arm("GRPO", 3e-5),
     "Distillation": Arm("Distillation", 1e-4, {}, ALONE),
@@ -43,16 +56,33 @@ ARMS = {
     "Sampled tokens, mixture": Arm("Distillation", 1e-4, {"loss": "sampled_token"}, MIXED),
     "RAFT, mixture + dense 0.1": Arm("RAFT", 1e-4, {**FILTER, "dense_coefficient": 0.1}, MIXED),
     "RAFT, teacher": Arm("RAFT", 1e-4, FILTER, TEACHER),
+    "RAFT, mixture + dense 1 faded": Arm("RAFT", 1e-4, FILTER | FADED, MIXED),
+    "RAFT, own + dense 1 faded": Arm("RAFT", 1e-4, FILTER | FADED, ALONE),
+    "GRPO, half mixture + dense 1 faded": Arm("GRPO", 3e-5, FADED),
+    "GRPO, own + dense 1 faded": Arm("GRPO", 3e-5, FADED | {"positive_only": "none"}, ALONE),
 }
-"""The most important first."""
+"""Those of the study, the most important first."""
+ARMS = STUDY | {
+    "TRL, GRPO": Arm("GRPO", 3e-5, {}, None),
+    "TRL, distillation": Arm("Distillation", 1e-4, {}, None),
+    "RLOO, half mixture": Arm("RLOO", 3e-5),
+    "Dense records, mixture": Arm("Distillation", 1e-4, {"loss": "dense"}, MIXED),
+}
 
 
 def trainer_of(arm: Arm) -> tuple[type, type] | None:
     """The trainer of an arm and its configuration; None where this version has none, or not all of the fields."""
-    found = [getattr(optimal_sampling_trl, f"{arm.trainer}{part}", None) for part in ("Trainer", "Config")]
+    found = [getattr(arm.library, f"{arm.trainer}{part}", None) for part in ("Trainer", "Config")]
     if None in found or any(name not in found[1].__dataclass_fields__ for name in arm.settings):
         return None
     return found[0], found[1]
+
+
+def trl_engine(cpu: bool) -> dict[str, Any]:
+    """Fields of TRL's configurations: vLLM in the trainer's process, or transformers' `generate`."""
+    share, length = ENGINE["gpu_memory_utilization"], ENGINE["max_model_len"]
+    vllm = {"vllm_mode": "colocate", "vllm_gpu_memory_utilization": share, "vllm_max_model_length": length}
+    return {"use_vllm": False} if cpu else {"use_vllm": True} | vllm
 
 
 @cache
@@ -77,17 +107,23 @@ def build(arm: Arm, task: Task, models: tuple[str, str], settings: dict[str, Any
         "max_completion_length": task.length, "temperature": 1.0, "save_strategy": "no", "report_to": "none",
         "logging_steps": 5, "bf16": not cpu, "use_cpu": cpu, "gradient_checkpointing": False, "disable_tqdm": True,
         "log_level": "error",
-    } | ({"num_generations": GROUP} if arm.trainer == "GRPO" else {}) | arm.settings  # fmt: skip
-    backend, group = "transformers" if cpu else "vllm", GROUP if arm.trainer == "GRPO" else 1
+    } | ({"num_generations": GROUP} if arm.trainer in GROUPED else {}) | arm.settings  # fmt: skip
+    group = GROUP if arm.trainer in GROUPED else 1
     prompts = settings["max_steps"] * settings["per_device_train_batch_size"] // group
     arguments = {
-        "args": found[1](**settings),
-        "generator": OptimalSamplingGenerator(teacher, backend=backend, **arm.generator),
         "processing_class": AutoTokenizer.from_pretrained(student, padding_side="left"),
         "train_dataset": task.dataset("train", prompts, settings["seed"]),
         "callbacks": [watch],
     } | ({} if arm.trainer == "Distillation" else {"reward_funcs": task.reward})
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    if arm.generator is None:
+        taught = {"teacher_model": teacher} if arm.trainer == "Distillation" else {}
+        return found[0](model, args=found[1](**settings | trl_engine(cpu)), **arguments, **taught)
+    backend = "transformers" if cpu else "vllm"
+    arguments |= {
+        "args": found[1](**settings),
+        "generator": OptimalSamplingGenerator(teacher, backend=backend, **arm.generator),
+    }
     if cpu:
         return found[0](model, **arguments)
     engine = shared_engine(teacher, student)

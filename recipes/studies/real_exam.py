@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import nan
 from statistics import mean
 from typing import Any
 
 from optimal_sampling_trl import Mixture, Rollout, Sampling
 from optimal_sampling_trl.rollouts.request import Request
-from real_models import texts_of
+from real_models import examine, texts_of
 from real_tasks import Task
 
 TRIES = 8
@@ -69,8 +70,8 @@ class EngineExam:
         every = tokenizer(texts, add_special_tokens=False).input_ids
         requests = [Request(ids, ids, mixture, sampling) for ids in every]
         generation.sync_weights()
-        backend = generation.llm.backend if hasattr(generation, "llm") else generation.backend
-        return backend.generate(requests)
+        owner = generation if hasattr(generation, "backend") else generation.llm  # transformers, or vLLM
+        return owner.backend.generate(requests)
 
     def _scores(self, rollouts: Sequence[Rollout], entries: Sequence[dict[str, Any]]) -> list[float]:
         tokenizer = self.trainer.processing_class
@@ -79,6 +80,20 @@ class EngineExam:
 
     def _right(self, rollouts: Sequence[Rollout], entries: Sequence[dict[str, Any]]) -> float:
         return mean(self._scores(rollouts, entries))
+
+
+class SampledExam(EngineExam):
+    """The same for TRL's own trainers, which keep no records: right answers alone, sampled by transformers."""
+
+    def take(self, model: Any) -> tuple[float, float]:
+        return examine(model, self.trainer.processing_class, self.task, self.entries), nan
+
+    def take_all(self) -> dict[str, float]:
+        unknown = dict.fromkeys(("any_right", "greedy", "entropy", "divergence", "tokens", "ended"), nan)
+        return unknown | {"right": self.take(self.trainer.model)[0]}
+
+    def of_teacher(self) -> dict[str, float]:
+        return {}
 
 
 def mean_of(rollouts: Sequence[Rollout], field: str) -> float:

@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from itertools import product
+from math import nan
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -29,8 +30,8 @@ import torch
 sys.path.append(str(Path(__file__).parents[1]))  # the recipes that a study shares lie one folder up
 
 from exam import Watch
-from real_arms import ARMS, build, trainer_of
-from real_exam import TRIES, EngineExam
+from real_arms import ARMS, STUDY, build, trainer_of
+from real_exam import TRIES, EngineExam, SampledExam
 from real_models import STUDENTS, make_base, teach
 from real_tasks import TASKS
 from real_text_report import report
@@ -65,7 +66,10 @@ def work(job: Job, options: argparse.Namespace, deadline: float, device: int) ->
 
 def run(job: Job, name: str, rate: float, seed: int, options: argparse.Namespace, deadline: float) -> Line:
     """One run from its start to its end, or to the deadline; no weights are kept."""
-    exam = EngineExam(TASKS[job.task], options.held_out)
+    kind = SampledExam if ARMS[name].generator is None else EngineExam
+    exam = kind(TASKS[job.task], options.held_out)
+    if not options.cpu:
+        torch.cuda.reset_peak_memory_stats()
     watch = Watch(exam, options.batch, max(options.steps // 6, 1), deadline)
     with TemporaryDirectory() as home:
         settings = {
@@ -81,7 +85,8 @@ def run(job: Job, name: str, rate: float, seed: int, options: argparse.Namespace
         key = {"task": job.task, "student": job.student, "arm": name, "learning_rate": rate, "seed": seed}
         return key | {
             "steps": options.steps, "done": trainer.state.global_step, "points": watch.points, **ends,
-            "of_teacher": exam.of_teacher(), "log": [logged[0], logged[-1]] if logged else [],
+            "of_teacher": exam.of_teacher(), "gb": nan if options.cpu else torch.cuda.max_memory_allocated() / 1e9,
+            "log": [logged[0], logged[-1]] if logged else [],
         }  # fmt: skip
 
 
@@ -101,6 +106,9 @@ def jobs_of(options: argparse.Namespace, done: Iterable[Line]) -> Iterator[Job]:
         grid = product(options.rates, options.seeds, options.arms)
         runs = [(arm, ARMS[arm].learning_rate * rate, seed) for rate, seed, arm in grid]
         runs = [run for run in runs if (task, student, *run) not in full]
+        for one in [run for run in runs if ARMS[run[0]].generator is None]:  # an engine of its own each
+            yield Job(task, student, [one])
+        runs = [run for run in runs if ARMS[run[0]].generator is not None]
         for part in range(parts):
             if runs[part::parts]:
                 yield Job(task, student, runs[part::parts])
@@ -122,13 +130,13 @@ def _teach(key: str, base: str, folder: Path, *settings: Any) -> list[Line]:
     return [{"task": key} | teach(key, base, folder, *settings)]
 
 
-def main() -> None:
-    """Make the models, run what is missing, report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(description: str | None, **defaults: Any) -> argparse.Namespace:
+    """The options, with other `defaults` where given."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gguf", type=Path, help="the model's file; by default the installed package's")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["steps", "sums"], help="(%(default)s)")
     parser.add_argument("--students", nargs="+", choices=list(STUDENTS), default=list(STUDENTS), help="(%(default)s)")
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM", help="by name")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(STUDY), metavar="ARM", help="by name")
     parser.add_argument("--rates", type=float, nargs="+", default=[1.0], help="times each arm's rate (%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="(%(default)s)")
     parser.add_argument("--steps", type=int, default=60, help="updates (%(default)s)")
@@ -143,7 +151,12 @@ def main() -> None:
     parser.add_argument("--teachers", action="store_true", help="make the teachers and stop")
     parser.add_argument("--cpu", action="store_true", help="a look at a step or two, on the transformers backend")
     parser.add_argument("--report", action="store_true", help="report what is there, run nothing")
-    options = parser.parse_args()
+    parser.set_defaults(**defaults)
+    return parser.parse_args()
+
+
+def main(options: argparse.Namespace) -> None:
+    """Make the models, run what is missing, report."""
     path, deadline = options.output / "runs.jsonl", time.time() + 60 * options.minutes
     try:
         if not options.report:
@@ -158,4 +171,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(parse(__doc__))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import nan
 from pathlib import Path
 from statistics import mean
 
@@ -14,6 +15,16 @@ RIGHT = 3
 """The column of a point that holds the share of right answers."""
 
 
+WORDS = {"right": "sampled", "greedy": "greedy", "any_right": "pass@8"}
+"""The measurements of a teacher, and the words for them."""
+
+
+def of_teacher(lines: list[Line], name: str) -> float:
+    """A share of right answers of the teacher; runs of TRL's own trainers do not measure it."""
+    values = [line["of_teacher"][name] for line in lines if line["of_teacher"]]
+    return mean(values) if values else nan
+
+
 def best(lines: list[Line], arm: str) -> list[Line]:
     """The seeds of an arm at the rate that ends best."""
     return max(by_rate(lines, arm), key=lambda seeds: mean(line["right"] for line in seeds), default=[])
@@ -21,22 +32,22 @@ def best(lines: list[Line], arm: str) -> list[Line]:
 
 def table(lines: list[Line]) -> Iterator[str]:
     """A row for each arm of one task and one student, the best end first."""
-    teachers = [line["of_teacher"] for line in lines]
-    words = {"right": "sampled", "greedy": "greedy", "any_right": "pass@8"}
-    shown = ", ".join(f"{word} {mean(t[name] for t in teachers):.3f}" for name, word in words.items())
+    shown = ", ".join(f"{word} {of_teacher(lines, name):.3f}" for name, word in WORDS.items())
     first = mean(line["points"][0][RIGHT] for line in lines)
     yield f"### {lines[0]['task']}, {lines[0]['student']} student, {first:.3f} at the start; the teacher: {shown}"
-    yield "| arm | rate | right | greedy | pass@8 | entropy | KL(θ‖t) | tokens | ended | seconds | each rate |"
-    yield "|---" * 11 + "|"
+    yield "| arm | rate | right | greedy | pass@8 | entropy | KL(θ‖t) | tokens | ended | seconds | GB | each rate |"
+    yield "|---" * 12 + "|"
     arms = {arm: best(lines, arm) for arm in dict.fromkeys(line["arm"] for line in lines)}
     for arm, seeds in sorted(arms.items(), key=lambda item: -mean(line["right"] for line in item[1])):
         every = {runs[0]["learning_rate"]: mean(line["right"] for line in runs) for runs in by_rate(lines, arm)}
         names = ("greedy", "any_right", "entropy", "divergence", "tokens", "ended")
         ends = " | ".join(f"{mean(line[name] for line in seeds):.3f}" for name in names)
         seconds = mean(line["points"][-1][2] for line in seeds)
+        gb = max(line.get("gb", nan) for line in seeds)
         tries = " ".join(f"{rate:g}: {every[rate]:.3f}" for rate in sorted(every))
         rate = seeds[0]["learning_rate"]
-        yield f"| {arm} | {rate:g} | {spread([x['right'] for x in seeds])} | {ends} | {seconds:.0f} | {tries} |"
+        right = spread([line["right"] for line in seeds])
+        yield f"| {arm} | {rate:g} | {right} | {ends} | {seconds:.0f} | {gb:.1f} | {tries} |"
 
 
 def curves(lines: list[Line], column: int, scale: float) -> dict[str, list[tuple[float, float]]]:
@@ -46,8 +57,8 @@ def curves(lines: list[Line], column: int, scale: float) -> dict[str, list[tuple
         points = zip(*(line["points"] for line in best(lines, arm)))
         found[arm] = [(mean(p[column] for p in ps) / scale, mean(p[RIGHT] for p in ps)) for ps in points]
     end = max(x for points in found.values() for x, _ in points)
-    for name, word in (("right", "sampled"), ("greedy", "greedy"), ("any_right", "pass@8")):
-        value = mean(line["of_teacher"][name] for line in lines)
+    for name, word in WORDS.items():
+        value = of_teacher(lines, name)
         found[f"teacher, {word}"] = [(0.0, value), (end, value)]
     return found
 

@@ -32,6 +32,8 @@ def run_all(
 ) -> None:
     """Append what `work(*task)` returns for each task to a file, as it ends. One that fails stops no other.
 
+    Each task has a process of its own.
+
     Args:
         work: a function of a module, which a new process can import; it may return no line.
         tasks: the arguments of each call.
@@ -44,7 +46,7 @@ def run_all(
     """
     failed = 0
     path.parent.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool, path.open("a") as file:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as pool, path.open("a") as file:
         futures = {pool.submit(work, *task): task for task in tasks}
         for number, future in enumerate(as_completed(futures), 1):
             if (error := future.exception()) is not None:

@@ -22,7 +22,7 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from optimal_sampling_trl.mixture import MixtureRows, blend, log_distributions, solve_alpha, solver
+from optimal_sampling_trl.mixture import MixtureRows, log_distributions, mix_at, solve_alpha, solver
 
 ROWS = 1 << 15
 """Most sequences in one forward pass; a kernel's grid ends at 2^16."""
@@ -199,7 +199,7 @@ def sample_mixed(
         log_theta, log_teacher = log_distributions(theta_logits, teacher_logits)
         with patch.object(solver, "SOLVER_STEPS", SOLVER_STEPS):
             alpha = solve_alpha(log_theta, log_teacher, rows).masked_fill(until <= step, 0.0)
-        log_q = torch.log_softmax(blend(log_theta, log_teacher, alpha), dim=-1)
+        log_q = torch.log_softmax(mix_at(log_theta, log_teacher, alpha, rows), dim=-1)
         chosen = _replace(draw(log_q).view(S, B, 1), given, step).view(S * B, 1)
         records.append([alpha, *(x.gather(1, chosen)[:, 0] for x in (log_q, log_theta, log_teacher)), chosen[:, 0]])
         kept.append(log_teacher.float())

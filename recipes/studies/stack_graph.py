@@ -42,7 +42,7 @@ class Rollouts:
 
         def work(prompts: Tensor, until: Tensor, *others: Tensor) -> Batch:
             there = Given(*others[len(columns) :]) if given is not None else None
-            if not self.mixes:
+            if not self.mixes or not (self.record or bool((until > 0).any())):  # a graph holds one way alone
                 return sample_alone(self.student, self.teacher, prompts, self.length, self.eos, there)
             mixture, teacher = MixtureRows(rows.present, *others[: len(columns)]), self.teacher
             assert teacher is not None

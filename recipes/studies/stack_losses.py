@@ -13,10 +13,17 @@ import torch
 from torch import Tensor
 
 from optimal_sampling_trl.divergences import divergence
-from optimal_sampling_trl.losses import anchor_factor, keep_positive, sampled_token_coefficients
+from optimal_sampling_trl.losses import (
+    Correction,
+    anchor_factor,
+    keep_positive,
+    own_baseline,
+    sampled_token_coefficients,
+)
 from stack import Batch, Stack
 from stack_credit import evidence_factor, routed_weights
 
+RATIOS = Correction("token_truncate")
 UNLIKELY = 0.2
 """A token that the student gives less than this is improbable."""
 
@@ -36,6 +43,9 @@ class Losses(NamedTuple):
         evidence, anchored: the teacher's shares in the credit of a token, as RLSD and RLAD have it (`stack_credit`).
         wrong_symmetric, wrong_reverse, wrong_sampled: of what a completion that is wrong learns from the teacher in
             the reward's place, as in SRPO: Jensen-Shannon divergence, KL(θ‖t), log t − log θ of the sampled token.
+        own_baseline: whether advantages are over the mean of the student's own completions, as in MENTOR.
+        withdrawn: the share that the mixture's advantages have lost.
+        ratios: whether they are multiplied by the ratio θ/q of each token, as `RATIOS` limits it.
     """
 
     reward: Tensor
@@ -51,6 +61,9 @@ class Losses(NamedTuple):
     wrong_symmetric: Tensor
     wrong_reverse: Tensor
     wrong_sampled: Tensor
+    own_baseline: Tensor
+    withdrawn: Tensor
+    ratios: Tensor
 
 
 def advantages(rewards: Tensor, group: int | Tensor) -> Tensor:
@@ -67,6 +80,16 @@ def advantages(rewards: Tensor, group: int | Tensor) -> Tensor:
     groups = rewards.view(*rewards.shape[:-1], -1, group)
     centred = groups - groups.mean(-1, keepdim=True)
     return (centred / (groups.std(-1, keepdim=True) + 1e-4)).view_as(rewards)
+
+
+def own_advantages(rewards: Tensor, mixed: Tensor, group: int | Tensor) -> Tensor:
+    """`advantages` over the baseline of the completions (S, B) that are not `mixed`."""
+    if isinstance(group, Tensor):
+        result = torch.zeros_like(rewards)
+        for size in sorted(set(group.tolist())):
+            result = torch.where((group == size)[:, None], own_advantages(rewards, mixed, int(size)), result)
+        return result
+    return own_baseline(rewards.reshape(-1, group), ~mixed.reshape(-1, group)).view_as(rewards)
 
 
 def loss(
@@ -123,7 +146,11 @@ def _policy_gradient(
     routed: Tensor,
 ) -> Tensor:
     """The advantage (S, B, T) of each token: the reward's, the teacher's and that of improbable tokens."""
-    plain = advantages(rewards, group)[..., None].expand(log_theta.shape)
+    rows = mixed.any(-1)  # (S, B)
+    chosen = advantages(rewards, group)
+    if bool((terms.own_baseline > 0).any()):
+        chosen = torch.where(terms.own_baseline[:, None] > 0, own_advantages(rewards, rows, group), chosen)
+    plain = chosen[..., None].expand(log_theta.shape)
     kept = keep_positive(plain.reshape(-1), mixed.reshape(-1)).view(plain.shape)
     kept = torch.where(_wide(terms.negatives) > 0, plain, kept)
     kept = torch.where(_wide(terms.positives) > 0, plain.clamp(min=0), kept).masked_fill(routed > 0, 0.0)
@@ -135,6 +162,9 @@ def _policy_gradient(
     ).view(log_theta.shape)
     below = (log_theta < math.log(UNLIKELY)).float()
     teacher = (_wide(terms.sampled) + _wide(terms.wrong_sampled) * routed) * towards
+    ratios = RATIOS.weights(*(x.flatten(0, 1) for x in (log_theta, batch.log_q, batch.mask, rows))).view_as(kept)
+    factor = factor * torch.where(_wide(terms.ratios) > 0, ratios, 1.0)
+    factor = factor * torch.where(rows[..., None], 1 - _wide(terms.withdrawn), 1.0)
     return _wide(terms.reward) * kept * factor + teacher - _wide(terms.unlikely) * below
 
 

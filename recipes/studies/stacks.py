@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from digit_tasks import Task
 from runs import Line
-from stage import Arm
+from stage import BATCH, Arm
 
 
 class Setting(NamedTuple):
@@ -21,6 +21,7 @@ class Setting(NamedTuple):
         seeds: how many.
         verifier: "exact"; "graded" is the share of leading tokens that are right; "noisy" is wrong in one of 20.
         prompts: how many different ones there are; 0 is a new one each time.
+        batch: completions of an update.
     """
 
     task: str
@@ -30,6 +31,7 @@ class Setting(NamedTuple):
     seeds: int
     verifier: str = "exact"
     prompts: int = 0
+    batch: int = BATCH
 
 
 class Run(NamedTuple):

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from optimal_sampling_trl import Mixture
+from optimal_sampling_trl.losses import mixture_weight
 from optimal_sampling_trl.mixture import MixtureRows
+from optimal_sampling_trl.trainers.entropy_scale import next_scale
 from stack import Given
 from stack_losses import Losses
 
@@ -41,6 +43,9 @@ class Arm(NamedTuple):
             weighs each by its reward.
         tilt: β of the weights exp((R - 1)/β) in its place: fine-tuning towards t·exp(R/β) on the teacher's samples.
         hints: whether completions begin with tokens of a right answer, as many as keep the success at one half.
+        withdraw: the share of training by which the mixture's advantages have lost all weight, along half a cosine;
+            the student then samples alone.
+        quantile: of the student's entropies in a batch, to which the entropy gate's scale is set for the next one.
     """
 
     terms: dict[str, float]
@@ -55,6 +60,8 @@ class Arm(NamedTuple):
     accept: float | None = 0.0
     tilt: float | None = None
     hints: bool = False
+    withdraw: float | None = None
+    quantile: float | None = None
 
     @property
     def group(self) -> int:
@@ -77,11 +84,12 @@ def group_of(terms: dict[str, float]) -> int:
 class Stage:
     """The mixtures and losses of a stack of runs at each step, by the state that each run is in."""
 
-    def __init__(self, arms: list[Arm], length: int, device: str) -> None:
-        self.arms, self.length, self.device = arms, length, device
+    def __init__(self, arms: list[Arm], length: int, device: str, batch: int = BATCH) -> None:
+        self.arms, self.length, self.device, self.batch = arms, length, device, batch
         self.success = torch.zeros(len(arms))  # of the student's own completions, smoothed
         self.groups = torch.tensor([arm.group for arm in arms])
-        self.rows = MixtureRows.of([arm.mixture for arm in arms for _ in range(BATCH)], device)
+        self.rows = MixtureRows.of([arm.mixture for arm in arms for _ in range(batch)], device)
+        self.scales = [arm.mixture.entropy_scale for arm in arms]
         self.second = torch.zeros(len(arms), dtype=torch.bool)  # whether a run is in its second phase
         self.best, self.stalled = torch.zeros(len(arms)), torch.zeros(len(arms))
         self.hint = torch.full((len(arms),), HINT)
@@ -98,6 +106,7 @@ class Stage:
         for arm, second in zip(self.arms, self.second.tolist(), strict=True):
             terms = (arm.then or arm.terms) if second else arm.terms
             kept = 1.0 if arm.fade is None else max(1 - progress / arm.fade, 0.0)
+            terms = terms | {"withdrawn": 1 - mixture_weight(progress, arm.withdraw)}
             table.append([terms.get(name, 0.0) * (kept if name in FADING else 1.0) for name in Losses._fields])
         return Losses(*torch.tensor(table, device=self.device).unbind(1))
 
@@ -118,7 +127,7 @@ class Stage:
         cap = min(max((WITHDRAWN - progress) / (1 - WITHDRAWN), 0.0), 1.0)
         share = torch.minimum(self.hint, torch.tensor(cap)) * torch.tensor([arm.hints for arm in self.arms])
         count = torch.ceil(share * (self.length - 1)).to(self.device)
-        return Given(answers, count[:, None].expand(-1, BATCH).contiguous())
+        return Given(answers, count[:, None].expand(-1, self.batch).contiguous())
 
     def kept(self, progress: float) -> Tensor:
         """Returns how much of each run's mixture is there, in [0, 1]: 1 less `Mixture.anneal`'s share."""
@@ -134,27 +143,34 @@ class Stage:
         if self._mixtures is None:
             self._mixtures = self._make_mixtures(progress)
         found = self._mixtures
-        if any(arm.schedule is not None or arm.theta_fraction is None or arm.prefix == "random" for arm in self.arms):
+        if any(
+            arm.theta_fraction is None
+            or arm.prefix == "random"
+            or {arm.schedule, arm.withdraw, arm.quantile} != {None}
+            for arm in self.arms
+        ):
             self._mixtures = None
         return found
 
     def _make_mixtures(self, progress: float) -> tuple[MixtureRows, Tensor]:
         kept = self.kept(progress)
-        until = torch.zeros(len(self.arms), BATCH)
+        until = torch.zeros(len(self.arms), self.batch)
         for place, arm in enumerate(self.arms):
             share = 0.5 + 0.5 * float(self.success[place]) if arm.theta_fraction is None else arm.theta_fraction
             block = int(self.groups[place]) if self.groups[place] > 1 else GROUP
             count = int(share * block + 0.5)
-            share = torch.rand(BATCH) if arm.prefix == "random" else torch.full((BATCH,), float(arm.prefix))
-            until[place] = torch.ceil(share * self.length) * (torch.arange(BATCH) % block >= count)
-            if arm.mixture.is_theta_only or kept[place] == 0:
+            share = torch.rand(self.batch) if arm.prefix == "random" else torch.full((self.batch,), float(arm.prefix))
+            until[place] = torch.ceil(share * self.length) * (torch.arange(self.batch) % block >= count)
+            withdrawn = arm.withdraw is not None and progress >= arm.withdraw
+            if arm.mixture.is_theta_only or kept[place] == 0 or withdrawn:
                 until[place] = 0
-        shrunk = kept.repeat_interleave(BATCH).to(self.rows.alpha_min)
+        shrunk = kept.repeat_interleave(self.batch).to(self.rows.alpha_min)
         annealed = self.rows._replace(
             alpha_min=self.rows.alpha_min * shrunk, alpha_max=self.rows.alpha_max * shrunk,
             fixed_alpha=self.rows.fixed_alpha * shrunk, epsilon=self.rows.epsilon * shrunk,
+            entropy_scale=torch.tensor(self.scales).repeat_interleave(self.batch).to(self.rows.entropy_scale),
         )  # fmt: skip
-        trust = torch.tensor([arm.mixture.method == "trust_region" for arm in self.arms]).repeat_interleave(BATCH)
+        trust = torch.tensor([arm.mixture.method == "trust_region" for arm in self.arms]).repeat_interleave(self.batch)
         trust = trust.to(self.device)  # annealed in its budget alone
         annealed = annealed._replace(alpha_max=torch.where(trust, self.rows.alpha_max, annealed.alpha_max))
         return annealed, until.to(self.device)
@@ -166,6 +182,13 @@ class Stage:
         new = (rewards * from_theta).sum(1) / count.clamp(min=1)
         self.success = torch.where(count > 0, SMOOTHING * self.success + (1 - SMOOTHING) * new, self.success)
         self.hint = (self.hint + HINT_RATE * (0.5 - rewards.mean(1))).clamp(0, 1)
+
+    def note_alpha(self, alpha: Tensor, mixed: Tensor) -> None:
+        """Set the scale of the entropy gates for the next batch from α (S, B, T) of the tokens that are `mixed`."""
+        for place, arm in enumerate(self.arms):
+            if arm.quantile is not None:
+                drawn = alpha[place][mixed[place]]
+                self.scales[place] = next_scale(drawn, self.scales[place], arm.quantile, arm.mixture.entropy_scale)
 
     def validate(self, right: Tensor) -> None:
         """Take a look at the validation (S,): a run whose first phase no longer improves enters its second."""

@@ -58,12 +58,13 @@ def test_transformers_is_handed_what_was_read(pair: tuple[str, str], unfit: str,
     assert read == ["teacher", "student"]
 
 
-def test_vllm_that_is_asked_for_is_refused_in_its_own_words(pair: tuple[str, str], unfit: str) -> None:
+def test_vllm_that_is_asked_for_is_refused_in_its_own_words(pair: tuple[str, str], unfit: str, tmp_path: Path) -> None:
     assert "has latent attention" in str(choose("auto", unfit, pair[1], {}).reason)
     with pytest.raises(ValueError, match=r"^The teacher '.*unfit' .* has latent attention"):
         choose("vllm", unfit, pair[1], {})
-    with pytest.raises(ValueError, match="read different prompts, which the fused vLLM engine does on GPUs alone"):
-        choose("vllm", *pair, {}, two_prompts=True)
+    windowed = make_model(tmp_path / "windowed", "mistral", 0, sliding_window=24)
+    with pytest.raises(ValueError, match="read different prompts, which takes models without sliding windows"):
+        choose("vllm", windowed, windowed, {}, two_prompts=True)
 
 
 @pytest.mark.parametrize("prompts", [("", None), (None, ""), ("", "")])

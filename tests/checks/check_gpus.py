@@ -1,19 +1,22 @@
-"""Check the package on several GPUs: two of them, and some minutes. A table says what was seen.
+"""Check the package on several GPUs: two or four of them, and some minutes. A table says what was seen.
 
     python tests/checks/check_gpus.py                          # all steps, each with a time of its own
     python tests/checks/check_gpus.py --only tensor nccl       # some of them
+    python tests/checks/check_gpus.py --ranks 4                # `tensor`, `ddp`, `fsdp` and `zero` over four
 
 | step | what is tried |
 |---|---|
-| `tensor` | one engine over two GPUs, started by torchrun as TRL colocates: records, equal tokens, reloads, sleep |
+| `tensor` | one engine over the GPUs, started by torchrun as TRL colocates: records, equal tokens, reloads, sleep |
 | `tensor_graphs` | the same in bfloat16 with vLLM's own choice of CUDA graphs |
 | `serve` | `optimal-sampling-serve --tensor-parallel-size 2`: records of 200 requests at once, weights from a file |
 | `nccl` | a server on one GPU, weights from a trainer on another over NCCL, three times; seconds of each |
 | `server_trainers` | trainers of each loss on one GPU, their server on another, three steps: records of every batch |
-| `nccl_tensor` | the same into a server over two GPUs, where there is a third for the trainer |
+| `nccl_tensor` | as `nccl`, into a server over two GPUs, where there is a third for the trainer |
+| `server_fsdp` | GRPO under FSDP2 over two GPUs, its server over two others: records of every batch on every rank |
 | `ddp` | GRPO and distillation under DDP, an engine on each GPU, three steps: records of every batch on every rank |
 | `fsdp` | the same under FSDP2 (recipes/accelerate/fsdp2.yaml) |
-| `ddp_tensor` | GRPO under DDP with one engine over both GPUs |
+| `zero` | GRPO under DeepSpeed's ZeRO 3 (recipes/accelerate/deepspeed_zero3.yaml); it takes `pip install deepspeed` |
+| `ddp_tensor` | GRPO under DDP with one engine over each two GPUs |
 
 Without GPUs `tensor`, `ddp`, `ddp_tensor` and, with its file alone, `serve` run on a CPU in float32, and the others
 are not tried. Every step is tried, whatever became of those before.
@@ -40,7 +43,6 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / 
 import torch
 
 from checks.check_server import Report, Steps
-from helpers.children import TWO_RANKS as TORCHRUN
 from helpers.children import end
 from helpers.engines import TOLERANCE
 from helpers.models import make_model
@@ -50,10 +52,6 @@ from helpers.training import KINDS as LOSSES
 from helpers.training import make_untrained_pair
 
 GPUS = torch.cuda.device_count()
-FSDP = (
-    *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--mixed_precision", "no"),
-    *("--config_file", str(RECIPES / "accelerate" / "fsdp2.yaml")),
-)
 KINDS = ("grpo", "divergence")
 PATIENCE = 280
 """Seconds that a step may take."""
@@ -69,8 +67,17 @@ def need(count: int) -> None:
         raise RuntimeError(f"not tried: it takes {count} GPUs, and here are {GPUS}")
 
 
+def launch(how: str, ranks: int) -> tuple[str, ...]:
+    """The command that starts a script as so many ranks: torchrun, or accelerate with one of the recipes' files."""
+    if how == "torchrun":
+        return (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
+    flags = ("--num_processes", str(ranks), "--mixed_precision", "no", "--main_process_port", "0")
+    file = str(RECIPES / "accelerate" / f"{how}.yaml")
+    return (sys.executable, "-m", "accelerate.commands.launch", *flags, "--config_file", file)
+
+
 def start(home: Path, name: str, *command: str, **variables: str) -> None:
-    """Run a script for two ranks to its end; what it said is shown where it failed.
+    """Run a script to its end; what it said is shown where it failed.
 
     Raises:
         RuntimeError: with the last error that it named.
@@ -97,7 +104,7 @@ def start(home: Path, name: str, *command: str, **variables: str) -> None:
     print("\n".join(line for line in text.splitlines() if line.startswith(("oracle", "rank"))))
 
 
-def answers(folder: Path, pattern: str, ranks: int = 2) -> list[dict[str, Any]]:
+def answers(folder: Path, pattern: str, ranks: int) -> list[dict[str, Any]]:
     """Returns what the ranks wrote.
 
     Raises:
@@ -114,19 +121,21 @@ def require(holds: bool, message: str) -> None:
         raise AssertionError(message)
 
 
-def tensor(home: Path, name: str, *flags: str) -> str:
-    """One engine over two GPUs, see two_engines.py; its numbers against the float32 oracle's."""
+def tensor(home: Path, name: str, ranks: int, *flags: str) -> str:
+    """One engine over as many GPUs, see two_engines.py; its numbers against the float32 oracle's."""
     if GPUS or flags:
-        need(2)
+        need(ranks)
     teacher = make_model(home / "teacher", "qwen2", 0, hidden=512, layers=4, heads=8, kv_heads=2, vocab_size=320)
     theta = make_model(home / "theta", "qwen2", 1, hidden=256, layers=3, heads=4, kv_heads=1, tied=True)
-    start(home, name, *TORCHRUN, str(PROCESSES / "two_engines.py"), teacher, theta, str(home), *flags)
-    one, other = answers(home, "[01].json")
-    require(one["completions"] == other["completions"], f"the ranks drew other tokens: {one} and {other}")
-    return f"(worst errors {one['worst']} and {other['worst']}; bound {one['bound']:g}; {one['seen']})"
+    command = (*launch("torchrun", ranks), str(PROCESSES / "two_engines.py"))
+    start(home, name, *command, teacher, theta, str(home), *flags)
+    one, *others = seen = answers(home, "[0-9].json", ranks)
+    same = all(one["completions"] == other["completions"] for other in others)
+    require(same, f"the ranks drew other tokens: {seen}")
+    return f"(worst errors {[each['worst'] for each in seen]}; bound {one['bound']:g}; {one['seen']})"
 
 
-def serve(home: Path, name: str) -> str:
+def serve(home: Path, name: str, ranks: int) -> str:
     """A server over two GPUs, or two processes of a CPU."""
     if GPUS:
         need(2)
@@ -145,7 +154,7 @@ def serve(home: Path, name: str) -> str:
         steps.stop()
 
 
-def nccl(home: Path, name: str, gpus: int = 1) -> str:
+def nccl(home: Path, name: str, ranks: int, gpus: int = 1) -> str:
     """A server on the first `gpus`, a trainer on the one behind them."""
     need(gpus + 1)
     server = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus))), "NCCL_DEBUG": "WARN"}
@@ -160,25 +169,33 @@ def nccl(home: Path, name: str, gpus: int = 1) -> str:
         steps.stop()
 
 
-def train(home: Path, name: str, launch: tuple[str, ...] = TORCHRUN, share: int = 1) -> str:
-    """Two ranks that train, with an engine over `share` GPUs; see two_processes.py."""
-    if GPUS or launch == FSDP:
-        need(2)
-    pair, kinds = make_untrained_pair(home, same_size=True), KINDS if share == 1 else KINDS[:1]
+def train(
+    home: Path, name: str, ranks: int, how: str = "torchrun", kinds: tuple[str, ...] = KINDS, share: int = 1
+) -> str:
+    """Ranks that train, each `share` of them with one engine; see two_processes.py."""
+    if GPUS or how != "torchrun":
+        need(ranks)
+    pair = make_untrained_pair(home, same_size=True)
+    command = (*launch(how, ranks), str(PROCESSES / "two_processes.py"), *pair, str(home), *kinds)
     further = ("--backend", "vllm", "--tensor-parallel-size", str(share), "--steps", "3")
-    bound = ("--tolerance", str(TOLERANCE))
-    start(home, name, *launch, str(PROCESSES / "two_processes.py"), *pair, str(home), *kinds, *further, *bound)
-    return "; ".join(trained(answers(home, f"{kind}-[01].json"), kind) for kind in kinds)
+    start(home, name, *command, *further, "--tolerance", str(TOLERANCE))
+    return "; ".join(trained(answers(home, f"{kind}-[0-9].json", ranks), kind) for kind in kinds)
 
 
-def server_trainers(home: Path, name: str) -> str:
+def server_of(pair: tuple[str, str], home: Path, gpus: int) -> Server:
+    """A server of the pair over the first `gpus`."""
+    program = ("-m", "optimal_sampling_trl.backends.vllm.server.serve")
+    flags = ("--dtype", "float32", "--max-model-len", "128", "--gpu-memory-utilization", "0.1")
+    over = ("--tensor-parallel-size", str(gpus))
+    on_first = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus)))}
+    return Server(*pair, home / "server.log", *flags, *over, program=program, environment=on_first)
+
+
+def server_trainers(home: Path, name: str, ranks: int) -> str:
     """A trainer of each loss, one after the other, each in a process of its own, on one server."""
     need(2)
     pair = make_untrained_pair(home, same_size=True)
-    flags = ("--dtype", "float32", "--max-model-len", "128", "--gpu-memory-utilization", "0.1")
-    program, on_first = ("-m", "optimal_sampling_trl.backends.vllm.server.serve"), {"CUDA_VISIBLE_DEVICES": "0"}
-    server = Server(*pair, home / "server.log", *flags, program=program, environment=on_first)
-    seen = []
+    server, seen = server_of(pair, home, 1), []
     try:
         for kind in LOSSES:
             command = (sys.executable, str(PROCESSES / "two_processes.py"), *pair, str(home), kind, "--steps", "3")
@@ -188,6 +205,20 @@ def server_trainers(home: Path, name: str) -> str:
     finally:
         server.stop()
     return "; ".join(seen)
+
+
+def server_fsdp(home: Path, name: str, ranks: int) -> str:
+    """A trainer under FSDP2 over two GPUs, whose server is over two others."""
+    need(4)
+    pair = make_untrained_pair(home, same_size=True)
+    server = server_of(pair, home, 2)
+    command = (*launch("fsdp2", 2), str(PROCESSES / "two_processes.py"), *pair, str(home), "grpo", "--steps", "3")
+    flags = ("--server", server.url, "--tolerance", str(TOLERANCE))
+    try:
+        start(home, name, *command, *flags, CUDA_VISIBLE_DEVICES="2,3")
+        return trained(answers(home, "grpo-[0-9].json", 2), "grpo")
+    finally:
+        server.stop()
 
 
 def trained(ranks: list[dict[str, Any]], kind: str) -> str:
@@ -204,19 +235,22 @@ def trained(ranks: list[dict[str, Any]], kind: str) -> str:
 STEPS: Mapping[str, Any] = {
     "tensor": tensor,
     "nccl": nccl,
-    "fsdp": partial(train, launch=FSDP),
+    "fsdp": partial(train, how="fsdp2"),
     "ddp": train,
-    "tensor_graphs": lambda home, name: tensor(home, name, "graphs"),
+    "tensor_graphs": lambda home, name, ranks: tensor(home, name, ranks, "graphs"),
     "serve": serve,
     "server_trainers": server_trainers,
-    "ddp_tensor": partial(train, share=2),
+    "ddp_tensor": partial(train, kinds=KINDS[:1], share=2),
     "nccl_tensor": partial(nccl, gpus=2),
+    "server_fsdp": server_fsdp,
+    "zero": partial(train, how="deepspeed_zero3", kinds=KINDS[:1]),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS), metavar="STEP")
+    parser.add_argument("--ranks", type=int, default=2, help="processes of `tensor`, `ddp`, `fsdp` and `zero`")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to end"))  # so that servers do not outlive it
     names = [torch.cuda.get_device_name(index) for index in range(GPUS)]
@@ -224,7 +258,7 @@ def main() -> None:
     report = Report(budget=PATIENCE * len(args.only))
     for name in args.only:
         with tempfile.TemporaryDirectory(prefix=f"check-gpus-{name}-") as home:
-            report.step(name, partial(STEPS[name], Path(home), name))
+            report.step(name, partial(STEPS[name], Path(home), name, args.ranks))
     print(report.table())
 
 

@@ -1,7 +1,7 @@
 """The engines that ranks share and that need GPUs, with the transformers backend where they have vLLM.
 
 Gathering, slicing, requests and TRL's own code are the real ones. A backend that reads the live student stands for
-what is asked over HTTP or split over two GPUs: two prompts in one vLLM engine need a GPU.
+what is asked over HTTP or split over two GPUs.
 """
 
 from __future__ import annotations

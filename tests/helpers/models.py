@@ -50,6 +50,7 @@ MINISTRAL: dict[str, Any] = {
         **{"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
     },
 }
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 LATENT: dict[str, Any] = {
     # The sizes of what is kept of a token are those that vLLM's kernel for CPUs was compiled for.
     **{"kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 32},
@@ -83,6 +84,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "granitemoehybrid": {"num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 128}
     | {"position_embedding_type": "rope", "mamba_n_heads": 4, "mamba_expand": 2},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "rope_parameters": ROPE},
+    "nemotron_h": {
+        **{"layer_types": ["linear_attention", "moe", "full_attention", "mlp"], "mamba_num_heads": 4},
+        **{"mamba_head_dim": 32, "ssm_state_size": 32, "n_groups": 2, "chunk_size": 16, "n_routed_experts": 4},
+        **{"num_experts_per_tok": 2, "moe_intermediate_size": 64, "moe_shared_expert_intermediate_size": 64},
+    },
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "qwen2_moe": MOE | {"shared_expert_intermediate_size": 64, "decoder_sparse_step": 1},
     "qwen3_moe": MOE | {"decoder_sparse_step": 1, "norm_topk_prob": True},

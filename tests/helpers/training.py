@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import pair as embedded
 from helpers.oracle import check_rollout
@@ -92,6 +93,8 @@ def reward(completions: Sequence[Any], **columns: Any) -> list[float]:
 
 
 def load(folder: str) -> PreTrainedModel:
+    """A model whole on this rank, whatever splits the one that trains."""
+    unset_hf_deepspeed_config()
     with patch.dict(os.environ, EVERY_RANK):
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
@@ -132,7 +135,12 @@ def make_trainer(
 
 
 def whole(parameter: Tensor) -> Tensor:
-    """A parameter's values; of one that FSDP splits all, which every rank has to ask for."""
+    """A parameter's values; of one that FSDP or DeepSpeed splits all, which every rank has to ask for."""
+    if hasattr(parameter, "ds_id"):
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters([parameter]):
+            return parameter.detach().clone()
     values: Any = parameter.detach()
     return values.full_tensor() if hasattr(values, "full_tensor") else values
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from helpers.models import make_model
-from optimal_sampling_trl.pairing import checkpoint_digest
+from optimal_sampling_trl.pairing import StoredWeights, checkpoint_digest
 
 
 def test_two_checkpoints_differ_by_any_weight(tmp_path: Path) -> None:
@@ -29,3 +31,16 @@ def test_two_checkpoints_differ_by_any_weight(tmp_path: Path) -> None:
     assert with_bin != first
     (folder / "pytorch_model.bin").write_bytes(bytes(2 << 20) + b"x" + bytes((1 << 20) - 1))
     assert checkpoint_digest(folder) != with_bin
+
+
+def test_stored_weights_are_those_of_the_model(tmp_path: Path) -> None:
+    """In one file, or in several."""
+    folder = make_model(tmp_path / "model", "llama", 0)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for size in ("1GB", "100KB"):
+        model.save_pretrained(tmp_path / size, max_shard_size=size)
+        stored = StoredWeights(tmp_path / size)
+        assert "model.norms.weight" not in stored
+        for name, weight in model.named_parameters():
+            assert name in stored
+            assert torch.equal(stored[name], weight)

@@ -18,7 +18,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from helpers.models import CHAT_TEMPLATE, EOS, PAD, make_tokenizer
+from helpers.models import CHAT_TEMPLATE, EOS, PAD, make_model, make_tokenizer
 from optimal_sampling_trl.pairing import (
     Ending,
     check_decoder,
@@ -28,9 +28,12 @@ from optimal_sampling_trl.pairing import (
     context_length,
     encode,
     end_of_sequence,
+    is_student,
     load_config,
     load_generation_config,
     load_tokenizer,
+    name_sources,
+    read_pair,
 )
 
 WORDS = ("<unk>", "the", "cat", "sat", "on")
@@ -42,6 +45,31 @@ def words(vocabulary: tuple[str, ...] = WORDS, name: str = "words", **options: A
     tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", name_or_path=name, **options)
+
+
+# One model
+
+
+def test_the_student_as_its_own_teacher_is_one_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has the student's tokenizer, template and endings, whatever the trainer made of them."""
+    folder = make_model(tmp_path / "theta", "llama", 0)
+    sources = name_sources("student", folder, {})
+    assert sources[0] is sources[1]
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "another"
+    pair = read_pair(*sources, tokenizer=tokenizer, theta_settings=GenerationConfig(eos_token_id=[PAD]))
+    assert pair.one_model
+    assert (pair.teacher, pair.theta) == (folder, folder)
+    assert pair.teacher_tokenizer is pair.tokenizer is tokenizer
+    assert not pair.ending.folded
+    assert not read_pair(*name_sources(folder, folder, {})).one_model
+    with pytest.raises(ValueError, match="`revision` is 'old', which is the teacher's, and the teacher is the stud"):
+        name_sources("student", folder, {"revision": "old"})
+    (tmp_path / "student").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"there is a folder of that name\. Write '\./student'"):
+        is_student("student")
+    assert not is_student("./student")
 
 
 # One vocabulary

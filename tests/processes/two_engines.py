@@ -1,6 +1,6 @@
-"""One rank of a job of two, for `torchrun --nproc-per-node 2 FILE TEACHER STUDENT FOLDER [graphs]`.
+"""One rank of a job of several, for `torchrun --nproc-per-node 2 FILE TEACHER STUDENT FOLDER [graphs]`.
 
-First each rank has an engine of its own, then both have one together (tensor parallelism). Writes what was sampled,
+First each rank has an engine of its own, then all have one together (tensor parallelism). Writes what was sampled,
 and what the ranks sum over the job's group once the engines are closed, to FOLDER/<rank>.json.
 With `graphs` the shared engine is in bfloat16, with vLLM's own choice of CUDA graphs.
 """
@@ -29,11 +29,11 @@ ASKED = [
 
 
 def in_one_engine(teacher: str, theta: str, rank: int, graphs: bool) -> dict[str, Any]:
-    """Returns what this rank of an engine over two sees: at first, after each of two reloads, and where it slept.
+    """Returns what this rank of an engine over all sees: at first, after each of two reloads, and where it slept.
 
     Its random numbers are another's."""
     sleeps = {"enable_sleep_mode": True} if ON_A_GPU else {}
-    both = {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": 2}
+    both = {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": dist.get_world_size()}
     mode = {"dtype": "bfloat16", "enforce_eager": False} if graphs else {}
     backend = VLLMBackend(teacher, theta, **TINY | both | sleeps | mode)
     bound = NOISE[torch.bfloat16][1] if graphs else TOLERANCE

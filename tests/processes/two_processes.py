@@ -5,14 +5,15 @@ files, since torch may abort at exit after all work was done. A rank has six row
 `two_prompts_server` and `two_prompts_engine` sample where both ranks' prompts go to one engine; there, and in
 `two_prompts`, every other row has a prompt of the teacher's own. In `two_rounds` a rank has two whole groups.
 On GPUs each rank trains on its own; with `--backend vllm` it has an engine, or a share of one
-(`--tensor-parallel-size`). With `--server URL` one process trains, all rows of a batch are its own, and a server
-of the pair samples.
+(`--tensor-parallel-size`). With `--server URL` a server of the pair samples, and where one process trains, all rows
+of a batch are its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -61,7 +62,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("kinds", nargs="+")
     parser.add_argument("--backend", choices=("transformers", "vllm"), default="transformers")
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
-    parser.add_argument("--server", help="where rollouts come from; run by `python` itself, not `torchrun`")
+    parser.add_argument("--server", help="where rollouts come from")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--tolerance", type=float, default=1e-4, help="of a record, in nats and in α")
     return parser.parse_args()
@@ -79,7 +80,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     if args.server:
         generator["backend"] = "auto"
         given |= {"vllm_mode": "server", "vllm_server_base_url": args.server}
-    rows = 6 if args.server else 3
+    rows = 6 if args.server and os.environ.get("WORLD_SIZE", "1") == "1" else 3
     return given | {"generator": generator, "per_device_train_batch_size": rows, "max_steps": args.steps}
 
 

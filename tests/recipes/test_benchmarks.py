@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
+import decoding
 import memory
+import scaling
+import tables
 from helpers.paths import ROOT
 from helpers.recipes import need_vllm, run, run_failing
 from random_pair import SHAPES
@@ -79,6 +83,35 @@ def test_memory() -> None:
     assert one.share * 80 + one.trainer <= 80 * (1 - memory.ACTIVATIONS)
     held = one.weights + memory.ENGINE_GB + one.tokens * 2 * (large.cached + small.cached) / 1e9
     assert held == pytest.approx(one.share * 80, abs=1e-3)
+
+
+def test_scaling(tmp_path: Path) -> None:
+    """The page has both tables; the fit misses no step by more than 6 %, and one that it did not see by 15 %."""
+    page, rows = (ROOT / "docs" / "scaling.md").read_text(), decoding.measured()
+    speed = decoding.fit(rows)
+    for table in (decoding.check_table(speed, rows), scaling.pair_table(speed)):
+        assert "\n".join(table) in page, "Put what `recipes/benchmarks/scaling.py` prints into docs/scaling.md"
+    for row in rows:
+        assert decoding.computed(row, speed) == pytest.approx(row.step_ms, rel=0.06 if row.fitted else 0.15)
+    pair = decoding.pair_of("7b", "1.5b")
+    twice = scaling.rollout(pair, 1, speed) / scaling.rollout(pair, 2, speed)
+    assert 1 < twice < 2, "half the rows still read all weights"
+    engines, seconds = scaling.best_split(pair, 8, speed)
+    assert 0 < engines < 8
+    assert seconds > scaling.rollout(pair, 8, speed) + scaling.update(pair, 8), "a server's cards wait"
+    assert scaling.best_split(decoding.pair_of("70b", "8b"), 4, speed)[0] == 0, "all four hold the engine"
+    scaling.draw(tmp_path / "scaling.png", speed)
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tables() -> None:
+    """The pages show the stored numbers, and no step is another one than its tokens/s say."""
+    assert "\n".join(tables.speeds()) in (ROOT / "docs" / "gpus.md").read_text()
+    readme = (ROOT / "recipes" / "benchmarks" / "README.md").read_text()
+    lines = [line for line in tables.rollouts() if f"\n{line}" not in readme]
+    assert not lines, "Put what `python recipes/benchmarks/tables.py` prints into recipes/benchmarks/README.md"
+    for row in tables.stored_rows():
+        assert 1e3 * row["batch"] / row["mixture"] == pytest.approx(row["step_ms"], rel=1e-3)
 
 
 def test_triton_kernels() -> None:

@@ -27,6 +27,7 @@ TESTED_IN = {".": "test_starters.py", "benchmarks": "test_benchmarks.py", "studi
 """The file of tests that runs a folder's scripts."""
 MODULES = {
     "benchmarks/random_pair.py": "the benchmarks import it: flags, random models, stopwatch",
+    "benchmarks/decoding.py": "scaling.py imports it: a step of decoding, fitted to measured ones",
     "benchmarks/training_arms.py": "training.py imports it: the trainers that are compared",
     "studies/stack.py": "horizon_train.py imports it: many students as one batch; test_stack.py",
     "studies/digit_tasks.py": "ladder.py imports it: what is asked; test_past_the_teacher.py",
@@ -38,6 +39,8 @@ MODULES = {
     "studies/stage.py": "horizon_train.py imports it: arms and their phases; test_past_the_teacher.py",
     "studies/past_the_teacher_arms.py": "past_the_teacher.py imports it: what is compared, and why",
     "studies/past_the_teacher_report.py": "past_the_teacher.py imports it: its tables and its picture",
+    "studies/presets_arms.py": "presets.py imports it: what is compared, and where",
+    "studies/presets_report.py": "presets.py imports it: its tables and its picture",
     "studies/real_tasks.py": "real_text.py imports it: its questions and verifier; test_real_text.py",
     "studies/real_models.py": "real_text.py imports it: its students and teachers; test_real_text.py",
     "studies/real_arms.py": "real_text.py imports it: what is compared, and its trainers",

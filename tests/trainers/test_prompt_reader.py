@@ -145,15 +145,3 @@ def test_streamed_rows_are_checked_as_they_come(pair: tuple[str, str], tmp_path:
     inputs = [{"prompt": "7", "teacher_prompt": own} for own in ("8", 5, "8", "8")]
     with pytest.raises(ValueError, match=r"The `teacher_prompt` in row 1 of the batch is '5' \(int\)"):
         trainer._generate_and_score_completions(inputs)
-
-
-def test_vllm_on_a_cpu_refuses_the_column_and_auto_does_not_take_it(pair: tuple[str, str], tmp_path: Path) -> None:
-    pytest.importorskip("vllm")
-    if torch.cuda.is_available():
-        pytest.skip("Model Runner V2 takes two prompts.")
-    rows = {"train_dataset": data(("7", "8"))}
-    words = "teacher and student read different prompts, which the fused vLLM engine does on GPUs alone. Use backend="
-    with pytest.raises(ValueError, match=words):
-        make_trainer("grpo", pair, tmp_path, generator={"backend": "vllm"}, trainer=rows)
-    trainer = make_trainer("grpo", pair, tmp_path, generator={"backend": "auto"}, trainer=rows)
-    assert type(trainer.vllm_generation).__name__ == "LiveGeneration"

@@ -37,9 +37,11 @@ TRAPS = {
     "repack_tied_head",
     "rotate_every_head",
     "run_hooks_of_teachers",
+    "share_layers",
     "share_seeds",
     "sleep",
     "start_new_graph_pool",
+    "unpack_convolutions",
     "use_own_window",
     "use_workspace",
 }

@@ -113,6 +113,14 @@ FIELDS = {
     "vllm.v1.outputs:SamplerOutput": ["sampled_token_ids", "logprobs_tensors"],
     "vllm.sampling_params:SamplingParams": ["extra_args", "flat_logprobs", "structured_outputs", "logprobs", "seed"],
     "vllm.config:CacheConfig": ["sliding_window"],
+    "vllm.v1.attention.backend:CommonAttentionMetadata": [
+        *("query_start_loc", "query_start_loc_cpu", "seq_lens", "num_reqs", "num_actual_tokens", "max_query_len"),
+        *("max_seq_len", "block_table_tensor", "slot_mapping", "causal"),
+    ],
+    "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadata": [
+        *("query_start_loc", "seq_lens", "block_table", "slot_mapping"),
+    ],
+    "vllm.forward_context:ForwardContext": ["attn_metadata", "slot_mapping"],
     "vllm.model_executor.model_loader.reload.types:LayerReloadingInfo": ["loaded_weights", "load_numel_total"],
     "vllm.model_executor.models.registry:_LazyRegisteredModel": ["module_name"],
     "vllm:EngineArgs": [
@@ -150,8 +158,16 @@ MENTIONED = {
         "self.kv_caches",
         "kv_cache_config",
         "gen.set_offset(gen.get_offset() - 4)",
+        "self.attn_groups[kv_cache_gid][attn_gid]",
+        "attn_group.get_metadata_builder(",
+        "for layer_name in attn_group.layer_names:",
     ],
-    "vllm.v1.worker.gpu_input_batch": ["def req_ids", "self.generators", "generators=self.generators"],
+    "vllm.v1.worker.gpu_input_batch": [
+        "self.num_prompt_tokens = ",
+        "def req_ids",
+        "self.generators",
+        "generators=self.generators",
+    ],
     "vllm.v1.engine.core_client": ["for engine in self.core_engines", "Only the result from the first engine"],
     "vllm.v1.engine.core": ["cleanup_dist_env_and_memory()"],
     "vllm.platforms.interface": [
@@ -168,7 +184,11 @@ MENTIONED = {
         "Failed to load weights",
         "info.loaded_weights.append((param",
     ],
-    "vllm.model_executor.layers.attention.attention": ["sliding_window = cache_config.sliding_window"],
+    "vllm.model_executor.layers.attention.attention": [
+        "sliding_window = cache_config.sliding_window",
+        "compilation_config.static_forward_context[prefix] = self",
+        "self.impl = ",
+    ],
     "vllm.model_executor.layers.attention.mla_attention": ["self.attn_backend", 'replace_parameter(self, "W_UK_T"'],
     "vllm.model_executor.layers.mla": ["self.mla_attn = MLAAttention(", "self.rotary_emb = mla_modules.rotary_emb"],
     "vllm.model_executor.custom_op": ["self._forward_method = self.dispatch_forward("],

@@ -88,7 +88,7 @@ class TransformersBackend:
         self._owns_teacher, self._owns_theta = not of_teacher.is_loaded, not of_theta.is_loaded
         self._wraps_theta = is_wrapper(of_theta.config)
         self.theta = of_theta.load(self.device)
-        self.teacher = of_teacher.load(self.device)
+        self.teacher = self.theta if self.pair.one_model else of_teacher.load(self.device)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

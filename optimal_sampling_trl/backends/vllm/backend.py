@@ -243,7 +243,8 @@ class VLLMBackend:
 
     def weight_digest(self, role: str) -> str | None:
         """Return a digest that changes with the student's weights; None while weights are those of the files."""
-        return self.llm.collective_rpc("theta_digest")[0] if role == "theta" else None
+        reloaded = role == "theta" or self.pair.one_model
+        return self.llm.collective_rpc("theta_digest")[0] if reloaded else None
 
     def sleep(self) -> None:
         """Move both models to the host's memory and drop the caches; on a CPU there is nothing to free.

@@ -14,11 +14,12 @@ from ...pairing import attention_window, has_states, is_wrapper, rope_kinds, sha
 
 WINDOWED = ("gemma2", "gemma3_text", "gemma4_text", "gpt_oss", "mistral", "phi3")
 """Model types whose windows were held against the oracle: vLLM reads windows in each family's code by other rules."""
-LINEAR = ("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next")
-"""Model types whose linear attention was held against the oracle."""
+LINEAR = ("granitemoehybrid", "nemotron_h", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next")
+"""Model types whose linear attention or Mamba layers were held against the oracle."""
 LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
 """Model types whose latent attention was held against the oracle. Sparse ones keep caches of further kinds."""
 ATTENTION = {"full_attention", "attention", "sliding_attention"}
+FEED_FORWARD = {"mlp"}
 STATES = {"mamba", "mamba2", "conv", "recurrent", "hybrid"}
 """Kinds of layers, as `layer_types` calls them."""
 RECURRENT = {
@@ -31,7 +32,6 @@ RECURRENT = {
     "mamba",
     "mamba2",
     "minimax",
-    "nemotron_h",
     "plamo2",
     "recurrent_gemma",
     "rwkv",
@@ -90,7 +90,7 @@ def _reasons(config: PreTrainedConfig, role: str, context: int) -> Iterator[str]
         yield (f"has recurrent or linear layers (a Mamba or linear hybrid); checked were those of {', '.join(LINEAR)}")
     if config.model_type.startswith("qwen3_5") and find_spec("torchvision") is None:
         yield "is a Qwen3.5, whose code in vLLM imports torchvision: install one that loads beside this torch"
-    if further := kinds - ATTENTION - {"linear_attention"}:
+    if further := kinds - ATTENTION - FEED_FORWARD - {"linear_attention"}:
         yield f"has layers of the kind {', '.join(sorted(further))}, which were never checked beside others"
     if latent_sizes(config) and (config.model_type not in LATENT or hasattr(config, "index_topk")):
         yield f"has latent attention (MLA), which was checked for {', '.join(LATENT)} alone, and never the sparse kind"

@@ -14,6 +14,7 @@ import torch
 from ...pairing import Pair
 from ...user_warnings import warn_user
 from . import states
+from .families import OTHER_BACKEND
 from .plugin import ARCHITECTURE, HYBRID
 from .speculation import speculative_settings
 
@@ -28,7 +29,16 @@ def engine_settings(pair: Pair, engine_arguments: Mapping[str, Any], **further: 
         pair: what the engine is built on.
         engine_arguments: the user's, which are added to.
         **further: further settings that the engine tells about itself.
+
+    Raises:
+        ValueError: on a teacher that is the student itself, where the engine has one prompt for both.
     """
+    if pair.one_model and not pair.two_prompts:
+        raise ValueError(
+            f"The teacher is the student {pair.theta!r} itself, with a prompt of its own, and the engine gives both "
+            "models one prompt where layers have sliding windows, latent attention or linear attention. Wanted a "
+            f"student without. {OTHER_BACKEND}"
+        )
     ending = {"stop": pair.ending.stop, "folded": pair.ending.folded}
     # Windows of one length share a table of blocks with layers that read all; others need one each, and so do layers
     # that read another layer's cache: vLLM finds no place for them in a common table.
@@ -42,7 +52,7 @@ def engine_settings(pair: Pair, engine_arguments: Mapping[str, Any], **further: 
         "hf_overrides": {**(engine_arguments.get("hf_overrides") or {}), "architectures": [architecture]},
         "additional_config": {
             **(engine_arguments.get("additional_config") or {}),
-            "optimal_sampling": {"theta": pair.theta, "ending": ending, **further},
+            "optimal_sampling": {"theta": pair.theta, "ending": ending, "one_model": pair.one_model, **further},
         },
         "worker_extension_cls": WORKER,
         "logprobs_mode": "processed_logprobs",

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ...options import unknown_option
-from ...pairing import Pair, Source, attention_window, context_length, name_sources, read_pair
+from ...pairing import Pair, Source, attention_window, context_length, has_states, name_sources, read_pair
 from .families import (
     OTHER_BACKEND,
     check_family,
@@ -75,7 +75,7 @@ def check_pair(
     sources = name_sources(teacher, theta, arguments)
     for source in sources:
         check_wrapper(source.config, source.role)
-    configs = {source.role: source.text_config for source in sources}
+    configs = {role: source.text_config for role, source in zip(("teacher", "student"), sources)}
     context = arguments.get("max_model_len") or context_length(*configs.values())
     for role, config in configs.items():
         check_family(config, role, context)
@@ -91,20 +91,22 @@ def check_pair(
             f"{configs['teacher'].name_or_path!r} has none: vLLM makes what experts need for the engine's own model "
             f"alone, which is the teacher. Wanted a teacher with experts, or a dense student. {OTHER_BACKEND}"
         )
-    check_windows(configs, can_differ=not can_read_two_prompts())
-    check_states(configs, arguments, is_on_cpu=not can_read_two_prompts())
+    check_windows(configs, can_differ=_is_on_cpu())
+    check_states(configs, arguments, is_on_cpu=_is_on_cpu())
     check_latent(configs)
     check_speculation(configs, arguments, context)
     _check_max_model_len(configs, arguments.get("max_model_len"))
-    has_windows = any((attention_window(config) or context) < context for config in configs.values())
-    is_latent = any(map(latent_sizes, configs.values()))
+    two_prompts = not any(
+        (attention_window(config) or context) < context or latent_sizes(config) or has_states(config)
+        for config in configs.values()
+    )
     return read_pair(
         *sources,
         tokenizer=tokenizer,
         theta_settings=theta_settings,
-        teacher_tokenizer=_teacher_tokenizer(sources[0], arguments),
+        teacher_tokenizer=None if sources[0] is sources[1] else _teacher_tokenizer(sources[0], arguments),
         max_model_len=arguments.get("max_model_len"),
-        two_prompts=can_read_two_prompts() and not has_windows and not is_latent,
+        two_prompts=two_prompts,
     )
 
 
@@ -115,11 +117,10 @@ def _teacher_tokenizer(teacher: Source, arguments: Mapping[str, Any]) -> PreTrai
     return Source(str(arguments.get("tokenizer") or teacher.name), "teacher", options, teacher.token).tokenizer()
 
 
-def can_read_two_prompts() -> bool:
-    """Tell whether this machine's engine takes a prompt for each model: Model Runner V2 does."""
+def _is_on_cpu() -> bool:
     from vllm.platforms import current_platform
 
-    return not current_platform.is_cpu()
+    return current_platform.is_cpu()
 
 
 def _check_heads(config: PreTrainedConfig, role: str, tensor_parallel_size: int) -> None:

@@ -79,8 +79,8 @@ def _check_two_prompts(request: Request, pair: Pair, index: int) -> None:
     )
     if not pair.two_prompts:
         raise ValueError(
-            f"{lengths} On a CPU, and where layers have sliding windows, both models read one stream of tokens. Use "
-            "backend='transformers', or give both the same prompt."
+            f"{lengths} Where layers have sliding windows, latent attention or linear attention, both models read one "
+            "stream of tokens. Use backend='transformers', or give both the same prompt."
         )
     check_prompt(request.theta_prompt_ids, pair.context, pair.vocabulary, index, "student")
 
@@ -172,7 +172,8 @@ def _check_theta_prompt(prompt: Any, longest: int, settings: dict[str, Any]) -> 
     if not settings["two_prompts"]:
         raise ValueError(
             f"The request has the extra argument `{THETA_PROMPT}`; both models of this server read one stream of "
-            "tokens, as on a CPU and where layers have sliding windows. Drop it, or serve a pair without on a GPU."
+            "tokens, as where layers have sliding windows, latent attention or linear attention. Drop it, or serve a "
+            "pair without."
         )
     vocabulary = settings["vocabulary"]
     if not isinstance(prompt, list) or not all(type(token) is int and 0 <= token < vocabulary for token in prompt):

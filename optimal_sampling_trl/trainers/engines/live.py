@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ...backends.transformers import TransformersBackend
-from ...pairing import Source
+from ...pairing import MODEL_OPTIONS, Source
 from .base import MixtureGeneration, MixturePlan, TrlReturns, on_all_ranks, refuse_images, tokenizer_of
 from .turns import Context
 
@@ -45,7 +45,8 @@ class LiveGeneration(MixtureGeneration):
                 'has no tensor parallelism. Set it to 1 or use `backend="vllm"`.'
             )
         given = plan.generator.engine_arguments or {}
-        for name in given.keys() & {"device", "tokenizer"}:
+        settled = {"device", "tokenizer"} | set(MODEL_OPTIONS if plan.generator.is_own_teacher else ())
+        for name in sorted(given.keys() & settled):
             raise ValueError(f"`engine_arguments` has `{name}`, which is the trainer's here. Drop it.")
         options = {name: trl_arguments[name] for name in ("max_num_seqs", "trust_remote_code")} | given
         if trl_arguments["max_model_length"] is not None:

@@ -16,17 +16,18 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
 from transformers import PreTrainedModel
 
-from ...backends import choose
-from ..generator import NO_SHARED_WEIGHTS
+from ...backends import Choice, choose
+from ...pairing import Source
 from .base import MixtureGeneration, MixturePlan, tokenizer_of
 from .colocated import EngineGeneration, pair_arguments
 from .live import LiveGeneration
-from .self_teacher import own_teacher
+from .self_teacher import check_own_adapter, other_files, own_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -48,24 +49,17 @@ def build_generation(
     Raises:
         ValueError: where the generator asks for vLLM, which is not installed or cannot sample this pair.
     """
+    generator, model = plan.generator, trl_arguments["model"]
+    if generator.is_own_teacher:
+        check_own_adapter(generator, model)
     if trl_arguments["mode"] == "server":
         from .server import ServerGeneration
 
+        folder = Source(str(model.name_or_path), "student")
+        if reason := other_files(generator, model, folder, trl_arguments["accelerator"]):
+            raise ValueError(f"`vllm_mode` is 'server', but {reason}.")
         return ServerGeneration(plan, **trl_arguments)
-    generator, model = plan.generator, trl_arguments["model"]
-    if generator.is_own_teacher:
-        if generator.backend == "auto":
-            logger.info("Rollouts are sampled with transformers: %s.", NO_SHARED_WEIGHTS)
-        return LiveGeneration(plan, own_teacher(generator, model), **trl_arguments)
-    choice = choose(
-        "transformers" if generator.backend == "transformers" else "auto",
-        generator.named_teacher,
-        model.name_or_path or model,
-        pair_arguments(plan, trl_arguments),
-        two_prompts=plan.two_prompts,
-        tokenizer=tokenizer_of(trl_arguments["processing_class"]),
-        theta_settings=getattr(model, "generation_config", None),
-    )
+    choice = _choose(plan, **trl_arguments)
     if generator.backend == "vllm" and choice.reason is not None:
         raise ValueError(f"`backend` is 'vllm', but {choice.reason}. Use backend='transformers', or 'auto'.")
     if generator.backend != "transformers":
@@ -73,7 +67,28 @@ def build_generation(
         logger.info("Rollouts are sampled with %s%s", choice.name, why)
     if choice.pair is not None:
         return EngineGeneration(plan, choice.pair, choice.theta, **trl_arguments)
+    if generator.is_own_teacher:
+        return LiveGeneration(plan, own_teacher(generator, model), **trl_arguments)
     return LiveGeneration(plan, choice.teacher if loaded_teacher is None else loaded_teacher, **trl_arguments)
+
+
+def _choose(plan: MixturePlan, **trl_arguments: Any) -> Choice:
+    """Pick the backend of a pair; a teacher that is a frozen student is a model of its own, read from its files."""
+    generator, model = plan.generator, trl_arguments["model"]
+    choice = choose(
+        "transformers" if generator.backend == "transformers" else "auto",
+        generator.named_teacher,
+        model.name_or_path or model,
+        pair_arguments(plan, trl_arguments),
+        two_prompts=plan.two_prompts or generator.is_the_student,
+        tokenizer=tokenizer_of(trl_arguments["processing_class"]),
+        theta_settings=getattr(model, "generation_config", None),
+    )
+    if choice.pair is None or not generator.is_frozen_student:
+        return choice
+    if reason := other_files(generator, model, choice.theta, trl_arguments["accelerator"]):
+        return replace(choice, name="transformers", pair=None, reason=reason)
+    return replace(choice, pair=replace(choice.pair, one_model=False))
 
 
 @contextmanager

@@ -63,7 +63,8 @@ class ServerGeneration(PushedGeneration):
         """Build TRL's client: a server that cannot be used is refused before weights are sent."""
         refuse_silence(arguments["base_url"], self.server_timeout)
         client = client_class(**arguments)
-        teacher, tokenizer = str(self.plan.generator.named_teacher), tokenizer_of(self.processing_class)
+        generator, tokenizer = self.plan.generator, tokenizer_of(self.processing_class)
+        teacher = str(self.model.name_or_path if generator.is_frozen_student else generator.named_teacher)
         self.server = FusedServer(client, teacher, tokenizer, self.server_timeout)
         self.pair = self.server.pair
         self.server.check_ending(stop_tokens(self.model.generation_config, tokenizer.eos_token_id))

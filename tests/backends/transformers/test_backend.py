@@ -51,6 +51,8 @@ MIXTURES = {
 }
 WINDOW = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"], "tied": True}
 LINEAR_FIRST = ["linear_attention", "full_attention", "linear_attention"]
+MAMBA = {"mamba_d_state": 16, "mamba_chunk_size": 16, "layer_types": LINEAR_FIRST[:2]}
+EXPERTS = {"initializer_range": 0.05, "layers": 3, "layer_types": ["linear_attention", "moe", "full_attention"]}
 SHARED = WINDOW | {
     "layer_types": ["sliding_attention", "full_attention", "full_attention"],
     **{"layers": 3, "num_kv_shared_layers": 1},
@@ -64,6 +66,9 @@ PAIRS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "granite": ("granite", {}, {"layers": 1}),
     "qwen3_next": ("qwen3_next", {}, {}),
     "qwen3_5": ("qwen3_5_text", {"layers": 3, "layer_types": LINEAR_FIRST}, {"tied": True}),
+    "granite4-h": ("granitemoehybrid", MAMBA, MAMBA),
+    "lfm2": ("lfm2", {"tied": True}, {"tied": True}),
+    "nemotron_h": ("nemotron_h", EXPERTS, EXPERTS),
     "gemma2": ("gemma2", WINDOW, WINDOW),
     "gemma3": ("gemma3_text", WINDOW, WINDOW),
     "gemma3-wrapper": ("gemma3", WINDOW, WINDOW),

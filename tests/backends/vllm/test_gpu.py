@@ -340,3 +340,28 @@ def test_a_quantised_teacher(pair: tuple[str, str], judge: Judge) -> None:
             assert float(error.max()) < NOISE[torch.bfloat16][1]
     finally:
         backend.close()
+
+
+@pytest.mark.parametrize("graphs", ["eager", "full_and_piecewise"])
+def test_the_student_as_its_own_teacher(pair: tuple[str, str], graphs: str, tmp_path: Path) -> None:
+    """The weights are in memory once, each model reads its own prompt, a reload reaches both, and both sleep."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+        backend = engine(("student", pair[1]), enable_sleep_mode=True, **GRAPHS[graphs])
+    judge = Judge((pair[1], pair[1]), torch.bfloat16)
+    judge.teacher = judge.theta
+    try:
+        model = runner_of(backend).model
+        assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in model.theta.parameters())
+        judge.check(backend.generate(requests(True)), "one model")
+        with torch.no_grad():
+            for weight in judge.theta.parameters():
+                weight.add_(torch.randn_like(weight) * 0.02)
+                weight.copy_(weight.to(torch.bfloat16))
+        backend.load_theta([(name, weight.to(torch.bfloat16)) for name, weight in judge.theta.named_parameters()])
+        judge.check(backend.generate(requests(True, seed=9)), "one model, reloaded")
+        backend.sleep()
+        backend.wake_up()
+        judge.check(backend.generate(requests(True, seed=10)), "one model, after sleep")
+    finally:
+        backend.close()

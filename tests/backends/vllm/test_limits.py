@@ -6,6 +6,7 @@ import logging
 import os
 import time
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from optimal_sampling_trl.backends.vllm import plugin, versions
 from optimal_sampling_trl.backends.vllm.backend import VLLMBackend
 from optimal_sampling_trl.backends.vllm.launch import engine_settings, platform_settings
 from optimal_sampling_trl.backends.vllm.limits import OWNED, check_arguments, check_pair
-from optimal_sampling_trl.backends.vllm.requests import to_sampling_params
+from optimal_sampling_trl.backends.vllm.requests import check_request, to_sampling_params
 from optimal_sampling_trl.backends.vllm.wire import read_records
 from optimal_sampling_trl.pairing import Ending
 
@@ -120,6 +121,8 @@ def test_windows_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     plain = make_model(tmp_path / "plain", "mistral", 0)
     for two, can_differ in (((plain, plain), True), ((plain, models[0]), False)):
         assert check_pair(*two, {}).two_prompts == can_differ
+    with pytest.raises(ValueError, match=r"The teacher is the student '.*24' itself, .* one prompt where layers have"):
+        engine_settings(check_pair("student", models[0], {}), {})
     reason = why_not_vllm(plain, models[0], two_prompts=True)
     assert reason is not None
     assert "which takes models without sliding windows" in reason
@@ -389,8 +392,8 @@ def test_settings_of_the_user_pass_through(pair: tuple[str, str]) -> None:
         assert config.scheduler_config.max_num_seqs == 3
         assert os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == before.get("VLLM_ENABLE_V1_MULTIPROCESSING")
         two = Request(list(b"ab"), list(b"ba"), Mixture())
-        with pytest.raises(ValueError, match="Request 0 has a prompt for the teacher"):
-            backend.generate([two])
+        with pytest.raises(ValueError, match=r"Request 0 has a prompt for the teacher .* both models read one stream"):
+            check_request(two, replace(backend.pair, two_prompts=False), 0, 20)
     finally:
         backend.close()
 

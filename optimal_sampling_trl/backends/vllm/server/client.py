@@ -15,7 +15,7 @@ import torch
 from requests.adapters import HTTPAdapter
 from urllib3.util.retry import Retry
 
-from ....pairing import checkpoint_digest
+from ....pairing import STUDENT, checkpoint_digest, is_student
 from ....rollouts.request import Request
 from ....rollouts.rollout import Rollout, check_solved, has_nan
 from ....user_warnings import warn_user
@@ -50,20 +50,25 @@ class FusedServer:
             self.pair = pair_of(info, tokenizer)
             self.max_logprobs = info["model_config"]["max_logprobs"]
             self.dtype: torch.dtype = getattr(torch, str(info["model_config"]["dtype"]).removeprefix("torch."))
-            _check_teacher(self.pair.teacher, info["additional_config"]["optimal_sampling"]["teacher_digest"], teacher)
+            if self.pair.one_model != is_student(teacher):
+                found = STUDENT if self.pair.one_model else self.pair.teacher
+                raise ValueError(f"its teacher is {found!r}, and the generator's {teacher!r}.")
+            if not self.pair.one_model:
+                digest = info["additional_config"]["optimal_sampling"]["teacher_digest"]
+                _check_teacher(self.pair.teacher, digest, teacher)
         self.pushed: list[dict[str, Any]] | None = None
 
     def check_two_prompts(self) -> None:
         """Refuse a server whose models read one prompt.
 
         Raises:
-            RuntimeError: where it runs on a CPU, or a model has sliding windows.
+            RuntimeError: where a model has sliding windows, latent attention or linear attention.
         """
         with self._explain_errors("does not fit the trainer"):
             if not self.pair.two_prompts:
                 raise ValueError(
-                    "teacher and student are to read different prompts, which takes a server on a GPU and models "
-                    "without sliding windows."
+                    "teacher and student are to read different prompts, which takes models without sliding windows, "
+                    "latent attention and linear attention."
                 )
 
     def check_ending(self, stop: Sequence[int]) -> None:

@@ -33,7 +33,7 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token")
 """Tokens that chat templates name."""
 TOLD = (
     *("tokens", "vocabulary", "engine_vocabulary", "two_prompts", "template", "teacher_tokenizer", "teacher_digest"),
-    *("theta", "ending"),
+    *("theta", "ending", "one_model"),
 )
 """The settings without which a trainer cannot use a server."""
 LEAST = -9999.0
@@ -88,6 +88,7 @@ def pair_of(info: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Pair:
         two_prompts=settings["two_prompts"],
         teacher_template=settings["template"],
         teacher_tokenizer=_with_settings(tokenizer, settings["teacher_tokenizer"]),
+        one_model=settings["one_model"],
     )
 
 

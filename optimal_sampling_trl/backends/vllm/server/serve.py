@@ -38,7 +38,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         ValueError: on a pair or an argument that the engine refuses (limits.py).
     """
     models = argparse.ArgumentParser(PROGRAM, description=__doc__, allow_abbrev=False)
-    models.add_argument("--teacher", required=True, help="folder or model id of the teacher")
+    of_teacher = "folder or model id of the teacher, or 'student': the student itself, its weights once"
+    models.add_argument("--teacher", required=True, help=of_teacher)
     models.add_argument("--theta", required=True, help="folder or model id of the student")
     named, rest = models.parse_known_args(argv)
     require()

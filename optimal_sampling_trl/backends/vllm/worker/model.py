@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -28,6 +30,7 @@ from ....pairing.names import names_of
 from ....pairing.wrappers import text_weights
 from ..hooks import own_architectures
 from .destinations import Destinations
+from .shared import share_layers, share_modules
 from .submodels import as_text, bind_attention, build_submodel, copy_cache_config, theta_model_config, use_own_window
 
 ONE_STREAM = "OPTIMAL_SAMPLING_ONE_STREAM"
@@ -46,7 +49,7 @@ class OptimalSamplingForCausalLM(nn.Module):
 
     `additional_config["optimal_sampling"]` describes the rest: `theta` is the student's folder, `ending` the `stop`
     and `folded` token ids (see `pairing.Ending`), `mixture` that of a request without one, as `Mixture.to_dict` gives
-    it.
+    it, `one_model` whether the teacher is the student itself.
     """
 
     is_text_generation_model = True
@@ -66,15 +69,28 @@ class OptimalSamplingForCausalLM(nn.Module):
             self.teacher = build_submodel(*as_text(vllm_config, own_architectures(vllm_config.model_config)), "")
         theta = theta_model_config(vllm_config.model_config, settings["theta"])
         use_own_window(cache_config, theta)
-        self.theta_config = replace(vllm_config, model_config=theta, quant_config=None, cache_config=cache_config)
+        self.theta_config = replace(
+            vllm_config,
+            model_config=theta,
+            quant_config=None,
+            cache_config=cache_config,
+            # Part of the key of compiled code, which the names of the layers are not: one model may be both.
+            additional_config={**additional, "optimal_sampling": {**settings, "role": "theta"}},
+        )
         self.wraps = {role: is_wrapper(each.hf_config) for role, each in zip(ROLES, (vllm_config.model_config, theta))}
-        with set_model_tag("theta"):
+        self.one_model: bool = settings["one_model"]
+        layers = vllm_config.compilation_config.static_forward_context
+        with set_model_tag("theta"), torch.device("meta") if self.one_model else nullcontext():
             self.theta_config, architectures = as_text(self.theta_config, theta.architectures)
             # Before the student is built: vLLM gives some settings of rotary embeddings names of its own.
             self.theta_names = names_of(self.theta_config.model_config.hf_config, theta.trust_remote_code)
             self.theta = build_submodel(self.theta_config, architectures, "theta")
+        if self.one_model:
+            share_modules(self.theta, self.teacher)
+            share_layers(layers, THETA)
         bind_attention(self.theta, self.theta_config)
-        self.secondary_weights = [DefaultModelLoader.Source(settings["theta"], revision=None, prefix=THETA)]
+        files = DefaultModelLoader.Source(settings["theta"], revision=None, prefix=THETA)
+        self.secondary_weights = [] if self.one_model else [files]
         self.teacher_size = vllm_config.model_config.get_hidden_size()
         self.theta_size = theta.get_hidden_size()
         self.dtype: Any = vllm_config.model_config.dtype
@@ -83,12 +99,12 @@ class OptimalSamplingForCausalLM(nn.Module):
         self.theta_required: set[str] = set()
         self.theta_buffers: dict[str, Tensor] = {}
         self.theta_logits: Tensor | None = None
-        layers = vllm_config.compilation_config.static_forward_context
         self.theta_layers = [name for name in layers if name.startswith(THETA)]
         self.teacher_layers = [name for name in layers if not name.startswith(THETA)]
         # Where each model's cache is written, see model_state.py; None: where vLLM says.
         self.teacher_places: Tensor | None = None
         self.theta_places: Tensor | None = None
+        self.row_streams: Any = None  # of Model Runner V1, see row_streams.py
         self.side_stream = torch.cuda.Stream() if _may_overlap(self, vllm_config) else None
         self.is_loaded = False
         self.destinations = Destinations(self.theta)
@@ -129,12 +145,26 @@ class OptimalSamplingForCausalLM(nn.Module):
             len(input_ids), self.teacher_size + self.theta_size, dtype=self.dtype, device=input_ids.device
         )
         of_teacher, of_theta = hidden.split([self.teacher_size, self.theta_size], dim=1)
+        if self.row_streams is not None and (parts := self.row_streams.parts(*scheduled)):
+            self._run_part(self.teacher, parts.get("teacher"), scheduled, of_teacher)
+            self._run_part(self.theta, parts.get("theta"), scheduled, of_theta)
+            return hidden
         # Graphs of one pool must not run at the same time: only while a graph of the whole step is captured may they.
         if self.side_stream is None or not torch.cuda.is_current_stream_capturing():
             self._run_in_turn(teacher, theta, of_teacher, of_theta)
         else:
             self._run_beside(self.side_stream, teacher, theta, of_teacher, of_theta)
         return hidden
+
+    @staticmethod
+    def _run_part(model: nn.Module, part: Any, scheduled: tuple[Tensor, Tensor], out: Tensor) -> None:
+        """Run a model on the tokens of a step that it reads, all that is scheduled without a part; others get 0."""
+        if part is None:
+            out.copy_(model(*scheduled))
+            return
+        out.zero_()
+        if len(part.rows):
+            out.index_copy_(0, part.rows, model(part.ids, part.positions))
 
     def _run_in_turn(self, teacher: Any, theta: Any, of_teacher: Tensor, of_theta: Tensor) -> None:
         """Run the teacher, copy its hidden states out, and only then run the student.
@@ -186,11 +216,12 @@ class OptimalSamplingForCausalLM(nn.Module):
             on_disk = weights if names is None else names.on_disk(weights, self.theta_shapes)
             return {THETA + name for name in self.theta.load_weights(on_disk)}
         loaded: set[str] = set()
+        of_teacher = self._strip if self.one_model else partial(self.of_text, "teacher")
         for is_theta, group in groupby(weights, lambda item: item[0].startswith(THETA)):
             if is_theta:
                 loaded |= {THETA + name for name in self.theta.load_weights(self._strip(group))}
             else:
-                loaded |= {"teacher." + name for name in self.teacher.load_weights(self.of_text("teacher", group))}
+                loaded |= {"teacher." + name for name in self.teacher.load_weights(of_teacher(group))}
         if not self.theta_shapes:
             raise ValueError(
                 "vLLM's loader brought no weights of the student; wanted a `load_format` that reads files."

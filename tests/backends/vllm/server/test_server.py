@@ -27,9 +27,10 @@ from hypothesis import strategies as st
 
 from helpers.engines import TEXTS, TOLERANCE, Oracle, request
 from helpers.models import EOS, make_model, make_tokenizer
-from helpers.oracle import WISHES, with_wishes
+from helpers.oracle import WISHES, check_rollout, with_wishes
 from helpers.speakers import PROMPTS as CHATS
 from helpers.speakers import add, make_speakers, repeat
+from helpers.training import PROMPTS as ROWS
 from helpers.training import TEXTS as PROMPTS
 from helpers.training import Watch, check_turns, load, make_trainer, make_untrained_pair, train_and_check
 
@@ -46,6 +47,7 @@ from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
 from vllm.sampling_params import StructuredOutputsParams
 
 from helpers.servers import MIXED, Server
+from optimal_sampling_trl.backends.vllm.launch import engine_settings
 from optimal_sampling_trl.backends.vllm.requests import check_params
 from optimal_sampling_trl.backends.vllm.server import serve
 from optimal_sampling_trl.backends.vllm.server.client import FusedServer, complete, refuse_silence
@@ -57,6 +59,7 @@ from optimal_sampling_trl.rollouts.dense import Dense
 from processes.serve_from_files import FileClient
 
 COLUMNS = ("--max-logprobs", "64")
+INFORMED = Dataset.from_dict({"prompt": ROWS, "teacher_prompt": [f"{text[::-1]}{text}" for text in ROWS]})
 RECORDED = {"optimal_sampling_record": 1}
 
 
@@ -163,8 +166,8 @@ def test_200_requests_at_once_with_strangers_among_them(
         ({"vllm_xargs": RECORDED | {"dense_top_k": 2}, "logprobs": 3}, "`logprobs` is 3 in a request for records"),
         ({"vllm_xargs": {"dense_top_k": 2}, "logprobs": 11}, "and no records; wanted the extra argument"),
         (
-            {"vllm_xargs": {"optimal_sampling_theta_prompt": [1]}},
-            "both models of this server read one stream of tokens",
+            {"vllm_xargs": {"optimal_sampling_theta_prompt": [1] * 200}},
+            "has 200 tokens; wanted 1 to",
         ),
         ({"prompt_logprobs": 1}, "`prompt_logprobs` (or `echo`) is 1, and vLLM computes it of the teacher alone"),
         (
@@ -475,9 +478,8 @@ def test_an_engine_that_died(server: Server, models: tuple[str, str], oracle: Or
 
 
 def test_two_prompts_travel_as_one_request(server: Server) -> None:
-    """A server on a CPU refuses them; what is sent to one on a GPU is checked here, and what it would refuse."""
     pair = pair_of(VLLMClient(base_url=server.url).get_server_info(), make_tokenizer())
-    assert not pair.two_prompts
+    assert pair.two_prompts
     one = replace(request("Be wise. hello"), theta_prompt_ids=[1, 2, 3])
     sent = to_arguments(one, pair.ending, 4, 0)
     assert (sent["prompts"], sent["n"]) == ([one.prompt_ids], 4)
@@ -496,10 +498,11 @@ def test_two_prompts_travel_as_one_request(server: Server) -> None:
         ([1, "2"], "wanted a list of token ids"),
         ([1.0], "wanted a list of token ids"),
         ("1", "is 1; wanted a list of token ids"),
+        (None, "both models of this server read one stream of tokens"),
     ],
 )
-def test_what_a_server_on_a_gpu_refuses_of_two_prompts(own: Any, words: str | None) -> None:
-    settings = {"vocabulary": 272, "two_prompts": True}
+def test_what_a_server_refuses_of_two_prompts(own: Any, words: str | None) -> None:
+    settings = {"vocabulary": 272, "two_prompts": own is not None}
     params = SamplingParams(extra_args={THETA_PROMPT: own})
     with pytest.raises(ValueError, match=words) if words else nullcontext():
         check_params(params, [5, 6, 7], settings)
@@ -517,7 +520,7 @@ def test_what_a_server_on_a_gpu_refuses_of_two_prompts(own: Any, words: str | No
         ({TEACHER_SHIFT: 1, THETA_PROMPT: [1, 2]}, "has 2 tokens; wanted 3"),
     ],
 )
-def test_what_a_server_on_a_gpu_refuses_of_a_shorter_teachers_prompt(extra: Any, words: str | None) -> None:
+def test_what_a_server_refuses_of_a_shorter_teachers_prompt(extra: Any, words: str | None) -> None:
     settings = {"vocabulary": 272, "two_prompts": True}
     with pytest.raises(ValueError, match=words) if words else nullcontext():
         check_params(SamplingParams(extra_args=extra), [5, 6, 7], settings)
@@ -527,11 +530,10 @@ def test_the_teachers_template_travels() -> None:
     """A teacher's own prompts are rendered by the trainer, as the teacher's tokenizer on the server would."""
     tokenizer, teacher = make_tokenizer(), make_tokenizer()
     teacher.chat_template, teacher.bos_token = "{{ bos_token }}<{{ messages[0]['content'] }}>", "<pad>"
-    settings: dict[str, Any] = {"ending": {"stop": [256], "folded": []}, "theta": "theta", "mixture": {}}
     pair = Pair("teacher", "theta", tokenizer, 258, 258, 64, Ending((256,), ()), teacher_tokenizer=teacher)
     info = {
         "model_config": {"model": "teacher", "logprobs_mode": "processed_logprobs", "max_model_len": 64},
-        "additional_config": {"optimal_sampling": json.loads(json.dumps(settings | describe(pair)))},
+        "additional_config": json.loads(json.dumps(engine_settings(pair, {}, **describe(pair))["additional_config"])),
     }
     found = pair_of(info, tokenizer)
     assert found.teacher_tokenizer is not None
@@ -637,11 +639,52 @@ def test_tools_on_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     check_turns(trainer, speakers, TOLERANCE)
 
 
-def test_two_prompts_take_a_server_on_a_gpu(trained: Server, pair: tuple[str, str], tmp_path: Path) -> None:
-    prompts = {"backend": "vllm", "teacher_system_prompt": "Sort."}
-    settings = {"vllm_mode": "server", "vllm_server_base_url": trained.url}
-    with pytest.raises(RuntimeError, match="to read different prompts, which takes a server on a GPU"):
-        make_trainer("grpo", pair, tmp_path, generator=prompts, **settings)
+def test_prompts_of_the_teachers_own_on_a_server(
+    trained: Server, pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_generation, "VLLMClient", FileClient)
+    monkeypatch.setattr(FileClient, "folder", tmp_path, raising=False)
+    settings = {"vllm_mode": "server", "vllm_server_base_url": trained.url, "max_steps": 1}
+    given = {"generator": {"backend": "vllm"}, "trainer": {"train_dataset": INFORMED}}
+    trainer = make_trainer("grpo", pair, tmp_path, mixin=Watch, **given, **settings)
+    teacher, theta = load(pair[0]), load(pair[1])
+    trainer.train()
+    for _, _, rollouts in trainer.generations:
+        for rollout in rollouts:
+            assert rollout.prompt_ids != rollout.theta_prompt_ids
+            check_rollout(rollout, teacher, theta, tolerance=TOLERANCE)
+
+
+def test_the_student_as_its_own_teacher_on_a_server(
+    trained: Server, pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server's one model is the student of each step; a frozen teacher takes a server of two."""
+    monkeypatch.setattr(vllm_generation, "VLLMClient", FileClient)
+    monkeypatch.setattr(FileClient, "folder", tmp_path, raising=False)
+    server = Server("student", pair[1], tmp_path / "server.log")
+
+    def own(where: Server, **given: Any) -> Any:
+        settings = {"vllm_mode": "server", "vllm_server_base_url": where.url}
+        generator = {"teacher": "student", "backend": "vllm"} | given
+        rows = {"train_dataset": INFORMED}
+        return make_trainer("grpo", pair, tmp_path, generator=generator, mixin=Watch, trainer=rows, **settings)
+
+    try:
+        trainer = own(server)
+        trainer.train()
+        for weights, (_, _, rollouts) in zip(trainer.weights, trainer.generations, strict=True):
+            theta = load(pair[1])
+            theta.load_state_dict(weights, strict=False)
+            for rollout in rollouts:
+                check_rollout(rollout, theta, theta, tolerance=TOLERANCE)
+        words = r"its teacher is 'student', and the generator's '.*student'\.\n.*--teacher /"
+        with pytest.raises(RuntimeError, match=words):
+            own(server, teacher_refresh="never")
+    finally:
+        server.stop()
+    words = r"its teacher is '.*teacher', and the generator's 'student'\.\n.*--teacher student"
+    with pytest.raises(RuntimeError, match=words):
+        own(trained)
 
 
 def test_on_a_cpu_trl_sends_no_weights(trained: Server, pair: tuple[str, str], tmp_path: Path) -> None:
@@ -658,6 +701,7 @@ def test_on_a_cpu_trl_sends_no_weights(trained: Server, pair: tuple[str, str], t
         ("--tensor-parallel-size 3", r"The teacher '.*' has 2 attention heads; wanted a multiple of .* is 3"),
         ("--max-model-len 4096", "`max_model_len` is 4096, but the teacher '.*' reads at most 512"),
         ("--kv-cache-dtype fp8", "`kv_cache_dtype` is 'fp8'; wanted no FP8"),
+        ("--teacher student --max-model-len 4096", "`max_model_len` is 4096, but the teacher '.*' reads at most 512"),
         ("--api-server-count 2", "`--api-server-count` is not supported: this command starts one HTTP server"),
         ('--weight-transfer-config {"backend":"ipc"}', "`--weight-transfer-config` cannot be set"),
     ],

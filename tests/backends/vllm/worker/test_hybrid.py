@@ -33,6 +33,7 @@ KINDS = ["linear_attention", "full_attention", "linear_attention"]
 LINE = "The quick brown fox jumps over the lazy dog, and some more words follow. " * 4
 BUSY = {"block_size": 32, "max_num_batched_tokens": 64, "num_gpu_blocks_override": 16, "max_model_len": 352}
 """Prompts are read in parts, and three requests fill the engine until one of them needs a further block."""
+MAMBA = {"mamba_d_state": 16, "mamba_chunk_size": 16}
 LARGE = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
 
 
@@ -44,17 +45,20 @@ class Case:
         teacher: the teacher's family.
         theta: the student's.
         length: of the prompts, a little below a block of the teacher's cache, which is as large as a state.
-        state: the student's own, where it is the larger one.
+        state: the student's settings, such as a state that is the larger one.
+        further: the teacher's settings.
     """
 
     teacher: str
     theta: str
     length: int = 140
     state: dict[str, Any] | None = None
+    further: dict[str, Any] | None = None
 
     def make(self, root: Path) -> tuple[str, str]:
         """Write both models, and return their folders."""
         wide = {"vocab_size": 320, "hidden": 128, "heads": 4, "kv_heads": 2, "layers": 3, "layer_types": KINDS}
+        wide |= self.further or {}
         both = []
         for role, (family, settings) in enumerate(((self.teacher, wide), (self.theta, self.state or {}))):
             experts = {"num_experts_per_tok": 4} if family in ("qwen3_next", "qwen3_5_moe") else {}
@@ -67,6 +71,15 @@ CASES = {
     "qwen3_next-over-qwen3": Case("qwen3_next", "qwen3"),
     "qwen3_5-wrappers": Case("qwen3_5", "qwen3_5"),
     "qwen3_5_moe-over-qwen3_5": Case("qwen3_5_moe", "qwen3_5_text"),
+    "granite4-h": Case(
+        "granitemoehybrid", "granitemoehybrid", state=MAMBA | {"layer_types": KINDS[:2]}, further=MAMBA
+    ),
+    "nemotron_h": Case(
+        "nemotron_h",
+        "nemotron_h",
+        state={"layers": 3, "layer_types": [*KINDS[:2], "mlp"]},
+        further={"layers": 4, "layer_types": [*KINDS, "mlp"]},
+    ),
 }
 
 
