@@ -41,10 +41,18 @@ def speculative_settings(pair: Pair, arguments: Mapping[str, Any]) -> dict[str, 
     Args:
         pair: what the engine is built on.
         arguments: the user's engine arguments.
+
+    Raises:
+        ValueError: on a teacher that is the student itself, with which drafts were not checked.
     """
     count = arguments.get(NUM_SPECULATIVE_TOKENS) or 0
     if not count:
         return {}
+    if pair.one_model:
+        raise ValueError(
+            f"`{NUM_SPECULATIVE_TOKENS}` is {count}, and the teacher is the student itself; wanted two models. "
+            f"{SAME_SPEED}"
+        )
     drafts = {"method": METHOD, "model": pair.teacher, "draft_sample_method": "probabilistic"}
     return {
         "speculative_config": drafts | {NUM_SPECULATIVE_TOKENS: count},

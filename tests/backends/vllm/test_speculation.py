@@ -23,7 +23,7 @@ from optimal_sampling_trl.backends.vllm.speculation import (
 from optimal_sampling_trl.rollouts.request import Request, Sampling
 
 DENSE = {"teacher": LlamaConfig(name_or_path="large"), "student": LlamaConfig(name_or_path="small")}
-PAIR: Any = SimpleNamespace(teacher="large")
+PAIR: Any = SimpleNamespace(teacher="large", one_model=False)
 
 
 def test_without_it_nothing_is_set() -> None:
@@ -42,6 +42,11 @@ def test_vllm_is_asked_for_room() -> None:
     assert settings["async_scheduling"] is True
     assert not speculative_settings(PAIR, {"num_speculative_tokens": 3, "async_scheduling": False})["async_scheduling"]
     check_arguments({"num_speculative_tokens": 3})
+
+
+def test_a_teacher_that_is_the_student() -> None:
+    with pytest.raises(ValueError, match="the teacher is the student itself; wanted two models"):
+        speculative_settings(SimpleNamespace(teacher="one", one_model=True), {"num_speculative_tokens": 3})  # type: ignore[arg-type]
 
 
 @pytest.fixture
