@@ -249,6 +249,60 @@ def test_model_runner_v2() -> None:
         assert not gone, f"vllm/v1/worker/gpu/{name} does not say {gone} any more: see {ROOM}/worker/model_state.py"
 
 
+DRAFTING = {
+    # below vllm/, where drafts were checked: what worker/speculator.py and speculation.py rely on
+    "config/vllm.py": ["def _get_v2_model_runner_unsupported_features(self) -> list[str]", "speculative method '"],
+    "v1/core/sched/scheduler.py": [
+        "if speculative_config.uses_draft_model():\n                self.num_lookahead_tokens = self.num_spec_tokens",
+        "] * self.num_spec_tokens",  # drafts that nobody drew, of a request that joins a batch
+    ],
+    "v1/attention/backend.py": ["def build_for_drafting(", "fast_build=True"],
+    "v1/worker/gpu/spec_decode/__init__.py": ["def init_speculator(vllm_config: VllmConfig, device: torch.device)"],
+    "v1/worker/gpu/spec_decode/speculator.py": [
+        "class DraftModelSpeculator(BaseSpeculator)",
+        "def load_draft_model(",
+        "self.draft_attn_layer_names = ",
+        "active_layer_names=self.draft_attn_layer_names",
+        "def _copy_request_inputs(",
+        "self.draft_logits = torch.zeros(",
+    ],
+    "v1/worker/gpu/spec_decode/rejection_sampler.py": [
+        "draft_logits: torch.Tensor | None = None",
+        "input_batch.expanded_idx_mapping",
+    ],
+    "v1/worker/gpu/spec_decode/rejection_sampler_utils.py": [
+        "vocab_size = min(vocab_size, draft_logits.size(-1))",
+        "gumbel_block_argmax(",
+    ],
+    "v1/worker/gpu/sample/gumbel.py": ["gumbel_seed = tl.randint(seed, pos)", "col = 0", "output_processed_logits"],
+    "v1/worker/gpu/cudagraph_utils.py": [
+        "class CudaGraphManager:",
+        "forward_fn = create_forward_fn(desc, warmup=False)",
+        "def run_fullgraph(self, desc: BatchExecutionDescriptor)",
+    ],
+    "v1/worker/gpu/block_table.py": ["self.kernel_block_sizes = kernel_block_sizes"],
+    "v1/worker/gpu/input_batch.py": ["cu_num_logits_np: np.ndarray"],
+    "v1/worker/gpu/states.py": ["self.draft_tokens[req_idx].zero_()"],
+    "v1/worker/gpu/model_runner.py": [
+        "from vllm.v1.worker.gpu.spec_decode import init_speculator",
+        "self.sampler, self.rejection_sampler = custom",
+        "self.speculator.draft_logits,",
+        "self.req_states.draft_tokens[input_batch.idx_mapping] = draft_tokens",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", DRAFTING)
+def test_drafting(name: str) -> None:
+    from optimal_sampling_trl.backends.vllm.speculation import is_checked
+
+    if not is_checked():
+        pytest.skip("drafts are refused on this version of vLLM")
+    source = (Path(inspect.getsourcefile(import_module("vllm")) or "").parent / name).read_text()
+    gone = [text for text in DRAFTING[name] if text not in source]
+    assert not gone, f"vllm/{name} does not say {gone} any more: see {ROOM}/worker/speculator.py and speculation.py"
+
+
 def test_blocks_are_hashed_with_their_request() -> None:
     """With two prompts a block that a completion of the student may reach belongs to one request."""
     from types import SimpleNamespace

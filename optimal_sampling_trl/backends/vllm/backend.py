@@ -21,6 +21,7 @@ from .neighbours import Neighbour
 from .plugin import require
 from .requests import check_request, most_columns, to_rollouts, to_sampling_params
 from .rows import keep_rows
+from .speculation import NUM_SPECULATIVE_TOKENS, check_drafted
 from .wire import scheduled_prompt
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class VLLMBackend:
         pair: what both models share, if it was read already from these names and arguments.
         gpu_memory_utilization: vLLM's share of the device's memory; on a CPU, of the machine's.
         **engine_arguments: further arguments of `vllm.LLM`; `max_model_len` defaults to what both models can read.
+            `num_speculative_tokens` (0) is how many tokens the student drafts at a time (docs/speculative.md).
 
     Attributes:
         pair: what the engine was built on.
@@ -83,8 +85,10 @@ class VLLMBackend:
         from vllm import LLM
 
         most = {"max_logprobs": most_columns(self.pair)}
+        settings = {**most, **arguments, **engine_settings(self.pair, arguments)}
+        settings.pop(NUM_SPECULATIVE_TOKENS, None)
         with in_this_process():
-            llm = LLM(self.pair.teacher, **{**most, **arguments, **engine_settings(self.pair, arguments)})
+            llm = LLM(self.pair.teacher, **settings)
         keep_rows(llm.llm_engine)
         return llm
 
@@ -107,6 +111,8 @@ class VLLMBackend:
     def check(self, request: Request, index: int) -> None:
         """Refuse a request that cannot be served: see `requests.check_request`."""
         check_request(request, self.pair, index, self.llm.llm_engine.model_config.max_logprobs)
+        if self.llm.llm_engine.vllm_config.speculative_config is not None:
+            check_drafted(request, index)
 
     def generate(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Rollout]:
         """Sample one rollout for each request, in their order. vLLM shows its bar; `progress` counts at the end.

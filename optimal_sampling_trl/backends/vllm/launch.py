@@ -16,6 +16,7 @@ from ...user_warnings import warn_user
 from . import states
 from .families import OTHER_BACKEND
 from .plugin import ARCHITECTURE, HYBRID
+from .speculation import speculative_settings
 
 WORKER = "optimal_sampling_trl.backends.vllm.worker.weights.OptimalSamplingWorker"
 """The class that vLLM adds to the bases of its worker, by its path."""
@@ -55,6 +56,7 @@ def engine_settings(pair: Pair, engine_arguments: Mapping[str, Any], **further: 
         },
         "worker_extension_cls": WORKER,
         "logprobs_mode": "processed_logprobs",
+        **speculative_settings(pair, engine_arguments),
     }
 
 

@@ -21,16 +21,18 @@ from .families import (
     has_experts,
     latent_sizes,
 )
+from .speculation import NUM_SPECULATIVE_TOKENS, check_speculation
 from .states import check_states
 from .wire import RECORD_COLUMNS
 
+DRAFTS = f"the student drafts, and the mixture verifies: `{NUM_SPECULATIVE_TOKENS}` alone says how many tokens"
 OWNED = {
     "model": "the engine's model is the teacher: pass it as `teacher`",
     "worker_extension_cls": "this backend installs its sampler through it",
-    "speculative_config": "a draft would be accepted by the teacher's distribution instead of the mixture's",
-    "spec_method": "a draft would be accepted by the teacher's distribution instead of the mixture's",
-    "spec_model": "a draft would be accepted by the teacher's distribution instead of the mixture's",
-    "spec_tokens": "a draft would be accepted by the teacher's distribution instead of the mixture's",
+    "speculative_config": DRAFTS,
+    "spec_method": DRAFTS,
+    "spec_model": DRAFTS,
+    "spec_tokens": DRAFTS,
     "kv_transfer_config": "a transferred cache would outlive a reload of the student",
     "kv_offloading_size": "an offloaded cache would outlive a reload of the student",
     "cpu_offload_gb": "the student's weights are replaced in place, which an offloader would undo",
@@ -92,6 +94,7 @@ def check_pair(
     check_windows(configs, can_differ=_is_on_cpu())
     check_states(configs, arguments, is_on_cpu=_is_on_cpu())
     check_latent(configs)
+    check_speculation(configs, arguments, context)
     _check_max_model_len(configs, arguments.get("max_model_len"))
     two_prompts = not any(
         (attention_window(config) or context) < context or latent_sizes(config) or has_states(config)
@@ -148,7 +151,7 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     from vllm import LLM, EngineArgs
 
     known = {field.name for field in fields(EngineArgs)} | set(inspect.signature(LLM.__init__).parameters)
-    known -= {"self", "kwargs", "model"}
+    known = known - {"self", "kwargs", "model"} | {NUM_SPECULATIVE_TOKENS}
     for name, value in arguments.items():
         if name in OWNED and value:
             raise ValueError(f"The engine argument `{name}` cannot be set: {OWNED[name]}.")

@@ -29,12 +29,14 @@ def register() -> None:
 
     from .blocks import private_blocks
     from .hooks import run_hooks_of_teachers
+    from .speculation import draft_with_theta
 
     for architecture, home in _HOMES.items():
         if architecture not in ModelRegistry.get_supported_archs():
             ModelRegistry.register_model(architecture, f"{home}:{architecture}")
         run_hooks_of_teachers(architecture)
     private_blocks()
+    draft_with_theta()
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     if TRANSFER not in WeightTransferEngineFactory._registry:

@@ -126,10 +126,17 @@ def requests(two_prompts: bool, count: int = 24, seed: int = 3, max_tokens: int 
     return asked
 
 
-@pytest.fixture(scope="module", params=[(d, g) for d in ("bfloat16", "float32") for g in GRAPHS], ids="-".join)
+DRAFTS = {"drafts_0": 0, "drafts_3": 3}
+"""Tokens that the student drafts at a time; 0 is an engine without speculation."""
+LIVE = [(d, g, "drafts_0") for d in ("bfloat16", "float32") for g in GRAPHS]
+LIVE += [(d, g, "drafts_3") for d in ("bfloat16", "float32") for g in ("eager", "full", "full_and_piecewise")]
+
+
+@pytest.fixture(scope="module", params=LIVE, ids="-".join)
 def live(request: pytest.FixtureRequest, pair: tuple[str, str]) -> Iterator[tuple[Any, Judge]]:
-    dtype = getattr(torch, request.param[0])
-    backend = engine(pair, dtype, **GRAPHS[request.param[1]])
+    name, graphs, drafts = request.param
+    dtype = getattr(torch, name)
+    backend = engine(pair, dtype, num_speculative_tokens=DRAFTS[drafts], **GRAPHS[graphs])
     yield backend, Judge(pair, dtype)
     backend.close()
 
@@ -154,7 +161,9 @@ def test_settings_in_one_batch(live: tuple[Any, Judge]) -> None:
     from helpers.oracle import check_rollouts
 
     backend, judge = live
+    has_drafts = runner_of(backend).speculator is not None
     further = ({"top_k": 20}, {"top_p": 0.7}, {"min_p": 0.1}, {"repetition_penalty": 1.4}, {})
+    further = tuple({} if has_drafts and "min_p" in one else one for one in further)
     asked = [
         Request(one.prompt_ids, one.theta_prompt_ids, one.mixture, Sampling(max_tokens=8, seed=i, **further[i % 5]))
         for i, one in enumerate(requests(False, 20))
@@ -180,9 +189,10 @@ def test_reload(live: tuple[Any, Judge]) -> None:
     assert {name: weight.data_ptr() for name, weight in model.theta.named_parameters()} == before
 
 
-@pytest.fixture(scope="module")
-def short_of_memory(pair: tuple[str, str]) -> Iterator[Any]:
-    backend = engine(pair, num_gpu_blocks_override=60, disable_log_stats=False, **GRAPHS["full_and_piecewise"])
+@pytest.fixture(scope="module", params=DRAFTS)
+def short_of_memory(request: pytest.FixtureRequest, pair: tuple[str, str]) -> Iterator[Any]:
+    further = {"num_gpu_blocks_override": 60, "disable_log_stats": False, **GRAPHS["full_and_piecewise"]}
+    backend = engine(pair, num_speculative_tokens=DRAFTS[request.param], **further)
     yield backend
     backend.close()
 

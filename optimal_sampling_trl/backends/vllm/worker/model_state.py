@@ -18,13 +18,14 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from ..wire import teacher_shift_of, theta_prompt_of
 from .shift import Prompts, Stream, StreamBuffers, shift_stream
-from .slot_sampler import SlotSampler
+from .slot_sampler import SlotRejection, SlotSampler
 
 
 class OptimalSamplingModelState(DefaultModelState):
     """vLLM's own state of a decoder, with the mixture before its sampler and a stream for each model."""
 
     model: Any
+    speculator: Any = None
 
     def __init__(self, vllm_config: Any, model: Any, encoder_cache: Any, device: torch.device) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
@@ -39,13 +40,21 @@ class OptimalSamplingModelState(DefaultModelState):
         self.of_theta_np, self.of_teacher_np = (np.zeros(slots, dtype=bool) for _ in range(2))
         model.teacher_places, model.theta_places = self.teacher.places, self.theta.places
 
-    def custom_sampler(self, sampler: Any) -> tuple[Any, None]:
-        """Return the sampler and no rejection sampler, as draft models are refused."""
-        return SlotSampler(sampler, self.model, self.max_num_reqs, self.device), None
+    def custom_sampler(self, sampler: Any) -> tuple[SlotSampler, SlotRejection | None]:
+        """Return the sampler, and the one that verifies the student's drafts where there are some: vLLM's hook."""
+        slots = SlotSampler(sampler, self.model, self.max_num_reqs, self.device)
+        settings = self.vllm_config.speculative_config
+        if settings is None:
+            return slots, None
+        from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
+
+        return slots, SlotRejection(RejectionSampler(sampler, settings, self.device), slots)
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         """Note a request's prompts: vLLM's hook for a new request, or one that comes back after a preemption."""
         super().add_request(req_index, new_req_data)
+        if self.speculator is not None:
+            self.speculator.forget(req_index, new_req_data.sampling_params)
         prompt, shift = theta_prompt_of(new_req_data.sampling_params), teacher_shift_of(new_req_data.sampling_params)
         if prompt is not None:
             self.prompts.stage_write(req_index, 0, prompt)

@@ -1,4 +1,4 @@
-"""The mixture before the sampler of Model Runner V2, vLLM's on GPUs, which numbers requests by slots.
+"""The mixture before the samplers of Model Runner V2, vLLM's on GPUs, which numbers requests by slots.
 
 A request's settings are written once, when it arrives, into a table on the host. The steps read the table's copy on
 the device, so that no step waits for the host.
@@ -6,10 +6,11 @@ the device, so that no step waits for the host.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 
@@ -17,11 +18,20 @@ from ....mixture import FIELDS, FORMS, Mixture, MixtureRows
 from ....mixture.kernels.launch import mix_logits
 from ....rollouts.dense import Dense
 from ..wire import RECORD, dense_of, mixture_of
-from .dense import group_rows, measure_groups, with_dense
+from .dense import Columns, group_rows, measure_groups, with_dense
 from .records import Mixed, with_records
 
 SLOT_COLUMNS = (*FIELDS, "temperature")
 """The columns of the table of slots."""
+
+
+class Step(NamedTuple):
+    """Hold a step's rows, mixed: their slots, on the device and on the host, and what was measured of them."""
+
+    mixed: Mixed
+    slots: Int[Tensor, " N"]
+    slots_np: np.ndarray
+    measured: list[Columns]
 
 
 class SlotSampler:
@@ -76,25 +86,65 @@ class SlotSampler:
 
     def __call__(self, logits: Tensor, batch: Any) -> Any:
         """Return what vLLM's sampler returns, drawn from the mixture; `logits` are the teacher's."""
-        slots, slots_np = batch.expanded_idx_mapping, batch.idx_mapping_np
+        step = self.mix(logits, batch.expanded_idx_mapping, batch.idx_mapping_np)
+        return self.record(self.base(step.mixed.logits, batch), step)
+
+    def mix(self, logits: Float[Tensor, "N V"], slots: Int[Tensor, " N"], slots_np: np.ndarray) -> Step:
+        """Mix the rows of a step, and measure those that ask for dense records: the sampler may change the logits.
+
+        Args:
+            logits: the teacher's.
+            slots: the slot of each row.
+            slots_np: the same on the host.
+        """
         table = self.table[slots]
         forms = FORMS if self.arithmetic_np[slots_np].any() else ("geometric",)
         rows, temperature = MixtureRows.from_table(table[:, :-1], forms), table[:, -1]
         masked = self._masked(slots_np, slots.device)
         theta, ending = self.model.theta_logits, self.model.ending
-        mixed = mix_logits(theta, logits, rows, temperature, masked, ending.stop, ending.folded)
-        step = Mixed(mixed.logits, mixed.alpha, theta, logits, mixed.theta_sum, mixed.teacher_sum, temperature, ending)
-        measured = measure_groups(step, group_rows([self.dense[slot] for slot in slots_np], slots.device))
-        output = self.base(step.logits, batch)
-        wanted = self.wanted_np[slots_np]
+        found = mix_logits(theta, logits, rows, temperature, masked, ending.stop, ending.folded)
+        mixed = Mixed(
+            found.logits, found.alpha, theta, logits, found.theta_sum, found.teacher_sum, temperature, ending
+        )
+        measured = measure_groups(mixed, group_rows([self.dense[slot] for slot in slots_np], slots.device))
+        return Step(mixed, slots, slots_np, measured)
+
+    def record(self, output: Any, step: Step) -> Any:
+        """Return what vLLM's sampler returned of a step, with the records of its tokens."""
+        wanted, columns = self.wanted_np[step.slots_np], output.logprobs_tensors
         if wanted.any():
-            some = None if wanted.all() else self.wanted.gpu[slots][:, None]
-            output.logprobs_tensors = with_records(output.logprobs_tensors, output.sampled_token_ids[:, 0], step, some)
-        if measured:
-            output.logprobs_tensors = with_dense(output.logprobs_tensors, measured)
+            some = None if wanted.all() else self.wanted.gpu[step.slots][:, None]
+            columns = with_records(columns, columns.logprob_token_ids[:, 0], step.mixed, some)
+        if step.measured:
+            columns = with_dense(columns, step.measured)
+        output.logprobs_tensors = columns
         return output
 
     def _masked(self, slots_np: np.ndarray, device: torch.device) -> Tensor | None:
         """Return the rows whose logits a grammar masks; None where there are none."""
         masked = self.masked_np[slots_np]
         return torch.from_numpy(masked).pin_memory().to(device, non_blocking=True) if masked.any() else None
+
+
+class SlotRejection:
+    """Stands before the rejection sampler of Model Runner V2, and has it verify drafts against the mixture.
+
+    Args:
+        base: vLLM's rejection sampler, over vLLM's own sampler.
+        slots: the sampler of steps without drafts.
+    """
+
+    def __init__(self, base: Any, slots: SlotSampler) -> None:
+        self.base, self.slots = base, slots
+
+    def __call__(self, logits: Tensor, batch: Any, draft_logits: Tensor | None = None) -> Any:
+        """Return what vLLM's rejection sampler returns, drawn from the mixture.
+
+        Args:
+            logits: the teacher's, a row for each draft and one more for each request.
+            batch: the step's requests.
+            draft_logits: what the drafts were drawn from, by slot.
+        """
+        slots_np = np.repeat(batch.idx_mapping_np, np.diff(batch.cu_num_logits_np))
+        step = self.slots.mix(logits, batch.expanded_idx_mapping, slots_np)
+        return self.slots.record(self.base(step.mixed.logits, batch, draft_logits), step)

@@ -1,0 +1,142 @@
+# /// script
+# dependencies = ["optimal-sampling-trl[vllm]"]
+# ///
+"""Measure speculative sampling: the fused engine whose student drafts k tokens, against none and the teacher alone.
+
+    python recipes/benchmarks/speculation.py --shapes 7b 1.5b  # on a GPU with 80 GB, sizes of Qwen2.5; some minutes
+
+Random models of Qwen2's shape, built on the spot. Random weights say nothing of how well a student drafts, so that
+the mixture sets it: a trust region keeps q within ε nats of θ, and then at least 1 - sqrt(ε/2) of the drafts are kept,
+whatever the two models are. Each ε is a row, and stands for a pair whose drafts are kept as often. The engines run one
+after the other; of each, the fastest of a few rounds counts, over the decoding of the same number of tokens, records
+included.
+
+| column | what it says |
+|---|---|
+| `k` | tokens that the student drafts before a pass of both models verifies them; 0 is the engine without |
+| `kept` | share of the drafts that were kept |
+| `tokens a pass` | tokens of a sequence for each pass of both models |
+| `speed/teacher` | tokens/s ÷ those of the teacher alone in plain vLLM |
+| `speed/k=0` | tokens/s ÷ those of the engine without speculation |
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
+
+import vllm
+from vllm import LLM, SamplingParams, TokensPrompt
+
+from optimal_sampling_trl.backends.vllm.backend import VLLMBackend
+from optimal_sampling_trl.backends.vllm.requests import to_sampling_params
+from optimal_sampling_trl.mixture import Mixture
+from random_pair import describe, fastest, make_random_pair, make_requests, parser, shapes
+
+HEAD = ("batch", "ε", "k", "kept", "tokens a pass", "tok/s", "speed/teacher", "speed/k=0")
+COUNTERS = ("spec_decode_num_drafts", "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens")
+
+
+def main() -> None:
+    args = parse()
+    home = tempfile.TemporaryDirectory(prefix="benchmark-")
+    teacher, theta = make_random_pair(home.name, args)
+    print(describe(args, f"vLLM {vllm.__version__}"))
+    alone = measure_teacher(teacher, args)
+    print("| " + " | ".join(HEAD) + " |\n|" + "---:|" * len(HEAD))
+    without: dict[tuple[int, float], float] = {}
+    for k in args.k:
+        backend = VLLMBackend(teacher, theta, num_speculative_tokens=k, **arguments(args, k, "teacher", "theta"))
+        for batch in args.batches:
+            for epsilon in args.epsilon:
+                speed, kept, passes = measure(backend, batch, epsilon, k, args)
+                without.setdefault((batch, epsilon), speed)
+                ratios = f"{speed / alone[batch]:.2f} | {speed / without[batch, epsilon]:.2f}"
+                print(
+                    f"| {batch} | {epsilon} | {k} | {kept:.3f} | {passes:.2f} | {speed:.0f} | {ratios} |", flush=True
+                )
+        backend.close()
+
+
+def parse() -> argparse.Namespace:
+    flags = parser(__doc__)
+    flags.add_argument("--k", type=int, nargs="+", default=[0, 1, 3], help="drafts, the engine without them first")
+    flags.add_argument("--epsilon", type=float, nargs="+", default=[0.05, 0.2])
+    flags.set_defaults(batches=(1, 8, 32, 64, 128, 256), prompt=128, tokens=128, rounds=1, dtype="bfloat16")
+    return flags.parse_args()
+
+
+def arguments(args: argparse.Namespace, k: int, *roles: str) -> dict[str, Any]:
+    """Those of an engine that holds the models of these roles, with a graph for each batch."""
+    size = getattr(torch, args.dtype).itemsize
+    tokens = max(args.batches) * (args.prompt + args.tokens + 32)
+    graphs = sorted({*args.batches, *(batch * (k + 1) for batch in args.batches)})
+    return {
+        "dtype": args.dtype,
+        "enable_prefix_caching": False,
+        "max_model_len": max(512, args.prompt + args.tokens + 1),
+        "max_num_seqs": max(args.batches),
+        "max_num_batched_tokens": 8192,
+        "seed": 0,
+        "gpu_memory_utilization": 0.1,
+        "kv_cache_memory_bytes": sum(shapes(args)[role].cached for role in roles) * size * tokens,
+        "disable_log_stats": False,
+        "compilation_config": {"cudagraph_capture_sizes": graphs, "max_cudagraph_capture_size": graphs[-1]},
+    }
+
+
+def measure_teacher(teacher: str, args: argparse.Namespace) -> dict[int, float]:
+    """Tokens a second of the teacher alone, by batch."""
+    llm = LLM(teacher, logprobs_mode="processed_logprobs", **arguments(args, 0, "teacher"))
+    params = SamplingParams(max_tokens=args.tokens, ignore_eos=True, logprobs=0, flat_logprobs=True, detokenize=False)
+    found = {}
+    for batch in args.batches:
+        prompts = [TokensPrompt(prompt_token_ids=request.prompt_ids) for request in make_requests(batch, args)]
+        found[batch] = rate(partial(llm.generate, prompts, params, use_tqdm=False), batch, args)
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    gc.collect()
+    torch.cuda.empty_cache()
+    return found
+
+
+def measure(
+    backend: VLLMBackend, batch: int, epsilon: float, k: int, args: argparse.Namespace
+) -> tuple[float, float, float]:
+    """Tokens a second, the share of drafts that are kept, and tokens of a sequence for each pass."""
+    mixture = Mixture("trust_region", epsilon=epsilon)
+    requests = [replace(request, mixture=mixture) for request in make_requests(batch, args)]
+    prompts = [TokensPrompt(prompt_token_ids=request.prompt_ids) for request in requests]
+    params = [to_sampling_params(request, backend.pair.ending) for request in requests]
+    before = counters(backend)
+    speed = rate(partial(backend.llm.generate, prompts, params, use_tqdm=False), batch, args)
+    passes, drafted, kept = (now - then for now, then in zip(counters(backend), before, strict=True))
+    return speed, kept / max(drafted, 1), 1 + kept / max(passes, 1)
+
+
+def rate(work: Callable[[], object], batch: int, args: argparse.Namespace) -> float:
+    """Tokens a second of the work of a batch, its prompts included."""
+    return batch * args.tokens / fastest({"work": work}, args.rounds)["work"]
+
+
+def counters(backend: VLLMBackend) -> list[int]:
+    """vLLM's counts of passes with drafts, of drafts, and of those that were kept."""
+    values = {metric.name: getattr(metric, "value", 0) for metric in backend.llm.get_metrics()}
+    return [values.get(f"vllm:{name}", 0) for name in COUNTERS]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,284 @@
+"""Check speculative sampling on a GPU: tokens of the mixture whatever the student drafts. A table says what was seen.
+
+    python tests/checks/check_speculation.py                       # all steps, some minutes on one GPU
+    python tests/checks/check_speculation.py --only law greedy     # some of them
+
+| step | what is tried |
+|---|---|
+| `law` | chi-square over all sequences of three tokens of the demo's pair, each mixture and truncation by each k |
+| `kept` | drafts that are kept: at α = 0 nearly all, elsewhere the mean of min(1, θ/q) of the records |
+| `greedy` | at temperature 0 the tokens of an engine without speculation |
+| `ends` | a stop inside of the drafts, and the edge of `max_model_len`; each completion's records |
+| `joins` | requests that join a running batch by one last token, all of their prompt being cached |
+| `aborts` | requests are aborted between two steps, and the next ones are the mixture's |
+
+The law is computed by transformers in float32, and the engines compute in float32, too. A z of the statistic is noise
+up to 3 or so; with the draft's noise used again for what replaces it, it was 13 over as many sequences.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path[:0] = [str(Path(__file__).parents[1])]  # helpers
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from checks.check_server import Report
+from helpers.engines import TOLERANCE, Oracle, counter, start
+from helpers.oracle import truncate
+from optimal_sampling_trl.demo import pair as demo
+from optimal_sampling_trl.mixture import Mixture
+from optimal_sampling_trl.mixture.reference import reference
+from optimal_sampling_trl.rollouts.request import Request, Sampling
+
+LENGTH = 3
+MIXTURES = {
+    "kl_symmetry": Mixture(),
+    "trust_region": Mixture("trust_region", epsilon=0.05),
+    "theta": Mixture.theta_only(),
+    "teacher": Mixture.teacher_only(),
+    "fixed arithmetic": Mixture("fixed", fixed_alpha=0.3, form="arithmetic"),
+}
+CASES = [
+    ("kl_symmetry", {}),
+    ("trust_region", {}),
+    ("theta", {}),
+    ("teacher", {}),
+    ("fixed arithmetic", {}),
+    ("kl_symmetry", {"temperature": 0.7}),
+    ("kl_symmetry", {"top_k": 3}),
+    ("trust_region", {"top_p": 0.8, "temperature": 1.3}),
+]
+Z = 4.0
+"""A statistic further out than this fails: of a hundred tests without error, one in three hundred does."""
+
+
+class Law:
+    """The mixture's distribution of sequences of three tokens after a prompt, by both models in transformers."""
+
+    def __init__(self, teacher: str, theta: str) -> None:
+        self.models = [
+            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").cuda().eval()
+            for path in (theta, teacher)
+        ]
+        self.vocabulary = self.models[0].config.vocab_size
+
+    @torch.no_grad()
+    def log_q(self, prefixes: list[list[int]], mixture: Mixture, sampling: Sampling) -> Tensor:
+        """log q (N, V) of the token behind each prefix; all are as long."""
+        ids = torch.tensor(prefixes, device="cuda")
+        theta, teacher = (model(input_ids=ids).logits[:, -1].cpu().double() for model in self.models)
+        T = sampling.temperature
+        log_q = reference(theta, teacher, mixture, T)[1]
+        if sampling.keeps_all:
+            return log_q
+        return torch.stack([truncate(row * T, set(), sampling) for row in log_q])
+
+    def sequences(self, prompt: list[int], mixture: Mixture, sampling: Sampling) -> Tensor:
+        """Probabilities (V, V, V) of the three tokens."""
+        V, total = self.vocabulary, torch.zeros(1, dtype=torch.float64)
+        for length in range(LENGTH):
+            prefixes = [[*prompt, *tail] for tail in itertools.product(range(V), repeat=length)]
+            rows = [self.log_q(prefixes[i : i + 4096], mixture, sampling) for i in range(0, len(prefixes), 4096)]
+            total = (total[:, None] + torch.cat(rows)).reshape(-1)
+        return total.exp()
+
+
+def chi_square(seen: Tensor, probabilities: Tensor) -> tuple[float, int]:
+    """z of Pearson's statistic, and its degrees of freedom; sequences that are rarer than 5 count as one."""
+    expected = probabilities / probabilities.sum() * seen.sum()
+    often = expected >= 5
+    seen_cells = torch.cat([seen[often], seen[~often].sum()[None]])
+    cells = torch.cat([expected[often], expected[~often].sum()[None]])
+    seen_cells, cells = seen_cells[cells >= 5], cells[cells >= 5]
+    freedom = len(cells) - 1
+    statistic = ((seen_cells - cells) ** 2 / cells).sum()
+    return float((statistic - freedom) / (2 * freedom) ** 0.5), freedom
+
+
+@contextmanager
+def engine(pair: Any, k: int, **further: Any) -> Iterator[Any]:
+    """An engine on the demo's pair in float32, with the student drafting k tokens."""
+    settings = {
+        "num_speculative_tokens": k,
+        "max_model_len": 64,
+        "max_num_seqs": 256,
+        "max_num_batched_tokens": 4096,
+        "kv_cache_memory_bytes": 1 << 28,
+        "enforce_eager": False,
+        "disable_log_stats": False,
+        "compilation_config": {
+            "mode": 0,
+            "cudagraph_mode": "FULL_DECODE_ONLY",
+            "cudagraph_capture_sizes": [8, 64, 256, 512, 1024],
+        },
+    }
+    backend = start(pair.teacher, pair.student, **settings | further)
+    try:
+        yield backend
+    finally:
+        backend.close()
+
+
+def sample(backend: Any, prompt: list[int], mixture: Mixture, sampling: dict[str, Any], count: int) -> Tensor:
+    """How often each sequence of three tokens came, (V³,)."""
+    from vllm import TokensPrompt
+
+    from optimal_sampling_trl.backends.vllm.requests import to_sampling_params
+
+    asked = Request(prompt, prompt, mixture, Sampling(max_tokens=LENGTH, ignore_eos=True, **sampling))
+    params = to_sampling_params(asked, backend.pair.ending)
+    params.logprobs, params.extra_args = None, mixture.to_dict()
+    outputs = backend.llm.generate([TokensPrompt(prompt_token_ids=prompt)] * count, params, use_tqdm=False)
+    tokens = torch.tensor([list(one.outputs[0].token_ids) for one in outputs])
+    V = backend.pair.vocabulary
+    return torch.bincount((tokens * V ** torch.arange(LENGTH - 1, -1, -1)).sum(1), minlength=V**LENGTH).double()
+
+
+def accepted(backend: Any, work: Any) -> tuple[float, Any]:
+    """The share of drafts that were kept while some work was done, and what that returned."""
+    names = ("spec_decode_num_accepted_tokens", "spec_decode_num_draft_tokens")
+    before = [counter(backend, name) for name in names]
+    result = work()
+    kept, drafted = (counter(backend, name) - count for name, count in zip(names, before))
+    return kept / max(drafted, 1), result
+
+
+def prompts(count: int, seed: int = 1) -> list[list[int]]:
+    tokenizer = demo.make_tokenizer()
+    return [list(tokenizer(text)["input_ids"]) for text in demo.prompts("test", count, seed)]
+
+
+def requests(count: int, mixture: Mixture, **sampling: Any) -> list[Request]:
+    settings = {"max_tokens": 20, "ignore_eos": True} | sampling
+    return [Request(ids, ids, mixture, Sampling(seed=index, **settings)) for index, ids in enumerate(prompts(count))]
+
+
+class Check:
+    """The steps, on the demo's pair."""
+
+    def __init__(self, pair: Any, sequences: int, steps: list[int]) -> None:
+        self.pair, self.count, self.ks = pair, sequences, steps
+        self.oracle = Oracle(pair.teacher, pair.student, eos=demo.VOCABULARY.index(demo.EOS))
+
+    def law(self) -> str:
+        law, prompt, worst = Law(self.pair.teacher, self.pair.student), prompts(1)[0], 0.0
+        wanted: dict[int, Tensor] = {}
+        for k in self.ks:
+            with engine(self.pair, k) as backend:
+                for index, (name, sampling) in enumerate(CASES):
+                    mixture = MIXTURES[name]
+                    if index not in wanted:
+                        wanted[index] = law.sequences(prompt, mixture, Sampling(**sampling))
+                    seen = sample(backend, prompt, mixture, sampling, self.count)
+                    z, freedom = chi_square(seen, wanted[index])
+                    worst = max(worst, abs(z))
+                    print(f"k={k} {name} {sampling or ''}: z={z:+.2f} of {freedom} degrees", flush=True)
+        assert worst < Z, f"a statistic is {worst:.1f} standard deviations off"
+        return f"largest |z| {worst:.2f}, {self.count} sequences each, k = {self.ks}"
+
+    def kept(self) -> str:
+        lines = []
+        for k in self.ks[-1:]:
+            with engine(self.pair, k) as backend:
+                for name, mixture in MIXTURES.items():
+                    asked = requests(128, mixture)
+                    share, rollouts = accepted(backend, lambda asked=asked: backend.generate(asked))
+                    worst = self.oracle.check(rollouts, asked, tolerance=TOLERANCE)
+                    pairs = [(one.log_theta - one.log_q).exp().clamp(max=1) for one in rollouts]
+                    estimate = float(torch.cat(pairs).mean())
+                    per_cycle = (1 - estimate ** (k + 1)) / (1 - estimate) if estimate < 1 else k + 1
+                    expected = (per_cycle - 1) / k
+                    lines.append(f"{name} {share:.3f} (records: {expected:.3f})")
+                    print(lines[-1], worst, flush=True)
+                    assert share > 0.98 or name != "theta"
+                    assert abs(share - expected) < 0.05
+        return ", ".join(lines)
+
+    def greedy(self) -> str:
+        found = []
+        for k in (0, self.ks[-1]):
+            with engine(self.pair, k) as backend:
+                found.append(
+                    [one.completion_ids for one in backend.generate(requests(200, Mixture(), temperature=0.0))]
+                )
+        same = sum(one == other for one, other in zip(*found, strict=True))
+        assert same >= 199, f"{same} of 200 equal"
+        return f"{same} of 200 equal"
+
+    def ends(self) -> str:
+        with engine(self.pair, self.ks[-1]) as backend:
+            asked = requests(256, Mixture.teacher_only(), ignore_eos=False, max_tokens=40)
+            rollouts = backend.generate(asked)
+            eos = demo.VOCABULARY.index(demo.EOS)
+            stopped = [one for one in rollouts if one.completion_ids[-1] == eos]
+            assert len(stopped) > 200
+            assert all(eos not in one.completion_ids[:-1] for one in rollouts)
+            self.oracle.check(rollouts, asked, tolerance=TOLERANCE)
+            for limit in range(50, 54):  # the last tokens before the edge, and 64 - 11 of them at most
+                asked = requests(64, Mixture(), max_tokens=limit)
+                rollouts = backend.generate(asked)
+                assert {len(one.completion_ids) for one in rollouts} == {limit}
+                self.oracle.check(rollouts, asked, tolerance=TOLERANCE)
+        return f"{len(stopped)} of 256 stopped by their end"
+
+    def joins(self) -> str:
+        """A prompt of 32 tokens and one more: two whole blocks are cached, and one token is left to read."""
+        prompt = (prompts(1)[0] * 4)[:33]
+        law = Law(self.pair.teacher, self.pair.student)
+        wanted = law.sequences(prompt, Mixture(), Sampling())
+        with engine(self.pair, self.ks[-1], max_num_seqs=64, block_size=16) as backend:
+            sample(backend, prompt, Mixture(), {}, 8)
+            z, freedom = chi_square(sample(backend, prompt, Mixture(), {}, self.count), wanted)
+        assert abs(z) < Z, f"{z:.1f} standard deviations off"
+        return f"z {z:+.2f} of {freedom} degrees"
+
+    def aborts(self) -> str:
+        from vllm import TokensPrompt
+
+        from optimal_sampling_trl.backends.vllm.requests import to_sampling_params
+
+        asked = requests(64, Mixture())
+        with engine(self.pair, self.ks[-1]) as backend:
+            llm = backend.llm.llm_engine
+            for turn in range(3):
+                for index, one in enumerate(asked):
+                    params = to_sampling_params(one, backend.pair.ending)
+                    llm.add_request(f"{turn}-{index}", TokensPrompt(prompt_token_ids=one.prompt_ids), params)
+                for _ in range(3 + turn):
+                    llm.step()
+                llm.abort_request(list(llm.output_processor.request_states), internal=True)
+                while llm.has_unfinished_requests():
+                    llm.step()
+                self.oracle.check(backend.generate(asked), asked, tolerance=TOLERANCE)
+        return "three times"
+
+
+def main() -> None:
+    steps = ("law", "kept", "greedy", "ends", "joins", "aborts")
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--only", nargs="+", choices=steps, default=steps)
+    flags.add_argument("--sequences", type=int, default=100_000)
+    flags.add_argument("--k", type=int, nargs="+", default=[1, 2, 3, 4])
+    flags.add_argument("--pair", type=Path, default=demo.DEFAULT, help="folder of the demo's pair, made if missing")
+    args = flags.parse_args()
+    check = Check(demo.make_pair(args.pair), args.sequences, args.k)
+    report = Report(budget=3600)
+    for name in args.only:
+        report.step(name, getattr(check, name))
+    print(report.table())
+
+
+if __name__ == "__main__":
+    main()
