@@ -171,7 +171,9 @@ def memory(trainer: Any) -> float:
     """GiB at the most; on a GPU without the engine's cache, whose size is a setting."""
     if not ON_GPU:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    cached = sum(trainer.vllm_generation.llm.llm_engine.collective_rpc(cache_bytes))
+    llm = trainer.vllm_generation.llm
+    engine = llm.backend.llm if hasattr(llm, "backend") else llm  # the fused engine's, or TRL's
+    cached = sum(engine.collective_rpc(cache_bytes))
     return (torch.cuda.max_memory_allocated() - cached) / 2**30
 
 
