@@ -36,7 +36,8 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
+if torch.cuda.is_available():
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1")
 
 import vllm
 from vllm import LLM, SamplingParams, TokensPrompt

@@ -194,3 +194,10 @@ def test_soak() -> None:
     assert all(len(row) == 8 for row in rows)
     assert len({row[2] for row in rows}) == 1, "open files"
     assert len(re.findall(r"first tenth .* tokens, last tenth .*%", output)) == 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the student drafts on a GPU alone")
+def test_speculation() -> None:
+    output = run("benchmarks/speculation.py", "--k", "0", "2", "--epsilon", "0.05", "--batches", "2", "--tokens", "8")
+    rows = [line for line in output.splitlines() if line.startswith("| 2 |")]
+    assert [row.split("|")[3].strip() for row in rows] == ["0", "2"]

@@ -82,12 +82,13 @@ def test_a_readme_says_its_command(script: str) -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help(script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """In this process, which has imported what each script alone imports for seconds; three change their process."""
-    if script == "benchmarks/engine.py":
+    """In this process, which has imported what each script alone imports for seconds; four change their process."""
+    if script in ("benchmarks/engine.py", "benchmarks/speculation.py"):
         need_vllm()
     if script == "benchmarks/triton_kernels.py" and find_spec("triton") is None:
         pytest.skip("no build of Triton for this system")
-    if script in ("benchmarks/engine.py", "benchmarks/training.py", "benchmarks/triton_kernels.py"):
+    own_process = ("engine", "speculation", "training", "triton_kernels")
+    if script in [f"benchmarks/{name}.py" for name in own_process]:
         assert "usage: " in run(script, "--help")
         return
     monkeypatch.setattr(sys, "argv", [script, "--help"])
