@@ -253,7 +253,10 @@ def test_a_teacher_with_an_fp8_cache(pair: tuple[str, str], tmp_path: Path) -> N
         ({"max_num_seq": 8}, "Unknown engine argument 'max_num_seq'.*Did you mean 'max_num_seqs'"),
         ({"model": "x"}, "`model` cannot be set: the engine's model is the teacher"),
         ({"worker_extension_cls": "a.B"}, "`worker_extension_cls` cannot be set"),
-        ({"speculative_config": {"model": "x"}}, "`speculative_config` cannot be set: a draft would be accepted"),
+        (
+            {"speculative_config": {"model": "x"}},
+            "`speculative_config` cannot be set: the student drafts, and the mixture verifies",
+        ),
         ({"kv_offloading_size": 1.0}, "`kv_offloading_size` cannot be set: an offloaded cache would outlive a reload"),
         ({"cpu_offload_gb": 1.0}, "`cpu_offload_gb` cannot be set: the student's weights are replaced in place"),
         ({"model_impl": "transformers"}, "`model_impl` is 'transformers'; wanted 'auto' or 'vllm'"),
