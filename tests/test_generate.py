@@ -227,12 +227,8 @@ def test_loaded_models_and_paths(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("installed", "live", "system_prompt", "reason"),
-    [
-        (False, False, None, "vLLM is not installed"),
-        (True, True, None, "a loaded model was passed"),
-        (True, False, "Wise.", "read different prompts"),
-    ],
+    ("installed", "live", "reason"),
+    [(False, False, "vLLM is not installed"), (True, True, "a loaded model was passed")],
 )
 def test_auto_says_why_it_is_not_vllm(
     root: Path,
@@ -240,13 +236,12 @@ def test_auto_says_why_it_is_not_vllm(
     caplog: pytest.LogCaptureFixture,
     installed: bool,
     live: bool,
-    system_prompt: str | None,
     reason: str,
 ) -> None:
     monkeypatch.setattr(backends, "find_spec", lambda name: name if installed else None)
     theta = AutoModelForCausalLM.from_pretrained(root / "theta") if live else str(root / "theta")
     with caplog.at_level(logging.INFO, logger="optimal_sampling_trl"):
-        settings = {"teacher_system_prompt": system_prompt} | ({"gpu_memory_utilization": 0.7} if live else {})
+        settings = {"gpu_memory_utilization": 0.7} if live else {}
         sampler = build(root, backend="auto", model_theta=theta, **settings)
     assert sampler.backend.name == "transformers"
     (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("optimal_sampling_trl")]

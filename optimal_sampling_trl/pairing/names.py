@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Container, Iterable, Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -96,7 +97,12 @@ class WeightNames:
 
     def is_buffer(self, name: str) -> bool:
         """Return True where a name in the files is that of a buffer in memory."""
-        return self._place(name, self.buffers) is not None
+        return self._place(name, self.buffers) is not None or name in self._buffers_on_disk
+
+    @cached_property
+    def _buffers_on_disk(self) -> set[str]:
+        named = {name: torch.empty(1, device="meta") for name in self.buffers}
+        return set(revert_weight_conversion(self._model, named)) if self._converts else set()
 
 
 def names_of(config: PreTrainedConfig, trust_remote_code: bool = False) -> WeightNames | None:
