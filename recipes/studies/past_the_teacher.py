@@ -20,7 +20,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -61,15 +61,14 @@ def climb(task: str, folder: Path, device: str, teacher_steps: int, student_step
     return make_ladder(Task.of(task), folder, device, teacher_steps, student_steps)
 
 
-def run_missing(options: argparse.Namespace, path: Path) -> None:
+def run_missing(places: Sequence[Setting], arms: Mapping[str, Arm], options: argparse.Namespace, path: Path) -> None:
     """Run what is missing until the deadline, `--jobs` stacks at a time, then what lies beyond an edge."""
     deadline = time.time() + 60 * options.minutes
-    places = [setting for setting in settings(options.seeds) if setting.task in options.tasks]
-    arguments = (ARMS, options.steps, str(options.ladder), options.device, deadline, options.ending)
+    arguments = (arms, options.steps, str(options.ladder), options.device, deadline, options.ending)
     before = -1
     while time.time() < deadline and len(lines := read_runs(path)) > before:
         before = len(lines)
-        rates = rates_with_edges(lines)
+        rates = rates_with_edges(lines, arms)
         todo = list(missing(places, rates, lines, options.steps, options.ladder, options.stack))[: options.first]
         print(f"{sum(len(runs) for _, runs in todo)} runs in {len(todo)} stacks", flush=True)
         if not todo:
@@ -121,7 +120,8 @@ def main() -> None:
     try:
         if not options.report:
             make_ladders(options)
-            run_missing(options, path)
+            places = [setting for setting in settings(options.seeds) if setting.task in options.tasks]
+            run_missing(places, ARMS, options, path)
         if options.alone:
             time_alone(options, alone)
     finally:

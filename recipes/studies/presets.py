@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,12 +27,11 @@ import torch
 sys.path.append(str(Path(__file__).parents[1]))  # the recipes that a study shares lie one folder up
 
 import losses
-from past_the_teacher import make_ladders, seconds_alone
-from past_the_teacher_arms import beyond, rates_with_edges
+from past_the_teacher import make_ladders, run_missing, seconds_alone
+from past_the_teacher_arms import beyond
 from presets_arms import BATCH, PAIR, TASKS, arms_of, settings_of
 from presets_report import PAIR_RUNS, SECONDS, SUMS_RUNS, report
 from runs import Line, by_rate, read_runs, run_all
-from stacks import missing, one, words
 
 
 def run_pair(options: argparse.Namespace) -> None:
@@ -67,19 +65,8 @@ def rates_on_pair(lines: Sequence[Line], arm: str, seeds: int) -> tuple[float, .
 def run_sums(options: argparse.Namespace) -> None:
     """The runs on sums-40 that are missing, until the deadline; then what lies beyond an edge."""
     make_ladders(options)
-    path, deadline, before = options.output / f"{SUMS_RUNS}.jsonl", time.time() + 60 * options.minutes, -1
-    arms = arms_of(options.steps)
-    while time.time() < deadline and len(lines := read_runs(path)) > before:
-        before, rates = len(lines), rates_with_edges(lines, arms)
-        settings = [place._replace(seeds=options.seeds) for place in settings_of(options.task)]
-        todo = list(missing(settings, rates, lines, options.steps, options.ladder, options.stack))[: options.first]
-        print(f"{sum(len(runs) for _, runs in todo)} runs in {len(todo)} stacks", flush=True)
-        if not todo:
-            return
-        arguments = (arms, options.steps, str(options.ladder), options.device, deadline, options.ending)
-        run_all(one, [(*stack, *arguments) for stack in todo], options.jobs, path, words)
-        if options.first:
-            return
+    places = [place._replace(seeds=options.seeds) for place in settings_of(options.task)]
+    run_missing(places, arms_of(options.steps), options, options.output / f"{SUMS_RUNS}.jsonl")
 
 
 def time_alone(options: argparse.Namespace) -> None:

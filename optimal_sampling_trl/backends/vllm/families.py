@@ -175,6 +175,11 @@ def check_latent(configs: dict[str, PreTrainedConfig]) -> None:
         )
 
 
+def has_window(config: PreTrainedConfig, context: int) -> bool:
+    """Return True where a model reads less than a context through its windows; a longer window is none."""
+    return (attention_window(config) or context) < context
+
+
 def has_experts(config: PreTrainedConfig) -> bool:
     """Return True for a mixture of experts, as vLLM tells one by its configuration."""
     return any(getattr(config, name, None) for name in EXPERTS)

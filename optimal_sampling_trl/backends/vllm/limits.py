@@ -11,7 +11,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ...options import unknown_option
-from ...pairing import Pair, Source, attention_window, context_length, has_states, name_sources, read_pair
+from ...pairing import Pair, Source, context_length, has_states, name_sources, read_pair
 from .families import (
     OTHER_BACKEND,
     check_family,
@@ -19,6 +19,7 @@ from .families import (
     check_windows,
     check_wrapper,
     has_experts,
+    has_window,
     latent_sizes,
 )
 from .speculation import NUM_SPECULATIVE_TOKENS, check_speculation
@@ -97,8 +98,7 @@ def check_pair(
     check_speculation(configs, arguments, context)
     _check_max_model_len(configs, arguments.get("max_model_len"))
     two_prompts = not any(
-        (attention_window(config) or context) < context or latent_sizes(config) or has_states(config)
-        for config in configs.values()
+        has_window(config, context) or latent_sizes(config) or has_states(config) for config in configs.values()
     )
     return read_pair(
         *sources,

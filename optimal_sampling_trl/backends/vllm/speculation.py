@@ -16,9 +16,9 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ...options import check_whole
-from ...pairing import Pair, attention_window, has_states, shares_caches
+from ...pairing import Pair, has_states, shares_caches
 from ...rollouts.request import Request
-from .families import has_experts, latent_sizes
+from .families import has_experts, has_window, latent_sizes
 
 NUM_SPECULATIVE_TOKENS = "num_speculative_tokens"
 """The engine argument: how many tokens of each sequence the student drafts before the mixture verifies them."""
@@ -111,7 +111,7 @@ def _unproven(config: PreTrainedConfig, context: int) -> str | None:
     kinds = {
         "linear attention": has_states(config),
         "latent attention": latent_sizes(config) is not None,
-        "windows of attention": (attention_window(config) or context) < context,
+        "windows of attention": has_window(config, context),
         "layers that share a cache": shares_caches(config),
         "experts": has_experts(config),
     }

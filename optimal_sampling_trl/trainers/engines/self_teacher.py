@@ -83,6 +83,8 @@ def _differing_weight(weights: StudentWeights, folder: Source) -> str | None:
     stored, names = folder.stored_weights(), folder.weight_names
     found = None
     for name, weight in weights:
+        if found is not None:
+            continue  # the others are brought together by all processes, too
         parts = [(name, weight)] if names is None else names.on_disk([(name, weight)], stored)
         for place, part in parts:
             is_tied = names is not None and name in names.ties
