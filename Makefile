@@ -49,7 +49,8 @@ docs: .venv-docs/.ready
 	touch $@
 
 # Each file of tests runs whole in one of two processes: its engines and models are made once.
-test: setup lint docs
+test:
+	$(MAKE) -j 2 lint docs
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Red says with words what moved. The pins of pyproject.toml are set aside for it: these versions may never have run.

@@ -174,7 +174,7 @@ def test_records(name: str, tmp_path: Path) -> None:
                     weight.add_(torch.randn_like(weight) * 0.02)
             pushed = [(name_of(name), weight) for name, weight in oracle.models["theta"].named_parameters()]
             backend.load_theta([(name, weight) for name, weight in pushed if name is not None])
-            oracle.check(backend.generate(asked), asked)
+            oracle.check(backend.generate(asked[:4]), asked[:4])
     finally:
         backend.close()
 
