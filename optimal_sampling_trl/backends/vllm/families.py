@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from importlib.util import find_spec
 
 from transformers import PreTrainedConfig
@@ -128,32 +128,6 @@ def reads_mscale() -> bool:
     return "mscale_all_dim" in inspect.signature(YaRNScalingRotaryEmbedding.__init__).parameters
 
 
-def check_windows(configs: dict[str, PreTrainedConfig], can_differ: bool) -> None:
-    """Refuse what needs several tables of blocks on a runner that has one for both models: windows of different
-    lengths, and layers with a window beside some that read another layer's cache.
-
-    Raises:
-        ValueError: naming both windows, or the model.
-    """
-    if can_differ:
-        return
-    windows = {role: attention_window(config) for role, config in configs.items()}
-    for role, config in configs.items():
-        if shares_caches(config) and windows[role]:
-            raise ValueError(
-                f"The {role} {config.name_or_path!r} has layers that read another layer's cache "
-                f"(`num_kv_shared_layers`) beside windows. Wanted neither on a GPU, where the engine has one table of "
-                f"cached blocks, in which vLLM finds no place for them. {OTHER_BACKEND}"
-            )
-    if len({window for window in windows.values() if window}) < 2:
-        return
-    words = " and ".join(f"the {role}'s is {window}" for role, window in windows.items())
-    raise ValueError(
-        f"Teacher and student have sliding windows of different lengths: {words}. Wanted the same on a GPU, where the "
-        f"engine has one table of cached blocks for both. {OTHER_BACKEND}"
-    )
-
-
 def latent_sizes(config: PreTrainedConfig) -> tuple[int, int] | None:
     """Sizes of what latent attention keeps of a token, its key's rotated part behind; None for other attention."""
     rank = getattr(config, "kv_lora_rank", None)
@@ -178,6 +152,13 @@ def check_latent(configs: dict[str, PreTrainedConfig]) -> None:
 def has_window(config: PreTrainedConfig, context: int) -> bool:
     """Return True where a model reads less than a context through its windows; a longer window is none."""
     return (attention_window(config) or context) < context
+
+
+def has_several_tables(configs: Collection[PreTrainedConfig]) -> bool:
+    """Return True where an engine keeps several tables of cached blocks: for windows of different lengths, and for
+    layers that read another layer's cache or keep a state."""
+    windows = {attention_window(config) for config in configs} - {None}
+    return len(windows) > 1 or any(shares_caches(config) or has_states(config) for config in configs)
 
 
 def has_experts(config: PreTrainedConfig) -> bool:

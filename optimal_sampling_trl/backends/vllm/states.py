@@ -29,8 +29,6 @@ def check_states(configs: dict[str, PreTrainedConfig], arguments: Mapping[str, A
     if not linear:
         return
     name = f"{configs[linear[0]].name_or_path!r} has linear attention"
-    if not is_on_cpu:
-        raise ValueError(f"The {linear[0]} {name}, whose states the engine holds on a CPU alone. {OTHER_BACKEND}")
     if "teacher" not in linear:
         raise ValueError(
             f"The student {name} and the teacher has none: vLLM makes blocks for states where its own model has some, "
@@ -42,9 +40,11 @@ def check_states(configs: dict[str, PreTrainedConfig], arguments: Mapping[str, A
                 f"The engine argument `{setting}` is {arguments[setting]!r}, and the {linear[0]} {name}; wanted "
                 f"{wanted!r}, which this backend sets. Drop it."
             )
-    if (dtype := _dtype(configs["teacher"], arguments)) != "bfloat16":
+    room = "on a CPU" if is_on_cpu else "by its kernel of gated delta rules"
+    has_one_type = is_on_cpu or any(config.model_type.startswith("qwen") for config in configs.values())
+    if has_one_type and (dtype := _dtype(configs["teacher"], arguments)) != "bfloat16":
         raise ValueError(
-            f"`dtype` is {dtype!r}, and the {linear[0]} {name}, which vLLM computes on a CPU in 'bfloat16' alone. "
+            f"`dtype` is {dtype!r}, and the {linear[0]} {name}, which vLLM computes {room} in 'bfloat16' alone. "
             f"Pass dtype='bfloat16'; in float32: {OTHER_BACKEND}"
         )
 
