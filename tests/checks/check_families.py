@@ -71,10 +71,8 @@ def is_hybrid(case: Any) -> bool:
 
 def dtype_of(case: Any) -> str:
     """What the engine computes in: vLLM has kernels of latent attention on a GPU, and of linear attention anywhere,
-    for bfloat16 alone; of Mamba layers on a CPU."""
-    if is_hybrid(case):
-        return "bfloat16" if case.teacher.startswith("qwen") or not ON_A_GPU else "float32"
-    return "bfloat16" if case.teacher in LATENT and ON_A_GPU else "float32"
+    for bfloat16 alone."""
+    return "bfloat16" if is_hybrid(case) or (case.teacher in LATENT and ON_A_GPU) else "float32"
 
 
 def fitted(case: Any, dtype: str) -> Any:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from importlib.util import find_spec
+from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -159,6 +160,34 @@ def has_several_tables(configs: Collection[PreTrainedConfig]) -> bool:
     layers that read another layer's cache or keep a state."""
     windows = {attention_window(config) for config in configs} - {None}
     return len(windows) > 1 or any(shares_caches(config) or has_states(config) for config in configs)
+
+
+def check_tables(configs: dict[str, PreTrainedConfig], arguments: Mapping[str, Any], is_on_cpu: bool) -> None:
+    """Refuse several tables of cached blocks where they were not seen to be right: all run on a CPU.
+
+    Args:
+        configs: of both models, by their roles.
+        arguments: the engine's.
+        is_on_cpu: whether the engine is to run there.
+
+    Raises:
+        ValueError: naming the model, or the setting that is missing.
+    """
+    if is_on_cpu or not has_several_tables(configs.values()):
+        return
+    for role, config in configs.items():
+        kind = "layers that read another layer's cache" if shares_caches(config) else "Mamba layers"
+        if shares_caches(config) or (has_states(config) and not config.model_type.startswith("qwen3_")):
+            raise ValueError(
+                f"The {role} {config.name_or_path!r} has {kind} (`{config.model_type}`), which were never seen to be "
+                f"right in this engine on a GPU. Wanted a model without. {OTHER_BACKEND}"
+            )
+    if not arguments.get("enforce_eager"):
+        raise ValueError(
+            "This pair has linear attention or windows of different lengths, and so several tables of cached blocks, "
+            "which were seen to be right on a GPU without CUDA graphs alone. Pass enforce_eager=True, or take "
+            f"windows of one length. {OTHER_BACKEND}"
+        )
 
 
 def has_experts(config: PreTrainedConfig) -> bool:

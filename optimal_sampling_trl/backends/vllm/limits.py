@@ -16,6 +16,7 @@ from .families import (
     OTHER_BACKEND,
     check_family,
     check_latent,
+    check_tables,
     check_wrapper,
     has_experts,
     has_several_tables,
@@ -92,7 +93,8 @@ def check_pair(
             f"{configs['teacher'].name_or_path!r} has none: vLLM makes what experts need for the engine's own model "
             f"alone, which is the teacher. Wanted a teacher with experts, or a dense student. {OTHER_BACKEND}"
         )
-    check_states(configs, arguments, is_on_cpu=_is_on_cpu())
+    check_states(configs, arguments)
+    check_tables(configs, arguments, is_on_cpu=_is_on_cpu())
     check_latent(configs)
     check_speculation(configs, arguments, context)
     _check_max_model_len(configs, arguments.get("max_model_len"))

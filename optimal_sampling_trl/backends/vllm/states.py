@@ -14,13 +14,12 @@ SETTINGS = {"enable_prefix_caching": False, "mamba_ssm_cache_dtype": "float32"}
 """Of an engine with states: each request has its own, and sums in float32."""
 
 
-def check_states(configs: dict[str, PreTrainedConfig], arguments: Mapping[str, Any], is_on_cpu: bool) -> None:
+def check_states(configs: dict[str, PreTrainedConfig], arguments: Mapping[str, Any]) -> None:
     """Refuse linear attention where the engine's states were not seen to be right, and settings that go against them.
 
     Args:
         configs: of both models, by their roles.
         arguments: the engine's.
-        is_on_cpu: whether the engine is to run there.
 
     Raises:
         ValueError: naming the model or the setting.
@@ -40,11 +39,9 @@ def check_states(configs: dict[str, PreTrainedConfig], arguments: Mapping[str, A
                 f"The engine argument `{setting}` is {arguments[setting]!r}, and the {linear[0]} {name}; wanted "
                 f"{wanted!r}, which this backend sets. Drop it."
             )
-    room = "on a CPU" if is_on_cpu else "by its kernel of gated delta rules"
-    has_one_type = is_on_cpu or any(config.model_type.startswith("qwen") for config in configs.values())
-    if has_one_type and (dtype := _dtype(configs["teacher"], arguments)) != "bfloat16":
+    if (dtype := _dtype(configs["teacher"], arguments)) != "bfloat16":
         raise ValueError(
-            f"`dtype` is {dtype!r}, and the {linear[0]} {name}, which vLLM computes {room} in 'bfloat16' alone. "
+            f"`dtype` is {dtype!r}, and the {linear[0]} {name}, which vLLM computes in 'bfloat16' alone. "
             f"Pass dtype='bfloat16'; in float32: {OTHER_BACKEND}"
         )
 

@@ -107,7 +107,7 @@ def use_common_blocks(layers: Iterable[Any]) -> None:
     """
     for layer in layers:
         if getattr(layer, "sliding_window", None) is not None and isinstance(layer, Attention):
-            layer.get_kv_cache_spec = partial(_spec_of_common_block, layer)
+            vars(layer)["get_kv_cache_spec"] = partial(_spec_of_common_block, layer)
 
 
 def _spec_of_common_block(layer: Any, config: VllmConfig) -> Any:
