@@ -42,6 +42,7 @@ TRAPS = {
     "sleep",
     "start_new_graph_pool",
     "unpack_convolutions",
+    "use_common_blocks",
     "use_own_window",
     "use_workspace",
 }
