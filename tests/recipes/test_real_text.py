@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 import pair as embedded
 from optimal_sampling_trl import Mixture
 from optimal_sampling_trl.rollouts.rollout import Rollout
+from real_arms import ARMS, PUBLISHED, trainer_of
 from real_exam import distance, mean_of
 from real_models import learn
 from real_tasks import TASKS, answer_of
@@ -74,3 +75,12 @@ def test_the_distance_is_a_mean_over_tokens() -> None:
     rollouts = [rollout([-1.0], [-2.0]), rollout([-1.0, -2.0, -0.5], [-1.0, -1.0, -1.0])]
     assert math.isclose(mean_of(rollouts, "log_theta"), -4.5 / 4)
     assert math.isclose(distance(rollouts), 0.5 / 4)
+
+
+def test_arms_take_as_many_completions_in_whole_groups() -> None:
+    for name, arm in ARMS.items():
+        batch, steps = arm.budget(64, 340)
+        assert trainer_of(arm) is not None, name
+        assert batch % arm.group == 0, name
+        assert abs(batch * steps - 64 * 340) < batch, name
+    assert PUBLISHED["MENTOR"].budget(64, 340) == (60, 363)  # 8 of the student's and 4 of the mixture's for a prompt
