@@ -4,7 +4,7 @@
 """Measure what dense records cost the fused engine: time of a step and memory, beside the same requests without them.
 
     python recipes/benchmarks/dense_engine.py --shapes 3b 0.5b  # on a GPU with 80 GB, sizes of Qwen2.5
-    OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind python recipes/benchmarks/dense_engine.py  # on a CPU, small ones
+    OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind python recipes/benchmarks/dense_engine.py  # on a CPU
 
 One engine takes all requests, the kinds in turns; of each kind the fastest of a few rounds counts.
 

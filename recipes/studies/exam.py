@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -72,10 +73,21 @@ class Exam:
 
 
 class Watch(TrainerCallback):
-    """Takes the exam over training: points (completions, tokens, seconds without exams, right, divergence)."""
+    """Takes the exam over training: points (completions, tokens, seconds without exams, right, divergence).
 
-    def __init__(self, exam: Exam, batch: int, every: int, deadline: float) -> None:
-        self.exam, self.batch, self.every, self.deadline = exam, batch, every, deadline
+    Args:
+        note: takes the points so far, after each; a run that is broken off has told its curve.
+    """
+
+    def __init__(
+        self,
+        exam: Exam,
+        batch: int,
+        every: int,
+        deadline: float,
+        note: Callable[[list[tuple[float, ...]]], None] = lambda points: None,
+    ) -> None:
+        self.exam, self.batch, self.every, self.deadline, self.note = exam, batch, every, deadline, note
         self.trainer: Any = None
         self.points: list[tuple[float, ...]] = []
         self.tokens, self.examined, self.start = 0, 0.0, 0.0
@@ -103,4 +115,5 @@ class Watch(TrainerCallback):
         found = self.exam.take(model)
         model.train(training)
         self.points.append((state.global_step * self.batch, self.tokens, start - self.start - self.examined, *found))
+        self.note(self.points)
         self.examined += time.perf_counter() - start

@@ -13,10 +13,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import optimal_sampling_trl
 from optimal_sampling_trl import Mixture, OptimalSamplingGenerator
+from optimal_sampling_trl.trainers.presets import PRESETS
+from presets_arms import NAMES, SIZES
 from real_tasks import Task
 
 GROUP, GROUPED = 8, ("GRPO", "RLOO")
 """Completions of a prompt, and the trainers that compare them."""
+REWARDED, IMITATED = 3e-5, 1e-4
+"""Learning rates: of GRPO the best on the pruned model of recover.py, with and without a mixture; of imitation the
+better of two on the sums."""
 ENGINE = {
     "dtype": "bfloat16", "gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2 << 30, "max_model_len": 640,
     "max_num_seqs": 256, "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY",
@@ -37,6 +42,17 @@ class Arm(NamedTuple):
     learning_rate: float
     settings: dict[str, Any] = {}  # noqa: RUF012
     generator: dict[str, Any] | None = {}  # noqa: RUF012
+    size: int = GROUP
+
+    @property
+    def group(self) -> int:
+        """Completions of a prompt."""
+        return self.size if self.trainer in GROUPED else 1
+
+    def budget(self, batch: int, steps: int) -> tuple[int, int]:
+        """The batch in whole groups, and the updates that take as many completions in all, or nearly."""
+        whole = max(batch // self.group, 1) * self.group
+        return whole, round(steps * batch / whole)
 
     @property
     def library(self) -> ModuleType:
@@ -48,26 +64,44 @@ FILTER = {"accept": 0.5}
 FADED = {"dense_coefficient": 1.0, "dense_fade": 0.5}
 """Distillation that gives way to the reward: the dense term falls to 0 over the first half of the training."""
 STUDY = {
-    "RAFT, mixture": Arm("RAFT", 1e-4, FILTER, MIXED),
-    "GRPO, half mixture": Arm("GRPO", 3e-5),
-    "Distillation": Arm("Distillation", 1e-4, {}, ALONE),
-    "RAFT, own": Arm("RAFT", 1e-4, FILTER, ALONE),
-    "GRPO": Arm("GRPO", 3e-5, {"positive_only": "none"}, ALONE),
-    "Sampled tokens, mixture": Arm("Distillation", 1e-4, {"loss": "sampled_token"}, MIXED),
-    "RAFT, mixture + dense 0.1": Arm("RAFT", 1e-4, {**FILTER, "dense_coefficient": 0.1}, MIXED),
-    "RAFT, teacher": Arm("RAFT", 1e-4, FILTER, TEACHER),
-    "RAFT, mixture + dense 1 faded": Arm("RAFT", 1e-4, FILTER | FADED, MIXED),
-    "RAFT, own + dense 1 faded": Arm("RAFT", 1e-4, FILTER | FADED, ALONE),
-    "GRPO, half mixture + dense 1 faded": Arm("GRPO", 3e-5, FADED),
-    "GRPO, own + dense 1 faded": Arm("GRPO", 3e-5, FADED | {"positive_only": "none"}, ALONE),
+    "RAFT, mixture": Arm("RAFT", IMITATED, FILTER, MIXED),
+    "GRPO, half mixture": Arm("GRPO", REWARDED),
+    "Distillation": Arm("Distillation", IMITATED, {}, ALONE),
+    "RAFT, own": Arm("RAFT", IMITATED, FILTER, ALONE),
+    "GRPO": Arm("GRPO", REWARDED, {"positive_only": "none"}, ALONE),
+    "Sampled tokens, mixture": Arm("Distillation", IMITATED, {"loss": "sampled_token"}, MIXED),
+    "RAFT, mixture + dense 0.1": Arm("RAFT", IMITATED, {**FILTER, "dense_coefficient": 0.1}, MIXED),
+    "RAFT, teacher": Arm("RAFT", IMITATED, FILTER, TEACHER),
+    "RAFT, mixture + dense 1 faded": Arm("RAFT", IMITATED, FILTER | FADED, MIXED),
+    "RAFT, own + dense 1 faded": Arm("RAFT", IMITATED, FILTER | FADED, ALONE),
+    "GRPO, half mixture + dense 1 faded": Arm("GRPO", REWARDED, FADED),
+    "GRPO, own + dense 1 faded": Arm("GRPO", REWARDED, FADED | {"positive_only": "none"}, ALONE),
 }
 """Those of the study, the most important first."""
-ARMS = STUDY | {
-    "TRL, GRPO": Arm("GRPO", 3e-5, {}, None),
-    "TRL, distillation": Arm("Distillation", 1e-4, {}, None),
-    "RLOO, half mixture": Arm("RLOO", 3e-5),
-    "Dense records, mixture": Arm("Distillation", 1e-4, {"loss": "dense"}, MIXED),
+PUBLISHED = {
+    NAMES[name]: Arm(
+        preset.trainer.removesuffix("Config"),
+        REWARDED if preset.trainer == "GRPOConfig" else IMITATED,
+        {"preset": name},
+        size=SIZES.get(name, GROUP),
+    )
+    for name, preset in PRESETS.items()
 }
+"""Published mixtures, each by its preset."""
+ARMS = (
+    STUDY
+    | PUBLISHED
+    | {
+        "SFT, teacher": Arm("RAFT", IMITATED, {"accept": 0.0}, TEACHER),  # takes any
+        "Distillation, mixture": Arm("Distillation", IMITATED, {}, MIXED),
+        "Sampled tokens": Arm("Distillation", IMITATED, {"loss": "sampled_token"}, ALONE),
+        "Dense records": Arm("Distillation", IMITATED, {"loss": "dense"}, ALONE),
+        "TRL, GRPO": Arm("GRPO", REWARDED, {}, None),
+        "TRL, distillation": Arm("Distillation", IMITATED, {}, None),
+        "RLOO, half mixture": Arm("RLOO", REWARDED),
+        "Dense records, mixture": Arm("Distillation", IMITATED, {"loss": "dense"}, MIXED),
+    }
+)
 
 
 def trainer_of(arm: Arm) -> tuple[type, type] | None:
@@ -107,9 +141,8 @@ def build(arm: Arm, task: Task, models: tuple[str, str], settings: dict[str, Any
         "max_completion_length": task.length, "temperature": 1.0, "save_strategy": "no", "report_to": "none",
         "logging_steps": 5, "bf16": not cpu, "use_cpu": cpu, "gradient_checkpointing": False, "disable_tqdm": True,
         "log_level": "error",
-    } | ({"num_generations": GROUP} if arm.trainer in GROUPED else {}) | arm.settings  # fmt: skip
-    group = GROUP if arm.trainer in GROUPED else 1
-    prompts = settings["max_steps"] * settings["per_device_train_batch_size"] // group
+    } | ({"num_generations": arm.group} if arm.trainer in GROUPED else {}) | arm.settings  # fmt: skip
+    prompts = settings["max_steps"] * settings["per_device_train_batch_size"] // arm.group
     arguments = {
         "processing_class": AutoTokenizer.from_pretrained(student, padding_side="left"),
         "train_dataset": task.dataset("train", prompts, settings["seed"]),

@@ -8,7 +8,9 @@
 
 A teacher is fine-tuned on solved examples until half of its samples are right. The students are the untouched model
 and the one without a third of its layers. Each job starts one engine for a task and a student and trains arm after arm
-in it. A line of output/real/runs.jsonl for each run; what stands there with all its steps is not run again.
+in it. A line of output/real/runs.jsonl for each run; what stands there with all its steps is not run again. Each
+measurement of a run is a line of points.jsonl at once. `--students teacher` times the arms: there the teacher is its
+own student, with completions as long as a trained student's.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import argparse
 import json
 import sys
 import time
+import traceback
 from collections.abc import Iterable, Iterator
 from itertools import product
 from math import nan
@@ -36,6 +39,9 @@ from real_tasks import TASKS
 from real_text_report import report
 from runs import Line, read_runs, run_all, take_card
 
+TIMED = "teacher"
+"""The student whose seconds are measured: the teacher itself."""
+
 
 class Job(NamedTuple):
     """The work of one process: runs (arm, learning rate, seed) of one task and one student, one after the other."""
@@ -46,44 +52,64 @@ class Job(NamedTuple):
 
 
 def work(job: Job, options: argparse.Namespace, deadline: float, device: int) -> list[Line]:
-    """All runs of a job, each written as it ends; returns no line."""
+    """All runs of a job, each written as it ends; returns no line.
+
+    Raises:
+        RuntimeError: after all, where some failed; each tells why when it does.
+    """
     if not options.cpu:
         take_card(device)
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")
+    failed = []
     for name, rate, seed in job.runs:
         if time.time() > deadline:
             break
-        line = run(job, name, rate, seed, options, deadline)
+        try:
+            line = run(job, name, rate, seed, options, deadline)
+        except Exception:  # the next arm may do
+            traceback.print_exc()
+            failed.append((name, rate, seed))
+            continue
         with (options.output / "runs.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
         first, last = line["points"][0], line["points"][-1]
         print(f"{job.task}, {job.student}, {name}, {rate:g}, seed {seed}: {line['done']} steps, {last[2]:.0f} s, "
               f"right {first[3]:.3f} → {last[3]:.3f}, pass@8 {line['any_right']:.3f}", flush=True)  # fmt: skip
+    if failed:
+        raise RuntimeError(f"{job.task}, {job.student}: {failed} failed")
     return []
 
 
 def run(job: Job, name: str, rate: float, seed: int, options: argparse.Namespace, deadline: float) -> Line:
     """One run from its start to its end, or to the deadline; no weights are kept."""
-    kind = SampledExam if ARMS[name].generator is None else EngineExam
+    arm, key = ARMS[name], {"task": job.task, "student": job.student, "arm": name, "learning_rate": rate, "seed": seed}
+    kind = SampledExam if arm.generator is None else EngineExam
+    batch, steps = arm.budget(options.batch, options.steps)
+
+    def note(points: list[tuple[float, ...]]) -> None:
+        with (options.output / "points.jsonl").open("a") as file:
+            file.write(json.dumps(key | {"steps": steps, "point": points[-1]}) + "\n")
+
     exam = kind(TASKS[job.task], options.held_out)
     if not options.cpu:
         torch.cuda.reset_peak_memory_stats()
-    watch = Watch(exam, options.batch, max(options.steps // 6, 1), deadline)
+    watch = Watch(exam, batch, max(steps // 6, 1), deadline, note)
     with TemporaryDirectory() as home:
         settings = {
-            "output_dir": home, "max_steps": options.steps, "seed": seed, "learning_rate": rate,
-            "per_device_train_batch_size": options.batch,
+            "output_dir": home, "max_steps": steps, "seed": seed, "learning_rate": rate,
+            "per_device_train_batch_size": batch,
         }  # fmt: skip
-        models = str(options.output / job.task / "teacher"), str(options.output / "models" / STUDENTS[job.student])
-        trainer = build(ARMS[name], TASKS[job.task], models, settings, options.cpu, watch)
+        teacher = options.models / job.task / "teacher"
+        student = teacher if job.student == TIMED else options.models / "models" / STUDENTS[job.student]
+        models = str(teacher), str(student)
+        trainer = build(arm, TASKS[job.task], models, settings, options.cpu, watch)
         watch.trainer = exam.trainer = trainer
         trainer.train()
         ends = exam.take_all()
         logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-        key = {"task": job.task, "student": job.student, "arm": name, "learning_rate": rate, "seed": seed}
         return key | {
-            "steps": options.steps, "done": trainer.state.global_step, "points": watch.points, **ends,
+            "steps": steps, "done": trainer.state.global_step, "points": watch.points, **ends,
             "of_teacher": exam.of_teacher(), "gb": nan if options.cpu else torch.cuda.max_memory_allocated() / 1e9,
             "log": [logged[0], logged[-1]] if logged else [],
         }  # fmt: skip
@@ -94,7 +120,7 @@ def jobs_of(options: argparse.Namespace, done: Iterable[Line]) -> Iterator[Job]:
     full = {
         (line["task"], line["student"], line["arm"], line["learning_rate"], line["seed"])
         for line in done
-        if line["done"] == line["steps"] == options.steps
+        if line["done"] == line["steps"] == ARMS[line["arm"]].budget(options.batch, options.steps)[1]
     }
     for name in [arm for arm in options.arms if trainer_of(ARMS[arm]) is None]:
         print(f"{name}: this version has no such trainer or field, left out")
@@ -115,12 +141,15 @@ def jobs_of(options: argparse.Namespace, done: Iterable[Line]) -> Iterator[Job]:
 
 def make_teachers(options: argparse.Namespace) -> None:
     """The two students, and the teachers of all tasks side by side."""
-    base = make_base(options.gguf, options.output)["whole"]
+    base = make_base(options.gguf, options.models)["whole"]
     device = "cpu" if options.cpu else "cuda"
     tasks = [
-        (key, base, options.output / key / "teacher", options.goal, options.teacher_steps, device)
+        (key, base, options.models / key / "teacher", options.goal, options.teacher_steps, device)
         for key in options.tasks
+        if not (options.models / key / "teacher" / "teaching.json").is_file()
     ]
+    if not tasks:
+        return
     run_all(_teach, tasks, len(tasks), options.output / "teachers.jsonl", lambda lines: str(lines[0]))
 
 
@@ -134,7 +163,9 @@ def parse(description: str | None, **defaults: Any) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gguf", type=Path, help="the model's file; by default the installed package's")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["steps", "sums"], help="(%(default)s)")
-    parser.add_argument("--students", nargs="+", choices=list(STUDENTS), default=list(STUDENTS), help="(%(default)s)")
+    parser.add_argument(
+        "--students", nargs="+", choices=[*STUDENTS, TIMED], default=list(STUDENTS), help="(%(default)s)"
+    )
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(STUDY), metavar="ARM", help="by name")
     parser.add_argument("--rates", type=float, nargs="+", default=[1.0], help="times each arm's rate (%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="(%(default)s)")
@@ -147,11 +178,14 @@ def parse(description: str | None, **defaults: Any) -> argparse.Namespace:
     parser.add_argument("--gpus", type=int, default=1, help="(%(default)s)")
     parser.add_argument("--minutes", type=float, default=60.0, help="stop after (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("output/real"), help="folder (%(default)s)")
+    parser.add_argument("--models", type=Path, help="folder of the students and teachers (that of --output)")
     parser.add_argument("--teachers", action="store_true", help="make the teachers and stop")
     parser.add_argument("--cpu", action="store_true", help="a look at a step or two, on the transformers backend")
     parser.add_argument("--report", action="store_true", help="report what is there, run nothing")
     parser.set_defaults(**defaults)
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.models = options.models or options.output
+    return options
 
 
 def main(options: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ import pair as embedded
 from informed_arms import REFERS, STUDY, TOLD, ReadingTask, ToldTask
 from optimal_sampling_trl import Mixture
 from optimal_sampling_trl.rollouts.rollout import Rollout
+from real_arms import ARMS, PUBLISHED, trainer_of
 from real_exam import distance, mean_of
 from real_models import learn
 from real_tasks import TASKS, answer_of
@@ -95,3 +96,12 @@ def test_an_answer_that_speaks_of_the_solution_is_noticed() -> None:
     assert REFERS.search("As given above, the answer is 5.")
     assert not any(REFERS.search(TASKS[key].solve(ENTRY)) for key in ("sums", "steps"))
     assert {teaching.teacher for teaching in STUDY.values()} == {"self", "start", "separate"}
+
+
+def test_arms_take_as_many_completions_in_whole_groups() -> None:
+    for name, arm in ARMS.items():
+        batch, steps = arm.budget(64, 340)
+        assert trainer_of(arm) is not None, name
+        assert batch % arm.group == 0, name
+        assert abs(batch * steps - 64 * 340) < batch, name
+    assert PUBLISHED["MENTOR"].budget(64, 340) == (60, 363)  # 8 of the student's and 4 of the mixture's for a prompt
