@@ -32,7 +32,6 @@ ELSEWHERE = {
     "backends/vllm/worker/positions.py": ("backends/vllm/test_families.py", "angles and scales by position"),
     "backends/vllm/worker/records.py": ("backends/vllm/test_backend.py", "records of live rows"),
     "backends/vllm/worker/slot_sampler.py": ("backends/vllm/test_gpu.py", "vLLM's runner on GPUs has slots"),
-    "backends/vllm/worker/draft_scheduler.py": ("backends/vllm/test_gpu.py", "live engines that choose their drafts"),
     "backends/vllm/worker/speculator.py": ("backends/vllm/test_gpu.py", "live engines whose student drafts"),
     "backends/vllm/worker/transfer.py": ("backends/vllm/server/test_server.py", "weights that a trainer sends"),
     **{
