@@ -90,7 +90,7 @@ def parse() -> argparse.Namespace:
 
 
 def workloads(args: argparse.Namespace) -> dict[str, list[int]]:
-    """How many tokens each request of a batch asks for, by the batch's name."""
+    """Tokens that each request of a batch asks for, by the batch's name."""
     found = {str(batch): [args.tokens] * batch for batch in args.batches}
     if args.uneven:
         shares = [-math.log((index + 0.5) / args.uneven) for index in range(args.uneven)]

@@ -5,7 +5,7 @@
 
 | step | what is tried |
 |---|---|
-| `law` | chi-square over all sequences of three tokens of the demo's pair, each mixture and truncation by each k |
+| `law` | chi-square over sequences of k + 2 tokens of the demo's pair, each mixture and truncation by each k |
 | `kept` | drafts that are kept: at α = 0 nearly all, elsewhere the mean of min(1, θ/q) of the records |
 | `greedy` | at temperature 0 the tokens of an engine without speculation |
 | `ends` | a stop inside of the drafts, and the edge of `max_model_len`; each completion's records |
@@ -15,18 +15,20 @@
 | `records` | the same tokens without drafts and with them: how far their records are from each other and the oracle |
 | `trainers` | GRPO and RAFT on an untrained pair, three steps: records of every batch against the model that trains |
 
-The law is computed by transformers in float32, and the engines compute in float32, too. A z of the statistic is noise
-up to 3 or so; with the draft's noise used again for what replaces it, it was 13 over as many sequences.
+A sequence has k + 2 tokens, as the first comes with the prompt: k drafts and the token behind them come after it.
+Sequences that are expected less than five times count as one. The law is computed by transformers in float32, and the
+engines compute in float32, too. A z of the statistic is noise up to 3 or so; with the draft's noise used again for
+what replaces it, it was 13 over as many sequences.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import random
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,14 +47,13 @@ from helpers.engines import ON_A_GPU, TOLERANCE, Oracle, counter, start
 from helpers.oracle import check_rollout, truncate
 from helpers.training import Watch, load, make_trainer, make_untrained_pair
 from optimal_sampling_trl.backends.vllm.draft_counts import DraftCounts
-from optimal_sampling_trl.backends.vllm.speculation import AUTO
+from optimal_sampling_trl.backends.vllm.speculation import AUTO, AUTO_COUNTS
 from optimal_sampling_trl.demo import pair as demo
 from optimal_sampling_trl.mixture import Mixture
 from optimal_sampling_trl.mixture.reference import reference
 from optimal_sampling_trl.rollouts.request import Request, Sampling
 from optimal_sampling_trl.rollouts.rollout import RECORDS
 
-LENGTH = 3
 MIXTURES = {
     "kl_symmetry": Mixture(),
     "trust_region": Mixture("trust_region", epsilon=0.05),
@@ -60,6 +61,7 @@ MIXTURES = {
     "teacher": Mixture.teacher_only(),
     "fixed arithmetic": Mixture("fixed", fixed_alpha=0.3, form="arithmetic"),
 }
+DEVICE = "cuda" if ON_A_GPU else "cpu"
 CASES = [
     ("kl_symmetry", {}),
     ("trust_region", {}),
@@ -70,24 +72,27 @@ CASES = [
     ("kl_symmetry", {"top_k": 3}),
     ("trust_region", {"top_p": 0.8, "temperature": 1.3}),
 ]
+OFTEN = 5
+"""How often a sequence is expected at least that has a cell of its own."""
 Z = 4.0
 """A statistic further out than this fails: of a hundred tests without error, one in three hundred does."""
 
 
 class Law:
-    """The mixture's distribution of sequences of three tokens after a prompt, by both models in transformers."""
+    """The mixture's distribution of sequences after a prompt, by both models in transformers."""
 
     def __init__(self, teacher: str, theta: str) -> None:
         self.models = [
-            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").cuda().eval()
+            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+            .to(DEVICE)
+            .eval()
             for path in (theta, teacher)
         ]
-        self.vocabulary = self.models[0].config.vocab_size
 
     @torch.no_grad()
     def log_q(self, prefixes: list[list[int]], mixture: Mixture, sampling: Sampling) -> Tensor:
         """log q (N, V) of the token behind each prefix; all are as long."""
-        ids = torch.tensor(prefixes, device="cuda")
+        ids = torch.tensor(prefixes, device=DEVICE)
         theta, teacher = (model(input_ids=ids).logits[:, -1].cpu().double() for model in self.models)
         T = sampling.temperature
         log_q = reference(theta, teacher, mixture, T)[1]
@@ -95,26 +100,29 @@ class Law:
             return log_q
         return torch.stack([truncate(row * T, set(), sampling) for row in log_q])
 
-    def sequences(self, prompt: list[int], mixture: Mixture, sampling: Sampling) -> Tensor:
-        """Probabilities (V, V, V) of the three tokens."""
-        V, total = self.vocabulary, torch.zeros(1, dtype=torch.float64)
-        for length in range(LENGTH):
-            prefixes = [[*prompt, *tail] for tail in itertools.product(range(V), repeat=length)]
-            rows = [self.log_q(prefixes[i : i + 4096], mixture, sampling) for i in range(0, len(prefixes), 4096)]
-            total = (total[:, None] + torch.cat(rows)).reshape(-1)
-        return total.exp()
+    def sequences(
+        self, prompt: list[int], mixture: Mixture, sampling: Sampling, length: int, least: float
+    ) -> dict[tuple[int, ...], float]:
+        """Probabilities of the sequences of so many tokens, of all that have at least so much."""
+        found: dict[tuple[int, ...], float] = {(): 1.0}
+        for _ in range(length):
+            prefixes = [[*prompt, *tail] for tail in found]
+            parts = [self.log_q(prefixes[i : i + 4096], mixture, sampling) for i in range(0, len(prefixes), 4096)]
+            rows = zip(found.items(), torch.cat(parts).exp().tolist(), strict=True)
+            longer = {(*tail, id): before * q for (tail, before), row in rows for id, q in enumerate(row)}
+            found = {tail: probability for tail, probability in longer.items() if probability >= least}
+        return found
 
 
-def chi_square(seen: Tensor, probabilities: Tensor) -> tuple[float, int]:
-    """z of Pearson's statistic, and its degrees of freedom; sequences that are rarer than 5 count as one."""
-    expected = probabilities / probabilities.sum() * seen.sum()
-    often = expected >= 5
-    seen_cells = torch.cat([seen[often], seen[~often].sum()[None]])
-    cells = torch.cat([expected[often], expected[~often].sum()[None]])
-    seen_cells, cells = seen_cells[cells >= 5], cells[cells >= 5]
+def chi_square(seen: Counter[tuple[int, ...]], probabilities: dict[tuple[int, ...], float]) -> tuple[float, int]:
+    """z of Pearson's statistic, and its degrees of freedom; all sequences without a probability count as one."""
+    count = seen.total()
+    cells = [(seen[tail], probability * count) for tail, probability in probabilities.items()]
+    rest = tuple(count - sum(column) for column in zip(*cells, strict=True))
+    cells += [rest] if rest[1] >= OFTEN else []
     freedom = len(cells) - 1
-    statistic = ((seen_cells - cells) ** 2 / cells).sum()
-    return float((statistic - freedom) / (2 * freedom) ** 0.5), freedom
+    statistic = sum((got - expected) ** 2 / expected for got, expected in cells)
+    return (statistic - freedom) / (2 * max(freedom, 1)) ** 0.5, freedom
 
 
 @contextmanager
@@ -141,19 +149,19 @@ def engine(pair: Any, k: int | str, **further: Any) -> Iterator[Any]:
         backend.close()
 
 
-def sample(backend: Any, prompt: list[int], mixture: Mixture, sampling: dict[str, Any], count: int) -> Tensor:
-    """How often each sequence of three tokens came, (V³,)."""
+def sample(
+    backend: Any, prompt: list[int], mixture: Mixture, sampling: dict[str, Any], length: int, count: int
+) -> Counter[tuple[int, ...]]:
+    """How often each sequence of so many tokens came."""
     from vllm import TokensPrompt
 
     from optimal_sampling_trl.backends.vllm.requests import to_sampling_params
 
-    asked = Request(prompt, prompt, mixture, Sampling(max_tokens=LENGTH, ignore_eos=True, **sampling))
+    asked = Request(prompt, prompt, mixture, Sampling(max_tokens=length, ignore_eos=True, **sampling))
     params = to_sampling_params(asked, backend.pair.ending)
     params.logprobs, params.extra_args = None, mixture.to_dict()
     outputs = backend.llm.generate([TokensPrompt(prompt_token_ids=prompt)] * count, params, use_tqdm=False)
-    tokens = torch.tensor([list(one.outputs[0].token_ids) for one in outputs])
-    V = backend.pair.vocabulary
-    return torch.bincount((tokens * V ** torch.arange(LENGTH - 1, -1, -1)).sum(1), minlength=V**LENGTH).double()
+    return Counter(tuple(one.outputs[0].token_ids) for one in outputs)
 
 
 def accepted(backend: Any, work: Any) -> tuple[float, Any]:
@@ -184,16 +192,13 @@ class Check:
 
     def law(self) -> str:
         law, prompt, worst = Law(self.pair.teacher, self.pair.student), prompts(1)[0], 0.0
-        wanted: dict[int, Tensor] = {}
         for k in self.ks:
             with engine(self.pair, k) as backend:
                 for index in self.cases:
                     name, sampling = CASES[index]
                     mixture = MIXTURES[name]
-                    if index not in wanted:
-                        wanted[index] = law.sequences(prompt, mixture, Sampling(**sampling))
-                    seen = sample(backend, prompt, mixture, sampling, self.count)
-                    z, freedom = chi_square(seen, wanted[index])
+                    wanted = law.sequences(prompt, mixture, Sampling(**sampling), k + 2, OFTEN / self.count)
+                    z, freedom = chi_square(sample(backend, prompt, mixture, sampling, k + 2, self.count), wanted)
                     worst = max(worst, abs(z))
                     print(f"k={k} {name} {sampling or ''}: z={z:+.2f} of {freedom} degrees", flush=True)
         assert worst < Z, f"a statistic is {worst:.1f} standard deviations off"
@@ -247,11 +252,11 @@ class Check:
     def joins(self) -> str:
         """A prompt of 32 tokens and one more: two whole blocks are cached, and one token is left to read."""
         prompt = (prompts(1)[0] * 4)[:33]
-        law = Law(self.pair.teacher, self.pair.student)
-        wanted = law.sequences(prompt, Mixture(), Sampling())
+        law, length = Law(self.pair.teacher, self.pair.student), self.ks[-1] + 2
+        wanted = law.sequences(prompt, Mixture(), Sampling(), length, OFTEN / self.count)
         with engine(self.pair, self.ks[-1], max_num_seqs=64, block_size=16) as backend:
-            sample(backend, prompt, Mixture(), {}, 8)
-            z, freedom = chi_square(sample(backend, prompt, Mixture(), {}, self.count), wanted)
+            sample(backend, prompt, Mixture(), {}, length, 8)
+            z, freedom = chi_square(sample(backend, prompt, Mixture(), {}, length, self.count), wanted)
         assert abs(z) < Z, f"{z:.1f} standard deviations off"
         return f"z {z:+.2f} of {freedom} degrees"
 
@@ -278,7 +283,8 @@ class Check:
     def changes(self) -> str:
         """Every number of drafts after every other, in a batch that requests join and leave."""
         law, prompt, source = Law(self.pair.teacher, self.pair.student), prompts(1)[0], random.Random(0)
-        wanted, chosen = law.sequences(prompt, Mixture(), Sampling()), []
+        length, chosen = max(AUTO_COUNTS) + 2, []
+        wanted = law.sequences(prompt, Mixture(), Sampling(), length, OFTEN / self.count)
 
         def choose(self: DraftCounts, batch: int) -> int:
             chosen.append(source.choice(self.counts))
@@ -287,7 +293,7 @@ class Check:
         with patch.object(DraftCounts, "choose", choose), engine(self.pair, AUTO) as backend:
             asked = requests(400, Mixture())
             self.oracle.check(backend.generate(asked), asked, tolerance=TOLERANCE)
-            z, freedom = chi_square(sample(backend, prompt, Mixture(), {}, self.count), wanted)
+            z, freedom = chi_square(sample(backend, prompt, Mixture(), {}, length, self.count), wanted)
         seen = {count: chosen.count(count) for count in sorted(set(chosen))}
         assert abs(z) < Z, f"{z:.1f} standard deviations off; steps {seen}"
         return f"z {z:+.2f} of {freedom} degrees; steps {seen}"

@@ -1,4 +1,4 @@
-"""How many tokens to draft: the number that gives most tokens a second, by the batch and by the drafts that are kept.
+"""The number of tokens to draft: that which gives most tokens a second, by the batch and by the drafts that are kept.
 
 A pass over a few sequences waits for the weights, so that drafts cost little there; over many it computes, and pays
 for each draft. What a pass takes is reckoned from the sizes of both models, and not measured: the same requests then
@@ -19,11 +19,11 @@ PASS, ROW = 6e-4, 2e-5
 DRAFT = 3e-4
 """Seconds of a draft beside the student."""
 MARGIN = 1.03
-"""How much faster drafts have to be than none: the estimate is no more precise."""
+"""The gain of speed below which nothing is drafted: the estimate is no more precise."""
 PRIOR, PRIOR_WEIGHT = 0.8, 8.0
 """The share of drafts that are kept where nothing was seen, and how many drafts that counts for."""
 MEMORY = 0.99
-"""What a pass leaves of the drafts that were seen before it, so that the share follows the mixtures that are asked."""
+"""The part of the drafts seen before that a pass leaves, so that the share follows the mixtures that are asked."""
 
 
 class Size(NamedTuple):

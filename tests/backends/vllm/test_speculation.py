@@ -102,6 +102,8 @@ def test_other_kinds_of_models_and_engines_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=f"`num_speculative_tokens` is 'auto', and .*{words}"):
             check_speculation(DENSE, auto | further, 128)
+    with pytest.raises(ValueError, match="`enable_sleep_mode` is set"):
+        check_speculation(DENSE, given | {"enable_sleep_mode": True}, 128)
     with pytest.raises(ValueError, match=r"`tensor_parallel_size` is 2; drafts were checked on one GPU alone"):
         check_speculation(DENSE, given | {"tensor_parallel_size": 2}, 128)
 

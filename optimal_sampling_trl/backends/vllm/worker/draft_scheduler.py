@@ -15,18 +15,22 @@ class DraftScheduler(AsyncScheduler):
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
-        teacher = vllm_config.model_config
+        teacher: Any = vllm_config.model_config
         theta = theta_model_config(teacher, vllm_config.additional_config["optimal_sampling"]["theta"])
-        sizes = (size_of(one.hf_text_config, one.dtype.itemsize) for one in (teacher, theta))
+        width = teacher.dtype.itemsize
         table = vllm_config.speculative_config.num_speculative_tokens_per_batch_size
-        self.draft_counts = DraftCounts(tuple(sorted(entry[-1] for entry in table)), *sizes)
+        counts = tuple(sorted(entry[-1] for entry in table))
+        self.draft_counts = DraftCounts(
+            counts, size_of(teacher.hf_text_config, width), size_of(theta.hf_text_config, width)
+        )
 
     def make_spec_decoding_stats(
-        self, stats: Any, num_draft_tokens: int, num_accepted_tokens: int, *args: Any, **kwargs: Any
+        self, spec_decoding_stats: Any, num_draft_tokens: int, num_accepted_tokens: int, *args: Any, **kwargs: Any
     ) -> Any:
         """Note how many drafts of a request were kept: vLLM's hook where it counts them itself."""
         self.draft_counts.see(num_draft_tokens, num_accepted_tokens)
-        return super().make_spec_decoding_stats(stats, num_draft_tokens, num_accepted_tokens, *args, **kwargs)
+        seen = (spec_decoding_stats, num_draft_tokens, num_accepted_tokens)
+        return super().make_spec_decoding_stats(*seen, *args, **kwargs)
 
     def _update_after_schedule(self, scheduler_output: Any) -> None:
         """Say how many tokens are drafted after this step, and verified in the next: vLLM's hook on a planned step."""
