@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -46,6 +47,29 @@ SHAPED = [
     )
 ]
 install_import_hook(SHAPED, f"{__name__}.check_shapes")
+
+FIRST = (
+    "recipes/test_starters.py",
+    "backends/vllm/server/test_server.py",
+    "mixture/test_kernels.py",
+    "recipes/test_studies.py",
+    "backends/vllm/test_families.py",
+    "recipes/test_benchmarks.py",
+    "whole/test_faults.py",
+    "trainers/engines/test_colocated.py",
+    "trainers/test_training.py",
+    "recipes/test_learning.py",
+    "backends/vllm/worker/test_hybrid.py",
+    "trainers/test_several_turns.py",
+)
+"""Files that take a minute or more: dealt last, one would leave a process of two without work. The first of them makes
+the embedded pair where no cache has it, which takes minutes, and the second does without."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Deal the files of `FIRST` first; the order within a file stays."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope="module", autouse=True)

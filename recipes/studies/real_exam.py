@@ -64,14 +64,18 @@ class EngineExam:
         self, mixture: Mixture, entries: Sequence[dict[str, Any]], temperature: float = 1.0
     ) -> Sequence[Rollout]:
         """An answer to each question, with the trainer's weights of this moment."""
-        generation, tokenizer = self.trainer.vllm_generation, self.trainer.processing_class
-        texts = texts_of(self.task, tokenizer, list(entries))
+        generation = self.trainer.vllm_generation
         sampling = Sampling(max_tokens=self.task.length, temperature=temperature)
-        every = tokenizer(texts, add_special_tokens=False).input_ids
-        requests = [Request(ids, ids, mixture, sampling) for ids in every]
+        requests = [Request(*prompts, mixture, sampling) for prompts in self._prompts(list(entries))]
         generation.sync_weights()
         owner = generation if hasattr(generation, "backend") else generation.llm  # transformers, or vLLM
         return owner.backend.generate(requests)
+
+    def _prompts(self, entries: list[dict[str, Any]]) -> list[tuple[list[int], list[int]]]:
+        """The tokens of each question as the teacher and as the student read it."""
+        tokenizer = self.trainer.processing_class
+        every = tokenizer(texts_of(self.task, tokenizer, entries), add_special_tokens=False).input_ids
+        return [(ids, ids) for ids in every]
 
     def _scores(self, rollouts: Sequence[Rollout], entries: Sequence[dict[str, Any]]) -> list[float]:
         tokenizer = self.trainer.processing_class

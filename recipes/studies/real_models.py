@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from real_tasks import HELD_OUT, TASKS, Task
+from real_tasks import HELD_OUT, Task
 from recover import make_models
 
 STUDENTS = {"whole": "teacher", "pruned": "student"}
@@ -24,7 +24,7 @@ def make_base(gguf: Path | None, output: Path) -> dict[str, str]:
     return {name: str(output / "models" / folder) for name, folder in STUDENTS.items()}
 
 
-def teach(key: str, base: str, folder: Path, goal: float, steps: int, device: str) -> dict[str, float]:
+def teach(task: Task, base: str, folder: Path, goal: float, steps: int, device: str) -> dict[str, float]:
     """Fine-tune a model on solved examples until its samples are right as often as `goal`; or what a folder holds.
 
     Returns:
@@ -34,7 +34,7 @@ def teach(key: str, base: str, folder: Path, goal: float, steps: int, device: st
     if note.is_file():
         return json.loads(note.read_text())
     torch.manual_seed(0)
-    task, start, right, step = TASKS[key], time.perf_counter(), 0.0, 0
+    start, right, step = time.perf_counter(), 0.0, 0
     tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
@@ -45,7 +45,9 @@ def teach(key: str, base: str, folder: Path, goal: float, steps: int, device: st
         learn(model, optimizer, examples[(step - 1) * BATCH : step * BATCH], tokenizer.pad_token_id)
         if step % EVERY == 0 or step == steps:
             right = examine(model, tokenizer, task, exam)
-            print(f"{key}: right in {right:.3f} after {step} steps, {time.perf_counter() - start:.0f} s", flush=True)
+            print(
+                f"{task.key}: right in {right:.3f} after {step} steps, {time.perf_counter() - start:.0f} s", flush=True
+            )
             if right >= goal:
                 break
     model.to(torch.bfloat16).save_pretrained(folder)

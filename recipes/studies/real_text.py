@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -35,7 +34,7 @@ from real_exam import TRIES, EngineExam, SampledExam
 from real_models import STUDENTS, make_base, teach
 from real_tasks import TASKS
 from real_text_report import report
-from runs import Line, read_runs, run_all
+from runs import Line, read_runs, run_all, take_card
 
 
 class Job(NamedTuple):
@@ -49,7 +48,7 @@ class Job(NamedTuple):
 def work(job: Job, options: argparse.Namespace, deadline: float, device: int) -> list[Line]:
     """All runs of a job, each written as it ends; returns no line."""
     if not options.cpu:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(device)
+        take_card(device)
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")
     for name, rate, seed in job.runs:
@@ -127,7 +126,7 @@ def make_teachers(options: argparse.Namespace) -> None:
 
 def _teach(key: str, base: str, folder: Path, *settings: Any) -> list[Line]:
     torch.set_num_threads(1)
-    return [{"task": key} | teach(key, base, folder, *settings)]
+    return [{"task": key} | teach(TASKS[key], base, folder, *settings)]
 
 
 def parse(description: str | None, **defaults: Any) -> argparse.Namespace:

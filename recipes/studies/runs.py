@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -25,6 +26,12 @@ def by_rate(lines: Iterable[Line], arm: str) -> list[list[Line]]:
         if line["arm"] == arm:
             rates.setdefault(line["learning_rate"], []).append(line)
     return list(rates.values())
+
+
+def take_card(number: int) -> None:
+    """Let this process see one of the GPUs that it was given, by its number among them. Call it before CUDA starts."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = given.split(",")[number] if given else str(number)
 
 
 def run_all(

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, Protocol
 
 import psutil
 
@@ -32,6 +32,17 @@ TWO_RANKS = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--n
 
 class StuckError(AssertionError):
     """A process shows no sign of life, or runs in circles."""
+
+
+class Started(Protocol):
+    """A process that was started in a session of its own, such as a `subprocess.Popen`."""
+
+    pid: int
+
+    @property
+    def returncode(self) -> Any: ...
+    def poll(self) -> Any: ...
+    def wait(self) -> Any: ...
 
 
 class Signs(NamedTuple):
@@ -101,9 +112,16 @@ def wait_until(done: Callable[[], Any], pid: int, *logs: Path, pause: float = 1.
 
 
 def run(
-    command: Sequence[object], *, cwd: Path | None = None, environment: Mapping[str, str] | None = None
+    command: Sequence[object],
+    *,
+    cwd: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    by: Callable[..., Started] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end, with `environment` beside this process's; returns its exit code and what it printed.
+
+    Args:
+        by: what starts it; by default `start`.
 
     Raises:
         StuckError: it hangs or runs in circles; each of its processes was ended, and says where it stood.
@@ -112,7 +130,7 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         output, errors = (Path(folder) / name for name in ("output", "errors"))
         with output.open("w") as first, errors.open("w") as second:
-            process = start(words, first, second, cwd=cwd, environment=environment)
+            process = (by or start)(words, first, second, cwd=cwd, environment=environment)
         try:
             wait_until(lambda: process.poll() is not None, process.pid, output, errors, pause=0.1)
         except StuckError as error:
@@ -142,7 +160,7 @@ def start(
     return subprocess.Popen(command, stdout=output, stderr=errors, cwd=cwd, env=settings, start_new_session=True)
 
 
-def end(process: subprocess.Popen[bytes], number: int = signal.SIGKILL) -> None:
+def end(process: Started, number: int = signal.SIGKILL) -> None:
     """Send a signal to a process and all that it started, sessions of their own included, and wait for it."""
     started: list[psutil.Process] = []
     with suppress(psutil.Error):

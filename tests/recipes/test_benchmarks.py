@@ -13,14 +13,14 @@ import memory
 import scaling
 import tables
 from helpers.paths import ROOT
-from helpers.recipes import need_vllm, run, run_failing
+from helpers.recipes import PYTHON, need_vllm, run, run_failing
 from random_pair import SHAPES
 
 TINY = "--batches 2 --tokens 2 --rounds 1 --teacher 64 1 --theta 64 1 --vocabulary 300".split()  # noqa: SIM905
 
 
-def check_benchmark(script: str, columns: int) -> None:
-    output = run(script, *TINY)
+def check_benchmark(script: str, columns: int, launcher: tuple[str, ...] | None = None) -> None:
+    output = run(script, *TINY, launcher=launcher)
     (row,) = re.findall(r"^\| +2 \|.*$", output, re.MULTILINE)
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert len(cells) == columns, row
@@ -55,7 +55,7 @@ def seconds(output: str, rows: int) -> dict[str, float]:
 @pytest.mark.engine
 def test_host_cost() -> None:
     need_vllm()
-    rows = seconds(run("benchmarks/host_cost.py", *HOST), 8)
+    rows = seconds(run("benchmarks/host_cost.py", *HOST, launcher=PYTHON), 8)
     assert len(rows) == 8
     parts = ("JSON of a server's answer", "rollouts of the answer")
     both = rows["log θ for TRL, and its reading"] + rows["records beside TRL's batch"]
@@ -66,7 +66,7 @@ def test_host_cost() -> None:
 @pytest.mark.engine
 def test_host_cost_dense() -> None:
     need_vllm()
-    rows = seconds(run("benchmarks/host_cost_dense.py", *HOST, "--top_k", "0", "2"), 6)
+    rows = seconds(run("benchmarks/host_cost_dense.py", *HOST, "--top_k", "0", "2", launcher=PYTHON), 6)
     assert rows.keys() == {f"k = {k}, {way}" for k in (0, 2) for way in ("rows", "lists", "JSON")}
     assert all(value > 0 for value in rows.values())
 
@@ -117,7 +117,7 @@ def test_tables() -> None:
 def test_triton_kernels() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
-    output = run("benchmarks/triton_kernels.py", "--batches", "4", "--rounds", "3", "--checked", "1")
+    output = run("benchmarks/triton_kernels.py", "--batches", "4", "--rounds", "3", "--checked", "1", launcher=PYTHON)
     rows = re.findall(r"^\| +4 \|.*$", output, re.MULTILINE)
     assert len(rows) == 3
     assert all(float(row.split("|")[-2]) < 1e-4 for row in rows), output
@@ -126,7 +126,7 @@ def test_triton_kernels() -> None:
 @pytest.mark.engine
 def test_engine() -> None:
     need_vllm()
-    check_benchmark("benchmarks/engine.py", columns=10)
+    check_benchmark("benchmarks/engine.py", columns=10, launcher=PYTHON)
 
 
 @pytest.mark.engine
@@ -136,7 +136,7 @@ def test_training() -> None:
     arms = ("RAFT, mixture", "sampled token, own")
     sizes = "--completions 2 --micro-batch 2 --group 2 --tokens 3 --steps 2 --prompt 4".split()  # noqa: SIM905
     models = "--teacher 64 1 --theta 64 1 --vocabulary 300".split()  # noqa: SIM905
-    output = run("benchmarks/training.py", *sizes, *models, "--arms", *arms)
+    output = run("benchmarks/training.py", *sizes, *models, "--arms", *arms, launcher=PYTHON)
     rows = {cells[1].strip(): cells[2:] for cells in (line.split("|") for line in output.splitlines()[-2:])}
     assert rows.keys() == set(arms)
     for cells in rows.values():
@@ -149,7 +149,7 @@ def test_training() -> None:
 @pytest.mark.engine
 def test_http_server() -> None:
     need_vllm()
-    output = run("benchmarks/http_server.py", "--requests", "4", "--tokens", "3", "--rounds", "1")
+    output = run("benchmarks/http_server.py", "--requests", "4", "--tokens", "3", "--rounds", "1", launcher=PYTHON)
     rows = [line.split("|")[1:-1] for line in output.splitlines() if re.match(r"\| (plain|mixture)", line)]
     assert [row[0].strip() for row in rows] == ["plain", "mixture, no records", "mixture"], output
     assert all(float(cell) > 0 for row in rows for cell in row[1:])
@@ -158,7 +158,7 @@ def test_http_server() -> None:
 @pytest.mark.engine
 def test_many_gpus() -> None:
     need_vllm()
-    output = run("benchmarks/many_gpus.py", *TINY, "--processes", "2")
+    output = run("benchmarks/many_gpus.py", *TINY, "--processes", "2", launcher=PYTHON)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in re.findall(r"^\| \d.*", output, re.MULTILINE)]
     assert [row[0] for row in rows] == ["1", "2"], output
     assert all(float(row[1]) > 0 for row in rows)
@@ -170,7 +170,7 @@ def test_weight_sync() -> None:
     if torch.cuda.device_count() < 2:
         assert "here are fewer than 2" in run_failing("benchmarks/weight_sync.py")
         return
-    assert "over NCCL" in run("benchmarks/weight_sync.py", *TINY)
+    assert "over NCCL" in run("benchmarks/weight_sync.py", *TINY, launcher=PYTHON)
 
 
 def test_engine_noise() -> None:
@@ -198,6 +198,7 @@ def test_soak() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the student drafts on a GPU alone")
 def test_speculation() -> None:
-    output = run("benchmarks/speculation.py", "--k", "0", "2", "--epsilon", "0.05", "--batches", "2", "--tokens", "8")
+    flags = ("--k", "0", "2", "--epsilon", "0.05", "--batches", "2", "--tokens", "8")
+    output = run("benchmarks/speculation.py", *flags, launcher=PYTHON)
     rows = [line for line in output.splitlines() if line.startswith("| 2 |")]
     assert [row.split("|")[3].strip() for row in rows] == ["0", "2"]

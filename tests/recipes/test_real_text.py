@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import pair as embedded
+from informed_arms import REFERS, STUDY, TOLD, ReadingTask, ToldTask
 from optimal_sampling_trl import Mixture
 from optimal_sampling_trl.rollouts.rollout import Rollout
 from real_exam import distance, mean_of
@@ -74,3 +75,23 @@ def test_the_distance_is_a_mean_over_tokens() -> None:
     rollouts = [rollout([-1.0], [-2.0]), rollout([-1.0, -2.0, -0.5], [-1.0, -1.0, -1.0])]
     assert math.isclose(mean_of(rollouts, "log_theta"), -4.5 / 4)
     assert math.isclose(distance(rollouts), 0.5 / 4)
+
+
+ENTRY = {"question": "2 + 3 - 9 = ?", "answer": "-4", "metadata": {"expression": "2 + 3 - 9"}}
+
+
+@pytest.mark.parametrize("key", ["sums", "steps"])
+def test_the_teacher_alone_is_told_the_solution(key: str) -> None:
+    task = TASKS[key]
+    told, reading = ToldTask(*task), ReadingTask(*task)
+    ((asked,), (of_teacher,)) = told.prompt(ENTRY), told.teacher_prompt(ENTRY)
+    assert [asked] == task.prompt(ENTRY)
+    assert of_teacher["content"] == f"{asked['content']}\n{TOLD}\n{task.solve(ENTRY)}"
+    assert [of_teacher] == reading.prompt(ENTRY)
+
+
+def test_an_answer_that_speaks_of_the_solution_is_noticed() -> None:
+    assert REFERS.search(TOLD)
+    assert REFERS.search("As given above, the answer is 5.")
+    assert not any(REFERS.search(TASKS[key].solve(ENTRY)) for key in ("sums", "steps"))
+    assert {teaching.teacher for teaching in STUDY.values()} == {"self", "start", "separate"}

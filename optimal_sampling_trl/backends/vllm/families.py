@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from importlib.util import find_spec
+from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -128,32 +129,6 @@ def reads_mscale() -> bool:
     return "mscale_all_dim" in inspect.signature(YaRNScalingRotaryEmbedding.__init__).parameters
 
 
-def check_windows(configs: dict[str, PreTrainedConfig], can_differ: bool) -> None:
-    """Refuse what needs several tables of blocks on a runner that has one for both models: windows of different
-    lengths, and layers with a window beside some that read another layer's cache.
-
-    Raises:
-        ValueError: naming both windows, or the model.
-    """
-    if can_differ:
-        return
-    windows = {role: attention_window(config) for role, config in configs.items()}
-    for role, config in configs.items():
-        if shares_caches(config) and windows[role]:
-            raise ValueError(
-                f"The {role} {config.name_or_path!r} has layers that read another layer's cache "
-                f"(`num_kv_shared_layers`) beside windows. Wanted neither on a GPU, where the engine has one table of "
-                f"cached blocks, in which vLLM finds no place for them. {OTHER_BACKEND}"
-            )
-    if len({window for window in windows.values() if window}) < 2:
-        return
-    words = " and ".join(f"the {role}'s is {window}" for role, window in windows.items())
-    raise ValueError(
-        f"Teacher and student have sliding windows of different lengths: {words}. Wanted the same on a GPU, where the "
-        f"engine has one table of cached blocks for both. {OTHER_BACKEND}"
-    )
-
-
 def latent_sizes(config: PreTrainedConfig) -> tuple[int, int] | None:
     """Sizes of what latent attention keeps of a token, its key's rotated part behind; None for other attention."""
     rank = getattr(config, "kv_lora_rank", None)
@@ -178,6 +153,41 @@ def check_latent(configs: dict[str, PreTrainedConfig]) -> None:
 def has_window(config: PreTrainedConfig, context: int) -> bool:
     """Return True where a model reads less than a context through its windows; a longer window is none."""
     return (attention_window(config) or context) < context
+
+
+def has_several_tables(configs: Collection[PreTrainedConfig]) -> bool:
+    """Return True where an engine keeps several tables of cached blocks: for windows of different lengths, and for
+    layers that read another layer's cache or keep a state."""
+    windows = {attention_window(config) for config in configs} - {None}
+    return len(windows) > 1 or any(shares_caches(config) or has_states(config) for config in configs)
+
+
+def check_tables(configs: dict[str, PreTrainedConfig], arguments: Mapping[str, Any], is_on_cpu: bool) -> None:
+    """Refuse several tables of cached blocks where they were not seen to be right: all run on a CPU.
+
+    Args:
+        configs: of both models, by their roles.
+        arguments: the engine's.
+        is_on_cpu: whether the engine is to run there.
+
+    Raises:
+        ValueError: naming the model, or the setting that is missing.
+    """
+    if is_on_cpu or not has_several_tables(configs.values()):
+        return
+    for role, config in configs.items():
+        kind = "layers that read another layer's cache" if shares_caches(config) else "Mamba layers"
+        if shares_caches(config) or (has_states(config) and not config.model_type.startswith("qwen3_")):
+            raise ValueError(
+                f"The {role} {config.name_or_path!r} has {kind} (`{config.model_type}`), which were never seen to be "
+                f"right in this engine on a GPU. Wanted a model without. {OTHER_BACKEND}"
+            )
+    if not arguments.get("enforce_eager"):
+        raise ValueError(
+            "This pair has linear attention or windows of different lengths, and so several tables of cached blocks, "
+            "which were seen to be right on a GPU without CUDA graphs alone. Pass enforce_eager=True, or take "
+            f"windows of one length. {OTHER_BACKEND}"
+        )
 
 
 def has_experts(config: PreTrainedConfig) -> bool:

@@ -41,9 +41,9 @@ def engine_settings(pair: Pair, engine_arguments: Mapping[str, Any], **further: 
         )
     ending = {"stop": pair.ending.stop, "folded": pair.ending.folded}
     # Windows of one length share a table of blocks with layers that read all; others need one each, and so do layers
-    # that read another layer's cache: vLLM finds no place for them in a common table.
-    has_one_table = len(pair.windows) == 1 and not pair.shares_caches
-    groups = {"disable_hybrid_kv_cache_manager": True} if has_one_table else {}
+    # that read another layer's cache, for which vLLM finds no place in a common table, and layers with states.
+    has_one_table = len(pair.windows) < 2 and not pair.shares_caches and not pair.has_states
+    groups = {"disable_hybrid_kv_cache_manager": True} if has_one_table and pair.windows else {}
     architecture = HYBRID if pair.has_states else ARCHITECTURE
     return {
         **groups,
@@ -52,7 +52,13 @@ def engine_settings(pair: Pair, engine_arguments: Mapping[str, Any], **further: 
         "hf_overrides": {**(engine_arguments.get("hf_overrides") or {}), "architectures": [architecture]},
         "additional_config": {
             **(engine_arguments.get("additional_config") or {}),
-            "optimal_sampling": {"theta": pair.theta, "ending": ending, "one_model": pair.one_model, **further},
+            "optimal_sampling": {
+                "theta": pair.theta,
+                "ending": ending,
+                "one_model": pair.one_model,
+                "has_one_table": has_one_table,
+                **further,
+            },
         },
         "worker_extension_cls": WORKER,
         "logprobs_mode": "processed_logprobs",

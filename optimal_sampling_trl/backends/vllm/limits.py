@@ -11,14 +11,15 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ...options import unknown_option
-from ...pairing import Pair, Source, context_length, has_states, name_sources, read_pair
+from ...pairing import Pair, Source, context_length, name_sources, read_pair
 from .families import (
     OTHER_BACKEND,
     check_family,
     check_latent,
-    check_windows,
+    check_tables,
     check_wrapper,
     has_experts,
+    has_several_tables,
     has_window,
     latent_sizes,
 )
@@ -92,13 +93,13 @@ def check_pair(
             f"{configs['teacher'].name_or_path!r} has none: vLLM makes what experts need for the engine's own model "
             f"alone, which is the teacher. Wanted a teacher with experts, or a dense student. {OTHER_BACKEND}"
         )
-    check_windows(configs, can_differ=_is_on_cpu())
-    check_states(configs, arguments, is_on_cpu=_is_on_cpu())
+    check_states(configs, arguments)
+    check_tables(configs, arguments, is_on_cpu=_is_on_cpu())
     check_latent(configs)
     check_speculation(configs, arguments, context)
     _check_max_model_len(configs, arguments.get("max_model_len"))
-    two_prompts = not any(
-        has_window(config, context) or latent_sizes(config) or has_states(config) for config in configs.values()
+    two_prompts = not has_several_tables(configs.values()) and not any(
+        has_window(config, context) or latent_sizes(config) for config in configs.values()
     )
     return read_pair(
         *sources,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from importlib.util import find_spec
 
 ARCHITECTURE = "OptimalSamplingForCausalLM"
 """The architecture under which vLLM knows the fused model."""
@@ -10,7 +11,13 @@ HYBRID = "OptimalSamplingHybridForCausalLM"
 """The same for a pair with linear attention."""
 TRANSFER = "optimal_sampling"
 """The name under which vLLM knows the engine that a trainer's weights reach the student by."""
-_HOMES = {ARCHITECTURE: f"{__package__}.worker.model", HYBRID: f"{__package__}.worker.hybrid"}
+_HOMES = {
+    ARCHITECTURE: f"{__package__}.worker.model",
+    HYBRID: f"{__package__}.worker.hybrid",
+    # The language models of Qwen3.5: vLLM 0.26 has their code and knows it under no name.
+    **dict.fromkeys(("Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"), "vllm.model_executor.models.qwen3_5"),
+}
+"""The modules of what is registered, where vLLM does not have it under its name."""
 
 
 def register() -> None:
@@ -32,8 +39,9 @@ def register() -> None:
     from .speculation import draft_with_theta
 
     for architecture, home in _HOMES.items():
-        if architecture not in ModelRegistry.get_supported_archs():
+        if architecture not in ModelRegistry.get_supported_archs() and find_spec(home):
             ModelRegistry.register_model(architecture, f"{home}:{architecture}")
+    for architecture in (ARCHITECTURE, HYBRID):
         run_hooks_of_teachers(architecture)
     private_blocks()
     draft_with_theta()

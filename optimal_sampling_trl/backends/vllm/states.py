@@ -14,13 +14,12 @@ SETTINGS = {"enable_prefix_caching": False, "mamba_ssm_cache_dtype": "float32"}
 """Of an engine with states: each request has its own, and sums in float32."""
 
 
-def check_states(configs: dict[str, PreTrainedConfig], arguments: Mapping[str, Any], is_on_cpu: bool) -> None:
+def check_states(configs: dict[str, PreTrainedConfig], arguments: Mapping[str, Any]) -> None:
     """Refuse linear attention where the engine's states were not seen to be right, and settings that go against them.
 
     Args:
         configs: of both models, by their roles.
         arguments: the engine's.
-        is_on_cpu: whether the engine is to run there.
 
     Raises:
         ValueError: naming the model or the setting.
@@ -29,8 +28,6 @@ def check_states(configs: dict[str, PreTrainedConfig], arguments: Mapping[str, A
     if not linear:
         return
     name = f"{configs[linear[0]].name_or_path!r} has linear attention"
-    if not is_on_cpu:
-        raise ValueError(f"The {linear[0]} {name}, whose states the engine holds on a CPU alone. {OTHER_BACKEND}")
     if "teacher" not in linear:
         raise ValueError(
             f"The student {name} and the teacher has none: vLLM makes blocks for states where its own model has some, "
@@ -44,7 +41,7 @@ def check_states(configs: dict[str, PreTrainedConfig], arguments: Mapping[str, A
             )
     if (dtype := _dtype(configs["teacher"], arguments)) != "bfloat16":
         raise ValueError(
-            f"`dtype` is {dtype!r}, and the {linear[0]} {name}, which vLLM computes on a CPU in 'bfloat16' alone. "
+            f"`dtype` is {dtype!r}, and the {linear[0]} {name}, which vLLM computes in 'bfloat16' alone. "
             f"Pass dtype='bfloat16'; in float32: {OTHER_BACKEND}"
         )
 

@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed: pip install -e '.[vll
 
 from optimal_sampling_trl.backends.vllm import families, limits
 from optimal_sampling_trl.backends.vllm.worker.model import has_experts
+from optimal_sampling_trl.backends.vllm.worker.submodels import use_common_blocks
 
 pytestmark = pytest.mark.engine
 
@@ -174,9 +176,26 @@ def test_records(name: str, tmp_path: Path) -> None:
                     weight.add_(torch.randn_like(weight) * 0.02)
             pushed = [(name_of(name), weight) for name, weight in oracle.models["theta"].named_parameters()]
             backend.load_theta([(name, weight) for name, weight in pushed if name is not None])
-            oracle.check(backend.generate(asked), asked)
+            oracle.check(backend.generate(asked[:4]), asked[:4])
     finally:
         backend.close()
+
+
+def test_a_layer_with_a_window_takes_the_blocks_of_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM 0.26 gives it its kernel's smallest ones, and newer ones do where a kernel has no others."""
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    monkeypatch.setattr(CPUAttentionBackend, "get_supported_kernel_block_sizes", staticmethod(lambda *_: [16]))
+    layer: Any = Attention.__new__(Attention)
+    torch.nn.Module.__init__(layer)
+    layer.attn_backend, layer.attn_type, layer.kv_cache_dtype = CPUAttentionBackend, "decoder", "auto"
+    layer.num_kv_heads, layer.head_size, layer.head_size_v, layer.sliding_window = 1, 32, 32, 24
+    layer.kv_cache_torch_dtype = torch.float32
+    config: Any = SimpleNamespace(cache_config=SimpleNamespace(block_size=32, skip_page_size_padded=None))
+    assert layer.get_kv_cache_spec(config).block_size == 16
+    use_common_blocks([layer])
+    assert (layer.get_kv_cache_spec(config).block_size, layer.get_kv_cache_spec(config).sliding_window) == (32, 24)
 
 
 def test_a_reload_that_passes_weights_by_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from optimal_sampling_trl.backends.vllm.limits import check_pair
 
 
 def test_linear_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is taken where its states were seen to be right: on a CPU, in bfloat16, in the teacher or in both."""
+    """It is taken where its states were seen to be right: in the types of its kernels, in the teacher or in both."""
     from vllm.platforms import current_platform
 
     hybrid = make_model(tmp_path / "hybrid", "qwen3_next", 0, dtype=torch.bfloat16)
@@ -41,5 +41,9 @@ def test_linear_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(ValueError, match=r"is a Qwen3\.5, whose code in vLLM imports torchvision"):
         check_pair(qwen, qwen, {})
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
-    with pytest.raises(ValueError, match=r"whose states the engine holds on a CPU alone.*transformers"):
+    with pytest.raises(ValueError, match=r"This pair has linear attention or .*Pass enforce_eager=True"):
         check_pair(hybrid, hybrid, {})
+    assert check_pair(hybrid, hybrid, {"enforce_eager": True}).has_states
+    mamba = make_model(tmp_path / "mamba", "granitemoehybrid", 0, layer_types=["linear_attention", "full_attention"])
+    with pytest.raises(ValueError, match=r"The teacher .* has Mamba layers \(`granitemoehybrid`\), .* on a GPU"):
+        check_pair(mamba, mamba, {"dtype": "bfloat16", "enforce_eager": True})

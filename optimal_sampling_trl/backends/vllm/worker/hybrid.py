@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from importlib import import_module
 from math import prod
 from typing import Any
 
@@ -24,6 +25,14 @@ class OptimalSamplingHybridForCausalLM(OptimalSamplingForCausalLM):
 
     is_hybrid = True
     has_inner_state = True
+
+    def get_model_state_cls(self) -> type:
+        """Return the class that Model Runner V2 asks for its hooks."""
+        from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
+
+        from .model_state import MixtureSampling
+
+        return type("HybridState", (MixtureSampling, MambaHybridModelState), {})
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> Shapes:
@@ -50,6 +59,9 @@ def _state(config: VllmConfig, model: ModelConfig) -> tuple[Shapes, tuple[torch.
     model_class: Any = ModelRegistry.resolve_model_cls(names, model)[0]
     alone = copy.copy(config)
     alone.model_config = model
+    if not hasattr(model_class, "get_mamba_state_shape_from_config"):
+        # Up to vLLM 0.26 the multimodal class of Qwen3.5 alone describes the states of its language model.
+        model_class = import_module(model_class.__module__).Qwen3_5ForConditionalGeneration
     return (
         model_class.get_mamba_state_shape_from_config(alone),
         model_class.get_mamba_state_dtype_from_config(alone),

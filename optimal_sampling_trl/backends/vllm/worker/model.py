@@ -31,7 +31,15 @@ from ....pairing.wrappers import text_weights
 from ..hooks import own_architectures
 from .destinations import Destinations
 from .shared import share_layers, share_modules
-from .submodels import as_text, bind_attention, build_submodel, copy_cache_config, theta_model_config, use_own_window
+from .submodels import (
+    as_text,
+    bind_attention,
+    build_submodel,
+    copy_cache_config,
+    theta_model_config,
+    use_common_blocks,
+    use_own_window,
+)
 
 ONE_STREAM = "OPTIMAL_SAMPLING_ONE_STREAM"
 """The variable that keeps both models on one stream of the GPU, to measure what the second one brings."""
@@ -53,6 +61,7 @@ class OptimalSamplingForCausalLM(nn.Module):
     """
 
     is_text_generation_model = True
+    is_hybrid = False
     teacher: Any
     theta: Any
     stale: str | None
@@ -79,6 +88,7 @@ class OptimalSamplingForCausalLM(nn.Module):
         )
         self.wraps = {role: is_wrapper(each.hf_config) for role, each in zip(ROLES, (vllm_config.model_config, theta))}
         self.one_model: bool = settings["one_model"]
+        self.has_one_table: bool = settings["has_one_table"]
         layers = vllm_config.compilation_config.static_forward_context
         with set_model_tag("theta"), torch.device("meta") if self.one_model else nullcontext():
             self.theta_config, architectures = as_text(self.theta_config, theta.architectures)
@@ -89,6 +99,8 @@ class OptimalSamplingForCausalLM(nn.Module):
             share_modules(self.theta, self.teacher)
             share_layers(layers, THETA)
         bind_attention(self.theta, self.theta_config)
+        if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+            use_common_blocks(layers.values())
         files = DefaultModelLoader.Source(settings["theta"], revision=None, prefix=THETA)
         self.secondary_weights = [] if self.one_model else [files]
         self.teacher_size = vllm_config.model_config.get_hidden_size()
@@ -242,18 +254,18 @@ class OptimalSamplingForCausalLM(nn.Module):
         """A model's weights under the names of its language model, without the towers of a multimodal wrapper."""
         return text_weights(weights) if self.wraps[role] else weights
 
-    @staticmethod
-    def get_model_state_cls() -> type:
+    def get_model_state_cls(self) -> type:
         """Return the class that Model Runner V2 asks for its hooks."""
-        from .model_state import OptimalSamplingModelState
+        from .model_state import OptimalSamplingModelState, SeveralTablesState
 
-        return OptimalSamplingModelState
+        return OptimalSamplingModelState if self.has_one_table else SeveralTablesState
 
 
 def _may_overlap(model: OptimalSamplingForCausalLM, config: VllmConfig) -> bool:
     """Tell whether both models may run at the same time: on one GPU, where their layers share no workspace.
 
-    Experts, latent attention and FlashInfer have one for the whole process, and tensor parallelism one set of signals.
+    Experts, latent attention and FlashInfer have one for the whole process, and tensor parallelism one set of signals;
+    of linear attention it was not checked.
     """
     backends = {m.attn_backend.get_name() for m in model.modules() if isinstance(m, (Attention, MLAAttention))}
     return (
@@ -261,6 +273,7 @@ def _may_overlap(model: OptimalSamplingForCausalLM, config: VllmConfig) -> bool:
         and config.parallel_config.world_size == 1
         and backends == {"FLASH_ATTN"}
         and not has_experts(model)
+        and not model.is_hybrid
         and not os.environ.get(ONE_STREAM)
     )
 

@@ -1,5 +1,7 @@
 """The hooks of Model Runner V2, vLLM's on GPUs: the fused model's sampler, and a stream of tokens for each model.
 
+A pair with several tables of blocks has one prompt for both models, which then read what vLLM schedules.
+
 Under CUDA graphs a model reads from the same buffers in every step, so that each has its own for tokens, positions,
 places, lengths and blocks, also where it reads what vLLM schedules; they are then copies.
 """
@@ -22,10 +24,32 @@ from .slot_rejection import SlotRejection
 from .slot_sampler import SlotSampler
 
 
-class OptimalSamplingModelState(DefaultModelState):
-    """vLLM's own state of a decoder, with the mixture before its sampler and a stream for each model."""
+class MixtureSampling:
+    """The hook by which a state hands vLLM's runner the mixture's sampler."""
 
     model: Any
+    vllm_config: Any
+    max_num_reqs: int
+    device: torch.device
+
+    def custom_sampler(self, sampler: Any) -> tuple[SlotSampler, SlotRejection | None]:
+        """Return the sampler, and the one that verifies the student's drafts where there are some: vLLM's hook."""
+        slots = SlotSampler(sampler, self.model, self.max_num_reqs, self.device)
+        settings = self.vllm_config.speculative_config
+        if settings is None:
+            return slots, None
+        from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
+
+        return slots, SlotRejection(RejectionSampler(sampler, settings, self.device), slots)
+
+
+class SeveralTablesState(MixtureSampling, DefaultModelState):
+    """vLLM's own state of a decoder, where layers of several kinds have tables of blocks of their own."""
+
+
+class OptimalSamplingModelState(MixtureSampling, DefaultModelState):
+    """vLLM's own state of a decoder with one table of blocks, and a stream of tokens for each model."""
+
     speculator: Any = None
 
     def __init__(self, vllm_config: Any, model: Any, encoder_cache: Any, device: torch.device) -> None:
@@ -40,16 +64,6 @@ class OptimalSamplingModelState(DefaultModelState):
         # Slots in which a model reads other tokens than the scheduled ones, or the same later.
         self.of_theta_np, self.of_teacher_np = (np.zeros(slots, dtype=bool) for _ in range(2))
         model.teacher_places, model.theta_places = self.teacher.places, self.theta.places
-
-    def custom_sampler(self, sampler: Any) -> tuple[SlotSampler, SlotRejection | None]:
-        """Return the sampler, and the one that verifies the student's drafts where there are some: vLLM's hook."""
-        slots = SlotSampler(sampler, self.model, self.max_num_reqs, self.device)
-        settings = self.vllm_config.speculative_config
-        if settings is None:
-            return slots, None
-        from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
-
-        return slots, SlotRejection(RejectionSampler(sampler, settings, self.device), slots)
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         """Note a request's prompts: vLLM's hook for a new request, or one that comes back after a preemption."""

@@ -35,7 +35,7 @@ class OptimalSamplingWorker:
         runner = self.model_runner
         groups = len(runner.kv_cache_config.kv_cache_groups)
         is_first_runner = hasattr(runner, "input_batch")
-        if groups != 1 and not is_first_runner:
+        if groups != 1 and not is_first_runner and runner.model.has_one_table:
             raise ValueError(
                 f"vLLM made {groups} groups of KV caches for this pair; wanted 1. The two models differ in the kind "
                 "of their attention: pass a pair of one family, or backend='transformers'."
@@ -56,7 +56,7 @@ class OptimalSamplingWorker:
     def zero_caches(self) -> None:
         """Set every block of every layer's cache to 0, and every state."""
         for cache in self.model_runner.kv_caches:
-            for part in cache if isinstance(cache, list) else [cache]:
+            for part in cache if isinstance(cache, (list, tuple)) else [cache]:
                 part.zero_()
 
     def check_theta_weights(self, named_parameters: Sequence[tuple[str, Tensor]]) -> None:

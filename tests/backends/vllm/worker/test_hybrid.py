@@ -120,6 +120,7 @@ def test_records(name: str, tmp_path: Path) -> None:
                 oracle.check(rollouts, requests, ROUNDING)
             pushed = [(name_of(name), weight) for name, weight in student.named_parameters()]
             backend.load_theta([(name, weight) for name, weight in pushed if name is not None])
+            requests = requests[:4]  # one of each mixture tells the weights
             rollouts = backend.generate(requests)
             oracle.check(rollouts, requests, ROUNDING)
     finally:
