@@ -9,11 +9,12 @@ Random models of Qwen2's shape, built on the spot. Random weights say nothing of
 the mixture sets it: a trust region keeps q within ε nats of θ, and then at least 1 - sqrt(ε/2) of the drafts are kept,
 whatever the two models are. Each ε is a row, and stands for a pair whose drafts are kept as often. The engines run one
 after the other; of each, the fastest of a few rounds counts, over the decoding of the same number of tokens, records
-included.
+included. `--uneven` adds a rollout whose requests end one after the other, as those of training do: their lengths are
+exponential, `--tokens` in the mean and four times as many at most.
 
 | column | what it says |
 |---|---|
-| `k` | tokens that the student drafts before a pass of both models verifies them; 0 is the engine without |
+| `k` | tokens that the student drafts before a pass of both models verifies them; 0: none, `auto`: as pay |
 | `kept` | share of the drafts that were kept |
 | `tokens a pass` | tokens of a sequence for each pass of both models |
 | `speed/teacher` | tokens/s ÷ those of the teacher alone in plain vLLM |
@@ -24,9 +25,10 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -44,10 +46,13 @@ from vllm import LLM, SamplingParams, TokensPrompt
 
 from optimal_sampling_trl.backends.vllm.backend import VLLMBackend
 from optimal_sampling_trl.backends.vllm.requests import to_sampling_params
+from optimal_sampling_trl.backends.vllm.speculation import AUTO, AUTO_COUNTS
 from optimal_sampling_trl.mixture import Mixture
 from random_pair import describe, fastest, make_random_pair, make_requests, parser, shapes
 
 HEAD = ("batch", "ε", "k", "kept", "tokens a pass", "tok/s", "speed/teacher", "speed/k=0")
+LONGEST = 4
+"""The longest request of an uneven rollout, in mean lengths."""
 COUNTERS = ("spec_decode_num_drafts", "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens")
 
 
@@ -58,38 +63,54 @@ def main() -> None:
     print(describe(args, f"vLLM {vllm.__version__}"))
     alone = measure_teacher(teacher, args)
     print("| " + " | ".join(HEAD) + " |\n|" + "---:|" * len(HEAD))
-    without: dict[tuple[int, float], float] = {}
+    without: dict[tuple[str, float], float] = {}
     for k in args.k:
-        backend = VLLMBackend(teacher, theta, num_speculative_tokens=k, **arguments(args, k, "teacher", "theta"))
-        for batch in args.batches:
+        counts, value = (AUTO_COUNTS, k) if k == AUTO else ((int(k),), int(k))
+        settings = arguments(args, counts, "teacher", "theta")
+        backend = VLLMBackend(teacher, theta, num_speculative_tokens=value, **settings)
+        for name, lengths in workloads(args).items():
             for epsilon in args.epsilon:
-                speed, kept, passes = measure(backend, batch, epsilon, k, args)
-                without.setdefault((batch, epsilon), speed)
-                ratios = f"{speed / alone[batch]:.2f} | {speed / without[batch, epsilon]:.2f}"
-                print(
-                    f"| {batch} | {epsilon} | {k} | {kept:.3f} | {passes:.2f} | {speed:.0f} | {ratios} |", flush=True
-                )
+                speed, kept, passes = measure(backend, lengths, epsilon, args)
+                without.setdefault((name, epsilon), speed)
+                ratios = f"{speed / alone[name]:.2f} | {speed / without[name, epsilon]:.2f}"
+                print(f"| {name} | {epsilon} | {k} | {kept:.3f} | {passes:.2f} | {speed:.0f} | {ratios} |", flush=True)
         backend.close()
 
 
 def parse() -> argparse.Namespace:
     flags = parser(__doc__)
-    flags.add_argument("--k", type=int, nargs="+", default=[0, 1, 3], help="drafts, the engine without them first")
+    kinds = "the engine without them first, `auto` the one that chooses"
+    flags.add_argument("--k", nargs="+", default=["0", "1", "3"], help=f"drafts; {kinds}")
     flags.add_argument("--epsilon", type=float, nargs="+", default=[0.05, 0.2])
+    flags.add_argument(
+        "--uneven", type=int, metavar="BATCH", help="also a rollout of so many requests of many lengths"
+    )
     flags.set_defaults(batches=(1, 8, 32, 64, 128, 256), prompt=128, tokens=128, rounds=1, dtype="bfloat16")
     return flags.parse_args()
 
 
-def arguments(args: argparse.Namespace, k: int, *roles: str) -> dict[str, Any]:
+def workloads(args: argparse.Namespace) -> dict[str, list[int]]:
+    """Tokens that each request of a batch asks for, by the batch's name."""
+    found = {str(batch): [args.tokens] * batch for batch in args.batches}
+    if args.uneven:
+        shares = [-math.log((index + 0.5) / args.uneven) for index in range(args.uneven)]
+        found[f"{args.uneven} uneven"] = [max(1, round(args.tokens * min(share, LONGEST))) for share in shares]
+    return found
+
+
+def arguments(args: argparse.Namespace, counts: Sequence[int], *roles: str) -> dict[str, Any]:
     """Those of an engine that holds the models of these roles, with a graph for each batch."""
     size = getattr(torch, args.dtype).itemsize
-    tokens = max(args.batches) * (args.prompt + args.tokens + 32)
-    graphs = sorted({*args.batches, *(batch * (k + 1) for batch in args.batches)})
+    asked = workloads(args).values()
+    most, longest = max(map(len, asked)), max(map(max, asked))
+    tokens = max(sum(lengths) + len(lengths) * (args.prompt + 32) for lengths in asked)
+    sizes = {*args.batches, *(range(16, most + 1, 16) if args.uneven else ())}
+    graphs = sorted({*sizes, *(size * (count + 1) for size in sizes for count in counts)})
     return {
         "dtype": args.dtype,
         "enable_prefix_caching": False,
-        "max_model_len": max(512, args.prompt + args.tokens + 1),
-        "max_num_seqs": max(args.batches),
+        "max_model_len": max(512, args.prompt + longest + 1),
+        "max_num_seqs": most,
         "max_num_batched_tokens": 8192,
         "seed": 0,
         "gpu_memory_utilization": 0.1,
@@ -99,14 +120,15 @@ def arguments(args: argparse.Namespace, k: int, *roles: str) -> dict[str, Any]:
     }
 
 
-def measure_teacher(teacher: str, args: argparse.Namespace) -> dict[int, float]:
-    """Tokens a second of the teacher alone, by batch."""
-    llm = LLM(teacher, logprobs_mode="processed_logprobs", **arguments(args, 0, "teacher"))
-    params = SamplingParams(max_tokens=args.tokens, ignore_eos=True, logprobs=0, flat_logprobs=True, detokenize=False)
+def measure_teacher(teacher: str, args: argparse.Namespace) -> dict[str, float]:
+    """Tokens a second of the teacher alone, by the batch's name."""
+    llm = LLM(teacher, logprobs_mode="processed_logprobs", **arguments(args, (0,), "teacher"))
+    settings = {"ignore_eos": True, "logprobs": 0, "flat_logprobs": True, "detokenize": False}
     found = {}
-    for batch in args.batches:
-        prompts = [TokensPrompt(prompt_token_ids=request.prompt_ids) for request in make_requests(batch, args)]
-        found[batch] = rate(partial(llm.generate, prompts, params, use_tqdm=False), batch, args)
+    for name, lengths in workloads(args).items():
+        prompts = [TokensPrompt(prompt_token_ids=one.prompt_ids) for one in make_requests(len(lengths), args)]
+        params = [SamplingParams(max_tokens=length, **settings) for length in lengths]
+        found[name] = rate(partial(llm.generate, prompts, params, use_tqdm=False), lengths, args)
     llm.llm_engine.engine_core.shutdown()
     del llm
     gc.collect()
@@ -115,22 +137,25 @@ def measure_teacher(teacher: str, args: argparse.Namespace) -> dict[int, float]:
 
 
 def measure(
-    backend: VLLMBackend, batch: int, epsilon: float, k: int, args: argparse.Namespace
+    backend: VLLMBackend, lengths: list[int], epsilon: float, args: argparse.Namespace
 ) -> tuple[float, float, float]:
     """Tokens a second, the share of drafts that are kept, and tokens of a sequence for each pass."""
     mixture = Mixture("trust_region", epsilon=epsilon)
-    requests = [replace(request, mixture=mixture) for request in make_requests(batch, args)]
+    requests = [
+        replace(request, mixture=mixture, sampling=replace(request.sampling, max_tokens=length))
+        for request, length in zip(make_requests(len(lengths), args), lengths, strict=True)
+    ]
     prompts = [TokensPrompt(prompt_token_ids=request.prompt_ids) for request in requests]
     params = [to_sampling_params(request, backend.pair.ending) for request in requests]
     before = counters(backend)
-    speed = rate(partial(backend.llm.generate, prompts, params, use_tqdm=False), batch, args)
+    speed = rate(partial(backend.llm.generate, prompts, params, use_tqdm=False), lengths, args)
     passes, drafted, kept = (now - then for now, then in zip(counters(backend), before, strict=True))
     return speed, kept / max(drafted, 1), 1 + kept / max(passes, 1)
 
 
-def rate(work: Callable[[], object], batch: int, args: argparse.Namespace) -> float:
+def rate(work: Callable[[], object], lengths: list[int], args: argparse.Namespace) -> float:
     """Tokens a second of the work of a batch, its prompts included."""
-    return batch * args.tokens / fastest({"work": work}, args.rounds)["work"]
+    return sum(lengths) / fastest({"work": work}, args.rounds)["work"]
 
 
 def counters(backend: VLLMBackend) -> list[int]:

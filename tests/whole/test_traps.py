@@ -41,6 +41,7 @@ TRAPS = {
     "share_seeds",
     "sleep",
     "start_new_graph_pool",
+    "tell_counts",
     "unpack_convolutions",
     "use_common_blocks",
     "use_own_window",

@@ -256,7 +256,14 @@ DRAFTING = {
     "config/vllm.py": ["def _get_v2_model_runner_unsupported_features(self) -> list[str]", "speculative method '"],
     "v1/core/sched/scheduler.py": [
         "if speculative_config.uses_draft_model():\n                self.num_lookahead_tokens = self.num_spec_tokens",
+        "num_spec_tokens_to_schedule=num_spec_tokens_to_schedule",
+        "spec_decoding_stats = self.make_spec_decoding_stats(\n                    spec_decoding_stats,",
+        "(self.num_spec_tokens > 0 and self.dynamic_sd_lookup is None)",  # else such drafts, of the largest number
         "] * self.num_spec_tokens",  # drafts that nobody drew, of a request that joins a batch
+    ],
+    "v1/core/sched/async_scheduler.py": [
+        "def _update_after_schedule(self, scheduler_output: SchedulerOutput)",
+        "] * scheduler_output.num_spec_tokens_to_schedule",
     ],
     "v1/attention/backend.py": ["def build_for_drafting(", "fast_build=True"],
     "v1/worker/gpu/spec_decode/__init__.py": ["def init_speculator(vllm_config: VllmConfig, device: torch.device)"],
@@ -271,6 +278,7 @@ DRAFTING = {
     "v1/worker/gpu/spec_decode/rejection_sampler.py": [
         "draft_logits: torch.Tensor | None = None",
         "input_batch.expanded_idx_mapping",
+        "draft_sampled = input_batch.input_ids[input_batch.logits_indices]",  # and all else that a part of a step has
     ],
     "v1/worker/gpu/spec_decode/rejection_sampler_utils.py": [
         "vocab_size = min(vocab_size, draft_logits.size(-1))",
@@ -281,6 +289,7 @@ DRAFTING = {
         "class CudaGraphManager:",
         "forward_fn = create_forward_fn(desc, warmup=False)",
         "def run_fullgraph(self, desc: BatchExecutionDescriptor)",
+        "x[2] + num_new_sampled_tokens_per_step for x in num_spec_per_batch_size",
     ],
     "v1/worker/gpu/block_table.py": ["self.kernel_block_sizes = kernel_block_sizes"],
     "v1/worker/gpu/input_batch.py": ["cu_num_logits_np: np.ndarray"],
@@ -289,6 +298,7 @@ DRAFTING = {
         "from vllm.v1.worker.gpu.spec_decode import init_speculator",
         "self.sampler, self.rejection_sampler = custom",
         "self.speculator.draft_logits,",
+        "def execute_model(\n        self,\n        scheduler_output: SchedulerOutput,",
         "self.req_states.draft_tokens[input_batch.idx_mapping] = draft_tokens",
     ],
 }

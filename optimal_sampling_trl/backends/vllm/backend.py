@@ -40,7 +40,8 @@ class VLLMBackend:
         pair: what both models share, if it was read already from these names and arguments.
         gpu_memory_utilization: vLLM's share of the device's memory; on a CPU, of the machine's.
         **engine_arguments: further arguments of `vllm.LLM`; `max_model_len` defaults to what both models can read.
-            `num_speculative_tokens` (0) is how many tokens the student drafts at a time (docs/speculative.md).
+            `num_speculative_tokens` (0) is how many tokens the student drafts at a time, or "auto"
+            (docs/speculative.md).
 
     Attributes:
         pair: what the engine was built on.

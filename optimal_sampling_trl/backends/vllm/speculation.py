@@ -22,13 +22,19 @@ from .families import has_experts, has_window, latent_sizes
 
 NUM_SPECULATIVE_TOKENS = "num_speculative_tokens"
 """The engine argument: how many tokens of each sequence the student drafts before the mixture verifies them."""
+AUTO, AUTO_COUNTS = "auto", (0, 1, 3)
+"""The value by which each step chooses, and what it chooses from. One more is a power of two, as are vLLM's sizes of
+graphs, so that each count has a graph for each batch."""
 MOST = 8
 VERSIONS = ((0, 26),)
 """Minor versions of vLLM on which the tokens were held against the mixture; others draw drafts by other rules."""
+COUNTS_BY_BATCH = "num_speculative_tokens_per_batch_size"
 METHOD = "draft_model"
 """The kind of drafts for which vLLM's scheduler sets blocks aside, and whose folder holds a whole model."""
 SPECULATOR = f"{__package__}.worker.speculator"
 """The module that runs in the worker, named because it imports vLLM."""
+SCHEDULER = f"{__package__}.worker.draft_scheduler.DraftScheduler"
+"""The scheduler that chooses how many tokens are drafted, named because it imports vLLM."""
 SAME_SPEED = "Drop it: the tokens are of the same distribution without."
 
 
@@ -45,19 +51,22 @@ def speculative_settings(pair: Pair, arguments: Mapping[str, Any]) -> dict[str, 
     Raises:
         ValueError: on a teacher that is the student itself, with which drafts were not checked.
     """
-    count = arguments.get(NUM_SPECULATIVE_TOKENS) or 0
-    if not count:
+    given = arguments.get(NUM_SPECULATIVE_TOKENS) or 0
+    if not given:
         return {}
     if pair.one_model:
         raise ValueError(
-            f"`{NUM_SPECULATIVE_TOKENS}` is {count}, and the teacher is the student itself; wanted two models. "
+            f"`{NUM_SPECULATIVE_TOKENS}` is {given!r}, and the teacher is the student itself; wanted two models. "
             f"{SAME_SPEED}"
         )
-    drafts = {"method": METHOD, "model": pair.teacher, "draft_sample_method": "probabilistic"}
-    return {
-        "speculative_config": drafts | {NUM_SPECULATIVE_TOKENS: count},
-        "async_scheduling": arguments.get("async_scheduling", True),  # vLLM leaves it off for draft models
-    }
+    drafts: dict[str, Any] = {"method": METHOD, "model": pair.teacher, "draft_sample_method": "probabilistic"}
+    drafts[NUM_SPECULATIVE_TOKENS] = max(AUTO_COUNTS) if given == AUTO else given
+    settings = {"async_scheduling": arguments.get("async_scheduling", True)}  # vLLM leaves it off for draft models
+    if given == AUTO:
+        # vLLM captures graphs for each count in the table; the scheduler chooses by more than the batch.
+        drafts[COUNTS_BY_BATCH] = [(size, size, count) for size, count in enumerate(reversed(AUTO_COUNTS), 1)]
+        settings["scheduler_cls"] = SCHEDULER
+    return settings | {"speculative_config": drafts}
 
 
 def check_speculation(configs: Mapping[str, PreTrainedConfig], arguments: Mapping[str, Any], context: int) -> None:
@@ -72,11 +81,10 @@ def check_speculation(configs: Mapping[str, PreTrainedConfig], arguments: Mappin
         ValueError: naming the setting, and the model or the other setting that goes against it.
     """
     count = arguments.get(NUM_SPECULATIVE_TOKENS) or 0
-    check_whole("The engine", NUM_SPECULATIVE_TOKENS, count, 0)
-    if count > MOST:
-        raise ValueError(f"`{NUM_SPECULATIVE_TOKENS}` is {count}; wanted at most {MOST}. Lower it.")
+    if count != AUTO:
+        check_whole("The engine", NUM_SPECULATIVE_TOKENS, count, 0, f"Pass one, or {AUTO!r}.", MOST)
     if count and (reason := _reason_against(configs, arguments, context)):
-        raise ValueError(f"`{NUM_SPECULATIVE_TOKENS}` is {count}, and {reason}. {SAME_SPEED}")
+        raise ValueError(f"`{NUM_SPECULATIVE_TOKENS}` is {count!r}, and {reason}. {SAME_SPEED}")
 
 
 def _reason_against(configs: Mapping[str, PreTrainedConfig], arguments: Mapping[str, Any], context: int) -> str | None:
@@ -90,6 +98,11 @@ def _reason_against(configs: Mapping[str, PreTrainedConfig], arguments: Mapping[
         return f"vLLM is {__version__}; drafts were checked on {wanted} alone"
     if arguments.get("enable_sleep_mode"):
         return "`enable_sleep_mode` is set; drafts were not checked in an engine that sleeps"
+    if arguments[NUM_SPECULATIVE_TOKENS] == AUTO:
+        if arguments.get("scheduler_cls"):
+            return "`scheduler_cls` is set; a scheduler of this package's chooses. A number goes with yours"
+        if arguments.get("async_scheduling") is False:
+            return "`async_scheduling` is off, which it takes. A number goes without"
     for name in ("tensor_parallel_size", "data_parallel_size"):
         if (arguments.get(name) or 1) > 1:
             return f"`{name}` is {arguments[name]}; drafts were checked on one GPU alone"
@@ -157,7 +170,9 @@ def draft_with_theta() -> None:
     def init_speculator(vllm_config: Any, device: Any, *args: Any) -> Any:
         if not is_fused(vllm_config):
             return make(vllm_config, device, *args)
-        return import_module(SPECULATOR).ThetaSpeculator(vllm_config, device)
+        module = import_module(SPECULATOR)
+        module.tell_counts()
+        return module.ThetaSpeculator(vllm_config, device)
 
     @wraps(list_unsupported)
     def unsupported(self: Any) -> list[str]:

@@ -126,10 +126,11 @@ def requests(two_prompts: bool, count: int = 24, seed: int = 3, max_tokens: int 
     return asked
 
 
-DRAFTS = {"drafts_0": 0, "drafts_3": 3}
-"""Tokens that the student drafts at a time; 0 is an engine without speculation."""
+DRAFTS = {"drafts_0": 0, "drafts_3": 3, "drafts_auto": "auto"}
+"""Tokens that the student drafts at a time; 0 is an engine without speculation, and `auto` one that chooses."""
 LIVE = [(d, g, "drafts_0") for d in ("bfloat16", "float32") for g in GRAPHS]
 LIVE += [(d, g, "drafts_3") for d in ("bfloat16", "float32") for g in ("eager", "full", "full_and_piecewise")]
+LIVE += [("bfloat16", "full_and_piecewise", "drafts_auto")]
 
 
 @pytest.fixture(scope="module", params=LIVE, ids="-".join)
@@ -207,12 +208,16 @@ def test_preemption(short_of_memory: Any, judge: Judge, prompts: str) -> None:
     judge.check(rollouts, f"{prompts}, preempted")
 
 
-@pytest.fixture(scope="module")
-def default(pair: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """An engine with vLLM's own choice of graphs, which sleeps and counts, and compiles into an empty cache."""
+@pytest.fixture(scope="module", params=DRAFTS)
+def default(
+    request: pytest.FixtureRequest, pair: tuple[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
+    """An engine with vLLM's own choice of graphs, which counts and, without drafts, sleeps; its cache was empty."""
+    drafts = DRAFTS[request.param]
+    further = {"num_speculative_tokens": drafts, "enable_sleep_mode": not drafts, "disable_log_stats": False}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CACHE_ROOT", str(tmp_path_factory.mktemp("cache")))
-        backend = engine(pair, enable_sleep_mode=True, disable_log_stats=False, enforce_eager=False)
+        backend = engine(pair, enforce_eager=False, **further)
         yield backend
         backend.close()
 
@@ -244,6 +249,8 @@ def test_a_group_shares_its_prompts(default: Any, judge: Judge) -> None:
 
 
 def test_sleep_keeps_the_teacher(default: Any, judge: Judge) -> None:
+    if runner_of(default).speculator is not None:
+        pytest.skip("an engine that drafts does not sleep")
     before = default.generate(requests(False))
     free = torch.cuda.mem_get_info()[0]
     default.sleep()

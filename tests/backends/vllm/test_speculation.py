@@ -41,7 +41,20 @@ def test_vllm_is_asked_for_room() -> None:
     }
     assert settings["async_scheduling"] is True
     assert not speculative_settings(PAIR, {"num_speculative_tokens": 3, "async_scheduling": False})["async_scheduling"]
+    assert "scheduler_cls" not in settings
     check_arguments({"num_speculative_tokens": 3})
+
+
+def test_a_scheduler_chooses() -> None:
+    """vLLM makes room for the largest number, and graphs for each; one more of each is a power of two."""
+    settings = speculative_settings(PAIR, {"num_speculative_tokens": "auto"})
+    drafts = settings["speculative_config"]
+    assert drafts["num_speculative_tokens"] == 3
+    counts = sorted(count for _, _, count in drafts["num_speculative_tokens_per_batch_size"])
+    assert counts == [0, 1, 3]
+    assert all((count + 1).bit_count() == 1 for count in counts)
+    assert settings["scheduler_cls"].endswith(".backends.vllm.worker.draft_scheduler.DraftScheduler")
+    check_arguments({"num_speculative_tokens": "auto"})
 
 
 def test_a_teacher_that_is_the_student() -> None:
@@ -56,15 +69,13 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speculation, "is_checked", lambda: True)
 
 
-@pytest.mark.parametrize("count", [-1, 1.5, "3", True])
+@pytest.mark.parametrize("count", [-1, 1.5, "3", True, 9])
 def test_what_is_no_count(count: Any) -> None:
-    with pytest.raises(ValueError, match="num_speculative_tokens"):
+    with pytest.raises(ValueError, match=r"`num_speculative_tokens` is .*from 0 to 8.* or 'auto'"):
         check_speculation(DENSE, {"num_speculative_tokens": count}, 128)
 
 
 def test_it_is_refused_where_it_was_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="is 9; wanted at most 8"):
-        check_speculation(DENSE, {"num_speculative_tokens": 9}, 128)
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda *_: True)
     with pytest.raises(ValueError, match=r"`num_speculative_tokens` is 3, and the engine is to run on a CPU"):
         check_speculation(DENSE, {"num_speculative_tokens": 3}, 128)
@@ -83,6 +94,14 @@ def test_other_kinds_of_models_and_engines_are_refused() -> None:
         with pytest.raises(ValueError, match=f"the student '' has {kind}; wanted two dense models"):
             check_speculation(DENSE | {"student": config}, given, 128)
     check_speculation(DENSE | {"student": window}, given, 64)
+    check_speculation(DENSE, given | {"scheduler_cls": "mine", "async_scheduling": False}, 128)
+    auto = {"num_speculative_tokens": "auto"}
+    for further, words in (
+        ({"scheduler_cls": "mine"}, "`scheduler_cls` is set"),
+        ({"async_scheduling": False}, "off"),
+    ):
+        with pytest.raises(ValueError, match=f"`num_speculative_tokens` is 'auto', and .*{words}"):
+            check_speculation(DENSE, auto | further, 128)
     with pytest.raises(ValueError, match="`enable_sleep_mode` is set"):
         check_speculation(DENSE, given | {"enable_sleep_mode": True}, 128)
     with pytest.raises(ValueError, match=r"`tensor_parallel_size` is 2; drafts were checked on one GPU alone"):

@@ -20,7 +20,8 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from ..wire import teacher_shift_of, theta_prompt_of
 from .shift import Prompts, Stream, StreamBuffers, shift_stream
-from .slot_sampler import SlotRejection, SlotSampler
+from .slot_rejection import SlotRejection
+from .slot_sampler import SlotSampler
 
 
 class MixtureSampling:

@@ -86,13 +86,16 @@ class SlotSampler:
 
     def __call__(self, logits: Tensor, batch: Any) -> Any:
         """Return what vLLM's sampler returns, drawn from the mixture; `logits` are the teacher's."""
-        step = self.mix(logits, batch.expanded_idx_mapping, batch.idx_mapping_np)
+        step = self.mix(self.model.theta_logits, logits, batch.expanded_idx_mapping, batch.idx_mapping_np)
         return self.record(self.base(step.mixed.logits, batch), step)
 
-    def mix(self, logits: Float[Tensor, "N V"], slots: Int[Tensor, " N"], slots_np: np.ndarray) -> Step:
+    def mix(
+        self, theta: Float[Tensor, "N V_theta"], logits: Float[Tensor, "N V"], slots: Tensor, slots_np: np.ndarray
+    ) -> Step:
         """Mix the rows of a step, and measure those that ask for dense records: the sampler may change the logits.
 
         Args:
+            theta: the student's logits.
             logits: the teacher's.
             slots: the slot of each row.
             slots_np: the same on the host.
@@ -101,7 +104,7 @@ class SlotSampler:
         forms = FORMS if self.arithmetic_np[slots_np].any() else ("geometric",)
         rows, temperature = MixtureRows.from_table(table[:, :-1], forms), table[:, -1]
         masked = self._masked(slots_np, slots.device)
-        theta, ending = self.model.theta_logits, self.model.ending
+        ending = self.model.ending
         found = mix_logits(theta, logits, rows, temperature, masked, ending.stop, ending.folded)
         mixed = Mixed(
             found.logits, found.alpha, theta, logits, found.theta_sum, found.teacher_sum, temperature, ending
@@ -124,27 +127,3 @@ class SlotSampler:
         """Return the rows whose logits a grammar masks; None where there are none."""
         masked = self.masked_np[slots_np]
         return torch.from_numpy(masked).pin_memory().to(device, non_blocking=True) if masked.any() else None
-
-
-class SlotRejection:
-    """Stands before the rejection sampler of Model Runner V2, and has it verify drafts against the mixture.
-
-    Args:
-        base: vLLM's rejection sampler, over vLLM's own sampler.
-        slots: the sampler of steps without drafts.
-    """
-
-    def __init__(self, base: Any, slots: SlotSampler) -> None:
-        self.base, self.slots = base, slots
-
-    def __call__(self, logits: Tensor, batch: Any, draft_logits: Tensor | None = None) -> Any:
-        """Return what vLLM's rejection sampler returns, drawn from the mixture.
-
-        Args:
-            logits: the teacher's, a row for each draft and one more for each request.
-            batch: the step's requests.
-            draft_logits: what the drafts were drawn from, by slot.
-        """
-        slots_np = np.repeat(batch.idx_mapping_np, np.diff(batch.cu_num_logits_np))
-        step = self.slots.mix(logits, batch.expanded_idx_mapping, slots_np)
-        return self.slots.record(self.base(step.mixed.logits, batch, draft_logits), step)

@@ -8,6 +8,8 @@ changes from step to step is on the device: one CUDA graph holds all drafts of a
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -47,6 +49,9 @@ class ThetaSpeculator(DraftModelSpeculator):
         self.starts_cpu = torch.arange(self.max_num_reqs + 1, dtype=torch.int32)
         self.starts = self.starts_cpu.to(device)
         self.plans: dict[int, dict[str, Any]] = {}
+        table = self.speculative_config.num_speculative_tokens_per_batch_size or [(1, 1, self.num_speculative_steps)]
+        self.counts = sorted({entry[-1] for entry in table} - {0})
+        self.count = self.num_speculative_steps
 
     def load_draft_model(self, target_model: Any, target_attn_layer_names: set[str]) -> Any:
         """Return the student: vLLM's hook, which would load another model."""
@@ -81,17 +86,21 @@ class ThetaSpeculator(DraftModelSpeculator):
         """Plan the graphs of drafts: vLLM's hook; as many requests in each as the whole step's graphs have tokens."""
         is_full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
         mode = CUDAGraphMode.FULL_DECODE_ONLY if is_full else CUDAGraphMode.NONE
-        self.graphs = CudaGraphManager(self.vllm_config, self.device, mode, decode_query_len=1)
+        # A draft reads one token of each request, whatever number of them a whole step verifies.
+        config = copy(self.vllm_config)
+        config.speculative_config = copy(self.speculative_config)
+        config.speculative_config.num_speculative_tokens_per_batch_size = None
+        self.graphs = {count: CudaGraphManager(config, self.device, mode, decode_query_len=1) for count in self.counts}
 
     def capture(self) -> None:
         """Capture the graphs: vLLM's hook after those of the whole step."""
+        for count, graphs in self.graphs.items():
+            graphs.capture(partial(self._to_capture, count), progress_bar_desc=f"Capturing {count} drafts")
 
-        def create(desc: Any, warmup: bool) -> Callable[[CUDAGraphMode], None]:
-            self._empty(0)
-            self._plan(desc.num_reqs)
-            return lambda mode: self._draft(desc.num_reqs)
-
-        self.graphs.capture(create, progress_bar_desc="Capturing drafts")
+    def _to_capture(self, count: int, desc: Any, warmup: bool) -> Callable[[CUDAGraphMode], None]:
+        self._empty(0)
+        self._plan(desc.num_reqs)
+        return lambda mode: self._draft(desc.num_reqs, count)
 
     def forget(self, slot: int, params: Any) -> None:
         """Take a new request into a slot, whose last one may have left drafts.
@@ -145,7 +154,7 @@ class ThetaSpeculator(DraftModelSpeculator):
         R = input_batch.num_reqs
         if is_profile:
             self._take_memory()
-        if dummy_run:
+        if dummy_run or not self.count:
             return self.draft_tokens[:R]
         self._copy_request_inputs(R, input_batch.idx_mapping, temperature, seeds)
         slots, shifts = input_batch.idx_mapping, self.model_state.theta_shifts.gpu
@@ -154,11 +163,12 @@ class ThetaSpeculator(DraftModelSpeculator):
         self.positions[:R] = first_positions(input_batch.seq_lens[:R], num_rejected, shift)
         self.ends[:R] = ends(num_sampled, shift, self.max_model_len)
         self._empty(R)
-        batch = self.graphs.dispatch(R, R, 1, 0)
+        graphs = self.graphs[self.count]
+        batch = graphs.dispatch(R, R, 1, 0)
         if batch.cg_mode == CUDAGraphMode.FULL:
-            self.graphs.run_fullgraph(batch)
+            graphs.run_fullgraph(batch)
         else:
-            self._draft(R)
+            self._draft(R, self.count)
         return self.draft_tokens[:R]
 
     def _empty(self, first: int) -> None:
@@ -166,11 +176,11 @@ class ThetaSpeculator(DraftModelSpeculator):
         self.ends[first:] = 0
         self.idx_mapping[first:] = -1
 
-    def _draft(self, rows: int) -> None:
-        """Draft all tokens of a batch, whose newest tokens and positions are in the buffers."""
+    def _draft(self, rows: int, count: int) -> None:
+        """Draft so many tokens of each row of a batch, whose newest tokens and positions are in the buffers."""
         buffers = self.model_state.theta
         places = {name: buffers.places[:rows] for name in self.draft_attn_layer_names}
-        for step in range(self.num_speculative_steps):
+        for step in range(count):
             at = self.positions[:rows] + step
             read = draft_stream(buffers.ids[:rows], at, self.ends[:rows], buffers.blocks[:rows], self.block_size)
             buffers.positions[:rows] = read.positions
@@ -226,7 +236,31 @@ class ThetaSpeculator(DraftModelSpeculator):
 
     def _take_memory(self) -> None:
         """Hold for a moment what the rows of a verification take: vLLM measures one row of logits a request."""
-        rows = self.max_num_reqs * (self.num_speculative_steps + 1)
-        dtypes = (self.dtype, self.dtype, torch.float32)
-        held = [torch.empty(rows, self.vocab_size, dtype=dtype, device=self.device) for dtype in dtypes]
-        del held
+        both = 2 * self.max_num_reqs * (self.num_speculative_steps + 1)
+        held = torch.empty(both, self.vocab_size, dtype=self.dtype, device=self.device)
+        held_too = torch.empty(2 * self.max_num_reqs, self.vocab_size, device=self.device)  # as many are verified
+        del held, held_too
+
+
+def tell_counts() -> None:
+    """Let the speculator know how many tokens a step's requests are to be drafted. May be called any number of times.
+
+    Symptom: a step in which the scheduler wants fewer drafts, or none, drafts all.
+    Cause: the runner is told the number with each step, and does not pass it on to its speculator.
+    Safe: the number is set before the step runs that it came with; other speculators have no use for it.
+    Upstream: `propose` gets it as an argument since 0.28.
+    Delete when: vLLM 0.26 is no longer accepted.
+    """
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    execute = GPUModelRunner.execute_model
+    if execute.__module__ == __name__:
+        return
+
+    @wraps(execute, assigned=("__name__", "__doc__"))
+    def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.speculator, ThetaSpeculator):
+            self.speculator.count = scheduler_output.num_spec_tokens_to_schedule
+        return execute(self, scheduler_output, *args, **kwargs)
+
+    setattr(GPUModelRunner, execute_model.__name__, execute_model)
