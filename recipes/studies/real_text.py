@@ -8,9 +8,8 @@
 
 A teacher is fine-tuned on solved examples until half of its samples are right. The students are the untouched model
 and the one without a third of its layers. Each job starts one engine for a task and a student and trains arm after arm
-in it. A line of output/real/runs.jsonl for each run; what stands there with all its steps is not run again. Each
-measurement of a run is a line of points.jsonl at once. `--students teacher` times the arms: there the teacher is its
-own student, with completions as long as a trained student's.
+in it. A line of output/real/runs.jsonl for each run, which is not run again, and at once a line of points.jsonl for
+each measurement. `--students teacher` times the arms: completions are as long as a trained student's.
 """
 
 from __future__ import annotations
@@ -52,11 +51,7 @@ class Job(NamedTuple):
 
 
 def work(job: Job, options: argparse.Namespace, deadline: float, device: int) -> list[Line]:
-    """All runs of a job, each written as it ends; returns no line.
-
-    Raises:
-        RuntimeError: after all, where some failed; each tells why when it does.
-    """
+    """All runs of a job, each written as it ends; returns no line. Raises RuntimeError at the end where some failed."""
     if not options.cpu:
         take_card(device)
     torch.set_num_threads(1)
