@@ -51,7 +51,7 @@ class Job(NamedTuple):
 
 
 def work(job: Job, options: argparse.Namespace, deadline: float, device: int) -> list[Line]:
-    """All runs of a job, each written as it ends; returns no line. Raises RuntimeError at the end where some failed."""
+    """All runs of a job, each written as it ends; returns no line. Raises RuntimeError at last where one failed."""
     if not options.cpu:
         take_card(device)
     torch.set_num_threads(1)

@@ -132,7 +132,9 @@ def test_engine() -> None:
 @pytest.mark.engine
 def test_dense_engine() -> None:
     need_vllm()
-    output = run("benchmarks/dense_engine.py", *TINY, "--batches", "2", "--tokens", "3", "--rounds", "1", "--top-k", "2")
+    output = run(
+        "benchmarks/dense_engine.py", *TINY, "--batches", "2", "--tokens", "3", "--rounds", "1", "--top-k", "2"
+    )
     *_, head, _, cells = (line.strip("| ").split(" | ") for line in output.splitlines())
     assert head == ["batch", "step", "scalars", "k = 2", "GiB"]
     assert cells[0] == "2"
