@@ -42,6 +42,18 @@ def test_more_stops_training_with_both_numbers(shift: float) -> None:
         WeightGuard(0.01).check(LOG_THETA, LOG_THETA + shift * signs, ["dropout"])
 
 
+def test_improbable_tokens_may_differ_by_more() -> None:
+    """The weights of a student in bfloat16 lag behind the trainer's; what a user sets is taken as it is."""
+    far = LOG_THETA - 8  # -10 in the mean
+    WeightGuard(0.15).check(far, far - 0.29)
+    with pytest.raises(RuntimeError, match=r"differ by 0\.31 nats .* rounding explains up to 0\.3\."):
+        WeightGuard(0.15).check(far, far - 0.31)
+    with pytest.raises(RuntimeError, match=r"differ by 8 nats .* rounding explains up to 0\.15\."):
+        WeightGuard(0.15).check(LOG_THETA, far)
+    with pytest.raises(RuntimeError, match=r"differ by 0\.29 nats"):
+        WeightGuard(0.15, 0.2).check(far, far - 0.29)
+
+
 @pytest.mark.parametrize("tolerance", [0.5, torch.inf])
 def test_a_larger_tolerance_warns(tolerance: float, caplog: pytest.LogCaptureFixture) -> None:
     WeightGuard(0.01, tolerance).check(LOG_THETA, LOG_THETA + 0.2)
