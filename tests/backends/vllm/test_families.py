@@ -244,9 +244,8 @@ def quantise(folder: Path, left_out: list[str]) -> None:
     weights, found = {}, load_file(folder / "model.safetensors")
     for name, weight in found.items():
         layer = name.removesuffix(".weight")
-        if name.endswith("proj.weight") and not any(
-            re.fullmatch(each.removeprefix("re:"), layer) for each in left_out
-        ):
+        is_linear = weight.ndim == 2 and "embed" not in name and "lm_head" not in name  # Gemma 4's gates among them
+        if is_linear and not any(re.fullmatch(each.removeprefix("re:"), layer) for each in left_out):
             scale = weight.abs().amax(1, keepdim=True) / 127
             weights |= {name: (weight / scale).round().to(torch.int8), f"{layer}.weight_scale": scale}
         else:
