@@ -81,14 +81,14 @@ class WeightGuard:
         if not len(engine):
             return
         difference = float((trainer - engine).abs().mean())
-        nearer = max(float(engine.mean()), float(trainer.mean()))
-        bound = self.bound * max(1.0, nearer / PROBABLE)
+        means = float(engine.mean()), float(trainer.mean())
+        bound = self.bound * max(1.0, max(means) / PROBABLE)
         limit = bound if self.tolerance is None else self.tolerance
         if difference <= min(bound, limit):
             return
         message = (
             f"The engine's log θ and the trainer's differ by {difference:.3g} nats a token in the mean over "
-            f"{len(engine)} tokens (engine {float(engine.mean()):.4g}, trainer {float(trainer.mean()):.4g}); rounding "
+            f"{len(engine)} tokens (engine {means[0]:.4g}, trainer {means[1]:.4g}); rounding "
             f"explains up to {bound:.3g}. The completions come from another model than the one that is trained. "
             f"Check: {'; '.join([*hints, *CAUSES])}. Where you know why, set `log_theta_tolerance` to what may be; "
             "'inf' only warns."

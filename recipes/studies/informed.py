@@ -36,7 +36,7 @@ from real_exam import EngineExam
 from real_models import STUDENTS, make_base, teach
 from real_tasks import TASKS
 from real_text_report import report
-from runs import Line, read_runs, run_all, take_card
+from runs import Line, read_runs, run_all, take_card, whole_runs
 
 RIGHT = 0.5
 """Right answers of a separate teacher, as a share."""
@@ -106,11 +106,7 @@ def run(job: Job, name: str, rate: float, seed: int, options: argparse.Namespace
 
 def jobs_of(options: argparse.Namespace, done: Iterable[Line]) -> Iterator[Job]:
     """List what is missing: jobs of a task, a student and a kind of teacher, as many as fill the processes."""
-    full = {
-        (line["task"], line["student"], line["arm"], line["learning_rate"], line["seed"])
-        for line in done
-        if line["done"] == line["steps"] == options.steps
-    }
+    full = whole_runs(done, lambda line: options.steps)
     for task, student in product(options.tasks, options.students):
         grid = product(options.rates, options.seeds, options.arms)
         runs = [(arm, STUDY[arm].arm.learning_rate * rate, seed) for rate, seed, arm in grid]

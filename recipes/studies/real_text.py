@@ -36,7 +36,7 @@ from real_exam import TRIES, EngineExam, SampledExam
 from real_models import STUDENTS, make_base, teach
 from real_tasks import TASKS
 from real_text_report import report
-from runs import Line, read_runs, run_all, take_card
+from runs import Line, read_runs, run_all, take_card, whole_runs
 
 TIMED = "teacher"
 """The student whose seconds are measured: the teacher itself."""
@@ -112,11 +112,7 @@ def run(job: Job, name: str, rate: float, seed: int, options: argparse.Namespace
 
 def jobs_of(options: argparse.Namespace, done: Iterable[Line]) -> Iterator[Job]:
     """List what is missing: a job for each task and student, cut into parts where there are more jobs than those."""
-    full = {
-        (line["task"], line["student"], line["arm"], line["learning_rate"], line["seed"])
-        for line in done
-        if line["done"] == line["steps"] == ARMS[line["arm"]].budget(options.batch, options.steps)[1]
-    }
+    full = whole_runs(done, lambda line: ARMS[line["arm"]].budget(options.batch, options.steps)[1])
     for name in [arm for arm in options.arms if trainer_of(ARMS[arm]) is None]:
         print(f"{name}: this version has no such trainer or field, left out")
         options.arms.remove(name)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,17 @@ Line = dict[str, Any]
 def read_runs(path: Path) -> list[Line]:
     """The lines of a file; none where it is not there."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def whole_runs(done: Iterable[Line], steps: Callable[[Line], int]) -> set[tuple]:
+    """The runs on real text that took all their updates, by task, student, arm, learning rate and seed.
+
+    Args:
+        done: the lines of a file.
+        steps: how many updates the run of a line is to take.
+    """
+    key = itemgetter("task", "student", "arm", "learning_rate", "seed")
+    return {key(line) for line in done if line["done"] == line["steps"] == steps(line)}
 
 
 def by_rate(lines: Iterable[Line], arm: str) -> list[list[Line]]:
