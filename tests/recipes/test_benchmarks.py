@@ -121,6 +121,9 @@ def test_triton_kernels() -> None:
     rows = re.findall(r"^\| +4 \|.*$", output, re.MULTILINE)
     assert len(rows) == 3
     assert all(float(row.split("|")[-2]) < 1e-4 for row in rows), output
+    flags = ("--dense", "--batches", "4", "--rounds", "3", "--top-k", "8")
+    output = run("benchmarks/triton_kernels.py", *flags, launcher=PYTHON)
+    assert len(re.findall(r"^\| +4 \|.*$", output, re.MULTILINE)) == 2, output
 
 
 @pytest.mark.engine
