@@ -52,7 +52,9 @@ class SlotSampler:
         self.has_changed = True
         self.wanted_np, self.masked_np, self.arithmetic_np = (np.zeros(slots, dtype=bool) for _ in range(3))
         self.dense: list[Dense | None] = [None] * slots
-        self.grouped, self.groups = b"", list[Group]()  # the slots of the step that was grouped last, and its groups
+        self.grouped: bytes | None = None
+        """The slots of the step that `groups` are of; None where a request has come since."""
+        self.groups: list[Group] = []
         self.wanted = UvaBackedTensor(slots, dtype=torch.bool)
         self.copy_table()
 
@@ -69,7 +71,7 @@ class SlotSampler:
         self.masked_np[slot] = params.structured_outputs is not None
         self.arithmetic_np[slot] = mixture.form == "arithmetic"
         self.dense[slot] = dense_of(params.extra_args) if self.wanted_np[slot] else None
-        self.grouped = b""
+        self.grouped = None
         if self.wanted_np[slot]:  # a record's columns need none of the likeliest tokens
             self.base.sampling_states.num_logprobs[slot] = 0
         self.has_changed = True
