@@ -145,6 +145,16 @@ def test_dense_engine() -> None:
 
 
 @pytest.mark.engine
+def test_two_versions() -> None:
+    """This version beside itself: each engine has the package of its folder."""
+    need_vllm()
+    output = run("benchmarks/two_versions.py", *TINY, "--before", str(ROOT), launcher=PYTHON)
+    (cells,) = (line.strip("| ").split(" | ") for line in re.findall(r"^\| 2 \|.*$", output, re.MULTILINE))
+    assert all(float(cell) > 0 for cell in cells[:4])
+    assert f"before: {ROOT / 'optimal_sampling_trl'}" in output
+
+
+@pytest.mark.engine
 def test_training() -> None:
     """Two arms, one of each kind; the parts of a step are the whole. TRL's own take a GPU."""
     need_vllm()
