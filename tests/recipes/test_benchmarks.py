@@ -110,6 +110,9 @@ def test_tables() -> None:
     readme = (ROOT / "recipes" / "benchmarks" / "README.md").read_text()
     lines = [line for line in tables.rollouts() if f"\n{line}" not in readme]
     assert not lines, "Put what `python recipes/benchmarks/tables.py` prints into recipes/benchmarks/README.md"
+    for page, table in (("dense.md", tables.dense), ("performance.md", tables.steps)):
+        stored = "\n".join(table())
+        assert stored in (ROOT / "docs" / page).read_text(), f"Put what tables.py prints into docs/{page}:\n{stored}"
     for row in tables.stored_rows():
         assert 1e3 * row["batch"] / row["mixture"] == pytest.approx(row["step_ms"], rel=1e-3)
 
