@@ -124,6 +124,9 @@ def test_triton_kernels() -> None:
     rows = re.findall(r"^\| +4 \|.*$", output, re.MULTILINE)
     assert len(rows) == 3
     assert all(float(row.split("|")[-2]) < 1e-4 for row in rows), output
+    flags = ("--dense", "--batches", "4", "--rounds", "3", "--top-k", "8")
+    output = run("benchmarks/triton_kernels.py", *flags, launcher=PYTHON)
+    assert len(re.findall(r"^\| +4 \|.*$", output, re.MULTILINE)) == 2, output
 
 
 @pytest.mark.engine
@@ -142,6 +145,16 @@ def test_dense_engine() -> None:
     assert head == ["batch", "step", "scalars", "k = 2", "GiB"]
     assert cells[0] == "2"
     assert float(cells[1].removesuffix(" ms")) > 0
+
+
+@pytest.mark.engine
+def test_two_versions() -> None:
+    """This version beside itself: each engine has the package of its folder."""
+    need_vllm()
+    output = run("benchmarks/two_versions.py", *TINY, "--before", str(ROOT), launcher=PYTHON)
+    (cells,) = (line.strip("| ").split(" | ") for line in re.findall(r"^\| 2 \|.*$", output, re.MULTILINE))
+    assert all(float(cell) > 0 for cell in cells[:4])
+    assert f"before: {ROOT / 'optimal_sampling_trl'}" in output
 
 
 @pytest.mark.engine
