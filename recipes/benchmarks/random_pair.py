@@ -78,10 +78,12 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def shapes(args: argparse.Namespace) -> dict[str, Shape]:
-    """The teacher's and the student's sizes."""
+    """The teacher's and the student's sizes; with `one_vocabulary` among the flags both have the shorter one."""
     named = getattr(args, "shapes", None)  # the soak has flags of its own
     if named:
-        return {role: SHAPES[name] for role, name in zip(("teacher", "theta"), named)}
+        least = min(SHAPES[name].vocabulary for name in named)
+        change = {"vocabulary": least} if getattr(args, "one_vocabulary", False) else {}
+        return {role: SHAPES[name]._replace(**change) for role, name in zip(("teacher", "theta"), named)}
     return {role: Shape.small(*getattr(args, role), args.vocabulary) for role in ("teacher", "theta")}
 
 

@@ -10,7 +10,8 @@ the mixture sets it: a trust region keeps q within ε nats of θ, and then at le
 whatever the two models are. Each ε is a row, and stands for a pair whose drafts are kept as often. The engines run one
 after the other; of each, the fastest of a few rounds counts, over the decoding of the same number of tokens, records
 included. `--uneven` adds a rollout whose requests end one after the other, as those of training do: their lengths are
-exponential, `--tokens` in the mean and four times as many at most.
+exponential, `--tokens` in the mean and four times as many at most; and the same with every other request from the
+student alone, as in GRPO with `theta_fraction=0.5`.
 
 | column | what it says |
 |---|---|
@@ -31,7 +32,8 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -59,20 +61,23 @@ COUNTERS = ("spec_decode_num_drafts", "spec_decode_num_draft_tokens", "spec_deco
 def main() -> None:
     args = parse()
     home = tempfile.TemporaryDirectory(prefix="benchmark-")
-    teacher, theta = make_random_pair(home.name, args)
+    root = args.folder or Path(home.name)
+    if not (root / "theta" / "tokenizer.json").exists():  # written last
+        make_random_pair(str(root), args)
+    teacher, theta = str(root / "teacher"), str(root / "theta")
     print(describe(args, f"vLLM {vllm.__version__}"))
     alone = measure_teacher(teacher, args)
     print("| " + " | ".join(HEAD) + " |\n|" + "---:|" * len(HEAD))
-    without: dict[tuple[str, float], float] = {}
+    without: dict[str, float] = {}
     for k in args.k:
         counts, value = (AUTO_COUNTS, k) if k == AUTO else ((int(k),), int(k))
         settings = arguments(args, counts, "teacher", "theta")
         backend = VLLMBackend(teacher, theta, num_speculative_tokens=value, **settings)
-        for name, lengths in workloads(args).items():
-            for epsilon in args.epsilon:
-                speed, kept, passes = measure(backend, lengths, epsilon, args)
-                without.setdefault((name, epsilon), speed)
-                ratios = f"{speed / alone[name]:.2f} | {speed / without[name, epsilon]:.2f}"
+        for name, work in workloads(args).items():
+            for epsilon in args.epsilon if value else args.epsilon[:1]:  # without drafts it is of no consequence
+                speed, kept, passes = measure(backend, work, epsilon, args)
+                without.setdefault(name, speed)
+                ratios = f"{speed / alone[name]:.2f} | {speed / without[name]:.2f}"
                 print(f"| {name} | {epsilon} | {k} | {kept:.3f} | {passes:.2f} | {speed:.0f} | {ratios} |", flush=True)
         backend.close()
 
@@ -85,31 +90,45 @@ def parse() -> argparse.Namespace:
     flags.add_argument(
         "--uneven", type=int, metavar="BATCH", help="also a rollout of so many requests of many lengths"
     )
+    flags.add_argument("--folder", type=Path, help="where the pair is kept, and its code compiled once for all runs")
     flags.set_defaults(batches=(1, 8, 32, 64, 128, 256), prompt=128, tokens=128, rounds=1, dtype="bfloat16")
     return flags.parse_args()
 
 
-def workloads(args: argparse.Namespace) -> dict[str, list[int]]:
-    """Tokens that each request of a batch asks for, by the batch's name."""
-    found = {str(batch): [args.tokens] * batch for batch in args.batches}
+class Work(NamedTuple):
+    """Hold the tokens that each request of a batch asks for, and whether every other one is the student's alone."""
+
+    lengths: list[int]
+    half: bool = False
+
+    def mixture(self, index: int, epsilon: float) -> Mixture:
+        """That of a request, by its number."""
+        return Mixture.theta_only() if self.half and index % 2 else Mixture("trust_region", epsilon=epsilon)
+
+
+def workloads(args: argparse.Namespace) -> dict[str, Work]:
+    """The batches to measure, by their names."""
+    found = {str(batch): Work([args.tokens] * batch) for batch in args.batches}
     if args.uneven:
         shares = [-math.log((index + 0.5) / args.uneven) for index in range(args.uneven)]
-        found[f"{args.uneven} uneven"] = [max(1, round(args.tokens * min(share, LONGEST))) for share in shares]
+        lengths = [max(1, round(args.tokens * min(share, LONGEST))) for share in shares]
+        found |= {f"{args.uneven} uneven": Work(lengths), f"{args.uneven} uneven, half own": Work(lengths, half=True)}
     return found
 
 
 def arguments(args: argparse.Namespace, counts: Sequence[int], *roles: str) -> dict[str, Any]:
     """Those of an engine that holds the models of these roles, with a graph for each batch."""
     size = getattr(torch, args.dtype).itemsize
-    asked = workloads(args).values()
+    asked = [work.lengths for work in workloads(args).values()]
     most, longest = max(map(len, asked)), max(map(max, asked))
-    tokens = max(sum(lengths) + len(lengths) * (args.prompt + 32) for lengths in asked)
+    context = max(512, args.prompt + longest + 1)
+    tokens = max(context + 256, *(sum(lengths) + len(lengths) * (args.prompt + 32) for lengths in asked))
     sizes = {*args.batches, *(range(16, most + 1, 16) if args.uneven else ())}
     graphs = sorted({*sizes, *(size * (count + 1) for size in sizes for count in counts)})
     return {
         "dtype": args.dtype,
         "enable_prefix_caching": False,
-        "max_model_len": max(512, args.prompt + longest + 1),
+        "max_model_len": context,
         "max_num_seqs": most,
         "max_num_batched_tokens": 8192,
         "seed": 0,
@@ -125,7 +144,7 @@ def measure_teacher(teacher: str, args: argparse.Namespace) -> dict[str, float]:
     llm = LLM(teacher, logprobs_mode="processed_logprobs", **arguments(args, (0,), "teacher"))
     settings = {"ignore_eos": True, "logprobs": 0, "flat_logprobs": True, "detokenize": False}
     found = {}
-    for name, lengths in workloads(args).items():
+    for name, (lengths, _) in workloads(args).items():
         prompts = [TokensPrompt(prompt_token_ids=one.prompt_ids) for one in make_requests(len(lengths), args)]
         params = [SamplingParams(max_tokens=length, **settings) for length in lengths]
         found[name] = rate(partial(llm.generate, prompts, params, use_tqdm=False), lengths, args)
@@ -136,19 +155,16 @@ def measure_teacher(teacher: str, args: argparse.Namespace) -> dict[str, float]:
     return found
 
 
-def measure(
-    backend: VLLMBackend, lengths: list[int], epsilon: float, args: argparse.Namespace
-) -> tuple[float, float, float]:
+def measure(backend: VLLMBackend, work: Work, epsilon: float, args: argparse.Namespace) -> tuple[float, float, float]:
     """Tokens a second, the share of drafts that are kept, and tokens of a sequence for each pass."""
-    mixture = Mixture("trust_region", epsilon=epsilon)
     requests = [
-        replace(request, mixture=mixture, sampling=replace(request.sampling, max_tokens=length))
-        for request, length in zip(make_requests(len(lengths), args), lengths, strict=True)
+        replace(request, mixture=work.mixture(index, epsilon), sampling=replace(request.sampling, max_tokens=length))
+        for index, (request, length) in enumerate(zip(make_requests(len(work.lengths), args), work.lengths))
     ]
     prompts = [TokensPrompt(prompt_token_ids=request.prompt_ids) for request in requests]
     params = [to_sampling_params(request, backend.pair.ending) for request in requests]
     before = counters(backend)
-    speed = rate(partial(backend.llm.generate, prompts, params, use_tqdm=False), lengths, args)
+    speed = rate(partial(backend.llm.generate, prompts, params, use_tqdm=False), work.lengths, args)
     passes, drafted, kept = (now - then for now, then in zip(counters(backend), before, strict=True))
     return speed, kept / max(drafted, 1), 1 + kept / max(passes, 1)
 

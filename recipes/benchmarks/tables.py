@@ -1,12 +1,12 @@
 # /// script
 # dependencies = ["optimal-sampling-trl"]
 # ///
-"""Draw the tables of rollouts on one H100 from the numbers that are stored beside this script.
+"""Draw the tables of measurements on GPUs from the numbers that are stored beside this script.
 
     python recipes/benchmarks/tables.py
 
-`results/rollouts.json` names the card, the versions and the commands. The tables of studies are drawn by the studies,
-with `--report`.
+`results/` holds those of rollouts, dense records and training steps; each file names the card, the versions and the
+commands. The tables of studies are drawn by the studies, with `--report`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from typing import Any
 
 from decoding import MEASURED
 
+RESULTS = MEASURED.parent
+PARTS = ("rollout", "sync", "update", "other", "step")
+"""The seconds of a training step, in the order of the columns."""
 BATCHES = (32, 128, 256)
 """Batches that both pairs were measured at."""
 
@@ -49,10 +52,33 @@ def rollouts() -> Iterator[str]:
         yield f"| {pair_name(row)} | {row['batch']} | {rates} | {row['mixture'] / row['teacher_alone']:.2f} |"
 
 
+def dense() -> Iterator[str]:
+    """Lines of the table of docs/dense.md: what dense records add to a decoding step."""
+    for row in json.loads((RESULTS / "dense_engine.json").read_text())["rows"]:
+        added = " | ".join(f"{row[name]:+.0%}".replace("%", " %") for name in ("scalars", "k_8", "k_32", "k_128"))
+        yield f"| {row['batch']} | {row['step_ms']:.2f} ms | {added} |"
+
+
+def steps() -> Iterator[str]:
+    """Lines of the table of docs/performance.md: parts of a training step, and their ratios to TRL's trainer."""
+    arms = json.loads((RESULTS / "training.json").read_text())["arms"]
+    base: dict[str, float] = {}
+    for name, found in arms.items():
+        base = found if name.startswith("TRL") else base
+        yield line(name, found, base)
+
+
+def line(name: str, found: dict[str, Any], base: dict[str, Any]) -> str:
+    """The line of a trainer: seconds of each part, GiB, and step and GiB over those of `base`, if there is one."""
+    ratios = [f"{found[column] / base[column]:.2f}" if base else "" for column in ("step", "GiB")]
+    return "| " + " | ".join([name, *(f"{found[part]:.2f}" for part in PARTS), f"{found['GiB']:.1f}", *ratios]) + " |"
+
+
 def main() -> None:
-    """Print both."""
+    """Print them all."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    print("\n".join(speeds()), "\n".join(rollouts()), sep="\n\n")
+    for table in (speeds, rollouts, dense, steps):
+        print("\n".join(table()), end="\n\n")
 
 
 if __name__ == "__main__":

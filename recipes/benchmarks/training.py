@@ -7,9 +7,10 @@
     python recipes/benchmarks/training.py --completions 8 --tokens 8 --steps 2               # on a CPU, small models
 
 Each arm is a process of its own, one after the other: TRL's trainers with vLLM in the same process (GRPO from the
-student's rollouts; distillation with its teacher in the trainer), then this package's. TRL's need a GPU: vLLM on a CPU
-does not take new weights the way they send them. Weights are random, no
-completion ends early, and every other step counts from the second on.
+student's rollouts; distillation with its teacher in the trainer), then this package's. The next process imports its
+libraries meanwhile, then waits. TRL's need a GPU: vLLM on a CPU does not take new weights the way they send them.
+Weights are random, both models have one vocabulary, no completion ends early, and every step counts from the second
+on. `--json` keeps the seconds of each step, and those until the trainer stood.
 
 | column | what it says |
 |---|---|
@@ -45,39 +46,45 @@ import trl
 import vllm
 from transformers import TrainerCallback
 
-from random_pair import describe, make_random_pair, parser, synchronize
+from random_pair import describe, make_random_pair, parser, processor, synchronize
+from tables import PARTS, line
 from training_arms import ARMS, BASES, ON_GPU, Arm, build
 
-PARTS = ("rollout", "sync", "update", "other", "step")
 HEAD = ("arm", *PARTS, "GiB", "step ÷ TRL", "GiB ÷ TRL")
 
 
 def main() -> None:
     args = parse()
     if args.arm:
-        print(json.dumps(measure(ARMS[args.arm], *args.pair, args)))
+        input()  # waits for its turn; raises where the parent has ended
+        print(json.dumps(measure(ARMS[args.arm], f"{args.home}/teacher", f"{args.home}/theta", args)))
         return
     print(describe(args, f"vLLM {vllm.__version__}, TRL {trl.__version__}"))
-    print("| " + " | ".join(HEAD) + " |\n|---|" + "---:|" * (len(HEAD) - 1))
-    found: dict[str, dict[str, float]] = {}
+    print("| " + " | ".join(HEAD) + " |\n|---|" + "---:|" * (len(HEAD) - 1), flush=True)
+    found: dict[str, dict[str, Any]] = {}
     failed: list[str] = []
-    with tempfile.TemporaryDirectory(prefix="training-") as home:
-        pair = make_random_pair(home, args)
-        for name in args.arms:
+    with tempfile.TemporaryDirectory(prefix="training-", dir=args.folder) as home:
+        waiting = start(args.arms[0], home)
+        make_random_pair(home, args)
+        for name, following in zip(args.arms, [*args.arms[1:], None]):
+            process = waiting
+            if following:
+                waiting = start(following, home)
             try:
-                found[name] = run(name, pair)
+                found[name] = run(name, process)
             except RuntimeError as error:
                 failed.append(str(error))
                 continue
             print(line(name, found[name], found.get(BASES[ARMS[name].kind], {})), flush=True)
             if args.json:
-                args.json.write_text(json.dumps({"command": sys.argv, "arms": found}, indent=1))
+                args.json.write_text(json.dumps({"command": sys.argv, "device": processor(), "arms": found}, indent=1))
     if failed:
         raise SystemExit("\n\n".join(failed))
 
 
 def parse() -> argparse.Namespace:
     flags = parser(__doc__)
+    flags.set_defaults(one_vocabulary=True)  # TRL's distillation takes no pair of two
     here = [name for name, arm in ARMS.items() if ON_GPU or arm.share is not None]
     flags.add_argument("--arms", nargs="+", choices=ARMS, default=here, metavar="ARM", help=", ".join(ARMS))
     flags.add_argument("--completions", type=int, default=64, help="of a step")
@@ -85,40 +92,43 @@ def parse() -> argparse.Namespace:
     flags.add_argument("--group", type=int, default=8, help="completions of a prompt in GRPO")
     flags.add_argument("--steps", type=int, default=4, help="of which the first warms up")
     flags.add_argument("--memory", type=float, default=0.3, help="the engine's share of the GPU's memory")
+    flags.add_argument("--folder", help="where the pair is written for a while, such as /dev/shm")
     flags.add_argument("--json", type=Path, help="file for the numbers")
     flags.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)  # of a process that measures one
-    flags.add_argument("--pair", nargs=2, help=argparse.SUPPRESS)
+    flags.add_argument("--home", help=argparse.SUPPRESS)
     if ON_GPU:
         flags.set_defaults(prompt=128, tokens=256, dtype="bfloat16")
     return flags.parse_args()
 
 
-def run(name: str, pair: tuple[str, str]) -> dict[str, float]:
-    """Measure an arm in a process of its own.
+def start(name: str, home: str) -> subprocess.Popen[str]:
+    """Start the process of an arm: it imports what it needs, and waits for a line before it touches a GPU."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--arm", name, "--home", home]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+
+def run(name: str, process: subprocess.Popen[str]) -> dict[str, Any]:
+    """Let the process of an arm measure.
 
     Raises:
         RuntimeError: with the end of what it said, where it failed.
     """
-    command = [sys.executable, __file__, *sys.argv[1:], "--arm", name, "--pair", *pair]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    output, errors = process.communicate("\n")
     if process.returncode != 0:
-        raise RuntimeError(f"{name}: {process.stderr[-3000:]}")
-    return json.loads(process.stdout.strip().splitlines()[-1])
+        raise RuntimeError(f"{name}: {errors[-3000:]}")
+    return json.loads(output.strip().splitlines()[-1])
 
 
-def line(name: str, found: dict[str, float], base: dict[str, float]) -> str:
-    """The table's line of an arm."""
-    ratios = [f"{found[column] / base[column]:.2f}" if base else "" for column in ("step", "GiB")]
-    return "| " + " | ".join([name, *(f"{found[part]:.2f}" for part in PARTS), f"{found['GiB']:.1f}", *ratios]) + " |"
-
-
-def measure(arm: Arm, teacher: str, theta: str, args: argparse.Namespace) -> dict[str, float]:
-    """Train a few steps; the mean seconds of a step's parts, and memory."""
+def measure(arm: Arm, teacher: str, theta: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Train a few steps; the mean seconds of a step's parts, memory, and what the start and each step took."""
+    began = time.perf_counter()
     trainer = build(arm, teacher, theta, args)
+    started = time.perf_counter() - began
     watch = Watch(trainer)
     trainer.add_callback(watch)
     trainer.train()
-    found = watch.means() | {"GiB": memory(trainer)}
+    found = watch.means() | {"GiB": memory(trainer), "started": started, "steps": [s["step"] for s in watch.seconds]}
     trainer.accelerator.end_training()
     return found
 

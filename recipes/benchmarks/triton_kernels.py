@@ -6,12 +6,16 @@
     python recipes/benchmarks/triton_kernels.py            # each method, on each kind of logits
     python recipes/benchmarks/triton_kernels.py --torch    # and the solver in torch, of the same rows
     python recipes/benchmarks/triton_kernels.py --sweep    # logits a program reads, and warps: which is fastest here
+    python recipes/benchmarks/triton_kernels.py --dense    # dense records instead, beside what torch takes for them
 
 Logits in bfloat16 of two padded vocabularies. `copy` reads both once and writes float32 once, measured in the same
 run: no kernel that returns the mixed logits is faster. Each call takes the next of several sets of logits, together
 larger than the cache. `spread` has the teacher at 3·N(0, 1) and the student at 0.7 of that plus 1.5·N(0, 1); in
 `peaked` nine rows of ten are sure of one token; in `near` the student is the teacher but for 0.02·N(0, 1). `error` is
 the largest |Δα| of any method to the float64 reference on a few rows of each.
+
+Of dense records, `scalars` are all of them and `k` the likeliest tokens of both models alone. In torch the scalars
+are `mixture.dense` as it runs on a CPU, without folded endings, and `k` two times `topk` of all logits.
 """
 
 from __future__ import annotations
@@ -19,12 +23,22 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import triton
 from torch import Tensor
 
-from optimal_sampling_trl.mixture import METHODS, Mixture, MixtureRows, blend, log_distributions, solve_alpha
+from optimal_sampling_trl.mixture import (
+    METHODS,
+    Mixture,
+    MixtureRows,
+    blend,
+    dense,
+    log_distributions,
+    solve_alpha,
+)
+from optimal_sampling_trl.mixture.kernels.dense import measure_rows
 from optimal_sampling_trl.mixture.kernels.launch import CHUNK, WARPS, mix_logits
 from optimal_sampling_trl.mixture.reference import reference
 
@@ -44,8 +58,12 @@ def main() -> None:
     parser.add_argument("--checked", type=int, default=4, help="rows compared with the reference")
     parser.add_argument("--torch", action="store_true", help="time the solver in torch as well")
     parser.add_argument("--sweep", action="store_true", help="time each chunk and number of warps, compare nothing")
+    parser.add_argument("--dense", action="store_true", help="time dense records, and nothing else")
+    parser.add_argument("--top-k", type=int, nargs="+", default=(8, 32, 128), metavar="K", help="of dense records")
     args = parser.parse_args()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}\n")
+    if args.dense:
+        return show_dense(args)
     print(
         f"| rows | logits | program   | copy   | {' | '.join(f'{method:12}' for method in args.methods)} | error   |"
     )
@@ -63,6 +81,39 @@ def main() -> None:
                 show(rows, kind, f"{chunk:5} × {warps}", copied, took, error)
             if args.torch:
                 show(rows, kind, "torch", copied, [time_torch(method, sets) for method in args.methods], "-")
+
+
+def show_dense(args: argparse.Namespace) -> None:
+    """A row for the kernels and one for torch, of each number of rows."""
+    print(f"| rows | program | copy   | scalars | {' | '.join(f'k = {k:3}' for k in args.top_k)} |")
+    print(f"|-----:|---------|-------:|--------:|{'--------:|' * len(args.top_k)}")
+    for rows in args.batches:
+        plain = make_sets("spread", rows)
+        columns = MixtureRows.of([Mixture()] * rows, "cuda")
+        sets = [(*pair, mix_logits(*pair, columns).logits) for pair in plain]
+        copied = median_ms(copy, plain, args.rounds)
+        for name, scalars, likeliest in (
+            ("kernels", measure_rows, lambda *two, k: measure_rows(*two, None, None, k)),
+            ("torch", scalars_in_torch, likeliest_in_torch),
+        ):
+            took = [median_ms(scalars, sets, args.rounds if name == "kernels" else 5)]
+            took += [median_ms(partial(likeliest, k=k), plain, args.rounds) for k in args.top_k]
+            cells = " | ".join(f"{ms:7.4f}" for ms in took)
+            print(f"| {rows:4} | {name:7} | {copied:6.4f} | {cells} |", flush=True)
+
+
+def scalars_in_torch(*three: Tensor) -> list[dense.Measured]:
+    """All scalars one operation after the other, in parts of as many rows as `measure` takes."""
+    parts = zip(*(side[:, :V_THETA].split(dense.AT_ONCE // V_THETA) for side in three))
+    return [
+        dense.measure_in_torch(*(one.float() for one in part), torch.ones(1, 1, device="cuda"), dense.SCALARS, 0)
+        for part in parts
+    ]
+
+
+def likeliest_in_torch(*two: Tensor, k: int) -> list[Tensor]:
+    """The likeliest tokens of both models, in float32 as `measure` has them."""
+    return [side[:, :V_THETA].float().topk(k).indices for side in two]
 
 
 def show(rows: int, kind: str, program: str, copied: float, took: list[float], error: str) -> None:
@@ -106,8 +157,8 @@ def median_ms(work: Callable[..., object], sets: list, rounds: int) -> float:
     global OUT
     if OUT.shape[:1] != sets[0][0].shape[:1]:
         OUT = torch.empty(len(sets[0][0]), V_THETA, device="cuda")
-    for pair in sets:
-        work(*pair)
+    for one in sets:
+        work(*one)
     took = []
     for step in range(rounds):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

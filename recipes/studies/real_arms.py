@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cache
+from contextlib import nullcontext
+from functools import cache, partial
 from types import ModuleType
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -119,6 +120,17 @@ def trl_engine(cpu: bool) -> dict[str, Any]:
     return {"use_vllm": False} if cpu else {"use_vllm": True} | vllm
 
 
+def like_ours() -> Any:
+    """Start TRL's engine in the block with this study's settings of one, its cache among them.
+
+    vLLM takes the cache from what is free otherwise, and the other jobs of the GPU change that meanwhile.
+    """
+    from trl.generation import vllm_generation
+
+    settings = {name: ENGINE[name] for name in ("dtype", "kv_cache_memory_bytes", "compilation_config")}
+    return patch.object(vllm_generation, "LLM", partial(vllm_generation.LLM, **settings))
+
+
 @cache
 def shared_engine(teacher: str, student: str) -> Any:
     """The fused engine of this process: a trainer loads its own weights into the student before it samples."""
@@ -151,7 +163,8 @@ def build(arm: Arm, task: Task, models: tuple[str, str], settings: dict[str, Any
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
     if arm.generator is None:
         taught = {"teacher_model": teacher} if arm.trainer == "Distillation" else {}
-        return found[0](model, args=found[1](**settings | trl_engine(cpu)), **arguments, **taught)
+        with nullcontext() if cpu else like_ours():
+            return found[0](model, args=found[1](**settings | trl_engine(cpu)), **arguments, **taught)
     backend = "transformers" if cpu else "vllm"
     arguments |= {
         "args": found[1](**settings),

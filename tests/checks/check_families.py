@@ -2,20 +2,24 @@
 
     python tests/checks/check_families.py                             # every family, a process for each and each mode
     python tests/checks/check_families.py --only gemma2 qwen3_next --at-once 4 --limit 300 --out output/families
+    python tests/checks/check_families.py --only granite4-h --refused # what is refused on a GPU until it was seen
 
 Each process starts the tiny pair that the tests of that family have in a live engine which is too small for its
 requests: prompts are read in parts, two of each share their cached beginning where prefixes are kept, requests are
 preempted, their settings differ. Each record of each token is compared with both models' in transformers, whole and
 without a cache: at first, again from the cache, after a reload of every weight under each way of naming them, and,
-where the engine has several tables of blocks, after sleep. A line of JSON for each is in `families.jsonl`.
+where the engine has several tables of blocks, after sleep. A line of JSON for each is in `families.jsonl`; of a
+process that was cut it says what had held. A log has a time for each step, and every two minutes where the process is.
 
 The engine computes in float32 where its kernels do, else in bfloat16. Where this vLLM lacks its kernels that route
-tokens to experts, torch stands in, and the line says so.
+tokens to experts, torch stands in, and the line says so. Triton's kernels of linear attention take their smallest
+configuration; `--tune` has them tuned as in any engine, which takes minutes of a processor for each number of heads.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import subprocess
@@ -29,6 +33,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")  # its lines have the time
 os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # on a GPU; else Triton multiplies float32 in TF32
 os.environ.setdefault("VLLM_USE_FUSED_MOE_GROUPED_TOPK", "0")  # torch has no stand-in for it, see helpers/routing.py
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where the helpers are, and the tests whose pairs these are
@@ -43,7 +48,9 @@ from helpers.models import FAMILIES
 from helpers.oracle import check_dense, expected_records, with_wishes
 from helpers.paths import ROOT, python_path
 from helpers.routing import stand_in
-from optimal_sampling_trl.backends.vllm.families import LATENT
+from helpers.tuning import take_smallest
+from optimal_sampling_trl.backends.vllm import limits
+from optimal_sampling_trl.backends.vllm.families import LATENT, OTHER_BACKEND
 from optimal_sampling_trl.mixture import Mixture
 from optimal_sampling_trl.pairing.wrappers import WRAPPERS, text_name
 from optimal_sampling_trl.rollouts.request import Request
@@ -57,6 +64,8 @@ BOUNDS = (
     else {"float32": (1e-4, 1e-4), "bfloat16": (0.06, 0.25)}
 )
 """The mean and the largest error of a record, in nats and in α, that rounding explains over hundreds of tokens."""
+CUT = "cut"
+"""The result of a process that was ended before it came to one."""
 FAR = 1e9
 """A bound that no error of finite numbers is beyond."""
 MIXTURES = (Mixture(), Mixture.theta_only(), Mixture.teacher_only(), Mixture("trust_region"))
@@ -99,8 +108,8 @@ def arguments(case: Any, dtype: str, mode: str) -> dict[str, Any]:
         found["compilation_config"] = {"cudagraph_capture_sizes": SIZES}
     if ON_A_GPU and case.teacher.startswith("qwen3_") and is_hybrid(case):
         found["gdn_prefill_backend"] = "triton"  # the other one is FlashInfer's, a package of its own
-    if ON_A_GPU and sleeps(case):
-        found["enable_sleep_mode"] = True
+    if ON_A_GPU:  # its least share of a card that others use, too: the cache's size is given
+        found |= {"gpu_memory_utilization": 0.02, "enable_sleep_mode": sleeps(case)}
     return found
 
 
@@ -130,8 +139,13 @@ class Seen:
     """
 
     def __init__(self, name: str, mode: str, dtype: str) -> None:
-        self.bound = BOUNDS[dtype]
-        self.found: dict[str, Any] = {"family": name, "mode": mode, "dtype": dtype, "result": "failed", "errors": {}}
+        self.bound, self.began = BOUNDS[dtype], time.perf_counter()
+        self.found: dict[str, Any] = {"family": name, "mode": mode, "dtype": dtype, "result": CUT, "errors": {}}
+
+    def tell(self, step: str) -> None:
+        """Print what was seen up to this step."""
+        self.found |= {"step": step, "seconds": round(time.perf_counter() - self.began)}
+        print(json.dumps(self.found), flush=True)
 
     def compare(self, step: str, oracle: Oracle, rollouts: list[Rollout], asked: list[Request]) -> None:
         """Note the mean and the largest error of a step.
@@ -141,7 +155,7 @@ class Seen:
         """
         mean, worst, tokens = errors(oracle, rollouts, asked, self.bound[1])
         self.found["errors"][step] = {"mean": mean, "worst": worst, "tokens": tokens}
-        print(f"{step}: {tokens} tokens, mean {mean:.1e}, worst {worst:.1e}", flush=True)
+        self.tell(step)
         assert mean <= self.bound[0], f"{step}: the mean error of a record is {mean:.2g}, beyond {self.bound[0]}"
         assert worst <= self.bound[1], f"{step}: a record is off by {worst:.2g}, beyond {self.bound[1]}"
 
@@ -170,19 +184,21 @@ def check(case: Any, seen: Seen, mode: str, root: Path) -> None:
     case = fitted(case, seen.found["dtype"])
     teacher, theta = case.make(root)
     oracle, asked = Oracle(teacher, theta), requests(case)
+    seen.tell("starting")
     backend = start(teacher, theta, **arguments(case, seen.found["dtype"], mode))
     try:
         seen.found |= describe(runner_of(backend))
+        seen.tell("started")
         seen.compare("first", oracle, backend.generate(asked), asked)
         again = backend.generate(asked)
         seen.compare("again", oracle, again, asked)
         assert len({tuple(one.completion_ids) for one in again[:2]}) == 2, "two samples of one prompt are equal"
         for name in ("num_preemptions", "prefix_cache_hits"):
             seen.found[name] = counter(backend, name)
-        reload(case, seen, oracle, backend, asked)
+        asked = asked[:4]  # one of each mixture tells the weights
+        reload(case, seen, oracle, backend, asked, again[:4])
         if ON_A_GPU and sleeps(case):
-            backend.sleep()
-            backend.wake_up()
+            sleep_and_wake(backend)
             seen.compare("after sleep", oracle, backend.generate(asked), asked)
     finally:
         backend.close()
@@ -199,9 +215,26 @@ def describe(runner: Any) -> dict[str, Any]:
     }
 
 
-def reload(case: Any, seen: Seen, oracle: Oracle, backend: Any, asked: list[Request]) -> None:
+def sleep_and_wake(backend: Any) -> None:
+    """Put the engine to sleep and wake it, beside other processes on the card, too.
+
+    vLLM stops where the card has less memory free after it fell asleep than before: a tiny engine frees less than what
+    a neighbour may take in that moment. By then it sleeps.
+    """
+    try:
+        backend.sleep()
+    except AssertionError as error:
+        if "Memory usage increased" not in str(error):
+            raise
+        print("asleep; other processes took more of the card than was freed", flush=True)
+        executor = backend.llm.llm_engine.model_executor
+        executor.is_sleeping, executor.sleeping_tags = True, {"weights", "kv_cache"}
+    backend.wake_up()
+
+
+def reload(case: Any, seen: Seen, oracle: Oracle, backend: Any, asked: list[Request], old: list[Rollout]) -> None:
     """Move every weight of the student, and push it under a trainer's names, then under those of a text class."""
-    student, old = oracle.models["theta"], backend.generate(asked)
+    student = oracle.models["theta"]
     for kind, name_of in {"whole": str, "text": text_name}.items():
         if kind == "text" and case.theta not in WRAPPERS:
             continue
@@ -216,28 +249,34 @@ def reload(case: Any, seen: Seen, oracle: Oracle, backend: Any, asked: list[Requ
         seen.compare(f"reloaded, {kind} names", oracle, old, asked)
 
 
-def one(name: str, mode: str) -> None:
+def one(name: str, mode: str, is_tuned: bool, takes_refused: bool) -> None:
     """Check one case in this process, and print its line."""
-    case, began = CASES[name], time.perf_counter()
+    case = CASES[name]
     seen = Seen(name, mode, dtype_of(case))
+    faulthandler.dump_traceback_later(120, repeat=True)
     try:
         if stand_in():
             seen.found["routing"] = "torch"
+        if ON_A_GPU and not is_tuned:
+            take_smallest()
+        if takes_refused:
+            limits.check_tables = lambda *_, **__: None  # type: ignore[assignment]
         with TemporaryDirectory() as root:
             os.environ["VLLM_CACHE_ROOT"] = f"{root}/cache"
             check(case, seen, mode, Path(root))
         seen.found["result"] = "ok" if seen.found["num_preemptions"] else "ok, but no request was preempted"
     except BaseException as error:
         traceback.print_exc()
+        seen.found["result"] = "refused" if OTHER_BACKEND in str(error) else "failed"
         seen.found["reason"] = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
-    print(json.dumps(seen.found | {"seconds": round(time.perf_counter() - began)}), flush=True)
+    seen.tell("end")
     os._exit(0)  # past whatever a broken engine left running
 
 
-def in_a_process(name: str, mode: str, limit: float, out: Path) -> dict[str, Any]:
-    """The line of one case, from a process that may crash or hang."""
+def in_a_process(name: str, mode: str, limit: float, out: Path, flags: list[str]) -> dict[str, Any]:
+    """The line of one case, from a process that may crash or hang: the last that it printed."""
     log = out / f"{name}-{mode}.log"
-    command = [sys.executable, __file__, "--case", name, "--mode", mode]
+    command = [sys.executable, __file__, "--case", name, "--mode", mode, *flags]
     environment = os.environ | {"PYTHONPATH": python_path(), "PYTHONFAULTHANDLER": "1"}
     with log.open("w") as file:
         child = subprocess.Popen(command, stdout=file, stderr=file, env=environment, cwd=ROOT, start_new_session=True)
@@ -248,11 +287,13 @@ def in_a_process(name: str, mode: str, limit: float, out: Path) -> dict[str, Any
         finally:
             end(child)
     lines = log.read_text(errors="replace").splitlines()
-    for line in reversed(lines):
-        if line.startswith('{"family"'):
-            return json.loads(line)
-    tail = " / ".join(lines[-3:])[-400:]
-    return {"family": name, "mode": mode, "dtype": dtype_of(CASES[name]), "result": f"ended: {code}", "reason": tail}
+    line = {"family": name, "mode": mode, "dtype": dtype_of(CASES[name]), "result": CUT, "errors": {}}
+    for printed in lines:
+        if printed.startswith('{"family"'):
+            line = json.loads(printed)
+    if line["result"] == CUT:
+        line["reason"] = f"ended: {code}; {' / '.join(lines[-3:])[-400:]}"
+    return line
 
 
 def row(line: dict[str, Any]) -> str:
@@ -273,15 +314,18 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=1, help="processes at the same time")
     parser.add_argument("--limit", type=float, default=600, help="seconds that a process may take")
     parser.add_argument("--out", type=Path, default=ROOT / "output" / "families")
+    parser.add_argument("--tune", action="store_true", help="let Triton tune the kernels of linear attention")
+    parser.add_argument("--refused", action="store_true", help="also what has several tables and is refused on a GPU")
     parser.add_argument("--case", choices=tuple(CASES), help=argparse.SUPPRESS)
     parser.add_argument("--mode", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
-        one(args.case, args.mode)
+        one(args.case, args.mode, args.tune, args.refused)
+    flags = [f"--{name}" for name in ("tune", "refused") if getattr(args, name)]
     args.out.mkdir(parents=True, exist_ok=True)
 
     def work(name: str, mode: str) -> dict[str, Any]:
-        line = in_a_process(name, mode, args.limit, args.out)
+        line = in_a_process(name, mode, args.limit, args.out, flags)
         with (args.out / "families.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
         print(json.dumps(line), flush=True)

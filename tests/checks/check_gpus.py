@@ -31,6 +31,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -53,7 +54,7 @@ from helpers.training import make_untrained_pair
 
 GPUS = torch.cuda.device_count()
 KINDS = ("grpo", "divergence")
-PATIENCE = 280
+PATIENCE = 400
 """Seconds that a step may take."""
 
 
@@ -188,7 +189,10 @@ def server_of(pair: tuple[str, str], home: Path, gpus: int) -> Server:
     flags = ("--dtype", "float32", "--max-model-len", "128", "--gpu-memory-utilization", "0.1")
     over = ("--tensor-parallel-size", str(gpus))
     on_first = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus)))}
-    return Server(*pair, home / "server.log", *flags, *over, program=program, environment=on_first)
+    began = time.perf_counter()
+    server = Server(*pair, home / "server.log", *flags, *over, program=program, environment=on_first)
+    print(f"the server is up after {time.perf_counter() - began:.0f} s", flush=True)
+    return server
 
 
 def server_trainers(home: Path, name: str, ranks: int) -> str:

@@ -78,6 +78,7 @@ class Report:
             traceback.print_exc()
             result = f"FAILED {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         self.rows.append((name, result, time.perf_counter() - began))
+        print(f"-- {name}: {self.rows[-1][2]:.1f} s, {result}", flush=True)
 
     def table(self) -> str:
         lines = [f"| {name} | {result} | {seconds:.1f} |" for name, result, seconds in self.rows]

@@ -5,7 +5,7 @@
 
 | step | what is tried |
 |---|---|
-| `law` | chi-square over sequences of k + 2 tokens of the demo's pair, each mixture and truncation by each k |
+| `law` | chi-square over sequences of the demo's pair, each mixture and truncation by each k; 0 is a control |
 | `kept` | drafts that are kept: at α = 0 nearly all, elsewhere the mean of min(1, θ/q) of the records |
 | `greedy` | at temperature 0 the tokens of an engine without speculation |
 | `ends` | a stop inside of the drafts, and the edge of `max_model_len`; each completion's records |
@@ -15,7 +15,8 @@
 | `records` | the same tokens without drafts and with them: how far their records are from each other and the oracle |
 | `trainers` | GRPO and RAFT on an untrained pair, three steps: records of every batch against the model that trains |
 
-A sequence has k + 2 tokens, as the first comes with the prompt: k drafts and the token behind them come after it.
+A sequence has k + 2 tokens unless `--tokens` says how many, as the first comes with the prompt: k drafts and the token
+behind them come after it. Each k has seeds of its own, and so has each `--seed`.
 Sequences that are expected less than five times count as one. The law is computed by transformers in float32, and the
 engines compute in float32, too. A z of the statistic is noise up to 3 or so; with the draft's noise used again for
 what replaces it, it was 13 over as many sequences.
@@ -186,21 +187,24 @@ def requests(count: int, mixture: Mixture, **sampling: Any) -> list[Request]:
 class Check:
     """The steps, on the demo's pair."""
 
-    def __init__(self, pair: Any, sequences: int, steps: list[int], cases: list[int]) -> None:
-        self.pair, self.count, self.ks, self.cases = pair, sequences, steps, cases
+    def __init__(self, pair: Any, args: argparse.Namespace) -> None:
+        self.pair, self.count, self.ks, self.cases = pair, args.sequences, args.k, args.cases
+        self.tokens, self.seed = args.tokens, args.seed
         self.oracle = Oracle(pair.teacher, pair.student, eos=demo.VOCABULARY.index(demo.EOS))
 
     def law(self) -> str:
         law, prompt, worst = Law(self.pair.teacher, self.pair.student), prompts(1)[0], 0.0
         for k in self.ks:
-            with engine(self.pair, k) as backend:
+            length = self.tokens or k + 2
+            with engine(self.pair, k, seed=10 * self.seed + k) as backend:
                 for index in self.cases:
                     name, sampling = CASES[index]
                     mixture = MIXTURES[name]
-                    wanted = law.sequences(prompt, mixture, Sampling(**sampling), k + 2, OFTEN / self.count)
-                    z, freedom = chi_square(sample(backend, prompt, mixture, sampling, k + 2, self.count), wanted)
+                    wanted = law.sequences(prompt, mixture, Sampling(**sampling), length, OFTEN / self.count)
+                    z, freedom = chi_square(sample(backend, prompt, mixture, sampling, length, self.count), wanted)
                     worst = max(worst, abs(z))
-                    print(f"k={k} {name} {sampling or ''}: z={z:+.2f} of {freedom} degrees", flush=True)
+                    found = f"z={z:+.2f} of {freedom} degrees, {length} tokens, {self.count} sequences"
+                    print(f"k={k} {name} {sampling or ''}: {found}", flush=True)
         assert worst < Z, f"a statistic is {worst:.1f} standard deviations off"
         return f"largest |z| {worst:.2f}, {self.count} sequences each, k = {self.ks}"
 
@@ -388,9 +392,11 @@ def main() -> None:
     flags.add_argument("--k", type=int, nargs="+", default=[1, 2, 3, 4])
     every = range(len(CASES))
     flags.add_argument("--cases", type=int, nargs="+", choices=every, default=[*every], help="of `law`, by number")
+    flags.add_argument("--tokens", type=int, help="of a sequence of `law`; k + 2 if it is not given")
+    flags.add_argument("--seed", type=int, default=0, help="of `law`'s engines")
     flags.add_argument("--pair", type=Path, default=demo.DEFAULT, help="folder of the demo's pair, made if missing")
     args = flags.parse_args()
-    check = Check(demo.make_pair(args.pair), args.sequences, args.k, args.cases)
+    check = Check(demo.make_pair(args.pair), args)
     report = Report(budget=3600)
     for name in args.only:
         report.step(name, getattr(check, name))

@@ -137,9 +137,9 @@ def make_trainer(
 def whole(parameter: Tensor) -> Tensor:
     """A parameter's values; of one that FSDP or DeepSpeed splits all, which every rank has to ask for."""
     if hasattr(parameter, "ds_id"):
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters([parameter]):
+        with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
     values: Any = parameter.detach()
     return values.full_tensor() if hasattr(values, "full_tensor") else values

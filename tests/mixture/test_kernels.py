@@ -1,5 +1,5 @@
-"""Runs `kernel_cases.py` in a process of its own: whether Triton interprets its kernels is settled when it is
-imported, and vLLM on a CPU puts a placeholder in its place."""
+"""Runs `kernel_cases.py` and `dense_cases.py` in a process of their own: whether Triton interprets its kernels is
+settled when it is imported, and vLLM on a CPU puts a placeholder in its place."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from helpers.children import run
 from helpers.paths import PROCESSES, ROOT, python_path
 
-CASES = PROCESSES / "kernel_cases.py"
+CASES = [str(PROCESSES / name) for name in ("kernel_cases.py", "dense_cases.py")]
 
 
 KEYS = """
@@ -42,6 +42,6 @@ def test_a_kernel_compiled_for_other_slots_is_not_loaded() -> None:
 def test_the_kernels_compiled_or_interpreted() -> None:
     pytest.importorskip("triton", reason="no build of Triton for this system")
     environment = {"PYTHONPATH": python_path()} | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(CASES)]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *CASES]
     done = run(command, cwd=ROOT, environment=environment)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

@@ -110,6 +110,9 @@ def test_tables() -> None:
     readme = (ROOT / "recipes" / "benchmarks" / "README.md").read_text()
     lines = [line for line in tables.rollouts() if f"\n{line}" not in readme]
     assert not lines, "Put what `python recipes/benchmarks/tables.py` prints into recipes/benchmarks/README.md"
+    for page, table in (("dense.md", tables.dense), ("performance.md", tables.steps)):
+        stored = "\n".join(table())
+        assert stored in (ROOT / "docs" / page).read_text(), f"Put what tables.py prints into docs/{page}:\n{stored}"
     for row in tables.stored_rows():
         assert 1e3 * row["batch"] / row["mixture"] == pytest.approx(row["step_ms"], rel=1e-3)
 
@@ -121,6 +124,9 @@ def test_triton_kernels() -> None:
     rows = re.findall(r"^\| +4 \|.*$", output, re.MULTILINE)
     assert len(rows) == 3
     assert all(float(row.split("|")[-2]) < 1e-4 for row in rows), output
+    flags = ("--dense", "--batches", "4", "--rounds", "3", "--top-k", "8")
+    output = run("benchmarks/triton_kernels.py", *flags, launcher=PYTHON)
+    assert len(re.findall(r"^\| +4 \|.*$", output, re.MULTILINE)) == 2, output
 
 
 @pytest.mark.engine
@@ -139,6 +145,16 @@ def test_dense_engine() -> None:
     assert head == ["batch", "step", "scalars", "k = 2", "GiB"]
     assert cells[0] == "2"
     assert float(cells[1].removesuffix(" ms")) > 0
+
+
+@pytest.mark.engine
+def test_two_versions() -> None:
+    """This version beside itself: each engine has the package of its folder."""
+    need_vllm()
+    output = run("benchmarks/two_versions.py", *TINY, "--before", str(ROOT), launcher=PYTHON)
+    (cells,) = (line.strip("| ").split(" | ") for line in re.findall(r"^\| 2 \|.*$", output, re.MULTILINE))
+    assert all(float(cell) > 0 for cell in cells[:4])
+    assert f"before: {ROOT / 'optimal_sampling_trl'}" in output
 
 
 @pytest.mark.engine

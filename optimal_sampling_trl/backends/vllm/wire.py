@@ -13,6 +13,7 @@ and the teacher. The id of such a column is the token plus a multiple of V, so t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -183,11 +184,16 @@ def to_columns(rows: Float[np.ndarray, "T 4"]) -> Float[Tensor, "4 T"]:
 
 def dense_ids(ids: Int[Tensor, "N K"], scalars: int, engine_vocabulary: int) -> Int[Tensor, "N C"]:
     """Return the ids of the columns of dense records: those of the scalars, then of `ids` under each model."""
-    V, K = engine_vocabulary, ids.shape[1]
-    first = V + RECORD_COLUMNS
-    of_scalars = torch.arange(first, first + scalars, device=ids.device).expand(len(ids), -1)
-    places = V * torch.arange(FIRST_PLACE, FIRST_PLACE + 2 * K, device=ids.device)
-    return torch.cat([of_scalars, torch.cat([ids, ids], 1) + places], 1)
+    columns = torch.cat([ids.new_zeros(len(ids), scalars), ids, ids], 1)
+    return columns + _first_ids(scalars, ids.shape[1], engine_vocabulary, ids.device)
+
+
+@lru_cache(maxsize=32)
+def _first_ids(scalars: int, tokens: int, engine_vocabulary: int, device: torch.device) -> Int[Tensor, " C"]:
+    """Return what is added to the tokens of the columns; made once, and not in each step."""
+    of_scalars = torch.arange(scalars, device=device) + engine_vocabulary + RECORD_COLUMNS
+    places = torch.arange(FIRST_PLACE, FIRST_PLACE + 2 * tokens, device=device)
+    return torch.cat([of_scalars, engine_vocabulary * places])
 
 
 def _read_dense(

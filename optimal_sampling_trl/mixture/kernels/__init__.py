@@ -1,5 +1,6 @@
-"""The mixture of a batch of rows on a GPU, in Triton. `launch.mix_logits` is the door.
+"""The mixture of a batch of rows on a GPU, in Triton, and its dense records. `launch.mix_logits` and
+`dense.measure_rows` are the doors.
 
-`layout` names the slots that the launches share; `sums` reads and sums a row; `nodes`, `steps` and `blend` are the
-launches in their order.
+`layout` names the slots that the launches share; `sums` reads and sums a row. `nodes`, `steps` and `blend` are the
+launches of the mixture in their order, `scalars` and `likeliest` those of dense records.
 """

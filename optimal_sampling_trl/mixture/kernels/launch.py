@@ -95,7 +95,7 @@ def mix_logits(
     Raises:
         ValueError: where a row's logits do not lie next to each other, or the two have different numbers of rows.
     """
-    _check(theta, teacher)
+    check_rows("mix_logits", theta, teacher)
     N, V_teacher = teacher.shape
     V = min(theta.shape[1], V_teacher)
     device = theta.device
@@ -106,14 +106,12 @@ def mix_logits(
     )
     if not N:
         return mixed
-    inner = 16 // max(theta.element_size(), teacher.element_size())  # 16 bytes next to each other in a thread
-    outer = min(32 * warps, max(1, chunk // inner))
-    chunk = max(chunk, triton.cdiv(V, LANES.value * outer * inner) * outer * inner)
-    chunks, out_chunks = triton.cdiv(V, chunk), triton.cdiv(V_teacher, chunk)
+    outer, inner, chunk, chunks = cut_rows(theta, teacher, chunk, warps)
+    out_chunks = triton.cdiv(V_teacher, chunk)
     parts = torch.empty(N, chunks, CHUNK_SLOTS.value, dtype=torch.float32, device=device)
     state = torch.empty(N, ROW_SLOTS.value, dtype=torch.float64, device=device)
     arrived = torch.zeros(1 + STEPS, padded, dtype=torch.int32, device=device)
-    endings = _endings(int(stop[0]), tuple(folded), device) if stop else None
+    endings = endings_on(device, stop, folded)
     logits = (theta, teacher, theta.stride(0), teacher.stride(0), endings, V, chunk, chunks)
     shapes = {"FOLDED": len(folded) if stop else 0, "OUTER": outer, "INNER": inner, "num_warps": warps}
     arithmetic = bool(rows.methods("arithmetic"))
@@ -132,19 +130,42 @@ def mix_logits(
     return mixed
 
 
-def _check(theta: Tensor, teacher: Tensor) -> None:
-    """Refuse logits that the kernels would read wrongly."""
+class Cut(NamedTuple):
+    """Say how a row is cut: into chunks, one a program, and those into tiles of `outer` threads × `inner` logits."""
+
+    outer: int
+    inner: int
+    chunk: int
+    chunks: int
+
+
+def cut_rows(theta: Tensor, teacher: Tensor, chunk: int, warps: int) -> Cut:
+    """Cut the rows of both models' logits; `chunk` grows where a row would have more than `LANES` chunks."""
+    V = min(theta.shape[1], teacher.shape[1])
+    inner = 16 // max(theta.element_size(), teacher.element_size())  # 16 bytes next to each other in a thread
+    outer = min(32 * warps, max(1, chunk // inner))
+    chunk = max(chunk, triton.cdiv(V, LANES.value * outer * inner) * outer * inner)
+    return Cut(outer, inner, chunk, triton.cdiv(V, chunk))
+
+
+def check_rows(owner: str, theta: Tensor, teacher: Tensor) -> None:
+    """Refuse logits that the kernels would read wrongly, in the name of the function `owner`."""
     if len(theta) != len(teacher):
-        raise ValueError(f"mix_logits: {len(theta)} rows of the student's logits, {len(teacher)} of the teacher's.")
+        raise ValueError(f"{owner}: {len(theta)} rows of the student's logits, {len(teacher)} of the teacher's.")
     for name, logits in (("theta", theta), ("teacher", teacher)):
         if logits.stride(1) != 1 and logits.shape[1] > 1:
             raise ValueError(
-                f"mix_logits: the logits of a row of `{name}` lie {logits.stride(1)} numbers apart; wanted 1. "
+                f"{owner}: the logits of a row of `{name}` lie {logits.stride(1)} numbers apart; wanted 1. "
                 "Call `.contiguous()` on them."
             )
 
 
+def endings_on(device: torch.device, stop: Sequence[int], folded: Sequence[int]) -> Tensor | None:
+    """Return the id that takes the mass, then those that it is taken from; None where there is none to take it."""
+    return _endings(int(stop[0]), tuple(folded), device) if stop else None
+
+
 @lru_cache(maxsize=8)
 def _endings(stop: int, folded: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return the id that takes the mass, then those that it is taken from; copied to the device once."""
+    """Copy the endings to the device once."""
     return torch.tensor([stop, *folded], dtype=torch.int64, device=device)

@@ -13,6 +13,8 @@ from ..settings import FORMS, METHODS, SAME_DIVERGENCE
 
 NOWHERE = tl.constexpr(float("-inf"))
 """The logit of a token without mass."""
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+"""Stands for the logit of a token without mass where one beyond the vocabulary must be less."""
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 SAME = tl.constexpr(SAME_DIVERGENCE)
@@ -97,3 +99,10 @@ STEP_THIRD = tl.constexpr(3)
 STEP_TOP_P = tl.constexpr(14)
 STEP_TOP_Q = tl.constexpr(15)
 """The exponents, in bits, that the sums at p and q are relative to."""
+# In `scan`: a distribution's largest logit, and behind it what normalises it relative to that.
+TOTAL_THETA = tl.constexpr(8)
+TOTAL_TEACHER = tl.constexpr(10)
+TOTAL_MIXED = tl.constexpr(12)
+# In `sum_scalars`, below them: the scalars in the order of `dense.SCALARS`.
+SCALAR_SLOTS = tl.constexpr(7)
+"""The last of them is a probability, the others are divergences and entropies."""

@@ -197,6 +197,16 @@ def test_angles_whose_size_vllm_does_not_read(tmp_path: Path, monkeypatch: pytes
     assert check_pair(latent, latent, {}).teacher == latent
 
 
+def test_heads_of_two_sizes_that_vllm_does_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM 0.26 would stop with transformers' words about `head_dim`."""
+    from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
+
+    model = make_model(tmp_path, "gemma4", 0)
+    monkeypatch.delattr(ModelArchConfigConvertorBase, "get_per_layer_hf_configs", raising=False)
+    with pytest.raises(ValueError, match=r"The teacher .* has heads of two sizes, which .* this vLLM does not read"):
+        check_pair(model, model, {})
+
+
 def test_longrope_ends_where_its_angles_change(tmp_path: Path) -> None:
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 16, "long_factor": [2.0] * 16}
     model = make_model(tmp_path / "long", "phi3", 0, rope_parameters=rope, original_max_position_embeddings=200)
@@ -325,7 +335,7 @@ def test_model_runner_v1_on_a_gpu(pair: tuple[str, str], monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    ("version", "supported"), [("0.21.2", False), ("0.22.0", True), ("0.32.0", True), ("0.33.0", False)]
+    ("version", "supported"), [("0.21.2", False), ("0.22.0", True), ("0.33.0", True), ("0.34.0", False)]
 )
 def test_versions(monkeypatch: pytest.MonkeyPatch, version: str, supported: bool) -> None:
     import vllm
@@ -340,11 +350,11 @@ def test_an_unsuited_version_is_logged_by_the_plugin_and_raised_by_the_engine(
     """vLLM loads the plugin for every model that a user serves: it must not stop the others."""
     import vllm
 
-    monkeypatch.setattr(vllm, "__version__", "0.33.0")
+    monkeypatch.setattr(vllm, "__version__", "0.34.0")
     with caplog.at_level(logging.WARNING):
         plugin.register()
-    assert "vLLM is 0.33.0; wanted 0.22 to 0.32" in caplog.text
-    with pytest.raises(ImportError, match=r"vLLM is 0.33.0; wanted 0.22 to 0.32.*'transformers'"):
+    assert "vLLM is 0.34.0; wanted 0.22 to 0.33" in caplog.text
+    with pytest.raises(ImportError, match=r"vLLM is 0.34.0; wanted 0.22 to 0.33.*'transformers'"):
         VLLMBackend(*pair)
 
 

@@ -95,6 +95,8 @@ def test_other_kinds_of_models_and_engines_are_refused() -> None:
         with pytest.raises(ValueError, match=f"the student '' has {kind}; wanted two dense models"):
             check_speculation(DENSE | {"student": config}, given, 128)
     check_speculation(DENSE | {"student": window}, given, 64)
+    with pytest.raises(ValueError, match="`enable_sleep_mode` is set"):
+        check_speculation(DENSE, given | {"enable_sleep_mode": True}, 128)
     check_speculation(DENSE, given | {"scheduler_cls": "mine", "async_scheduling": False}, 128)
     auto = {"num_speculative_tokens": "auto"}
     for further, words in (
@@ -107,8 +109,6 @@ def test_other_kinds_of_models_and_engines_are_refused() -> None:
         with pytest.raises(ValueError, match=r"`cudagraph_mode` is FULL.*FULL_AND_PIECEWISE"):
             check_speculation(DENSE, given | {"compilation_config": config}, 128)
     check_speculation(DENSE, given | {"compilation_config": {"cudagraph_mode": "FULL_AND_PIECEWISE"}}, 128)
-    with pytest.raises(ValueError, match="`enable_sleep_mode` is set"):
-        check_speculation(DENSE, given | {"enable_sleep_mode": True}, 128)
     with pytest.raises(ValueError, match=r"`tensor_parallel_size` is 2; drafts were checked on one GPU alone"):
         check_speculation(DENSE, given | {"tensor_parallel_size": 2}, 128)
 

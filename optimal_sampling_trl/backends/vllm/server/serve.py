@@ -21,7 +21,7 @@ from ..limits import check_arguments, check_pair, check_platform
 from ..plugin import TRANSFER, require
 from ..requests import check_params
 from ..rows import keep_rows
-from ..versions import serve_flags
+from ..versions import prepare_server, serve_flags
 from ..wire import wants_record
 from .messages import describe
 
@@ -172,9 +172,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ImportError, ValueError) as error:
         raise SystemExit(f"{PROGRAM}: {error}") from error
     import uvloop
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 
-    cli_env_setup()
+    prepare_server()
     # TRL sends weights and reads the server's settings by vLLM's development endpoints.
     os.environ.update({"VLLM_SERVER_DEV_MODE": "1", **platform_settings()})
     uvloop.run(serve(args))

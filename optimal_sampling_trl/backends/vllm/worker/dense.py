@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from vllm.v1.outputs import LogprobsTensors
 
-from ....mixture.dense import AT_ONCE, measure
+from ....mixture.dense import measure
 from ....rollouts.dense import Dense
 from ..wire import NO_NUMBER, RECORD_COLUMNS, dense_ids
 from .records import Mixed
@@ -46,22 +46,18 @@ def _to_device(rows: Tensor, device: torch.device) -> Tensor:
 
 def measure_groups(mixed: Mixed, groups: Sequence[Group]) -> list[Columns]:
     """Measure the rows of a step that ask for it. Call this before vLLM's sampler, which may write into the logits."""
-    V = min(mixed.theta.shape[1], mixed.teacher.shape[1])
-    columns = []
-    for dense, rows in groups:
-        parts = [_measure_rows(mixed, dense, part, V) for part in rows.split(max(1, AT_ONCE // V))]
-        columns.append(Columns(rows, *(torch.cat(column) for column in zip(*parts))))
-    return columns
+    return [Columns(rows, *_measure_rows(mixed, dense, rows)) for dense, rows in groups]
 
 
 def _measure_rows(
-    mixed: Mixed, dense: Dense, rows: Int[Tensor, " R"], V: int
+    mixed: Mixed, dense: Dense, rows: Int[Tensor, " R"]
 ) -> tuple[Int[Tensor, "R C"], Float[Tensor, "R C"]]:
-    """Return the ids and the numbers of a few rows, whose logits are copied."""
-    theta, teacher, q = (one[rows, :V] for one in (mixed.theta, mixed.teacher, mixed.logits))
-    temperature = 1.0 if mixed.temperature is None else mixed.temperature[rows]
-    teacher = mixed.ending.fold(teacher.float())
-    scalars, ids, *log_probabilities = measure(theta, teacher, q, temperature, dense.scalars, dense.top_k)
+    """Return the ids and the numbers of the columns of a few rows."""
+    temperature = 1.0 if mixed.temperature is None else mixed.temperature
+    logits, ending = (mixed.theta, mixed.teacher, mixed.logits), mixed.ending
+    scalars, ids, *log_probabilities = measure(
+        *logits, temperature, dense.scalars, dense.top_k, rows, ending.stop, ending.folded
+    )
     values = torch.cat([-scalars, *log_probabilities], 1)
     values = values.nan_to_num(nan=NO_NUMBER, posinf=torch.inf, neginf=-torch.inf)
     return dense_ids(ids, scalars.shape[1], mixed.logits.shape[1]), values

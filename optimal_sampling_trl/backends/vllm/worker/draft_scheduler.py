@@ -24,6 +24,12 @@ class DraftScheduler(AsyncScheduler):
             counts, size_of(teacher.hf_text_config, width), size_of(theta.hf_text_config, width)
         )
 
+    def add_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
+        """Take a request. One that finds the engine idle has the drafts that it would have in a new engine."""
+        if not self.requests:
+            self.draft_counts.forget()
+        super().add_request(request, *args, **kwargs)
+
     def make_spec_decoding_stats(
         self, spec_decoding_stats: Any, num_draft_tokens: int, num_accepted_tokens: int, *args: Any, **kwargs: Any
     ) -> Any:

@@ -18,7 +18,7 @@ from ....mixture import FIELDS, FORMS, Mixture, MixtureRows
 from ....mixture.kernels.launch import mix_logits
 from ....rollouts.dense import Dense
 from ..wire import RECORD, dense_of, mixture_of
-from .dense import Columns, group_rows, measure_groups, with_dense
+from .dense import Columns, Group, group_rows, measure_groups, with_dense
 from .records import Mixed, with_records
 
 SLOT_COLUMNS = (*FIELDS, "temperature")
@@ -52,6 +52,9 @@ class SlotSampler:
         self.has_changed = True
         self.wanted_np, self.masked_np, self.arithmetic_np = (np.zeros(slots, dtype=bool) for _ in range(3))
         self.dense: list[Dense | None] = [None] * slots
+        self.grouped: bytes | None = None
+        """The slots of the step that `groups` are of; None where a request has come since."""
+        self.groups: list[Group] = []
         self.wanted = UvaBackedTensor(slots, dtype=torch.bool)
         self.copy_table()
 
@@ -68,6 +71,7 @@ class SlotSampler:
         self.masked_np[slot] = params.structured_outputs is not None
         self.arithmetic_np[slot] = mixture.form == "arithmetic"
         self.dense[slot] = dense_of(params.extra_args) if self.wanted_np[slot] else None
+        self.grouped = None
         if self.wanted_np[slot]:  # a record's columns need none of the likeliest tokens
             self.base.sampling_states.num_logprobs[slot] = 0
         self.has_changed = True
@@ -109,8 +113,13 @@ class SlotSampler:
         mixed = Mixed(
             found.logits, found.alpha, theta, logits, found.theta_sum, found.teacher_sum, temperature, ending
         )
-        measured = measure_groups(mixed, group_rows([self.dense[slot] for slot in slots_np], slots.device))
-        return Step(mixed, slots, slots_np, measured)
+        return Step(mixed, slots, slots_np, measure_groups(mixed, self._groups(slots_np, slots.device)))
+
+    def _groups(self, slots_np: np.ndarray, device: torch.device) -> list[Group]:
+        """Group a step's rows by the dense records that they ask for: anew only where the step before had others."""
+        if self.grouped != slots_np.tobytes():
+            self.grouped, self.groups = slots_np.tobytes(), group_rows([self.dense[slot] for slot in slots_np], device)
+        return self.groups
 
     def record(self, output: Any, step: Step) -> Any:
         """Return what vLLM's sampler returned of a step, with the records of its tokens."""

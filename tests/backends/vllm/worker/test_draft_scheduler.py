@@ -113,3 +113,4 @@ def test_the_share_of_drafts_that_are_kept_is_known(folders: tuple[str, str], sh
     verified, _ = serve(scheduler, share)
     assert scheduler.draft_counts.share == pytest.approx(share, abs=0.15)
     assert (verified[3] > 100) == (share == 0.9)
+    assert serve(scheduler, share)[0] == verified, "the same requests have the same drafts when they come again"
