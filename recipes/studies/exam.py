@@ -103,6 +103,10 @@ class Watch(TrainerCallback):
         if state.global_step % self.every == 0 or over:
             self._look(state, kwargs["model"])
 
+    def ends(self) -> dict[str, float]:
+        """What else it saw by the end of the training."""
+        return {}
+
     def _sampled(self) -> int:
         """Tokens of the last batch; TRL's own trainers have no rollouts, but the mean length of a completion."""
         if hasattr(self.trainer, "rollouts"):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 
 from exam import Watch
-from optimal_sampling_trl import Rollout
+from optimal_sampling_trl import Mixture, Rollout
 from real_arms import ALONE, FILTER, MIXED, TEACHER, Arm
 from real_exam import EngineExam
 from real_models import texts_of
@@ -64,6 +64,8 @@ STUDY = {
     "Self-distillation, teacher as at the start": Teaching(Arm("Distillation", 1e-4, OPSD, ALONE), "start"),
     "RAFT, informed mixture, teacher as at the start": Teaching(Arm("RAFT", 1e-4, FILTER, MIXED), "start"),
     "RAFT, separate teacher's mixture": Teaching(Arm("RAFT", 1e-4, FILTER, MIXED), "separate"),
+    "GRPO, half informed mixture, teacher as at the start": Teaching(Arm("GRPO", 3e-5), "start"),
+    "GRPO, half mixture of a separate teacher": Teaching(Arm("GRPO", 3e-5), "separate"),
     "GRPO, informed mixture where needed": Teaching(Arm("GRPO", 3e-5, {}, {"mixture_below": 1.0})),
 }
 """The most important first."""
@@ -100,6 +102,12 @@ class LeakWatch(Watch):
         self.completions += len(self.trainer.rollouts)
         self.referring += refers(self.trainer.rollouts)
         return super()._sampled()
+
+    def ends(self) -> dict[str, float]:
+        """The share of the student's answers to held-out questions that speak of the solution, and of all these."""
+        answers = self.exam._sample(Mixture.theta_only(), self.exam.entries)
+        found = refers(answers) / len(answers)
+        return {"refers": found, "refers_in_training": self.referring / max(self.completions, 1)}
 
 
 def leaks(lines: list[Line]) -> Iterator[str]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import nan
+from math import inf, nan, sqrt
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
 from horizon_report import spread
 from optimal_sampling_trl.plots import plot_learning
@@ -63,8 +63,56 @@ def curves(lines: list[Line], column: int, scale: float) -> dict[str, list[tuple
     return found
 
 
+def seeds(lines: list[Line], completions: float = inf) -> Iterator[str]:
+    """A row for each arm and rate: right answers of each seed after `completions`, their mean, the rest at the end.
+
+    A run counts with its last measurement by then. One that was cut earlier has its updates in brackets.
+    """
+    every = sorted({line["seed"] for line in lines})
+    yield "| arm | rate | " + " | ".join(f"seed {seed}" for seed in every) + " | mean | greedy | pass@8 |"
+    yield "|---" * (5 + len(every)) + "|"
+    for arm in dict.fromkeys(line["arm"] for line in lines):
+        for runs in by_rate(lines, arm):
+            shown = {line["seed"]: shown_right(line, completions) for line in runs}
+            means = [spread([right_after(line, completions) for line in runs])]
+            if completions == inf:
+                means += [f"{mean(line[name] for line in runs):.3f}" for name in ("greedy", "any_right")]
+            cells = [shown.get(seed, "") for seed in every] + means + [""] * (3 - len(means))
+            yield f"| {arm} | {runs[0]['learning_rate']:g} | " + " | ".join(cells) + " |"
+
+
+def right_after(line: Line, completions: float) -> float:
+    """The share of right answers that a run measured last by then; by the end, that of its closing exam."""
+    if completions == inf:
+        return line["right"]
+    return [point[RIGHT] for point in line["points"] if point[0] <= completions][-1]
+
+
+def shown_right(line: Line, completions: float) -> str:
+    """The same as a cell, with the updates in brackets where the run was cut before."""
+    whole = line["done"] == line["steps"] or (completions < inf and line["points"][-1][0] >= completions)
+    return f"{right_after(line, completions):.3f}" + ("" if whole else f" ({line['done']})")
+
+
+def gain(lines: list[Line], arm: str, other: str, completions: float = inf) -> tuple[float, float, int]:
+    """How far one arm's right answers are above another's: the mean over the seeds of both, its error, their number.
+
+    Each arm is taken at the first rate that it was run at. The error is the standard error of the paired differences,
+    NaN with one seed.
+    """
+    of = [{line["seed"]: right_after(line, completions) for line in by_rate(lines, name)[0]} for name in (arm, other)]
+    more = [of[0][seed] - of[1][seed] for seed in of[0].keys() & of[1].keys()]
+    return mean(more), stdev(more) / sqrt(len(more)) if len(more) > 1 else nan, len(more)
+
+
 def report(lines: list[Line], output: Path) -> None:
-    """Print a table for each task and student, and draw its curves over tokens and over seconds."""
+    """Print a table for each task and student, and draw its curves over tokens and over seconds.
+
+    Runs that were cut are in the table of seeds alone.
+    """
+    for task, student in dict.fromkeys((line["task"], line["student"]) for line in lines):
+        here = [line for line in lines if (line["task"], line["student"]) == (task, student)]
+        print(f"### {task}, {student} student: right answers by seed", *seeds(here), "", sep="\n")
     lines = [line for line in lines if line["done"] == line["steps"]]
     for task, student in dict.fromkeys((line["task"], line["student"]) for line in lines):
         here = [line for line in lines if (line["task"], line["student"]) == (task, student)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from real_arms import ARMS, PUBLISHED, trainer_of
 from real_exam import distance, mean_of
 from real_models import learn
 from real_tasks import TASKS, answer_of
+from real_text_report import gain, seeds
 
 
 @pytest.mark.parametrize(
@@ -105,3 +107,21 @@ def test_arms_take_as_many_completions_in_whole_groups() -> None:
         assert batch % arm.group == 0, name
         assert abs(batch * steps - 64 * 340) < batch, name
     assert PUBLISHED["MENTOR"].budget(64, 340) == (60, 363)  # 8 of the student's and 4 of the mixture's for a prompt
+
+
+def test_seeds_stand_beside_each_other_and_cut_runs_say_so() -> None:
+    def line(arm: str, seed: int, right: float, done: int = 4) -> dict[str, Any]:
+        points = [[64 * step, 0, 0.0, right * step / 4] for step in range(done + 1)]
+        key = {"arm": arm, "seed": seed, "learning_rate": 1e-4, "steps": 4, "done": done, "points": points}
+        return key | {"right": right, "greedy": 0.5, "any_right": 0.75}
+
+    lines = [line("RAFT", 0, 0.4), line("RAFT", 1, 0.8), line("GRPO", 0, 0.3), line("GRPO", 1, 0.2, done=3)]
+    head, _, raft, grpo = seeds(lines)
+    assert head == "| arm | rate | seed 0 | seed 1 | mean | greedy | pass@8 |"
+    assert raft == "| RAFT | 0.0001 | 0.400 | 0.800 | 0.600 ± 0.200 | 0.500 | 0.750 |"
+    assert grpo.startswith("| GRPO | 0.0001 | 0.300 | 0.200 (3) | 0.250 ± ")
+    _, _, raft, grpo = seeds(lines, completions=130)
+    assert raft == "| RAFT | 0.0001 | 0.200 | 0.400 | 0.300 ± 0.100 |  |  |"
+    assert grpo.startswith("| GRPO | 0.0001 | 0.150 | 0.100 | ")
+    mean, error, count = gain(lines, "RAFT", "GRPO")  # 0.1 and 0.6
+    assert (round(mean, 6), round(error, 6), count) == (0.35, 0.25, 2)
