@@ -104,7 +104,7 @@ class Watch(TrainerCallback):
             self._look(state, kwargs["model"])
 
     def ends(self) -> dict[str, float]:
-        """What else it saw by the end of the training."""
+        """Further numbers of the whole training; none here."""
         return {}
 
     def _sampled(self) -> int:

@@ -1,4 +1,4 @@
-"""What the studies on real text share: the models that are taught first, a run, the jobs of a machine, the flags."""
+"""Shared by the studies on real text: models that are taught first, a run, the jobs of a machine, the flags."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Job(NamedTuple):
 
 
 class Lesson(NamedTuple):
-    """What a model learns before a study: a base's folder, its own, right answers that are enough, updates at most."""
+    """A teaching before a study: a base's folder, the new model's, right answers that are enough, most updates."""
 
     task: Task
     base: str

@@ -95,7 +95,7 @@ def shown_right(line: Line, completions: float) -> str:
 
 
 def gain(lines: list[Line], arm: str, other: str, completions: float = inf) -> tuple[float, float, int]:
-    """How far one arm's right answers are above another's: the mean over the seeds of both, its error, their number.
+    """Compare one arm's right answers with another's: the mean difference over common seeds, its error, their number.
 
     Each arm is taken at the first rate that it was run at. The error is the standard error of the paired differences,
     NaN with one seed.
