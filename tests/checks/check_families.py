@@ -2,7 +2,7 @@
 
     python tests/checks/check_families.py                             # every family, a process for each and each mode
     python tests/checks/check_families.py --only gemma2 qwen3_next --at-once 4 --limit 300 --out output/families
-    python tests/checks/check_families.py --only granite4-h --refused # what is refused on a GPU until it was seen
+    python tests/checks/check_families.py --only gemma4-wrappers --refused # layers that read another's cache
 
 Each process starts the tiny pair that the tests of that family have in a live engine which is too small for its
 requests: prompts are read in parts, two of each share their cached beginning where prefixes are kept, requests are
@@ -260,7 +260,7 @@ def one(name: str, mode: str, is_tuned: bool, takes_refused: bool) -> None:
         if ON_A_GPU and not is_tuned:
             take_smallest()
         if takes_refused:
-            limits.check_tables = lambda *_, **__: None  # type: ignore[assignment]
+            limits.check_shared_caches = lambda *_, **__: None  # type: ignore[assignment]
         with TemporaryDirectory() as root:
             os.environ["VLLM_CACHE_ROOT"] = f"{root}/cache"
             check(case, seen, mode, Path(root))
@@ -315,7 +315,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=600, help="seconds that a process may take")
     parser.add_argument("--out", type=Path, default=ROOT / "output" / "families")
     parser.add_argument("--tune", action="store_true", help="let Triton tune the kernels of linear attention")
-    parser.add_argument("--refused", action="store_true", help="also what has several tables and is refused on a GPU")
+    parser.add_argument("--refused", action="store_true", help="also what shares caches, which a GPU refuses")
     parser.add_argument("--case", choices=tuple(CASES), help=argparse.SUPPRESS)
     parser.add_argument("--mode", help=argparse.SUPPRESS)
     args = parser.parse_args()

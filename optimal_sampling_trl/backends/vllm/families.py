@@ -5,9 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from importlib.util import find_spec
-from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -19,9 +18,6 @@ LINEAR = ("granitemoehybrid", "nemotron_h", "qwen3_5_moe_text", "qwen3_5_text", 
 """Model types whose linear attention or Mamba layers were held against the oracle."""
 LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
 """Model types whose latent attention was held against the oracle. Sparse ones keep caches of further kinds."""
-APART = "windows of different lengths"
-TABLES_ON_A_GPU = {APART: False, "linear attention": False}
-"""Reasons for several tables of blocks that were seen to be right on a GPU, and whether under CUDA graphs, too."""
 ATTENTION = {"full_attention", "attention", "sliding_attention"}
 FEED_FORWARD = {"mlp"}
 STATES = {"mamba", "mamba2", "conv", "recurrent", "hybrid"}
@@ -174,42 +170,24 @@ def has_several_tables(configs: Collection[PreTrainedConfig]) -> bool:
     return len(windows) > 1 or any(shares_caches(config) or has_states(config) for config in configs)
 
 
-def check_tables(configs: dict[str, PreTrainedConfig], arguments: Mapping[str, Any], is_on_cpu: bool) -> None:
-    """Refuse several tables of cached blocks where they were not seen to be right: all run on a CPU.
+def check_shared_caches(configs: dict[str, PreTrainedConfig], is_on_cpu: bool) -> None:
+    """Refuse layers that read another layer's cache, on a GPU: they have tables of blocks of their own, which were run
+    on a CPU alone.
 
     Args:
         configs: of both models, by their roles.
-        arguments: the engine's.
         is_on_cpu: whether the engine is to run there.
 
     Raises:
-        ValueError: naming the model, or the setting that is missing.
+        ValueError: naming the model.
     """
-    if is_on_cpu or not has_several_tables(configs.values()):
-        return
-    kinds = {role: _own_tables(config) for role, config in configs.items()}
-    for role, kind in kinds.items():
-        if kind is not None and kind not in TABLES_ON_A_GPU:
+    for role, config in configs.items():
+        if shares_caches(config) and not is_on_cpu:
             raise ValueError(
-                f"The {role} {configs[role].name_or_path!r} has {kind} (`{configs[role].model_type}`), which were "
-                f"never seen to be right in this engine on a GPU. Wanted a model without. {OTHER_BACKEND}"
+                f"The {role} {config.name_or_path!r} has layers that read another layer's cache "
+                f"(`{config.model_type}`), which were never seen to be right in this engine on a GPU. Wanted a model "
+                f"without. {OTHER_BACKEND}"
             )
-    found = {kind for kind in kinds.values() if kind is not None} or {APART}
-    eager = sorted(kind for kind in found if not TABLES_ON_A_GPU[kind])
-    if eager and not arguments.get("enforce_eager"):
-        raise ValueError(
-            f"This pair has {' and '.join(eager)}, and so several tables of cached blocks, which were seen to be "
-            f"right on a GPU without CUDA graphs alone. Pass enforce_eager=True. {OTHER_BACKEND}"
-        )
-
-
-def _own_tables(config: PreTrainedConfig) -> str | None:
-    """Return what a model has that takes several tables of blocks; None where it takes one."""
-    if shares_caches(config):
-        return "layers that read another layer's cache"
-    if has_states(config):
-        return "linear attention" if config.model_type.startswith("qwen3_") else "Mamba layers"
-    return None
 
 
 def has_experts(config: PreTrainedConfig) -> bool:

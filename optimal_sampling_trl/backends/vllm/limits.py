@@ -16,7 +16,7 @@ from .families import (
     OTHER_BACKEND,
     check_family,
     check_latent,
-    check_tables,
+    check_shared_caches,
     check_wrapper,
     has_experts,
     has_several_tables,
@@ -94,7 +94,7 @@ def check_pair(
             f"alone, which is the teacher. Wanted a teacher with experts, or a dense student. {OTHER_BACKEND}"
         )
     check_states(configs, arguments)
-    check_tables(configs, arguments, is_on_cpu=_is_on_cpu())
+    check_shared_caches(configs, is_on_cpu=_is_on_cpu())
     check_latent(configs)
     check_speculation(configs, arguments, context)
     _check_max_model_len(configs, arguments.get("max_model_len"))
