@@ -19,11 +19,11 @@ configuration; `--tune` has them tuned as in any engine, which takes minutes of 
 from __future__ import annotations
 
 import argparse
-import faulthandler
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
@@ -249,11 +249,19 @@ def reload(case: Any, seen: Seen, oracle: Oracle, backend: Any, asked: list[Requ
         seen.compare(f"reloaded, {kind} names", oracle, old, asked)
 
 
+def tell_where() -> None:
+    """Print every two minutes where the process is. faulthandler's timer reads frames without the interpreter's lock:
+    a process that was compiling a kernel died while it did."""
+    while True:
+        time.sleep(120)
+        traceback.print_stack(sys._current_frames()[threading.main_thread().ident or 0])
+
+
 def one(name: str, mode: str, is_tuned: bool, takes_refused: bool) -> None:
     """Check one case in this process, and print its line."""
     case = CASES[name]
     seen = Seen(name, mode, dtype_of(case))
-    faulthandler.dump_traceback_later(120, repeat=True)
+    threading.Thread(target=tell_where, daemon=True).start()
     try:
         if stand_in():
             seen.found["routing"] = "torch"
