@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
+import socket
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from trl.trainer.utils import ensure_master_addr_port
 
 import pair as embedded
 from informed_arms import REFERS, STUDY, TOLD, ReadingTask, ToldTask
@@ -18,6 +21,7 @@ from real_exam import distance, mean_of
 from real_models import learn
 from real_tasks import TASKS, answer_of
 from real_text_report import gain, seeds
+from runs import take_card
 
 
 @pytest.mark.parametrize(
@@ -107,6 +111,18 @@ def test_arms_take_as_many_completions_in_whole_groups() -> None:
         assert batch % arm.group == 0, name
         assert abs(batch * steps - 64 * 340) < batch, name
     assert PUBLISHED["MENTOR"].budget(64, 340) == (60, 363)  # 8 of the student's and 4 of the mixture's for a prompt
+
+
+def test_a_run_takes_a_card_and_a_port_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The port of the environment is another process's: TRL's engine is not to meet others there."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    with socket.create_server(("localhost", 0)) as taken:
+        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        take_card(1)
+        ensure_master_addr_port()  # TRL's, before it starts vLLM
+        with socket.create_server(("localhost", int(os.environ["MASTER_PORT"]))):
+            assert os.environ["CUDA_VISIBLE_DEVICES"] == "6"
 
 
 def test_seeds_stand_beside_each_other_and_cut_runs_say_so() -> None:
