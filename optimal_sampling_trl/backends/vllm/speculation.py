@@ -96,8 +96,6 @@ def _reason_against(configs: Mapping[str, PreTrainedConfig], arguments: Mapping[
     if not is_checked():
         wanted = " or ".join(".".join(map(str, version)) for version in VERSIONS)
         return f"vLLM is {__version__}; drafts were checked on {wanted} alone"
-    if arguments.get("enable_sleep_mode"):
-        return "`enable_sleep_mode` is set; drafts were not checked in an engine that sleeps"
     if arguments[NUM_SPECULATIVE_TOKENS] == AUTO:
         if arguments.get("scheduler_cls"):
             return "`scheduler_cls` is set; a scheduler of this package's chooses. A number goes with yours"

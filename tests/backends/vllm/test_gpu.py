@@ -222,11 +222,10 @@ def test_preemption(short_of_memory: Any, judge: Judge, prompts: str) -> None:
 def default(
     request: pytest.FixtureRequest, pair: tuple[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Any]:
-    """An engine with vLLM's own choice of graphs, which counts and, without drafts, sleeps; its cache was empty."""
+    """An engine with vLLM's own choice of graphs, which counts and sleeps; its cache was empty."""
     from vllm import envs
 
-    drafts = DRAFTS[request.param]
-    further = {"num_speculative_tokens": drafts, "enable_sleep_mode": not drafts, "disable_log_stats": False}
+    further = {"num_speculative_tokens": DRAFTS[request.param], "enable_sleep_mode": True, "disable_log_stats": False}
     envs.disable_envs_cache()  # vLLM reads its variables once for all, when the first engine of a process starts
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CACHE_ROOT", str(tmp_path_factory.mktemp("cache")))
@@ -262,8 +261,6 @@ def test_a_group_shares_its_prompts(default: Any, judge: Judge) -> None:
 
 
 def test_sleep_keeps_the_teacher(default: Any, judge: Judge) -> None:
-    if runner_of(default).speculator is not None:
-        pytest.skip("an engine that drafts does not sleep")
     before = default.generate(requests(False))
     free = torch.cuda.mem_get_info()[0]
     default.sleep()
