@@ -35,9 +35,9 @@ class GuardConfig:
         default=None,
         metadata={
             "help": "Largest mean of |log theta of the trainer - log theta of the engine|, in nats a token, at which "
-            "training goes on. By default what rounding explains: 0.15 in bfloat16, 0.02 in float16, 0.01 in float32, "
-            "0.001 in float32 on a CPU, in proportion more where log theta is below -5 in the mean. Above it a larger "
-            "tolerance warns; 'inf' warns only."
+            "training goes on. By default twice what rounding explains: 0.15 in bfloat16, 0.02 in float16, 0.01 in "
+            "float32, 0.001 in float32 on a CPU, in proportion more where log theta is below -5 in the mean. Between "
+            "the two there is one warning; 'inf' warns only."
         },
     )
 
