@@ -5,8 +5,8 @@
 
     python recipes/benchmarks/tables.py
 
-`results/` holds those of rollouts, dense records and training steps; each file names the card, the versions and the
-commands. The tables of studies are drawn by the studies, with `--report`.
+`results/` holds those of rollouts, several cards, dense records and training steps; each file names the card, the
+versions and the commands. The tables of studies are drawn by the studies, with `--report`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from decoding import MEASURED
@@ -25,9 +26,14 @@ BATCHES = (32, 128, 256)
 """Batches that both pairs were measured at."""
 
 
+def stored(name: str) -> dict[str, Any]:
+    """Read a file of results."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
 def stored_rows() -> list[dict[str, Any]]:
     """The measured batches of `engine.py`, a dictionary each."""
-    return [row for row in json.loads(MEASURED.read_text())["rows"] if row["fitted"]]
+    return [row for row in stored("rollouts")["rows"] if row["fitted"]]
 
 
 def pair_name(row: dict[str, Any]) -> str:
@@ -52,20 +58,42 @@ def rollouts() -> Iterator[str]:
         yield f"| {pair_name(row)} | {row['batch']} | {rates} | {row['mixture'] / row['teacher_alone']:.2f} |"
 
 
+def cards() -> Iterator[str]:
+    """Lines of the table of README.md: tokens/s by the number of processes, each with a card of its own."""
+    yield "| card | processes | tokens/s | of linear |\n|---|--:|--:|--:|"
+    alone = 0.0
+    for row in stored("many_gpus")["rows"]:
+        alone = row["rate"] if row["processes"] == 1 else alone
+        share = row["rate"] / (row["processes"] * alone)
+        yield f"| {row['device']} | {row['processes']} | {row['rate']:,} | {share:.0%} |".replace(",", " ").replace(
+            "%", " %"
+        )
+
+
 def dense() -> Iterator[str]:
     """Lines of the table of docs/dense.md: what dense records add to a decoding step."""
-    for row in json.loads((RESULTS / "dense_engine.json").read_text())["rows"]:
+    for row in stored("dense_engine")["rows"]:
         added = " | ".join(f"{row[name]:+.0%}".replace("%", " %") for name in ("scalars", "k_8", "k_32", "k_128"))
         yield f"| {row['batch']} | {row['step_ms']:.2f} ms | {added} |"
 
 
-def steps() -> Iterator[str]:
-    """Lines of the table of docs/performance.md: parts of a training step, and their ratios to TRL's trainer."""
-    arms = json.loads((RESULTS / "training.json").read_text())["arms"]
-    base: dict[str, float] = {}
-    for name, found in arms.items():
+def dense_kernels() -> Iterator[str]:
+    """Lines of the other table of docs/dense.md: ms of the kernels alone, and of torch in their place."""
+    for row in stored("dense_kernels")["rows"]:
+        took = " | ".join(f"{row[name]:.2f}" for name in ("copy", "scalars", "k_8", "k_32", "k_128"))
+        yield f"| {row['rows']} | {row['program']} | {took} |"
+
+
+def steps(tokens: str) -> Iterator[str]:
+    """Lines of a table of docs/performance.md: parts of a training step, their ratios to TRL's trainer, each step.
+
+    Args:
+        tokens: the length of a completion.
+    """
+    base: dict[str, Any] = {}
+    for name, found in stored("training")["tables"][tokens]["arms"].items():
         base = found if name.startswith("TRL") else base
-        yield line(name, found, base)
+        yield f"{line(name, found, base)} {', '.join(f'{seconds:.1f}' for seconds in found['steps'])} |"
 
 
 def line(name: str, found: dict[str, Any], base: dict[str, Any]) -> str:
@@ -77,7 +105,7 @@ def line(name: str, found: dict[str, Any], base: dict[str, Any]) -> str:
 def main() -> None:
     """Print them all."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    for table in (speeds, rollouts, dense, steps):
+    for table in (speeds, rollouts, cards, dense, dense_kernels, partial(steps, "256"), partial(steps, "2048")):
         print("\n".join(table()), end="\n\n")
 
 

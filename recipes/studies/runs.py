@@ -41,7 +41,11 @@ def by_rate(lines: Iterable[Line], arm: str) -> list[list[Line]]:
 
 
 def take_card(number: int) -> None:
-    """Let this process see one of the GPUs that it was given, by its number among them. Call it before CUDA starts."""
+    """Let this process see one of the GPUs that it was given, by its number among them. Call it before CUDA starts.
+
+    A port in `MASTER_PORT` would be the same for all processes of a study: TRL takes a free one where none is named.
+    """
+    os.environ.pop("MASTER_PORT", None)
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = given.split(",")[number] if given else str(number)
 

@@ -110,9 +110,15 @@ def test_tables() -> None:
     readme = (ROOT / "recipes" / "benchmarks" / "README.md").read_text()
     lines = [line for line in tables.rollouts() if f"\n{line}" not in readme]
     assert not lines, "Put what `python recipes/benchmarks/tables.py` prints into recipes/benchmarks/README.md"
-    for page, table in (("dense.md", tables.dense), ("performance.md", tables.steps)):
-        stored = "\n".join(table())
-        assert stored in (ROOT / "docs" / page).read_text(), f"Put what tables.py prints into docs/{page}:\n{stored}"
+    for page, table in (
+        ("docs/dense.md", tables.dense()),
+        ("docs/dense.md", tables.dense_kernels()),
+        ("docs/performance.md", tables.steps("256")),
+        ("docs/performance.md", tables.steps("2048")),
+        ("recipes/benchmarks/README.md", tables.cards()),
+    ):
+        stored = "\n".join(table)
+        assert stored in (ROOT / page).read_text(), f"Put what tables.py prints into {page}:\n{stored}"
     for row in tables.stored_rows():
         assert 1e3 * row["batch"] / row["mixture"] == pytest.approx(row["step_ms"], rel=1e-3)
 

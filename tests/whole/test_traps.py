@@ -28,6 +28,7 @@ TRAPS = {
     "load_copies",
     "lost_weights",
     "make_expert_group",
+    "prepare_attn",
     "private_blocks",
     "protect_default_group",
     "quiet_reload",

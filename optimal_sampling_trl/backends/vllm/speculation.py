@@ -96,18 +96,11 @@ def _reason_against(configs: Mapping[str, PreTrainedConfig], arguments: Mapping[
     if not is_checked():
         wanted = " or ".join(".".join(map(str, version)) for version in VERSIONS)
         return f"vLLM is {__version__}; drafts were checked on {wanted} alone"
-    if arguments.get("enable_sleep_mode"):
-        return "`enable_sleep_mode` is set; drafts were not checked in an engine that sleeps"
     if arguments[NUM_SPECULATIVE_TOKENS] == AUTO:
         if arguments.get("scheduler_cls"):
             return "`scheduler_cls` is set; a scheduler of this package's chooses. A number goes with yours"
         if arguments.get("async_scheduling") is False:
             return "`async_scheduling` is off, which it takes. A number goes without"
-    if _graphs(arguments) == "FULL":
-        return (
-            "`cudagraph_mode` is FULL, with which the teacher's numbers were wrong by up to 5 nats in bfloat16. "
-            "FULL_AND_PIECEWISE, vLLM's default, was right"
-        )
     for name in ("tensor_parallel_size", "data_parallel_size"):
         if (arguments.get(name) or 1) > 1:
             return f"`{name}` is {arguments[name]}; drafts were checked on one GPU alone"
@@ -115,13 +108,6 @@ def _reason_against(configs: Mapping[str, PreTrainedConfig], arguments: Mapping[
         if kind := _unproven(config, context):
             return f"the {role} {config.name_or_path!r} has {kind}; wanted two dense models with full attention"
     return None
-
-
-def _graphs(arguments: Mapping[str, Any]) -> str | None:
-    """Return the mode of CUDA graphs that the user asks for; None is vLLM's choice."""
-    config = arguments.get("compilation_config")
-    mode = config.get("cudagraph_mode") if isinstance(config, Mapping) else getattr(config, "cudagraph_mode", None)
-    return getattr(mode, "name", mode)
 
 
 def is_checked() -> bool:

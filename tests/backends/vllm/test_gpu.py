@@ -129,7 +129,7 @@ def requests(two_prompts: bool, count: int = 24, seed: int = 3, max_tokens: int 
 DRAFTS = {"drafts_0": 0, "drafts_3": 3, "drafts_auto": "auto"}
 """Tokens that the student drafts at a time; 0 is an engine without speculation, and `auto` one that chooses."""
 LIVE = [(d, g, "drafts_0") for d in ("bfloat16", "float32") for g in GRAPHS]
-LIVE += [(d, g, "drafts_3") for d in ("bfloat16", "float32") for g in ("eager", "full_and_piecewise")]
+LIVE += [(d, g, "drafts_3") for d in ("bfloat16", "float32") for g in ("eager", "full", "full_and_piecewise")]
 LIVE += [("bfloat16", "full_and_piecewise", "drafts_auto")]
 
 
@@ -155,6 +155,16 @@ def test_every_token(live: tuple[Any, Judge], prompts: str) -> None:
     if prompts == "two_prompts":  # that the bound can fail: a student that had read the teacher's prompt
         with pytest.raises(AssertionError, match="the teacher's prompt"):
             judge.check([replace(one, theta_prompt_ids=one.prompt_ids) for one in rollouts], "the teacher's prompt")
+
+
+def test_short_prompts(live: tuple[Any, Judge]) -> None:
+    """Whole prompts in one graph, which was captured with fewer tokens of each request."""
+    backend, judge = live
+    asked = [
+        replace(one, prompt_ids=one.prompt_ids[: 5 + index], theta_prompt_ids=one.prompt_ids[: 5 + index])
+        for index, one in enumerate(requests(False, 3))
+    ]
+    judge.check(backend.generate(asked), "short prompts")
 
 
 def test_settings_in_one_batch(live: tuple[Any, Judge]) -> None:
@@ -212,11 +222,10 @@ def test_preemption(short_of_memory: Any, judge: Judge, prompts: str) -> None:
 def default(
     request: pytest.FixtureRequest, pair: tuple[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Any]:
-    """An engine with vLLM's own choice of graphs, which counts and, without drafts, sleeps; its cache was empty."""
+    """An engine with vLLM's own choice of graphs, which counts and sleeps; its cache was empty."""
     from vllm import envs
 
-    drafts = DRAFTS[request.param]
-    further = {"num_speculative_tokens": drafts, "enable_sleep_mode": not drafts, "disable_log_stats": False}
+    further = {"num_speculative_tokens": DRAFTS[request.param], "enable_sleep_mode": True, "disable_log_stats": False}
     envs.disable_envs_cache()  # vLLM reads its variables once for all, when the first engine of a process starts
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CACHE_ROOT", str(tmp_path_factory.mktemp("cache")))
@@ -252,8 +261,6 @@ def test_a_group_shares_its_prompts(default: Any, judge: Judge) -> None:
 
 
 def test_sleep_keeps_the_teacher(default: Any, judge: Judge) -> None:
-    if runner_of(default).speculator is not None:
-        pytest.skip("an engine that drafts does not sleep")
     before = default.generate(requests(False))
     free = torch.cuda.mem_get_info()[0]
     default.sleep()

@@ -60,11 +60,14 @@ class Batch:
     idx_mapping_np: np.ndarray
     num_tokens: int
     num_reqs: int
+    num_scheduled_tokens: np.ndarray
+    num_tokens_after_padding: int
 
 
 def make_state() -> Any:
     state: Any = object.__new__(OptimalSamplingModelState)
     state.rope_state = state.prompt_embeds_state = None
+    state.vllm_config = SimpleNamespace(compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.FULL))
     state.model = SimpleNamespace(theta_layers=[LAYERS["theta"]])
     state.teacher, state.theta = (StreamBuffers(TOKENS, SLOTS, torch.device("cpu")) for _ in range(2))
     state.prompts = Staged(SLOTS, TOKENS)
@@ -96,11 +99,18 @@ def test_each_model_is_planned_by_its_own_stream(monkeypatch: pytest.MonkeyPatch
         np.array(slots),
         int(starts[-1]),
         3,
+        np.diff(starts),
+        TOKENS,
     )
     places = blocks[rows, positions // BLOCK].long() * BLOCK + positions % BLOCK
 
-    def plan(self: Any, batch: Any, mode: Any, tables: Any, slot_mappings: Any, groups: Any, *rest: Any) -> Any:
+    longest = []
+
+    def plan(
+        self: Any, batch: Any, mode: Any, tables: Any, slot_mappings: Any, groups: Any, *rest: Any, **_: Any
+    ) -> Any:
         assert len(slot_mappings) == len(tables) == 1
+        longest.append(int(batch.num_scheduled_tokens.max()))
         return {groups[0][0].layer_names[0]: (batch.seq_lens.tolist(), batch.positions, slot_mappings[0])}
 
     monkeypatch.setattr(DefaultModelState, "prepare_attn", plan)
@@ -108,6 +118,9 @@ def test_each_model_is_planned_by_its_own_stream(monkeypatch: pytest.MonkeyPatch
     spec = SimpleNamespace(block_size=BLOCK)
     cache = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec)])
     planned = state.prepare_attn(batch, CUDAGraphMode.NONE, (blocks,), places[None], [groups], cache)
+    whole = (batch, CUDAGraphMode.FULL, (blocks,), places[None], [groups], cache)
+    state.prepare_attn(*whole)
+    assert longest == [max(map(len, streams))] * 2 + [TOKENS] * 2, "a whole graph is planned for any prompts"
     inputs = state._inputs(batch.num_tokens)
     for role, prompts in (
         ("teacher", [request.prompt_ids for request in asked]),
