@@ -91,6 +91,10 @@ def test_lora_is_merged_into_the_engines_student(pair: tuple[str, str], tmp_path
 
 
 WINDOWS = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"], "tied": True}
+NEEDED = {
+    "model_init_kwargs": {"attn_implementation": "eager"},  # of Gemma 2, whose scores are capped
+    "router_aux_loss_coef": 0.0,  # of Granite 4: TRL reads a number of experts where there are none
+}
 STUDENTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     # family, settings of both models, where the adapter goes
     "adapter on a padded embedding": ("llama", {}, {"target_modules": ["q_proj", "embed_tokens"]}),
@@ -103,7 +107,18 @@ STUDENTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "adapter inside of a wrapper": ("gemma3", WINDOWS, {"target_modules": ["q_proj", "down_proj"]}),
     "adapter inside of Ministral 3": ("mistral3", {}, {"target_modules": r".*language_model.*\.(q|down)_proj"}),
     "adapter inside of Gemma 4": ("gemma4", WINDOWS, {"target_modules": r".*language_model.*\.(q|down)_proj"}),
+    "adapter inside of Qwen3-VL": ("qwen3_vl", {}, {"target_modules": r".*language_model.*\.(q|down)_proj"}),
     "adapter on latent attention": ("deepseek_v3", {}, {"target_modules": ["q_proj", "kv_b_proj"]}),
+    "adapter on latent queries": ("glm4_moe_lite", {}, {"target_modules": ["q_a_proj", "q_b_proj", "kv_b_proj"]}),
+    "adapter on packed layers": ("phi3", {}, {"target_modules": ["qkv_proj", "gate_up_proj"]}),
+    "adapter beside capped scores": ("gemma2", WINDOWS, {"target_modules": ["q_proj", "down_proj"]}),
+    "adapter beside windows alone": ("mistral", {"sliding_window": 4}, {"target_modules": ["q_proj", "down_proj"]}),
+    "adapter on scaled logits": ("granite", {}, {"target_modules": "all-linear"}),
+    "adapter on shared layers": (
+        "granitemoehybrid",
+        {"layer_types": ["full_attention"] * 2},
+        {"target_modules": ["q_proj", "input_linear"]},
+    ),
 }
 
 
@@ -116,21 +131,37 @@ def test_adapters_on_students_of_other_families(tmp_path: Path, kind: str) -> No
     config = peft.LoraConfig(r=4, lora_alpha=64, **places)
     models = make_model(tmp_path / "teacher", family, 1, **settings), make_model(tmp_path / "s", family, 2, **settings)
     further = {"peft_config": config, "processing_class": AutoTokenizer.from_pretrained(models[1])}
-    trainer = make_trainer("grpo", models, tmp_path, generator=ENGINE, trainer=further, learning_rate=3e-2)
+    trainer = make_trainer("grpo", models, tmp_path, generator=ENGINE, trainer=further, learning_rate=3e-2, **NEEDED)
     trainer.train()
     logs = [log["engine/log_theta_difference"] for log in trainer.state.log_history if "alpha/mean" in log]
     assert len(logs) == 3
     assert max(logs) < TOLERANCE
 
 
-def test_an_adapter_in_linear_attention(tmp_path: Path) -> None:
-    """The engine computes it in bfloat16 and the trainer in float32: both have the adapter, and differ by rounding."""
+STATES: dict[str, tuple[dict[str, Any], list[str]]] = {
+    # family: settings of both models, where the adapter goes
+    "qwen3_next": ({}, ["in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj"]),
+    "qwen3_5_text": ({}, ["in_proj_qkv", "in_proj_z", "out_proj", "q_proj"]),
+    "granitemoehybrid": ({}, ["in_proj", "out_proj", "q_proj"]),
+    "nemotron_h": (
+        {"layer_types": ["linear_attention", "full_attention"]},
+        ["in_proj", "q_proj", "up_proj"],
+    ),  # PEFT refuses "out_proj" of Mamba layers
+}
+
+
+@pytest.mark.parametrize("family", STATES)
+def test_an_adapter_beside_states(tmp_path: Path, family: str) -> None:
+    """The engine computes in bfloat16 and the trainer in float32: both have the adapter, and differ by rounding."""
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=4, lora_alpha=64, target_modules=["in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj"])
-    models = make_model(tmp_path / "t", "qwen3_next", 1), make_model(tmp_path / "s", "qwen3_next", 2)
+    if "qwen3_5" in family:
+        pytest.importorskip("torchvision", reason="vLLM's code of Qwen3.5 imports torchvision")
+    settings, places = STATES[family]
+    config = peft.LoraConfig(r=4, lora_alpha=64, target_modules=places)
+    models = make_model(tmp_path / "t", family, 1, **settings), make_model(tmp_path / "s", family, 2, **settings)
     engine = {**ENGINE, "engine_arguments": {**ENGINE["engine_arguments"], "dtype": "bfloat16"}}
     trainer = make_trainer(
-        "grpo", models, tmp_path, generator=engine, trainer={"peft_config": config}, learning_rate=3e-2
+        "grpo", models, tmp_path, generator=engine, trainer={"peft_config": config}, learning_rate=3e-2, **NEEDED
     )
     trainer.train()
     logs = [log["engine/log_theta_difference"] for log in trainer.state.log_history if "alpha/mean" in log]
