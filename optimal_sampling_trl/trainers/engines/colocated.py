@@ -5,6 +5,8 @@ Everything in TRL's `VLLMGeneration` that this relies on is named here and check
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from collections.abc import Callable, Container
 from functools import partial
@@ -68,8 +70,16 @@ class EngineGeneration(PushedGeneration):
         return () if names is None else names.ties
 
     def _init_vllm(self) -> None:
+        self._take_port()
         with patch.object(vllm_generation, "LLM", self._build_llm):
             super()._init_vllm()
+
+    def _take_port(self) -> None:
+        """Name a free port for the group of one process: TRL's first choice is the same in runs that start at once."""
+        if self.accelerator.num_processes > 1 or os.environ.get("MASTER_PORT"):
+            return
+        with socket.create_server(("", 0)) as free:
+            os.environ["MASTER_PORT"] = str(free.getsockname()[1])
 
     def _build_llm(self, model: str, **engine_arguments: Any) -> FusedLLM:
         """Build what TRL calls `vllm.LLM`: `model`, the student's folder, goes beside the teacher."""

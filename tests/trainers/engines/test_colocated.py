@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import AutoTokenizer
+from trl.trainer.utils import _find_free_port
 
 from helpers.engines import TOLERANCE  # the engine's environment is set before vLLM is imported
 from helpers.models import copy_with, make_model, publish
@@ -81,6 +83,17 @@ def test_three_steps(pair: tuple[str, str], tmp_path: Path, kind: str, settings:
     train_and_check(trainer, pair, load(pair[1]), TOLERANCE)
 
 
+def test_runs_that_start_at_once_have_ports_of_their_own(
+    pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL takes its first port where it is free, which it is until the engine of another run listens there."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):  # as before a process's first engine
+        monkeypatch.delenv(name, raising=False)
+    first = _find_free_port()
+    make_trainer("grpo", pair, tmp_path, generator=ENGINE)
+    assert int(os.environ["MASTER_PORT"]) != first
+
+
 @pytest.mark.parametrize("kind", ["grpo", "dense"])
 def test_lora_is_merged_into_the_engines_student(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
     peft = pytest.importorskip("peft")
@@ -142,7 +155,7 @@ STATES: dict[str, tuple[dict[str, Any], list[str]]] = {
     # family: settings of both models, where the adapter goes
     "qwen3_next": ({}, ["in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj"]),
     "qwen3_5_text": ({}, ["in_proj_qkv", "in_proj_z", "out_proj", "q_proj"]),
-    "granitemoehybrid": ({}, ["in_proj", "out_proj", "q_proj"]),
+    "granitemoehybrid": ({"mamba_chunk_size": 16}, ["in_proj", "out_proj", "q_proj"]),
     "nemotron_h": (
         {"layer_types": ["linear_attention", "full_attention"]},
         ["in_proj", "q_proj", "up_proj"],
