@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .layout import CHUNK_SLOTS, LN_2, LOG2_E, LOWEST, NOWHERE, TOTAL_TEACHER, TOTAL_THETA
-from .scalars import inverse_temperature, normaliser
+from .scalars import inverse_temperature, normaliser, source_of
 from .sums import fold_endings
 
 
@@ -26,9 +26,7 @@ def gather_groups(
     -inf beyond V. No argument is a multiple of N: Triton would compile anew for some batches.
     """
     row, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
-    source = row
-    if rows is not None:
-        source = tl.load(rows + row).to(tl.int64)
+    source = source_of(rows, row)
     theta += source * theta_stride
     teacher += source * teacher_stride
     folded = fold_endings(teacher, endings, V, FOLDED)
@@ -76,9 +74,7 @@ def read_likeliest(
     `groups` is as in `gather_groups`, `places` (2, N, top_k) where among its logits each token stands.
     """
     row, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
-    source = row
-    if rows is not None:
-        source = tl.load(rows + row).to(tl.int64)
+    source = source_of(rows, row)
     theta += source * theta_stride
     teacher += source * teacher_stride
     parts += row * chunks * CHUNK_SLOTS

@@ -41,9 +41,7 @@ def scan(
     group beyond V has -inf.
     """
     row, piece = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
-    source = row
-    if rows is not None:
-        source = tl.load(rows + row).to(tl.int64)
+    source = source_of(rows, row)
     theta += source * theta_stride
     teacher += source * teacher_stride
     part = parts + (row * chunks + piece) * CHUNK_SLOTS
@@ -70,6 +68,15 @@ def scan(
         holds = first + thread * INNER < V
         tl.store(group, tl.where(holds, tl.maximum(top_theta, LOWEST), NOWHERE))
         tl.store(group + model_stride, tl.where(holds, tl.maximum(top_teacher, LOWEST), NOWHERE))
+
+
+@triton.jit
+def source_of(rows, row):
+    """Return the row of the logits that is measured as the row of this number; the same where `rows` is None."""
+    source = row
+    if rows is not None:
+        source = tl.load(rows + row).to(tl.int64)
+    return source
 
 
 @triton.jit
@@ -117,9 +124,7 @@ def sum_scalars(
     """Sum the scalars over one chunk of a row; the last program of the row writes them to `out` (N, SCALAR_SLOTS)."""
     program = tl.num_programs(0) - 1 - tl.program_id(0)  # what was read last is still in the cache
     row, piece = (program // chunks).to(tl.int64), program % chunks
-    source = row
-    if rows is not None:
-        source = tl.load(rows + row).to(tl.int64)
+    source = source_of(rows, row)
     theta += source * theta_stride
     teacher += source * teacher_stride
     mixed += source * mixed_stride

@@ -256,9 +256,9 @@ class OptimalSamplingForCausalLM(nn.Module):
 
     def get_model_state_cls(self) -> type:
         """Return the class that Model Runner V2 asks for its hooks."""
-        from .model_state import OptimalSamplingModelState, SeveralTablesState
+        from .model_state import DecoderState, OptimalSamplingModelState
 
-        return OptimalSamplingModelState if self.has_one_table else SeveralTablesState
+        return OptimalSamplingModelState if self.has_one_table else DecoderState
 
 
 def _may_overlap(model: OptimalSamplingForCausalLM, config: VllmConfig) -> bool:

@@ -44,7 +44,10 @@ class MixtureSampling:
 
 
 class DecoderState(MixtureSampling, DefaultModelState):
-    """vLLM's own state of a decoder, whose whole CUDA graphs of mixed batches hold for requests of any length."""
+    """vLLM's own state of a decoder, whose layers may have several tables of blocks.
+
+    Its whole CUDA graphs of mixed batches hold for requests of any length.
+    """
 
     def prepare_attn(self, input_batch: Any, cudagraph_mode: CUDAGraphMode, *args: Any, **kwargs: Any) -> Any:
         """Plan a step's attention: vLLM's hook before the model runs.
@@ -62,10 +65,6 @@ class DecoderState(MixtureSampling, DefaultModelState):
             tokens = np.array([input_batch.num_tokens_after_padding], dtype=np.int32)
             input_batch = replace(input_batch, num_scheduled_tokens=tokens)
         return super().prepare_attn(input_batch, cudagraph_mode, *args, **kwargs)
-
-
-class SeveralTablesState(DecoderState):
-    """The state where layers of several kinds have tables of blocks of their own."""
 
 
 class OptimalSamplingModelState(DecoderState):

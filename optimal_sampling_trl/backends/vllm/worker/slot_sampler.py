@@ -117,8 +117,8 @@ class SlotSampler:
 
     def _groups(self, slots_np: np.ndarray, device: torch.device) -> list[Group]:
         """Group a step's rows by the dense records that they ask for: anew only where the step before had others."""
-        if self.grouped != slots_np.tobytes():
-            self.grouped, self.groups = slots_np.tobytes(), group_rows([self.dense[slot] for slot in slots_np], device)
+        if self.grouped != (slots := slots_np.tobytes()):
+            self.grouped, self.groups = slots, group_rows([self.dense[slot] for slot in slots_np], device)
         return self.groups
 
     def record(self, output: Any, step: Step) -> Any:
