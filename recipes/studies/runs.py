@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -43,9 +44,11 @@ def by_rate(lines: Iterable[Line], arm: str) -> list[list[Line]]:
 def take_card(number: int) -> None:
     """Let this process see one of the GPUs that it was given, by its number among them. Call it before CUDA starts.
 
-    A port in `MASTER_PORT` would be the same for all processes of a study: TRL takes a free one where none is named.
+    And name a free port for it: one that the environment names is the same for all processes of a study, and so is
+    TRL's first choice.
     """
-    os.environ.pop("MASTER_PORT", None)
+    with socket.create_server(("", 0)) as free:
+        os.environ["MASTER_PORT"] = str(free.getsockname()[1])
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = given.split(",")[number] if given else str(number)
 
