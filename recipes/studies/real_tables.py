@@ -1,5 +1,5 @@
 # /// script
-# dependencies = ["optimal-sampling-trl"]
+# dependencies = ["optimal-sampling-trl[plots]", "matplotlib", "reasoning-gym"]
 # ///
 """Draw the tables of real text in the documents from the stored runs.
 
@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-import re
+import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -24,7 +24,8 @@ sys.path.append(str(Path(__file__).parents[1]))  # the recipes that a study shar
 from horizon_report import spread
 from informed_arms import STUDY
 from presets_report import error
-from real_text_report import RIGHT, gain, shown_right
+from real_cells import average, by_seed, end, equal, highest, is_cut, mean_end, of_teacher, rate, short, usual, whole
+from real_text_report import gain, shown_right
 from runs import Line, by_rate, one_each, read_runs
 
 RESULTS = Path(__file__).parent / "results"
@@ -32,8 +33,6 @@ SECONDS = "presets_real_seconds"
 """File of the seconds of each arm's update, alone on a card."""
 EARLY = 14_400
 """Completions at which the published mixtures are compared early: the last measurement is after 224 updates or 240."""
-WHOLE = 0.97
-"""Share of the updates that a run has to make to count in a mean."""
 Column = Callable[[list[Line]], str]
 """A cell for the runs of an arm at one rate."""
 
@@ -44,64 +43,13 @@ def stored(name: str, **place: str | int) -> list[Line]:
     return one_each(line for line in lines if all(line[key] == value for key, value in place.items()))
 
 
-def usual(lines: Sequence[Line], arm: str) -> list[Line]:
-    """The runs of an arm at the rate that most seeds were run at, by seed."""
-    return sorted(max(by_rate(lines, arm), key=len), key=lambda line: line["seed"])
-
-
-def whole(runs: list[Line]) -> list[Line]:
-    """Those that made their updates; all where none did."""
-    return [line for line in runs if line["done"] >= WHOLE * line["steps"]] or runs
-
-
 def table(lines: Sequence[Line], columns: dict[str, Column]) -> Iterator[str]:
     """A row for each arm at its usual rate, the best end first; arms with cut runs alone are last."""
     yield "| arm | " + " | ".join(columns) + " |"
     yield "|---" * (1 + len(columns)) + "|"
     rows = {arm: usual(lines, arm) for arm in dict.fromkeys(line["arm"] for line in lines)}
-    for arm, runs in sorted(rows.items(), key=lambda row: (_is_cut(row[1]), -_end(row[1]))):
+    for arm, runs in sorted(rows.items(), key=lambda row: (is_cut(row[1]), -mean_end(row[1]))):
         yield f"| {arm} | " + " | ".join(column(runs) for column in columns.values()) + " |"
-
-
-def _is_cut(runs: list[Line]) -> bool:
-    return whole(runs)[0]["done"] < WHOLE * runs[0]["steps"]
-
-
-def _end(runs: list[Line]) -> float:
-    return mean(line["right"] for line in whole(runs))
-
-
-def short(text: str) -> str:
-    """Shares without the 0 before the point, and a minus as it is written."""
-    return re.sub(r"(?<!\d)0(?=\.\d{3})", "", text).replace("-.", "−.")
-
-
-def rate(runs: list[Line]) -> str:
-    """The learning rate."""
-    return f"{runs[0]['learning_rate']:.1e}".replace(".0e", "e").replace("e-0", "e-")
-
-
-def by_seed(runs: list[Line], completions: float, seeds: Sequence[int]) -> str:
-    """Right answers of each seed; the updates in brackets where a run was cut before."""
-    of = {line["seed"]: shown_right(line, completions) for line in runs if "points" in line or completions == inf}
-    return short(", ".join(of.get(seed, "–") for seed in seeds))
-
-
-def end(runs: list[Line]) -> str:
-    """Right answers at the end, the mean over seeds; "cut" where no run was whole."""
-    return "cut" if _is_cut(runs) else short(spread([line["right"] for line in whole(runs)]))
-
-
-def average(runs: list[Line], name: str) -> str:
-    """The mean over seeds of another measurement at the end."""
-    return short(f"{mean(line[name] for line in whole(runs)):.3f}")
-
-
-def of_teacher(runs: list[Line], name: str = "right") -> str:
-    """The range of a share of the teacher, as it was measured at the end of each run."""
-    shares = [line["of_teacher"][name] for line in runs]
-    low, high = min(shares), max(shares)
-    return short(f"{low:.3f}" if high - low < 5e-4 else f"{low:.3f} to {high:.3f}")
 
 
 def ends(lines: Sequence[Line]) -> Iterator[str]:
@@ -135,17 +83,6 @@ def presets() -> Iterator[str]:
     return table(lines, columns)
 
 
-def equal(runs: list[Line], share: float) -> list[float]:
-    """Right answers of each run after a share of its updates, on a line between its measurements."""
-    found = []
-    for line in whole(runs):
-        at, points = share * line["steps"] * line["points"][-1][0] / line["done"], line["points"]
-        after = next((i for i, point in enumerate(points) if point[0] >= at), len(points) - 1)
-        (x0, y0), (x1, y1) = ((point[0], point[RIGHT]) for point in points[max(after - 1, 0) : after + 1][-2:])
-        found.append(y0 + (y1 - y0) * min((at - x0) / (x1 - x0), 1.0))
-    return found
-
-
 def rates(lines: Sequence[Line], seed: int = 0) -> Iterator[str]:
     """One seed of each arm at each rate that it was run at, in brackets the highest on the way."""
     of_seed = [line for line in lines if line["seed"] == seed]
@@ -160,11 +97,6 @@ def rates(lines: Sequence[Line], seed: int = 0) -> Iterator[str]:
             cells.append("–" if line is None else short(f"{shown_right(line, inf)} [{highest(line):.3f}]"))
         if len(found) > 1:
             yield f"| {arm} | " + " | ".join(cells) + " |"
-
-
-def highest(line: Line) -> float:
-    """The highest share of right answers that a run measured."""
-    return max(line["right"], *(point[RIGHT] for point in line["points"]))
 
 
 def informed(student: str) -> Iterator[str]:
@@ -227,6 +159,8 @@ TABLES = {
 
 def main() -> None:
     """Print all of them that have a run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
     for name, drawn in TABLES.items():
         if len(rows := list(drawn.rows())) > 2:
             print(f"### {name}, of {drawn.page}", *rows, "", sep="\n")

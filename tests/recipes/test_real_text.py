@@ -18,9 +18,10 @@ from informed_arms import REFERS, STUDY, TOLD, ReadingTask, ToldTask
 from optimal_sampling_trl import Mixture
 from optimal_sampling_trl.rollouts.rollout import Rollout
 from real_arms import ARMS, PUBLISHED, trainer_of
+from real_cells import equal
 from real_exam import distance, mean_of
 from real_models import learn
-from real_tables import TABLES, ends, equal, rates, stored
+from real_tables import TABLES, ends, rates, stored
 from real_tasks import TASKS, answer_of
 from real_text_report import gain, seeds
 from runs import one_each, read_runs, take_card
