@@ -154,6 +154,16 @@ def test_dense_engine() -> None:
 
 
 @pytest.mark.engine
+def test_evaluation() -> None:
+    """The student alone draws the tokens that it draws beside the teacher."""
+    need_vllm()
+    output = run("benchmarks/evaluation.py", *TINY, "--batches", "4", "--tokens", "3", "--rounds", "1")
+    *_, head, _, cells = (line.strip("| ").split(" | ") for line in output.splitlines())
+    assert head == ["batch", "beside", "alone", "share", "equal"]
+    assert cells[0] == cells[-1] == "4"
+
+
+@pytest.mark.engine
 def test_two_versions() -> None:
     """This version beside itself: each engine has the package of its folder."""
     need_vllm()
