@@ -119,6 +119,8 @@ def test_tables() -> None:
     ):
         stored = "\n".join(table)
         assert stored in (ROOT / page).read_text(), f"Put what tables.py prints into {page}:\n{stored}"
+    for page, table in tables.printed():
+        assert table in (ROOT / page).read_text(), f"printed.json and {page} differ:\n{table}"
     for row in tables.stored_rows():
         assert 1e3 * row["batch"] / row["mixture"] == pytest.approx(row["step_ms"], rel=1e-3)
 
