@@ -88,6 +88,11 @@ class Request:
         mixture: rule by which α is chosen.
         sampling: settings by which tokens are drawn.
         dense: dense records that are wanted of each token; None is none.
+        needs_teacher: False where the student samples alone and nobody reads log t, which is then NaN. A fused engine
+            runs the student alone where all requests of a call say so.
+
+    Raises:
+        ValueError: on a mixture or dense records without the teacher.
     """
 
     prompt_ids: list[int]
@@ -95,3 +100,11 @@ class Request:
     mixture: Mixture = field(default_factory=Mixture)
     sampling: Sampling = field(default_factory=Sampling)
     dense: Dense | None = None
+    needs_teacher: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.needs_teacher and (self.mixture.alpha_max > 0 or self.dense is not None):
+            raise ValueError(
+                f"Request: `needs_teacher` is False with {self.mixture} and `dense` {self.dense}; wanted α 0 "
+                "and no dense records. Drop `needs_teacher`, or pass `Mixture.theta_only()` and no `dense`."
+            )

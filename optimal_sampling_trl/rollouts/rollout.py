@@ -34,7 +34,7 @@ class Rollout:
         log_q: (T,) log-probability of the token under the distribution that it was drawn from, in nats: after
             temperature, penalties and truncation.
         log_theta: (T,) under the student at the sampling temperature, over the whole common vocabulary.
-        log_teacher: (T,) under the teacher, likewise.
+        log_teacher: (T,) under the teacher, likewise; NaN where the request did not need it, as in an evaluation.
         text: the completion without special tokens.
         finish_reason: `"stop"` (an end-of-sequence token or a stop text) or `"length"`.
         mixture: rule by which α was chosen.
@@ -96,11 +96,13 @@ class Rollout:
         Args:
             request: its prompts, its mixture and its temperature become the rollout's.
             completion_ids: the T sampled tokens.
-            records: a row for each of `RECORDS`, in their order.
+            records: a row for each of `RECORDS`, in their order; log t is dropped where the request needs no teacher.
             text: the completion without special tokens.
             finish_reason: `"stop"` or `"length"`.
             dense: the dense records that the request asked for.
         """
+        if not request.needs_teacher:  # no engine's number, since in some the teacher did not run
+            records = records.index_fill(0, torch.tensor(RECORDS.index("log_teacher")), torch.nan)
         return cls(
             prompt_ids=list(request.prompt_ids),
             theta_prompt_ids=list(request.theta_prompt_ids),
@@ -206,8 +208,17 @@ def check_solved(rollouts: Sequence[Rollout]) -> None:
 
 
 def has_nan(rollout: Rollout) -> bool:
-    """Tell whether some token's record holds a NaN."""
-    return any(bool(getattr(rollout, name).isnan().any()) for name in RECORDS)
+    """Tell whether some token's record holds a NaN that a model returned.
+
+    Where the student sampled alone, log t may be NaN because nobody asked for it. A NaN of the teacher is one of α.
+    """
+    return bool(_nan_tokens(rollout).any())
+
+
+def _nan_tokens(rollout: Rollout) -> Tensor:
+    """True at the tokens (T,) for which a model returned NaN."""
+    names = RECORDS[:-1] if rollout.mixture.is_theta_only else RECORDS
+    return torch.stack([getattr(rollout, name).isnan() for name in names]).any(0)
 
 
 def _unsolved(rollout: Rollout) -> str | None:
@@ -215,9 +226,11 @@ def _unsolved(rollout: Rollout) -> str | None:
     if not has_nan(rollout):
         return None
     nan = {name: getattr(rollout, name).isnan() for name in RECORDS}
-    token = int(torch.stack(list(nan.values())).any(0).int().argmax())
+    token = int(_nan_tokens(rollout).int().argmax())
     records = {"student": "log_theta", "teacher": "log_teacher"}
     bad = [role for role, name in records.items() if bool(nan[name][token])]
+    if rollout.mixture.is_theta_only:
+        bad = bad[:1]
     if bad:
         return f"token {token}: the {' and the '.join(bad)} returned NaN"
     if bool(nan["alpha"][token]):

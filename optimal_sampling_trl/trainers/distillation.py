@@ -229,6 +229,9 @@ class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
                 f"{revision!r}; wanted one teacher for the loss and the rollouts. Set both, or none."
             )
 
+    def _evaluation_reads_teacher(self) -> bool:
+        return self.loss == "sampled_token"
+
     def _correct(self, output: dict[str, Any]) -> None:
         if self.loss == "sampled_token" and self.args.sampled_token_centre:
             mask = loss_mask(output).float()

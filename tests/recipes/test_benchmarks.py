@@ -119,6 +119,8 @@ def test_tables() -> None:
     ):
         stored = "\n".join(table)
         assert stored in (ROOT / page).read_text(), f"Put what tables.py prints into {page}:\n{stored}"
+    for page, table in tables.printed():
+        assert table in (ROOT / page).read_text(), f"printed.json and {page} differ:\n{table}"
     for row in tables.stored_rows():
         assert 1e3 * row["batch"] / row["mixture"] == pytest.approx(row["step_ms"], rel=1e-3)
 
@@ -154,6 +156,16 @@ def test_dense_engine() -> None:
     assert parts == ["batch", "step", "kernels", "packing", "copy", "host", "reading"]
     assert cells[0] == divided[0] == "2"
     assert all(float(row[1].removesuffix(" ms")) > 0 for row in (cells, divided))
+
+
+@pytest.mark.engine
+def test_evaluation() -> None:
+    """The student alone draws the tokens that it draws beside the teacher."""
+    need_vllm()
+    output = run("benchmarks/evaluation.py", *TINY, "--batches", "4", "--tokens", "3", "--rounds", "1")
+    *_, head, _, cells = (line.strip("| ").split(" | ") for line in output.splitlines())
+    assert head == ["batch", "beside", "alone", "share", "equal"]
+    assert cells[0] == cells[-1] == "4"
 
 
 @pytest.mark.engine

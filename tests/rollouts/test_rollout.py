@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from helpers.rollouts import LOG, empty, rollout
+from optimal_sampling_trl.mixture import Mixture
 from optimal_sampling_trl.rollouts.rollout import RECORDS, UnsolvedError, check_solved
 
 
@@ -89,6 +90,17 @@ def test_a_nan_in_any_record_is_named(name: str, cause: str) -> None:
         check_solved([rollout(), rollout(**{name: numbers})])
     assert caught.value.rollouts[1] is None
     assert caught.value.rollouts[0] is not None
+
+
+def test_the_student_alone_may_lack_a_teacher() -> None:
+    """Its log t may be NaN, and a student that returned NaN is named without the teacher that did not run."""
+    missing = torch.full((3,), torch.nan)
+    alone = rollout(mixture=Mixture.theta_only(), alpha=torch.zeros(3), log_teacher=missing)
+    check_solved([alone])
+    student = replace(alone, log_theta=torch.tensor([-1.0, torch.nan, -1.0]))
+    teacher = replace(alone, alpha=torch.tensor([0.0, torch.nan, 0.0]))  # it ran, so that α tells
+    with pytest.raises(UnsolvedError, match=r"request 0, token 1: the student ret.*request 1, token 1: the teacher"):
+        check_solved([student, teacher])
 
 
 def test_no_mass_under_one_model_is_a_number() -> None:

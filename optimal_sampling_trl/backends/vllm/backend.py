@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -130,6 +131,8 @@ class VLLMBackend:
     def sample(self, requests: Sequence[Request], use_tqdm: bool = False) -> tuple[list[RequestOutput], list[Rollout]]:
         """Return vLLM's outputs and their rollouts, one of each per request, in the requests' order.
 
+        Where no request needs the teacher, the student runs alone.
+
         Args:
             requests: what is asked for.
             use_tqdm: show vLLM's own bar while it works.
@@ -144,7 +147,8 @@ class VLLMBackend:
             self.check(request, index)
         if not requests:
             return [], []
-        outputs = self._run(requests, use_tqdm)
+        with self._alone(not any(request.needs_teacher for request in requests)):
+            outputs = self._run(requests, use_tqdm)
         try:
             return outputs, to_rollouts(outputs, requests, self.pair)
         except UnsolvedError:
@@ -173,6 +177,35 @@ class VLLMBackend:
             engine = self.llm.llm_engine
             engine.abort_request(list(engine.output_processor.request_states), internal=True)
             raise
+
+    @contextmanager
+    def _alone(self, wanted: bool) -> Iterator[None]:
+        """Run the student alone inside the block, and drop what is cached there: it lacks the teacher's part.
+
+        Where the teacher verifies drafts, or other requests run, both models run as ever.
+        """
+        engine = self.llm.llm_engine
+        if not wanted or engine.vllm_config.speculative_config is not None or engine.has_unfinished_requests():
+            yield
+            return
+        try:
+            self._set_alone(True)
+            yield
+        finally:
+            self._set_alone(False)
+            self._drop_prefixes("without the teacher")
+
+    def _set_alone(self, alone: bool) -> None:
+        with self._neighbour.sampling():  # it may capture CUDA graphs
+            self.llm.collective_rpc("set_alone", args=(alone,))
+
+    def prepare_alone(self) -> None:
+        """Capture the CUDA graphs of the student alone, if there are any; else the first call without a teacher does.
+
+        While graphs are captured no other thread of the process may allocate on the GPU, such as a trainer's loader.
+        """
+        with self._alone(True):
+            pass
 
     def share_seeds(self, parameters: Sequence[SamplingParams]) -> None:
         """Under tensor parallelism, give requests without a seed one that all ranks have.
@@ -223,10 +256,14 @@ class VLLMBackend:
                 yield item
 
         self.llm.collective_rpc("load_theta_weights", args=(begun(),))
-        if not self.llm.reset_prefix_cache():
-            self.stale = "vLLM did not drop the blocks that were cached under the student's old weights"
-            raise RuntimeError(f"{self.stale[0].upper()}{self.stale[1:]}: some request still holds them.")
+        self._drop_prefixes("under the student's old weights")
         self.stale = None
+
+    def _drop_prefixes(self, cached: str) -> None:
+        """Empty the prefix cache; where vLLM keeps blocks, the engine samples no more until the next reload."""
+        if not self.llm.reset_prefix_cache():
+            self.stale = f"vLLM did not drop the blocks that were cached {cached}"
+            raise RuntimeError(f"{self.stale[0].upper()}{self.stale[1:]}: some request still holds them.")
 
     def clean_caches(self) -> None:
         """Drop what a NaN left in the caches. Does nothing where no model returned one, or while requests run.

@@ -44,6 +44,7 @@ class MixturePlan:
         chosen: for each row of all processes in the next call, whether the mixture samples it; None leaves that to
             `theta_count`.
         entropy_scale: the scale of the entropy gate, None for the mixture's own.
+        evaluation_reads_teacher: whether an evaluation reads the recorded log t, which it does not have otherwise.
     """
 
     generator: OptimalSamplingGenerator
@@ -56,6 +57,7 @@ class MixturePlan:
     teacher_prompts: bool = False
     chosen: Sequence[bool] | None = None
     entropy_scale: Callable[[], float | None] = lambda: None
+    evaluation_reads_teacher: bool = False
 
     @property
     def two_prompts(self) -> bool:
@@ -153,12 +155,13 @@ class MixtureGeneration:
         if not all(isinstance(prompt, TurnPrompt) for prompt in prompts):
             self.begin(len(prompts))
         dense = self.plan.dense()
+        needs_teacher = self.plan.training() or self.plan.evaluation_reads_teacher or dense is not None
         requests = []
         for prompt, row in zip(prompts, rows_of(prompts), strict=True):
             tail = self._tail(prompt, row)
             teacher = prompt if self.teacher_prompts is None else [*self.teacher_prompts[row], *tail]
             sampling = replace(self.sampling, max_tokens=max(self._room(tail), 1))
-            requests.append(Request(list(teacher), list(prompt), self.mixtures[row], sampling, dense))
+            requests.append(Request(list(teacher), list(prompt), self.mixtures[row], sampling, dense, needs_teacher))
         return requests
 
     def _tail(self, prompt: list[int], row: int) -> list[int]:

@@ -6,13 +6,14 @@ import logging
 import math
 import os
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from helpers.engines import TEXTS, Oracle, request, start
+from helpers.engines import TEXTS, Oracle, request, runner_of, start
 from helpers.models import EOS, TOKENS, make_model
 from helpers.oracle import with_wishes
 from optimal_sampling_trl.backends.vllm.launch import quiet
@@ -279,6 +280,58 @@ def test_a_request_that_cannot_be_served(backend: Any, prompt: list[int], theta_
 def test_a_temperature_that_vllm_would_change(backend: Any, temperature: float) -> None:
     with pytest.raises(ValueError, match=f"Request 0 has `temperature` {temperature}; wanted 0, or 0.01 to 2"):
         backend.generate([request("x", temperature=temperature)])
+
+
+@pytest.fixture
+def teacher_steps(backend: Any) -> Iterator[list[int]]:
+    """How many tokens the teacher read in each of its steps."""
+    steps: list[int] = []
+    teacher = runner_of(backend).model.teacher
+    handle = teacher.register_forward_pre_hook(lambda _, given: steps.append(len(given[0])))
+    yield steps
+    handle.remove()
+
+
+def test_the_student_alone(backend: Any, oracle: Oracle, teacher_steps: list[int]) -> None:
+    """The same tokens, log q and log θ as beside the teacher, which reads nothing; nothing is left in the caches."""
+    long = [text + "a long prompt of several blocks" * 8 for text in TEXTS]
+    settings = {"temperature": 0.8, "top_k": 40, "repetition_penalty": 1.2}
+    both = [request(text, Mixture.theta_only(), seed=i, **settings) for i, text in enumerate(long)]
+    alone = [replace(one, needs_teacher=False) for one in both]
+    without = backend.generate(alone)
+    assert not teacher_steps
+    mixed = with_wishes([request(text, seed=i) for i, text in enumerate(long)])  # their prompts are cached, or were
+    oracle.check(backend.generate(mixed), mixed)
+    with_it = backend.generate(both)
+    oracle.check(with_it, both)
+    for one, other in zip(without, with_it, strict=True):
+        assert one.completion_ids == other.completion_ids
+        assert torch.equal(one.alpha, torch.zeros(12))
+        assert torch.allclose(one.log_q, other.log_q, atol=1e-5)
+        assert torch.allclose(one.log_theta, other.log_theta, atol=1e-5)
+        assert bool(one.log_teacher.isnan().all())
+
+
+def test_one_request_for_the_teacher_is_enough(backend: Any, oracle: Oracle, teacher_steps: list[int]) -> None:
+    asked = [request(text, seed=i) for i, text in enumerate(TEXTS[:3])]
+    alone = replace(request(TEXTS[3], Mixture.theta_only()), needs_teacher=False)
+    *rollouts, last = backend.generate([*asked, alone])
+    oracle.check(rollouts, asked)
+    assert teacher_steps
+    assert bool(last.log_teacher.isnan().all())
+
+
+def test_the_teacher_runs_where_other_requests_do(backend: Any, oracle: Oracle) -> None:
+    from vllm import TokensPrompt
+
+    from optimal_sampling_trl.backends.vllm.requests import to_rollouts, to_sampling_params
+
+    other, engine = request(TEXTS[0]), backend.llm.llm_engine
+    params = to_sampling_params(other, backend.pair.ending)
+    engine.add_request("other", TokensPrompt(prompt_token_ids=other.prompt_ids), params)
+    with backend._alone(True):
+        outputs = [output for _ in range(12) for output in engine.step() if output.finished]
+    oracle.check(to_rollouts(outputs, [other], backend.pair), [other])
 
 
 def test_plain_requests_beside_recorded_ones(backend: Any, oracle: Oracle) -> None:

@@ -70,12 +70,12 @@ class Judge:
             for path in pair
         )
 
-    def check(self, rollouts: Sequence[Rollout], what: str = "") -> None:
+    def check(self, rollouts: Sequence[Rollout], what: str = "", records: Sequence[str] = RECORDS) -> None:
         """Every token of every rollout: the mean and the largest error of each record."""
-        errors: dict[str, list[torch.Tensor]] = {name: [] for name in RECORDS}
+        errors: dict[str, list[torch.Tensor]] = {name: [] for name in records}
         for rollout in rollouts:
             expected, _ = expected_records(rollout, self.teacher, self.theta, Ending((256,), ()))
-            for name in RECORDS:
+            for name in records:
                 errors[name].append((getattr(rollout, name).double() - expected[name].cpu()).abs())
         mean, worst = NOISE[self.dtype]
         table = {name: torch.cat(parts) for name, parts in errors.items()}
@@ -183,6 +183,35 @@ def test_settings_in_one_batch(live: tuple[Any, Judge]) -> None:
     rollouts = backend.generate(asked)
     if judge.dtype == torch.float32:  # in bfloat16 a token on the edge of a truncation may fall on either side
         check_rollouts(rollouts, asked, judge.teacher, judge.theta, tolerance=NOISE[torch.float32][1])
+
+
+@pytest.mark.parametrize("prompts", ["one_prompt", "two_prompts"])
+def test_the_student_alone(live: tuple[Any, Judge], prompts: str) -> None:
+    """In graphs of its own, before and after batches of both models, whose prompts it cached without the teacher."""
+    backend, judge = live
+    model, steps = runner_of(backend).model, []
+    mixed = requests(prompts == "two_prompts")
+    both = [replace(one, mixture=Mixture.theta_only()) for one in mixed]
+    alone = [replace(one, needs_teacher=False) for one in both]
+    # Where a graph is replayed it is not called.
+    handle = model.teacher.register_forward_pre_hook(lambda *_: steps.append(1))
+    try:
+        found = [backend.generate(alone)]
+        seen = len(steps)
+        judge.check(backend.generate(mixed), f"{prompts}, after the student alone")
+        with_it = backend.generate(both)
+        found.append(backend.generate(alone))
+    finally:
+        handle.remove()
+    for rollouts in found:
+        judge.check(rollouts, f"{prompts}, the student alone", RECORDS[:-1])
+        assert all(bool(one.log_teacher.isnan().all()) for one in rollouts)
+    judge.check(with_it, f"{prompts}, the student beside the teacher")
+    equal = sum(one.completion_ids == other.completion_ids for one, other in zip(found[1], with_it))
+    print(f"{equal} of {len(with_it)} completions are those beside the teacher")
+    if runner_of(backend).speculator is None:
+        assert seen == 0
+    assert equal > 0.9 * len(with_it) or judge.dtype == torch.bfloat16  # whose rounding another kernel may change
 
 
 def test_reload(live: tuple[Any, Judge]) -> None:

@@ -105,6 +105,7 @@ class OptimalSamplingForCausalLM(nn.Module):
         self.secondary_weights = [] if self.one_model else [files]
         self.teacher_size = vllm_config.model_config.get_hidden_size()
         self.theta_size = theta.get_hidden_size()
+        self.teacher_vocabulary = vllm_config.model_config.get_vocab_size()
         self.dtype: Any = vllm_config.model_config.dtype
         # Of the student's files: all shapes, the parameters among them, and the values of the buffers.
         self.theta_shapes: dict[str, torch.Size] = {}
@@ -117,6 +118,8 @@ class OptimalSamplingForCausalLM(nn.Module):
         self.teacher_places: Tensor | None = None
         self.theta_places: Tensor | None = None
         self.row_streams: Any = None  # of Model Runner V1, see row_streams.py
+        self.theta_alone = False  # alone.py sets it between calls, and keeps the CUDA graphs of both cases
+        self.graphs: dict[bool, Any] = {}
         self.side_stream = torch.cuda.Stream() if _may_overlap(self, vllm_config) else None
         self.is_loaded = False
         self.destinations = Destinations(self.theta)
@@ -140,6 +143,8 @@ class OptimalSamplingForCausalLM(nn.Module):
     ) -> Tensor:
         """Return the hidden states of both models, (tokens, teacher's size + student's size).
 
+        Where the student runs alone, the teacher's part has no values.
+
         Args:
             input_ids: what vLLM schedules.
             positions: the tokens' positions in it.
@@ -158,8 +163,12 @@ class OptimalSamplingForCausalLM(nn.Module):
         )
         of_teacher, of_theta = hidden.split([self.teacher_size, self.theta_size], dim=1)
         if self.row_streams is not None and (parts := self.row_streams.parts(*scheduled)):
-            self._run_part(self.teacher, parts.get("teacher"), scheduled, of_teacher)
+            if not self.theta_alone:
+                self._run_part(self.teacher, parts.get("teacher"), scheduled, of_teacher)
             self._run_part(self.theta, parts.get("theta"), scheduled, of_theta)
+            return hidden
+        if self.theta_alone:
+            of_theta.copy_(self.theta(*theta))
             return hidden
         # Graphs of one pool must not run at the same time: only while a graph of the whole step is captured may they.
         if self.side_stream is None or not torch.cuda.is_current_stream_capturing():
@@ -211,9 +220,15 @@ class OptimalSamplingForCausalLM(nn.Module):
             planned.update({name: places[:tokens] for name in layers if name in planned})
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
-        """Return the teacher's logits (N, V of the teacher); the student's stay on `theta_logits` for the sampler."""
+        """Return the teacher's logits (N, V of the teacher); the student's stay on `theta_logits` for the sampler.
+
+        Where the student runs alone, its own stand for the teacher's: a mixture of equal models is the model itself.
+        """
         teacher, theta = hidden_states.split([self.teacher_size, self.theta_size], dim=1)
-        self.theta_logits = self.theta.compute_logits(theta.contiguous())
+        self.theta_logits = theta_logits = self.theta.compute_logits(theta.contiguous())
+        if self.theta_alone:
+            missing = self.teacher_vocabulary - theta_logits.shape[1]
+            return nn.functional.pad(theta_logits, (0, missing), value=-torch.inf)  # a copy: a sampler may write to it
         return self.teacher.compute_logits(teacher.contiguous())
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ....pairing import weight_digest
 from ..families import OTHER_BACKEND
+from .alone import set_alone
 from .incoming import IncomingWeights
 
 
@@ -52,6 +53,10 @@ class OptimalSamplingWorker:
             if not isinstance(runner.sampler, MixtureSampler):
                 runner.sampler = MixtureSampler(runner.sampler, runner)
                 runner.model.row_streams = RowStreams(runner)
+
+    def set_alone(self, alone: bool) -> None:
+        """Let the student run alone, or both models again: see alone.py."""
+        set_alone(self.model_runner, alone)
 
     def zero_caches(self) -> None:
         """Set every block of every layer's cache to 0, and every state."""
