@@ -94,7 +94,7 @@ def check_pair(
             f"alone, which is the teacher. Wanted a teacher with experts, or a dense student. {OTHER_BACKEND}"
         )
     check_states(configs, arguments)
-    check_shared_caches(configs, is_on_cpu=_is_on_cpu())
+    check_shared_caches(configs)
     check_latent(configs)
     check_speculation(configs, arguments, context)
     _check_max_model_len(configs, arguments.get("max_model_len"))
@@ -116,12 +116,6 @@ def _teacher_tokenizer(teacher: Source, arguments: Mapping[str, Any]) -> PreTrai
     revision = arguments.get("tokenizer_revision") or arguments.get("revision")
     options = {**teacher.options, "revision": revision}
     return Source(str(arguments.get("tokenizer") or teacher.name), "teacher", options, teacher.token).tokenizer()
-
-
-def _is_on_cpu() -> bool:
-    from vllm.platforms import current_platform
-
-    return current_platform.is_cpu()
 
 
 def _check_heads(config: PreTrainedConfig, role: str, tensor_parallel_size: int) -> None:

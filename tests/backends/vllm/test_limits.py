@@ -42,7 +42,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return teacher, theta
 
 
-HYBRID = {"model_type": "lfm2", "architectures": ["Lfm2ForCausalLM"]}
+HYBRID = {"model_type": "falcon_h1", "architectures": ["FalconH1ForCausalLM"]}
 MLA = {"model_type": "longcat_flash", "architectures": ["LongcatFlashForCausalLM"], "kv_lora_rank": 16}
 LATENT = {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "kv_lora_rank": 16}
 SPARSE = LATENT | {"index_topk": 8}
@@ -59,8 +59,8 @@ ENCODER = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], 
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (HYBRID, "Lfm2ForCausalLM.* has recurrent or linear layers"),
-        ({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}, "MambaForCausalLM.* has recurrent"),
+        (HYBRID, "FalconH1ForCausalLM.* has layers with a state"),
+        ({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}, "MambaForCausalLM.* has layers with a state"),
         (
             MLA,
             r"LongcatFlashForCausalLM.* has latent attention \(MLA\), which was checked for deepseek_v2, deepseek_v3",
