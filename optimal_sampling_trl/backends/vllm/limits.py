@@ -11,7 +11,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ...options import unknown_option
-from ...pairing import Pair, Source, context_length, name_sources, read_pair
+from ...pairing import Pair, Source, context_length, name_sources, read_pair, rope_kinds
 from .families import (
     OTHER_BACKEND,
     check_family,
@@ -131,9 +131,11 @@ def _check_max_model_len(configs: dict[str, PreTrainedConfig], wanted: int | Non
         raise ValueError(f"`max_model_len` is {wanted}; wanted at least 1. Drop it for what both models can read.")
     for role, config in configs.items():
         if wanted and wanted > context_length(config):
+            ends = "longrope" in rope_kinds(config)
+            reason = " (LongRoPE: behind them vLLM's angles would not be those of transformers, which trains)"
             raise ValueError(
                 f"`max_model_len` is {wanted}, but the {role} {config.name_or_path!r} reads at most "
-                f"{context_length(config)} tokens. Lower `max_model_len`."
+                f"{context_length(config)} tokens{reason if ends else ''}. Lower `max_model_len`."
             )
 
 
