@@ -182,6 +182,6 @@ def check_padding(config: PreTrainedConfig, width: int) -> None:
     if width > (most := context_length(config.get_text_config())):
         raise ValueError(
             f"The student {config.name_or_path!r} reads by LongRoPE, whose angles change behind {most} tokens, "
-            f"padding included, and the batch is padded to {width}: its longest prompt and its longest completion together. "
+            f"padding included, and the batch is padded to {width}: its longest prompt and its longest completion. "
             "Leave out the longest prompts, or lower `max_completion_length`."
         )
