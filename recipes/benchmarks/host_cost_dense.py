@@ -28,7 +28,7 @@ import torch
 from host_cost import Batch, cost, flags, print_table, silent
 from optimal_sampling_trl.backends.vllm.rows import RecordRows
 from optimal_sampling_trl.backends.vllm.server.messages import to_rollouts
-from optimal_sampling_trl.backends.vllm.wire import column_ids, dense_ids, read_arrays
+from optimal_sampling_trl.backends.vllm.wire import column_ids, pack, read_named, read_packed, to_named
 from optimal_sampling_trl.rollouts.dense import SCALARS, Dense
 
 
@@ -47,13 +47,14 @@ class DenseBatch:
         completions, tokens = batch.ids.shape
         generator = torch.Generator().manual_seed(1)
         likely = torch.randint(self.V, (completions * tokens, 2 * dense.top_k), generator=generator)
-        record = torch.from_numpy(column_ids(batch.ids.flatten().tolist(), self.V))
-        columns = torch.cat([record, dense_ids(likely, len(dense.scalars), self.V)], 1)
-        self.columns = columns.reshape(completions, tokens, -1).numpy()
-        self.numbers = torch.rand(self.columns.shape, generator=generator).numpy()
+        record, scalars = (torch.rand(len(likely), count, generator=generator) for count in (4, len(dense.scalars)))
+        log_p = torch.rand(2, *likely.shape, generator=generator)
+        values = torch.cat([record, pack(scalars, likely, *log_p)], 1).numpy()
+        ids = column_ids(batch.ids.flatten().tolist(), self.V)
+        self.columns, self.numbers = (one.reshape(completions, tokens, -1) for one in to_named(ids, values, dense))
         self.steps = [
-            [SimpleNamespace(logprob_token_ids=row[None], logprobs=values[None]) for row, values in zip(*both)]
-            for both in zip(self.columns, self.numbers)
+            [SimpleNamespace(logprob_token_ids=row[None], logprobs=numbers[None]) for row, numbers in zip(*both)]
+            for both in zip(*(one.reshape(completions, tokens, -1) for one in (ids, values)))
         ]
 
     def lists(self) -> None:
@@ -66,15 +67,15 @@ class DenseBatch:
                 append_logprobs_for_next_position(kept, row.tolist(), values.tolist(), repeat(None), 1, len(row) - 1)
             shape = columns.shape
             arrays = np.array(kept.token_ids).reshape(shape), np.array(kept.logprobs, np.float32).reshape(shape)
-            read_arrays(*arrays, ids, self.dense, self.V)
+            read_named(*arrays, ids, self.dense, self.V)
 
     def rows(self) -> None:
         """Keep and read them as they come."""
         for ids, steps in zip(self.ids.tolist(), self.steps):
-            kept = RecordRows(self.columns.shape[2])
+            kept = RecordRows(self.dense)
             for step in steps:
                 kept.add(step)
-            read_arrays(*kept.arrays(), ids, self.dense, self.V)
+            read_packed(*kept.arrays(), ids, self.dense, self.V)
 
     def answers(self) -> list[str]:
         """Returns what a server sends: a JSON text for each completion."""

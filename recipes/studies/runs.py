@@ -32,6 +32,16 @@ def whole_runs(done: Iterable[Line], steps: Callable[[Line], int]) -> set[tuple]
     return {key(line) for line in done if line["done"] == line["steps"] == steps(line)}
 
 
+def one_each(lines: Iterable[Line]) -> list[Line]:
+    """Of the runs on real text of a key and number of updates the one that made most of these; of equals the last."""
+    key = itemgetter("task", "student", "arm", "learning_rate", "seed", "steps")
+    found: dict[tuple, Line] = {}
+    for line in lines:
+        if line["done"] >= found.setdefault(key(line), line)["done"]:
+            found[key(line)] = line
+    return list(found.values())
+
+
 def by_rate(lines: Iterable[Line], arm: str) -> list[list[Line]]:
     """The seeds of an arm at each learning rate that it was run at."""
     rates: dict[float, list[Line]] = {}

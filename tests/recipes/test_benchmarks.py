@@ -145,12 +145,15 @@ def test_engine() -> None:
 def test_dense_engine() -> None:
     need_vllm()
     output = run(
-        "benchmarks/dense_engine.py", *TINY, "--batches", "2", "--tokens", "3", "--rounds", "1", "--top-k", "2"
+        "benchmarks/dense_engine.py",
+        *TINY,
+        *["--batches", "2", "--tokens", "3", "--rounds", "1", "--top-k", "2", "--divide", "2"],
     )
-    *_, head, _, cells = (line.strip("| ").split(" | ") for line in output.splitlines())
+    *_, head, _, cells, _, parts, _, divided = (line.strip("| ").split(" | ") for line in output.splitlines())
     assert head == ["batch", "step", "scalars", "k = 2", "GiB"]
-    assert cells[0] == "2"
-    assert float(cells[1].removesuffix(" ms")) > 0
+    assert parts == ["batch", "step", "kernels", "packing", "copy", "host", "reading"]
+    assert cells[0] == divided[0] == "2"
+    assert all(float(row[1].removesuffix(" ms")) > 0 for row in (cells, divided))
 
 
 @pytest.mark.engine

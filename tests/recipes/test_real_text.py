@@ -14,16 +14,17 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.utils import ensure_master_addr_port
 
 import pair as embedded
-from horizon_report import spread
 from informed_arms import REFERS, STUDY, TOLD, ReadingTask, ToldTask
 from optimal_sampling_trl import Mixture
 from optimal_sampling_trl.rollouts.rollout import Rollout
 from real_arms import ARMS, PUBLISHED, trainer_of
+from real_cells import equal
 from real_exam import distance, mean_of
 from real_models import learn
+from real_tables import TABLES, ends, rates, stored
 from real_tasks import TASKS, answer_of
 from real_text_report import gain, seeds
-from runs import by_rate, read_runs, take_card
+from runs import one_each, read_runs, take_card
 
 
 @pytest.mark.parametrize(
@@ -159,22 +160,35 @@ def test_stored_runs_are_whole_lines(name: str) -> None:
         assert done == sorted(done)
 
 
-def test_the_documents_say_what_the_informed_runs_do() -> None:
-    """Each arm has a row with its end, its highest and what it is above GRPO; the goal is met with one model."""
-    lines = read_runs(STUDIES / "results" / "informed.jsonl")
-    text = (STUDIES / "README.md").read_text()
-    section = text[text.index("## The student as its own teacher") : text.index("## Token credit")]
-    rows = [row.replace("**", "").replace("−", "-") for row in section.splitlines() if row.startswith("| ")]
-    for arm in {line["arm"] for line in lines}:
-        (runs,) = by_rate(lines, arm)  # one rate each
-        runs.sort(key=lambda line: line["seed"])
-        highest = [max(line["right"], *(point[3] for point in line["points"])) for line in runs]
-        cells = [spread([line["right"] for line in runs]), ", ".join(f"{share:.3f}" for share in highest)]
-        if arm != "GRPO":
-            more, error, _ = gain(lines, arm, "GRPO")
-            cells.append(f"{more:.3f} ± {error:.3f}")
-        cells = [cell.replace("0.", ".") for cell in cells]
-        assert any(all(f"| {cell} " in row for cell in cells) for row in rows), (arm, cells)
+@pytest.mark.parametrize("name", list(TABLES))
+def test_the_documents_hold_the_tables_of_the_stored_runs(name: str) -> None:
+    """And at their end each has a number for an arm; a table without runs is on no page."""
+    rows = list(TABLES[name].rows())
+    text = (STUDIES.parents[1] / TABLES[name].page).read_text()
+    assert ("\n".join(rows) in text) == (len(rows) > 2)
+
+
+def test_the_informed_student_passes_grpo_with_one_model() -> None:
+    """By more than two standard errors over three seeds."""
+    lines = stored("informed", student="whole")
     above, error, count = gain(lines, "GRPO, half informed mixture", "GRPO")
     assert count == 3
     assert above > 2 * error > 0
+
+
+def test_a_longer_run_replaces_a_shorter_one_and_a_cut_one_is_in_no_mean() -> None:
+    def line(arm: str, seed: int, right: float, done: int = 4, rate: float = 1e-4) -> dict[str, Any]:
+        points = [[64 * step, 0, 0.0, right * step / 4, 0.0] for step in range(done + 1)]
+        key = {"task": "sums", "student": "whole", "arm": arm, "learning_rate": rate, "seed": seed, "steps": 4}
+        ends = {"right": right, "greedy": 0.5, "any_right": 0.75, "divergence": 0.0, "of_teacher": {"right": 0.5}}
+        return key | ends | {"done": done, "points": points}
+
+    cut, again, later = line("RAFT", 0, 0.1, done=3), line("RAFT", 0, 0.4), line("RAFT", 0, 0.3)
+    assert one_each([again, cut]) == one_each([cut, again]) == [again]
+    assert one_each([again, later]) == [later]
+    lines = [line("GRPO", 0, 0.2, done=3), again, line("RAFT", 1, 0.0, done=1), line("RAFT", 0, 0.2, rate=3e-4)]
+    _, _, raft, grpo = ends(lines)
+    assert raft == "| RAFT | 1e-4 | .400, .000 (1) | .400 | .500 | .750 | .000 | .500 |"
+    assert grpo.startswith("| GRPO | 1e-4 | .200 (3), – | cut | ")
+    assert list(rates(lines))[2:] == ["| RAFT | – | .400 [.400] | .200 [.200] |"]
+    assert equal([again], 0.6) == pytest.approx([0.24])  # between a half of the updates and three quarters

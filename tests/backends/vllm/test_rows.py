@@ -5,38 +5,68 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 
 from optimal_sampling_trl.backends.vllm.rows import RecordRows, keep_rows
+from optimal_sampling_trl.backends.vllm.wire import column_ids, pack
+from optimal_sampling_trl.rollouts.dense import Dense
+
+V = 10
+DENSE = Dense(("overlap",), 1)
 
 
-def rows(tokens: int, width: int = 5) -> RecordRows:
-    """Rows of three columns, in steps of one token each that were wider."""
-    kept = RecordRows(3)
-    for token in range(tokens):
-        ids = np.arange(width)[None] + 10 * token
-        kept.add(SimpleNamespace(logprob_token_ids=ids, logprobs=-ids.astype(np.float32)))
+def step(*tokens: int, more: int = 0) -> SimpleNamespace:
+    """What the engine hands over of these tokens, in rows that were wider for others."""
+    column = torch.tensor(tokens, dtype=torch.float32)[:, None]
+    packed = pack(
+        column / 10, torch.tensor([[token, 9] for token in tokens]), -column.expand(-1, 2), -2 * column.expand(-1, 2)
+    )
+    values = np.concatenate(
+        [-column.expand(-1, 4).numpy(), packed.numpy(), np.ones((len(tokens), more), np.float32)], 1
+    )
+    ids = np.pad(column_ids(tokens, V), ((0, 0), (0, more)), constant_values=7)
+    return SimpleNamespace(logprob_token_ids=ids, logprobs=values)
+
+
+def rows(*tokens: int, more: int = 0) -> RecordRows:
+    """Rows of these tokens, in steps of one each."""
+    kept = RecordRows(DENSE)
+    for token in tokens:
+        kept.add(step(token, more=more))
     return kept
 
 
 def test_rows_are_cut_to_their_columns() -> None:
-    ids, values = rows(2).arrays()
-    assert ids.tolist() == [[0, 1, 2], [10, 11, 12]]
-    assert values.tolist() == [[0, -1, -2], [-10, -11, -12]]
-    assert [array.shape for array in rows(0).arrays()] == [(0, 3)] * 2
+    for wide, narrow in zip(rows(1, 2, more=3).arrays(), rows(1, 2).arrays(), strict=True):
+        assert np.array_equal(wide, narrow)
+    assert rows(1, 2).arrays()[0].tolist() == [[1, V, V + 1, V + 2], [2, V, V + 1, V + 2]]
+    assert [array.shape for array in rows().arrays()] == [(0, 4), (0, 4 + 1 + 6)]
 
 
 def test_they_are_read_as_vllms_own() -> None:
-    assert not rows(0)
-    assert len(rows(4)) == 4
-    assert {id: one.logprob for id, one in rows(3)[1].items()} == {10: -10.0, 11: -11.0, 12: -12.0}
-    assert [list(one) for one in rows(4)[-2:]] == [[20, 21, 22], [30, 31, 32]]
-    assert len(rows(4)[:0]) == 0
+    assert not rows()
+    assert len(rows(1, 2, 3)) == 3
+    numbers = {id: one.logprob for id, one in rows(1, 2)[1].items()}
+    assert list(numbers) == [2, V, V + 1, V + 2, V + 3, 2 * V + 2, 3 * V + 9, 4 * V + 2, 5 * V + 9]
+    assert list(numbers.values()) == [-2.0] * 4 + [-np.float32(0.2)] + [-2.0] * 2 + [-4.0] * 2
+    assert [next(iter(one)) for one in rows(1, 2, 3)[-2:]] == [2, 3]
+    assert len(rows(1, 2)[:0]) == 0
 
 
 def test_a_step_of_two_tokens() -> None:
-    kept = RecordRows(2)
-    kept.add(SimpleNamespace(logprob_token_ids=np.array([[1, 2], [3, 4]]), logprobs=np.zeros((2, 2), np.float32)))
-    assert kept.arrays()[0].tolist() == [[1, 2], [3, 4]]
+    kept = RecordRows(DENSE)
+    kept.add(step(1, 2, more=2))
+    for at_once, alone in zip(kept.arrays(), rows(1, 2).arrays(), strict=True):
+        assert np.array_equal(at_once, alone)
+
+
+def test_a_step_is_not_held() -> None:
+    """An engine's arrays may be views of memory that is pinned; they are free again when they were added."""
+    kept, given = RecordRows(DENSE), step(4)
+    kept.add(given)
+    before = [one.copy() for one in kept.arrays()]
+    given.logprob_token_ids[:], given.logprobs[:] = 0, 0
+    assert all(np.array_equal(one, other) for one, other in zip(kept.arrays(), before, strict=True))
 
 
 def test_only_requests_for_dense_records_are_kept_so() -> None:
@@ -53,4 +83,4 @@ def test_only_requests_for_dense_records_are_kept_so() -> None:
         processor.add_request(SimpleNamespace(request_id=name, sampling_params=params), "prompt")
     kept = {name: state.logprobs_processor.logprobs for name, state in processor.request_states.items()}
     assert (kept["plain"], kept["record"]) == ("vLLM's", "vLLM's")
-    assert kept["dense"].columns == 1 + 3 + 8
+    assert kept["dense"].dense == Dense(top_k=2)

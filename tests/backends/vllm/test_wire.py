@@ -14,7 +14,7 @@ import torch
 from optimal_sampling_trl.backends.vllm import wire
 from optimal_sampling_trl.mixture import Mixture
 from optimal_sampling_trl.pairing import Ending
-from optimal_sampling_trl.rollouts.dense import Dense
+from optimal_sampling_trl.rollouts.dense import SCALARS, Dense
 from optimal_sampling_trl.rollouts.request import Request, Sampling
 from optimal_sampling_trl.rollouts.rollout import RECORDS
 
@@ -51,45 +51,66 @@ def test_columns_of_another_token_are_refused(shift: int) -> None:
 DENSE = Dense(("overlap", "kl_q_theta"), 2)
 
 
-def dense_columns(V: int = 320) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and numbers of the columns of two tokens: a record, two scalars, two likely tokens of each model."""
+def packed(V: int = 320) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and numbers of two tokens as a worker packs them: a record, two scalars, two likely tokens of each model."""
     ids = torch.tensor([[3, 7, 7, 9], [1, 2, 300, 319]])
-    columns = np.concatenate([wire.column_ids([5, 6], V), wire.dense_ids(ids, 2, V).numpy()], 1)
-    return columns, -np.arange(2 * columns.shape[1], dtype=np.float32).reshape(2, -1) / 16
+    numbers = torch.arange(2 * 14.0).reshape(2, 14) / 16
+    values = torch.cat([-numbers[:, :4], wire.pack(numbers[:, 4:6], ids, -numbers[:, 6:10], -numbers[:, 10:])], 1)
+    return wire.column_ids([5, 6], V), values.numpy()
 
 
-def test_dense_records_arrive_under_their_names() -> None:
-    ids, values = dense_columns()
-    values[0, 4:6] = (wire.NO_NUMBER, -np.inf)
+@pytest.mark.parametrize("named", [False, True])
+def test_dense_records_arrive_under_their_names(named: bool) -> None:
+    """In the rows of an engine, and in the columns of a server's JSON."""
+    ids, values = packed()
+    values[0, 4:6] = (np.nan, np.inf)
     values[1, 6] = -np.inf
-    records, dense = wire.read_arrays(ids, values, [5, 6], DENSE, 320)
-    assert records.shape == (4, 2)
-    assert wire.columns_of(DENSE) == ids.shape[1] - 1 == 3 + 2 + 8
+    assert wire.packed_width(DENSE) == values.shape[1]
+    if named:
+        columns = wire.to_named(ids, values, DENSE)
+        assert columns[0].shape == columns[1].shape == (2, 1 + wire.columns_of(DENSE))
+        assert not np.isnan(columns[1]).any()
+        assert not np.isposinf(columns[1]).any()
+        records, dense = wire.read_named(*columns, [5, 6], DENSE, 320)
+    else:
+        records, dense = wire.read_packed(ids, values, [5, 6], DENSE, 320)
+    assert records.tolist() == wire.to_columns(values[:, :4]).tolist()
     assert dense.ids.tolist() == [[3, 7, 7, 9], [1, 2, 300, 319]]
     assert dense.scalars["overlap"].isnan().tolist() == [True, False]
-    assert dense.scalars["kl_q_theta"].tolist() == [torch.inf, -values[1, 5]]
+    assert dense.scalars["kl_q_theta"].tolist() == [torch.inf, values[1, 5]]
     assert dense.log_theta.tolist() == values[:, 6:10].tolist()
-    assert dense.log_teacher.tolist() == values[:, 10:].tolist()
+    assert dense.log_teacher.tolist() == values[:, 10:14].tolist()
+    assert all(one.is_contiguous() for one in (dense.ids, dense.log_theta, dense.log_teacher, *dense.scalars.values()))
 
 
 def test_no_id_stands_twice_in_a_row() -> None:
     """Not even where both models like the same tokens, and where the vocabulary is barely larger than the scalars."""
-    row = wire.dense_ids(torch.tensor([[0, 1, 0, 11]]), 7, 12)[0].tolist()
-    assert len(set(row)) == len(row) == 7 + 8
-    assert min(row) == 12 + wire.RECORD_COLUMNS
+    scalars, ids = torch.zeros(1, 7), torch.tensor([[0, 1, 0, 11]])
+    values = torch.cat([torch.zeros(1, 4), wire.pack(scalars, ids, -ids.float(), -ids.float())], 1)
+    row = wire.to_named(wire.column_ids([3], 12), values.numpy(), Dense(SCALARS, 2))[0][0].tolist()
+    assert len(set(row)) == len(row) == 4 + 7 + 8
+    assert sorted(row)[1] == 12
 
 
 def test_dense_records_of_another_layout_are_refused() -> None:
-    ids, values = dense_columns()
+    ids, values = wire.to_named(*packed(), DENSE)
     ids[1, 10] += 1  # another token under the teacher than under the student
     with pytest.raises(RuntimeError, match="another column is in its way"):
-        wire.read_arrays(ids, values, [5, 6], DENSE, 320)
+        wire.read_named(ids, values, [5, 6], DENSE, 320)
+    ids, values = packed()
+    with pytest.raises(RuntimeError, match="another column is in its way"):
+        wire.read_packed(ids, values, [5, 7], DENSE, 320)
 
 
 def test_a_completion_without_tokens_has_empty_dense_records() -> None:
-    ids, values = dense_columns()
-    _, dense = wire.read_arrays(ids[:0], values[:0], [], DENSE, 320)
-    assert (len(dense), tuple(dense.ids.shape)) == (0, (0, 4))
+    ids, values = (one[:0] for one in packed())
+    empty = [wire.read_packed(ids, values, [], DENSE, 320), wire.read_named(*_no_columns(), [], DENSE, 320)]
+    for _, dense in empty:
+        assert (len(dense), tuple(dense.ids.shape)) == (0, (0, 4))
+
+
+def _no_columns() -> tuple[np.ndarray, np.ndarray]:
+    return tuple(one[:0] for one in wire.to_named(*packed(), DENSE))  # type: ignore[return-value]
 
 
 def test_a_wish_travels_flat_and_comes_back() -> None:

@@ -19,7 +19,7 @@ from ..wire import (
     RECORD_COLUMNS,
     columns_of,
     extra_arguments,
-    read_arrays,
+    read_named,
     same_arguments,
     scheduled_prompt,
     stop_arguments,
@@ -147,7 +147,7 @@ def _to_rollout(choice: dict[str, Any], request: Request, pair: Pair) -> Rollout
         records, dense = to_columns(_restored(rows)), None
     else:
         names, rows = _all_columns(tokens, 1 + columns_of(request.dense))
-        records, dense = read_arrays(names, _restored(rows), ids, request.dense, pair.engine_vocabulary)
+        records, dense = read_named(names, _restored(rows), ids, request.dense, pair.engine_vocabulary)
     text = request.sampling.cut(str(pair.tokenizer.decode(ids, skip_special_tokens=True)))
     return Rollout.from_request(request, ids, records, text, str(choice["finish_reason"]), dense)
 

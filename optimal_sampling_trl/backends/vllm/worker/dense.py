@@ -1,4 +1,4 @@
-"""Dense records in the worker: measured before vLLM's sampler changes the logits, written behind the records."""
+"""Dense records in the worker: measured before vLLM's sampler changes the logits, packed behind the records."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vllm.v1.outputs import LogprobsTensors
 
 from ....mixture.dense import measure
 from ....rollouts.dense import Dense
-from ..wire import NO_NUMBER, RECORD_COLUMNS, dense_ids
+from ..wire import RECORD_COLUMNS, pack
 from .records import Mixed
 
 
@@ -23,11 +23,10 @@ class Group(NamedTuple):
     rows: Int[Tensor, " R"]
 
 
-class Columns(NamedTuple):
-    """Hold the columns of a group: C for each of its R rows."""
+class Packed(NamedTuple):
+    """Hold the dense records of a group: C numbers for each of its R rows."""
 
     rows: Int[Tensor, " R"]
-    ids: Int[Tensor, "R C"]
     values: Float[Tensor, "R C"]
 
 
@@ -44,34 +43,28 @@ def _to_device(rows: Tensor, device: torch.device) -> Tensor:
     return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)
 
 
-def measure_groups(mixed: Mixed, groups: Sequence[Group]) -> list[Columns]:
+def measure_groups(mixed: Mixed, groups: Sequence[Group]) -> list[Packed]:
     """Measure the rows of a step that ask for it. Call this before vLLM's sampler, which may write into the logits."""
-    return [Columns(rows, *_measure_rows(mixed, dense, rows)) for dense, rows in groups]
+    return [Packed(rows, _measure_rows(mixed, dense, rows)) for dense, rows in groups]
 
 
-def _measure_rows(
-    mixed: Mixed, dense: Dense, rows: Int[Tensor, " R"]
-) -> tuple[Int[Tensor, "R C"], Float[Tensor, "R C"]]:
-    """Return the ids and the numbers of the columns of a few rows."""
+def _measure_rows(mixed: Mixed, dense: Dense, rows: Int[Tensor, " R"]) -> Float[Tensor, "R C"]:
     temperature = 1.0 if mixed.temperature is None else mixed.temperature
     logits, ending = (mixed.theta, mixed.teacher, mixed.logits), mixed.ending
-    scalars, ids, *log_probabilities = measure(
-        *logits, temperature, dense.scalars, dense.top_k, rows, ending.stop, ending.folded
-    )
-    values = torch.cat([-scalars, *log_probabilities], 1)
-    values = values.nan_to_num(nan=NO_NUMBER, posinf=torch.inf, neginf=-torch.inf)
-    return dense_ids(ids, scalars.shape[1], mixed.logits.shape[1]), values
+    return pack(*measure(*logits, temperature, dense.scalars, dense.top_k, rows, ending.stop, ending.folded))
 
 
-def with_dense(columns: LogprobsTensors, measured: Sequence[Columns]) -> LogprobsTensors:
-    """Return the log-probabilities of a step with dense records behind the records that `with_records` wrote."""
-    first = 1 + RECORD_COLUMNS
-    width = max(columns.logprobs.shape[1], *(first + one.ids.shape[1] for one in measured))
-    missing = (0, width - columns.logprobs.shape[1])
-    ids = nn.functional.pad(columns.logprob_token_ids.long(), missing)
-    values = nn.functional.pad(columns.logprobs, missing)
-    for one in measured:
-        part = slice(first, first + one.ids.shape[1])
-        ids[:, part].index_copy_(0, one.rows, one.ids)
-        values[:, part].index_copy_(0, one.rows, one.values)
-    return columns._replace(logprob_token_ids=ids, logprobs=values)
+def with_dense(columns: LogprobsTensors, measured: Sequence[Packed]) -> LogprobsTensors:
+    """Return the log-probabilities of a step with dense records behind the records that `with_records` wrote.
+
+    They have no ids: vLLM hands on ids and numbers side by side, and rows of the one may be wider than of the other.
+    """
+    first, values = 1 + RECORD_COLUMNS, columns.logprobs
+    if len(measured[0].rows) == len(values):  # all rows, in their order
+        values = torch.cat([values[:, :first], measured[0].values], 1)
+    else:
+        width = max(values.shape[1], *(first + one.values.shape[1] for one in measured))
+        values = nn.functional.pad(values, (0, width - values.shape[1]))
+        for one in measured:
+            values[:, first : first + one.values.shape[1]].index_copy_(0, one.rows, one.values)
+    return columns._replace(logprob_token_ids=columns.logprob_token_ids.long(), logprobs=values)

@@ -102,9 +102,9 @@ def _join_columns(
     found = [part for part in parts if part is not None]
     if not found:
         return None
-    width = max(part.logprobs.shape[1] for part in found)
 
     def under(name: str, fill: Tensor) -> Tensor:
+        width = max(getattr(part, name).shape[1] for part in found)
         blocks = [fill.new_zeros(count, 1) if one is None else getattr(one, name) for one, count in zip(parts, counts)]
         return torch.cat([nn.functional.pad(block, (0, width - block.shape[1])) for block in blocks])
 

@@ -18,7 +18,7 @@ from ....mixture import FIELDS, FORMS, Mixture, MixtureRows
 from ....mixture.kernels.launch import mix_logits
 from ....rollouts.dense import Dense
 from ..wire import RECORD, dense_of, mixture_of
-from .dense import Columns, Group, group_rows, measure_groups, with_dense
+from .dense import Group, Packed, group_rows, measure_groups, with_dense
 from .records import Mixed, with_records
 
 SLOT_COLUMNS = (*FIELDS, "temperature")
@@ -31,7 +31,7 @@ class Step(NamedTuple):
     mixed: Mixed
     slots: Int[Tensor, " N"]
     slots_np: np.ndarray
-    measured: list[Columns]
+    measured: list[Packed]
 
 
 class SlotSampler:

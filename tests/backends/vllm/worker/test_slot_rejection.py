@@ -101,7 +101,8 @@ def verify(x: torch.Tensor, batch: Batch, draft_logits: torch.Tensor, wanted: se
     asked = [slot for slot in batch.idx_mapping_np if slot in wanted]
     width = 1 + max(asked) if asked else 0
     best, ids = x.topk(width) if width else (None, None)
-    columns = LogprobsTensors(ids, best, ids[:, 0], batch.cu_num_logits_np.tolist()) if width else None
+    wider = torch.nn.functional.pad(best, (0, 2)) if width else None  # dense records are numbers without ids
+    columns = LogprobsTensors(ids, wider, ids[:, 0], batch.cu_num_logits_np.tolist()) if width else None
     sampled = torch.tensor(counts)
     return SamplerOutput(tokens, columns, None, sampled, torch.tensor(np.diff(batch.cu_num_logits_np)) - sampled)
 

@@ -1,0 +1,170 @@
+# /// script
+# dependencies = ["optimal-sampling-trl[plots]", "matplotlib", "reasoning-gym"]
+# ///
+"""Draw the tables of real text in the documents from the stored runs.
+
+    python recipes/studies/real_tables.py
+
+`TABLES` says which page holds each; a test holds the pages against it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from math import hypot, inf
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+
+sys.path.append(str(Path(__file__).parents[1]))  # the recipes that a study shares lie one folder up
+
+from horizon_report import spread
+from informed_arms import STUDY
+from presets_report import error
+from real_cells import average, by_seed, end, equal, highest, is_cut, mean_end, of_teacher, rate, short, usual, whole
+from real_text_report import gain, shown_right
+from runs import Line, by_rate, one_each, read_runs
+
+RESULTS = Path(__file__).parent / "results"
+SECONDS = "presets_real_seconds"
+"""File of the seconds of each arm's update, alone on a card."""
+EARLY = 14_400
+"""Completions at which the published mixtures are compared early: the last measurement is after 224 updates or 240."""
+Column = Callable[[list[Line]], str]
+"""A cell for the runs of an arm at one rate."""
+
+
+def stored(name: str, **place: str | int) -> list[Line]:
+    """The runs of a file at a place, one of each."""
+    lines = read_runs(RESULTS / f"{name}.jsonl")
+    return one_each(line for line in lines if all(line[key] == value for key, value in place.items()))
+
+
+def table(lines: Sequence[Line], columns: dict[str, Column]) -> Iterator[str]:
+    """A row for each arm at its usual rate, the best end first; arms with cut runs alone are last."""
+    yield "| arm | " + " | ".join(columns) + " |"
+    yield "|---" * (1 + len(columns)) + "|"
+    rows = {arm: usual(lines, arm) for arm in dict.fromkeys(line["arm"] for line in lines)}
+    for arm, runs in sorted(rows.items(), key=lambda row: (is_cut(row[1]), -mean_end(row[1]))):
+        yield f"| {arm} | " + " | ".join(column(runs) for column in columns.values()) + " |"
+
+
+def ends(lines: Sequence[Line]) -> Iterator[str]:
+    """The end of each arm at a place."""
+    seeds = sorted({line["seed"] for line in lines})
+    of_seeds = partial(by_seed, completions=inf, seeds=seeds)
+    columns: dict[str, Column] = {"rate": rate, f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}": of_seeds}
+    columns |= {"mean": end, "greedy": partial(average, name="greedy"), "pass@8": partial(average, name="any_right")}
+    columns |= {"KL(θ‖t)": partial(average, name="divergence"), "its teacher": of_teacher}
+    return table(lines, columns)
+
+
+def presets() -> Iterator[str]:
+    """Published mixtures and our defaults: early, at the end, and at equal seconds where these were measured."""
+    lines = stored("presets_real")
+    seeds = sorted({line["seed"] for line in lines})
+    words = ", ".join(map(str, seeds))
+    columns: dict[str, Column] = {
+        "rate": rate,
+        f"after 224 updates, seeds {words}": partial(by_seed, completions=EARLY, seeds=seeds),
+        "at the end": partial(by_seed, completions=inf, seeds=seeds),
+        "mean": end,
+        "greedy": partial(average, name="greedy"),
+        "pass@8": partial(average, name="any_right"),
+    }
+    alone = {line["arm"]: line["seconds"] for line in read_runs(RESULTS / f"{SECONDS}.jsonl")}
+    if alone:
+        quickest = min(alone.values())
+        columns["s an update"] = lambda runs: f"{alone[runs[0]['arm']]:.2f}"
+        columns["at equal seconds"] = lambda runs: short(spread(equal(runs, quickest / alone[runs[0]["arm"]])))
+    return table(lines, columns)
+
+
+def rates(lines: Sequence[Line], seed: int = 0) -> Iterator[str]:
+    """One seed of each arm at each rate that it was run at, in brackets the highest on the way."""
+    of_seed = [line for line in lines if line["seed"] == seed]
+    yield "| arm | a third | usual | threefold |"
+    yield "|---|---|---|---|"
+    for arm in dict.fromkeys(line["arm"] for line in lines):
+        base, runs = usual(lines, arm)[0]["learning_rate"], by_rate(of_seed, arm)
+        found = {line["learning_rate"] / base: line for ((line),) in runs}
+        cells = []
+        for factor in (1 / 3, 1.0, 3.0):
+            line = next((line for ratio, line in found.items() if abs(ratio / factor - 1) < 0.01), None)
+            cells.append("–" if line is None else short(f"{shown_right(line, inf)} [{highest(line):.3f}]"))
+        if len(found) > 1:
+            yield f"| {arm} | " + " | ".join(cells) + " |"
+
+
+def informed(student: str) -> Iterator[str]:
+    """The student as its own teacher: ends, and what they are above GRPO's."""
+    lines = stored("informed", task="sums", student=student)
+    counted = [line for arm in dict.fromkeys(line["arm"] for line in lines) for line in whole(usual(lines, arm))]
+    seeds = sorted({line["seed"] for line in lines})
+
+    def above(runs: list[Line]) -> str:
+        if runs[0]["arm"] == "GRPO":
+            return ""
+        more, paired, count = gain(counted, runs[0]["arm"], "GRPO")
+        if count < 2:
+            return short(f"{more:.3f}")
+        one, other = ([line["right"] for line in counted if line["arm"] == arm] for arm in (runs[0]["arm"], "GRPO"))
+        return short(
+            f"{more:.3f} ± {paired:.3f} / {mean(one) - mean(other):.3f} ± {hypot(error(one), error(other)):.3f}"
+        )
+
+    return table(lines, {
+        "teacher": lambda runs: TEACHERS[STUDY[runs[0]["arm"]].teacher],
+        "right at the end": end,
+        f"of seeds {', '.join(map(str, seeds))}": partial(by_seed, completions=inf, seeds=seeds),
+        "greedy": partial(average, name="greedy"),
+        "pass@8": partial(average, name="any_right"),
+        "above GRPO": above,
+        "highest on the way": lambda runs: short(", ".join(f"{highest(line):.3f}" for line in runs)),
+        "teacher at the end": of_teacher,
+    })  # fmt: skip
+
+
+TEACHERS = {"self": "as it is", "start": "as at the start", "separate": "separate"}
+
+
+class Table(NamedTuple):
+    """A table of a page below the repository's root."""
+
+    page: str
+    rows: Callable[[], Iterator[str]]
+
+
+def place(task: str, student: str) -> Iterator[str]:
+    """The arms of real_text.py at 340 updates."""
+    return ends(stored("real_text", task=task, student=student, steps=340))
+
+
+STUDIES, PRESETS = "recipes/studies/README.md", "docs/presets.md"
+TABLES = {
+    "presets": Table(PRESETS, presets),
+    "rates of presets": Table(PRESETS, lambda: rates(stored("presets_real"))),
+    "steps, whole": Table(STUDIES, partial(place, "steps", "whole")),
+    "sums, pruned": Table(STUDIES, partial(place, "sums", "pruned")),
+    "steps, pruned": Table(STUDIES, partial(place, "steps", "pruned")),
+    "dense records": Table(STUDIES, lambda: ends(stored("dense_real", steps=240))),
+    "informed, whole": Table(STUDIES, partial(informed, "whole")),
+    "informed, pruned": Table(STUDIES, partial(informed, "pruned")),
+    "rates of informed": Table(STUDIES, lambda: rates(stored("informed", student="whole"))),
+}
+
+
+def main() -> None:
+    """Print all of them that have a run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    for name, drawn in TABLES.items():
+        if len(rows := list(drawn.rows())) > 2:
+            print(f"### {name}, of {drawn.page}", *rows, "", sep="\n")
+
+
+if __name__ == "__main__":
+    main()
