@@ -15,6 +15,8 @@ from .source import MODEL_OPTIONS, Source
 
 STUDENT = "student"
 """The teacher's name where it is the student itself."""
+STATES = {"linear_attention", "conv"}
+"""Kinds of layers that keep a state of what they read, as `layer_types` calls them. Mamba layers are of the first."""
 
 
 @dataclass(frozen=True)
@@ -230,5 +232,6 @@ def attention_window(config: PreTrainedConfig) -> int | None:
 
 
 def has_states(config: PreTrainedConfig) -> bool:
-    """Returns True for a model with linear attention, whose layers keep a state of what they read."""
-    return "linear_attention" in (getattr(config, "layer_types", None) or ())
+    """Returns True for a model with linear attention or short convolutions, whose layers keep a state of what they
+    read."""
+    return not STATES.isdisjoint(getattr(config, "layer_types", None) or ())

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from ..backends.transformers.backend import evaluating
+from ..pairing import context_length
 from ..rollouts.rollout import Rollout
 
 logger = logging.getLogger(__name__)
@@ -162,3 +164,24 @@ def _dropout_of_module(path: str, module: nn.Module) -> Iterator[tuple[str, floa
     for name, value in vars(module).items():
         if "drop" in name and isinstance(value, float) and value > 0:
             yield name, value
+
+
+def check_padding(config: PreTrainedConfig, width: int) -> None:
+    """Refuse a batch that is longer, padding included, than the context of LongRoPE's first angles.
+
+    The engine reads each text alone. transformers looks at the longest row, and beyond that context turns all tokens
+    of the batch by other angles: the trainer's log θ would be another model's.
+
+    Args:
+        config: of a student with LongRoPE.
+        width: tokens of the longest prompt and the longest completion together, to which all rows are padded.
+
+    Raises:
+        ValueError: naming both lengths.
+    """
+    if width > (most := context_length(config.get_text_config())):
+        raise ValueError(
+            f"The student {config.name_or_path!r} reads by LongRoPE, whose angles change behind {most} tokens, "
+            f"padding included, and the batch is padded to {width}: its longest prompt and its longest completion. "
+            "Leave out the longest prompts, or lower `max_completion_length`."
+        )

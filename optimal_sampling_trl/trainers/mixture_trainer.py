@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import metrics
 from ..options import check_choice
+from ..pairing import rope_kinds
 from ..rollouts.dense import Dense
 from ..rollouts.rollout import Rollout
 from ..user_warnings import warn_user
@@ -27,7 +28,7 @@ from .engines.endings import endings_known
 from .engines.seam import build_generation, engine_replaced_by
 from .engines.student_checks import check_head, check_teacher_apart
 from .generator import OptimalSamplingGenerator, check_generator
-from .guard import ROWS, TOKENS, WeightGuard, bound_of, dropout_of, log_theta_of
+from .guard import ROWS, TOKENS, WeightGuard, bound_of, check_padding, dropout_of, log_theta_of
 from .loggers import FigureCallback
 from .presets import with_preset
 from .prompts import has_teacher_prompts
@@ -215,6 +216,9 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
             self._last_loaded_step = -1
         with endings_known(self):
             output = super()._generate_and_score_completions(self._with_own_prompts(inputs))
+        if "longrope" in rope_kinds(self.model.config.get_text_config()):
+            width = output["prompt_ids"].shape[1] + output["completion_ids"].shape[1]
+            on_all_ranks(lambda: check_padding(self.model.config, width), self.accelerator)
         turns = self.vllm_generation.pop_turns()
         self.rollouts = [rollout for of_row in turns for rollout in of_row]
         output.update(stack_records(turns, output))

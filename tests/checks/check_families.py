@@ -56,7 +56,7 @@ from optimal_sampling_trl.pairing.wrappers import WRAPPERS, text_name
 from optimal_sampling_trl.rollouts.request import Request
 from optimal_sampling_trl.rollouts.rollout import RECORDS, Rollout
 
-CASES: dict[str, Any] = {**plain.CASES, **hybrid.CASES}
+CASES: dict[str, Any] = {**plain.CASES, **hybrid.CASES, **hybrid.ON_GPUS}
 MODES = ("eager", "graphs") if ON_A_GPU else ("eager",)
 BOUNDS = (
     {"float32": (1e-4, 1e-3), "bfloat16": (0.06, 0.5)}
@@ -102,7 +102,7 @@ def fitted(case: Any, dtype: str) -> Any:
 
 def arguments(case: Any, dtype: str, mode: str) -> dict[str, Any]:
     """The engine's: few blocks, no more requests at once than a state each, and what the mode says."""
-    found = hybrid.BUSY if is_hybrid(case) else case.arguments
+    found = case.arguments
     found = {**found, "dtype": dtype, "max_num_seqs": 12, "disable_log_stats": False, "enforce_eager": mode == "eager"}
     if mode == "graphs":
         found["compilation_config"] = {"cudagraph_capture_sizes": SIZES}

@@ -11,6 +11,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from helpers.models import make_model
 from helpers.training import KINDS, TEXTS, load, make_trainer
 from optimal_sampling_trl import GRPOConfig
 from optimal_sampling_trl.trainers.guard import BOUNDS, CPU_BOUND, WeightGuard, bound_of, dropout_of, log_theta_of
@@ -141,3 +142,19 @@ def test_log_theta_of_rows_is_that_of_a_batch(pair: tuple[str, str], tmp_path: P
     mine = log_theta_of(trainer.model, prompts, trainer.rollouts, 0.7)
     assert torch.allclose(mine, output["old_per_token_logps"][output["completion_mask"].bool()], atol=1e-5)
     assert trainer.model.training
+
+
+def test_padding_that_turns_the_angles_of_longrope(tmp_path: Path) -> None:
+    """Each prompt has room beside its completion; the longest of both, to which a batch is padded, have not."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 16, "long_factor": [2.0] * 16}
+    long = {"rope_parameters": rope, "original_max_position_embeddings": 32}
+    pair = make_model(tmp_path / "t", "phi3", 0, **long), make_model(tmp_path / "s", "phi3", 1, **long)
+    data = Dataset.from_dict({"prompt": ["1", "2" * 25]})
+    settings = {"per_device_train_batch_size": 8, "num_generations": 4, "gradient_accumulation_steps": 1}
+    fitting = Dataset.from_dict({"prompt": ["1", "2" * 22]})
+    make_trainer("grpo", pair, tmp_path / "fits", trainer={"train_dataset": fitting}, **settings).train()
+    trainer = make_trainer("grpo", pair, tmp_path / "run", trainer={"train_dataset": data}, **settings)
+    with pytest.raises(
+        ValueError, match=r"LongRoPE, .* behind 32 tokens, .* is padded to 35: .*max_completion_length"
+    ):
+        trainer.train()

@@ -25,6 +25,7 @@ ELSEWHERE = {
     "backends/vllm/server/client.py": ("backends/vllm/server/test_server.py", "the trainer's side of the server"),
     "backends/vllm/server/messages.py": ("backends/vllm/server/test_server.py", "every request over HTTP goes by it"),
     "backends/vllm/server/serve.py": ("backends/vllm/server/test_server.py", "the server's command"),
+    "backends/vllm/worker/convolutions.py": ("backends/vllm/worker/test_hybrid.py", "the pair of LFM2"),
     "backends/vllm/worker/dense.py": ("backends/vllm/test_backend.py", "dense records of live rows"),
     "backends/vllm/worker/incoming.py": ("backends/vllm/worker/test_weights.py", "sets of weights, whole or not"),
     "backends/vllm/worker/submodels.py": ("backends/vllm/test_families.py", "both models of every family in one"),

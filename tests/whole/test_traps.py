@@ -14,6 +14,7 @@ WORDS = ("Symptom", "Cause", "Safe", "Upstream", "Delete when")
 TRAPS = {
     "bind_attention",
     "build_submodel",
+    "convolve_by_torch",
     "copy_cache_config",
     "_draw",
     "_run_in_turn",

@@ -14,13 +14,13 @@ from ...pairing import attention_window, has_states, is_wrapper, rope_kinds, sha
 
 WINDOWED = ("gemma2", "gemma3_text", "gemma4_text", "gpt_oss", "mistral", "phi3")
 """Model types whose windows were held against the oracle: vLLM reads windows in each family's code by other rules."""
-LINEAR = ("granitemoehybrid", "nemotron_h", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next")
-"""Model types whose linear attention or Mamba layers were held against the oracle."""
+LINEAR = ("granitemoehybrid", "lfm2", "nemotron_h", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next")
+"""Model types whose linear attention, Mamba layers or short convolutions were held against the oracle."""
 LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
 """Model types whose latent attention was held against the oracle. Sparse ones keep caches of further kinds."""
 ATTENTION = {"full_attention", "attention", "sliding_attention"}
-FEED_FORWARD = {"mlp"}
-STATES = {"mamba", "mamba2", "conv", "recurrent", "hybrid"}
+FEED_FORWARD = {"mlp", "moe"}
+STATES = {"mamba", "mamba2", "recurrent", "hybrid"}
 """Kinds of layers, as `layer_types` calls them."""
 RECURRENT = {
     "bamba",
@@ -28,7 +28,6 @@ RECURRENT = {
     "falcon_mamba",
     "jamba",
     "kimi_linear",
-    "lfm2",
     "mamba",
     "mamba2",
     "minimax",
@@ -87,10 +86,16 @@ def _reasons(config: PreTrainedConfig, role: str, context: int) -> Iterator[str]
     if config.get_text_config() is not config:
         yield "is a multimodal wrapper round a language model"
     if config.model_type in RECURRENT or kinds & STATES or (has_states(config) and config.model_type not in LINEAR):
-        yield (f"has recurrent or linear layers (a Mamba or linear hybrid); checked were those of {', '.join(LINEAR)}")
+        yield f"has layers with a state (Mamba, linear, convolutions); checked were those of {', '.join(LINEAR)}"
     if config.model_type.startswith("qwen3_5") and find_spec("torchvision") is None:
         yield "is a Qwen3.5, whose code in vLLM imports torchvision: install one that loads beside this torch"
-    if further := kinds - ATTENTION - FEED_FORWARD - {"linear_attention"}:
+    if "moe" in kinds and is_on_cpu():
+        yield "has experts without a gate, for which vLLM has no kernel on a CPU"
+    if config.model_type == "lfm2" and not config.tie_word_embeddings:
+        yield "has an output layer of its own, which vLLM's code of an LFM2 ties to the embedding"
+    if config.model_type == "lfm2" and not hasattr(config, "conv_dim"):
+        yield "lacks `conv_dim` and `block_dim`, which vLLM reads; in published files both are the hidden size"
+    if further := kinds - ATTENTION - FEED_FORWARD - {"linear_attention", "conv"}:
         yield f"has layers of the kind {', '.join(sorted(further))}, which were never checked beside others"
     if latent_sizes(config) and (config.model_type not in LATENT or hasattr(config, "index_topk")):
         yield f"has latent attention (MLA), which was checked for {', '.join(LATENT)} alone, and never the sparse kind"
@@ -111,6 +116,13 @@ def _reasons(config: PreTrainedConfig, role: str, context: int) -> Iterator[str]
         yield "is a gpt-oss, of which vLLM's reload keeps the old experts; it may be the teacher"
     if not has_a_class(config):
         yield "has no class of vLLM's own and would run on vLLM's Transformers backend, which cannot hold two models"
+
+
+def is_on_cpu() -> bool:
+    """Tell whether vLLM runs on a CPU here."""
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu()
 
 
 def has_a_class(config: PreTrainedConfig) -> bool:
@@ -170,19 +182,18 @@ def has_several_tables(configs: Collection[PreTrainedConfig]) -> bool:
     return len(windows) > 1 or any(shares_caches(config) or has_states(config) for config in configs)
 
 
-def check_shared_caches(configs: dict[str, PreTrainedConfig], is_on_cpu: bool) -> None:
+def check_shared_caches(configs: dict[str, PreTrainedConfig]) -> None:
     """Refuse layers that read another layer's cache, on a GPU: they have tables of blocks of their own, which were run
     on a CPU alone.
 
     Args:
         configs: of both models, by their roles.
-        is_on_cpu: whether the engine is to run there.
 
     Raises:
         ValueError: naming the model.
     """
     for role, config in configs.items():
-        if shares_caches(config) and not is_on_cpu:
+        if shares_caches(config) and not is_on_cpu():
             raise ValueError(
                 f"The {role} {config.name_or_path!r} has layers that read another layer's cache "
                 f"(`{config.model_type}`), which were never seen to be right in this engine on a GPU. Wanted a model "

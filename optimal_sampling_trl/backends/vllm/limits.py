@@ -11,7 +11,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ...options import unknown_option
-from ...pairing import Pair, Source, context_length, name_sources, read_pair
+from ...pairing import Pair, Source, context_length, name_sources, read_pair, rope_kinds
 from .families import (
     OTHER_BACKEND,
     check_family,
@@ -94,7 +94,7 @@ def check_pair(
             f"alone, which is the teacher. Wanted a teacher with experts, or a dense student. {OTHER_BACKEND}"
         )
     check_states(configs, arguments)
-    check_shared_caches(configs, is_on_cpu=_is_on_cpu())
+    check_shared_caches(configs)
     check_latent(configs)
     check_speculation(configs, arguments, context)
     _check_max_model_len(configs, arguments.get("max_model_len"))
@@ -118,12 +118,6 @@ def _teacher_tokenizer(teacher: Source, arguments: Mapping[str, Any]) -> PreTrai
     return Source(str(arguments.get("tokenizer") or teacher.name), "teacher", options, teacher.token).tokenizer()
 
 
-def _is_on_cpu() -> bool:
-    from vllm.platforms import current_platform
-
-    return current_platform.is_cpu()
-
-
 def _check_heads(config: PreTrainedConfig, role: str, tensor_parallel_size: int) -> None:
     if config.num_attention_heads % tensor_parallel_size:
         raise ValueError(
@@ -137,9 +131,11 @@ def _check_max_model_len(configs: dict[str, PreTrainedConfig], wanted: int | Non
         raise ValueError(f"`max_model_len` is {wanted}; wanted at least 1. Drop it for what both models can read.")
     for role, config in configs.items():
         if wanted and wanted > context_length(config):
+            ends = "longrope" in rope_kinds(config)
+            reason = " (LongRoPE: behind them vLLM's angles would not be those of transformers, which trains)"
             raise ValueError(
                 f"`max_model_len` is {wanted}, but the {role} {config.name_or_path!r} reads at most "
-                f"{context_length(config)} tokens. Lower `max_model_len`."
+                f"{context_length(config)} tokens{reason if ends else ''}. Lower `max_model_len`."
             )
 
 

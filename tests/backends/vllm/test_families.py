@@ -30,7 +30,7 @@ pytestmark = pytest.mark.engine
 
 WIDE = {"hidden": 128, "heads": 4, "kv_heads": 2}
 LONG_ROPE = {
-    "original_max_position_embeddings": 400,
+    "original_max_position_embeddings": 32,  # where the longest prompt's completion is cut
     "rope_parameters": {
         "rope_type": "longrope", "rope_theta": 10000.0,
         "short_factor": [1.0 + i / 16 for i in range(16)], "long_factor": [2.0 + i for i in range(16)],

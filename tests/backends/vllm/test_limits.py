@@ -8,11 +8,14 @@ import time
 import tomllib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from packaging.requirements import Requirement
-from transformers import AutoConfig
+from transformers import AutoConfig, Phi3Config
+from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding, apply_rotary_pos_emb
 
 from helpers.engines import request, runner_of, start
 from helpers.models import copy_with, make_model, publish
@@ -42,7 +45,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return teacher, theta
 
 
-HYBRID = {"model_type": "lfm2", "architectures": ["Lfm2ForCausalLM"]}
+HYBRID = {"model_type": "falcon_h1", "architectures": ["FalconH1ForCausalLM"]}
 MLA = {"model_type": "longcat_flash", "architectures": ["LongcatFlashForCausalLM"], "kv_lora_rank": 16}
 LATENT = {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "kv_lora_rank": 16}
 SPARSE = LATENT | {"index_topk": 8}
@@ -59,8 +62,8 @@ ENCODER = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], 
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (HYBRID, "Lfm2ForCausalLM.* has recurrent or linear layers"),
-        ({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}, "MambaForCausalLM.* has recurrent"),
+        (HYBRID, "FalconH1ForCausalLM.* has layers with a state"),
+        ({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}, "MambaForCausalLM.* has layers with a state"),
         (
             MLA,
             r"LongcatFlashForCausalLM.* has latent attention \(MLA\), which was checked for deepseek_v2, deepseek_v3",
@@ -209,8 +212,27 @@ def test_longrope_ends_where_its_angles_change(tmp_path: Path) -> None:
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 16, "long_factor": [2.0] * 16}
     model = make_model(tmp_path / "long", "phi3", 0, rope_parameters=rope, original_max_position_embeddings=200)
     assert check_pair(model, model, {}).context == 200
-    with pytest.raises(ValueError, match=r"`max_model_len` is 201, but the teacher .* reads at most 200 tokens"):
+    with pytest.raises(ValueError, match=r"`max_model_len` is 201, .* at most 200 tokens \(LongRoPE: .*transformers"):
         check_pair(model, model, {"max_model_len": 201})
+
+
+@pytest.mark.parametrize("length", [32, 33])
+def test_vllm_takes_the_angles_of_longrope_by_the_context(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And transformers by the text. The context ends where they are still one; it need not where this test fails."""
+    from vllm.model_executor.layers.rotary_embedding import phi3_long_rope_scaled_rope as longrope
+
+    factors = {"short_factor": [1.0 + i / 16 for i in range(16)], "long_factor": [2.0 + i for i in range(16)]}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
+    sizes = {"hidden_size": 32, "num_attention_heads": 1, "max_position_embeddings": 512, "pad_token_id": 0}
+    sizes |= {"original_max_position_embeddings": 32}
+    engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=length))
+    monkeypatch.setattr(longrope, "get_current_vllm_config", lambda: engine)
+    query, positions = torch.randn(1, 20, 32), torch.arange(20)
+    of_vllm = longrope.Phi3LongRoPEScaledRotaryEmbedding(32, 32, 512, 32, 1e4, True, torch.float32, **factors)
+    turned, _ = of_vllm(positions, query[0].clone(), query[0].clone())
+    cos, sin = Phi3RotaryEmbedding(Phi3Config(rope_parameters=rope, **sizes))(query, positions[None])
+    wanted, _ = apply_rotary_pos_emb(query[:, None], query[:, None], cos, sin)
+    assert torch.allclose(turned, wanted[0, 0], atol=1e-5) == (length == 32)
 
 
 def test_gpt_oss_is_a_teacher_alone(pair: tuple[str, str], tmp_path: Path) -> None:

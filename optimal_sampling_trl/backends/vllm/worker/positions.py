@@ -30,17 +30,18 @@ def read_query_scale(config: PreTrainedConfig) -> None:
 
 
 def rotate_every_head(model: nn.Module) -> None:
-    """Let latent attention turn queries and keys by torch's operations, on the CPU.
+    """Let latent attention and LFM2 turn queries and keys by torch's operations, on the CPU.
 
-    Symptom: on a CPU a model with latent attention is another one, by 0.3 nats a token, unless its angles are YaRN's.
+    Symptom: on a CPU a model with latent attention is another one, by 0.3 nats a token, unless its angles are YaRN's;
+        an LFM2 is, by 0.15.
     Cause: vLLM's kernel for CPUs takes queries of three dimensions, cut out of longer rows, for flat ones.
     Safe: vLLM's own operations of torch compute the same, as they do for YaRN; a GPU keeps its kernel.
     Upstream: none found; vLLM pull request 12777 is the same for GPUs.
-    Delete when: test_records passes for the pair "moonlight" without this function.
+    Delete when: test_records passes for the pairs "moonlight" and "lfm2" without this function.
     """
     if not current_platform.is_cpu():
         return
     for module in model.modules():
-        if isinstance(getattr(module, "mla_attn", None), MLAAttention):
+        if isinstance(getattr(module, "mla_attn", None), MLAAttention) or type(module).__name__ == "Lfm2Attention":
             rotary: Any = module.rotary_emb
             rotary._forward_method = rotary.forward_native

@@ -22,6 +22,7 @@ from vllm.v1.attention.backend import subclass_attention_backend
 
 from ....pairing import is_wrapper, language_model
 from ....pairing.wrappers import PREFIXES
+from .convolutions import convolve_by_torch
 from .positions import read_query_scale, rotate_every_head
 
 
@@ -50,6 +51,7 @@ def build_submodel(config: VllmConfig, architectures: list[str], prefix: str) ->
     model_class, _ = ModelRegistry.resolve_model_cls(architectures, config.model_config)
     model = initialize_model(config, prefix=prefix, model_class=model_class)
     rotate_every_head(model)
+    convolve_by_torch(model)
     return model
 
 

@@ -1,4 +1,4 @@
-"""Live engines on pairs with linear attention: records while requests wait for each other, and after a reload.
+"""Live engines on pairs with states: records while requests wait for each other, and after a reload.
 
 vLLM's kernels on a CPU compute linear attention in bfloat16 alone. So both models are stored in it, and what its
 rounding does to a record is allowed: 0.25 nats, where 0.12 was measured. A layer uses all of its experts: between two
@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from helpers.engines import TEXTS, Oracle, counter, request, runner_of, start
-from helpers.models import make_model
+from helpers.models import FAMILIES, make_model
 from helpers.oracle import with_wishes
 from optimal_sampling_trl.mixture import Mixture
 from optimal_sampling_trl.pairing.wrappers import WRAPPERS, text_name
@@ -31,7 +31,7 @@ ROUNDING = 0.25
 """The largest error of a record, in nats and in α."""
 KINDS = ["linear_attention", "full_attention", "linear_attention"]
 LINE = "The quick brown fox jumps over the lazy dog, and some more words follow. " * 4
-BUSY = {"block_size": 32, "max_num_batched_tokens": 64, "num_gpu_blocks_override": 16, "max_model_len": 352}
+BUSY = {"block_size": 32, "max_num_batched_tokens": 64, "max_model_len": 352}
 """Prompts are read in parts, and three requests fill the engine until one of them needs a further block."""
 MAMBA = {"mamba_d_state": 16, "mamba_chunk_size": 16}
 LARGE = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
@@ -47,6 +47,7 @@ class Case:
         length: of the prompts, a little below a block of the teacher's cache, which is as large as a state.
         state: the student's settings, such as a state that is the larger one.
         further: the teacher's settings.
+        blocks: in the engine's cache, so few that requests wait for each other.
     """
 
     teacher: str
@@ -54,6 +55,12 @@ class Case:
     length: int = 140
     state: dict[str, Any] | None = None
     further: dict[str, Any] | None = None
+    blocks: int = 16
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The engine's."""
+        return {**BUSY, "num_gpu_blocks_override": self.blocks, "dtype": "bfloat16", "disable_log_stats": False}
 
     def make(self, root: Path) -> tuple[str, str]:
         """Write both models, and return their folders."""
@@ -61,7 +68,7 @@ class Case:
         wide |= self.further or {}
         both = []
         for role, (family, settings) in enumerate(((self.teacher, wide), (self.theta, self.state or {}))):
-            experts = {"num_experts_per_tok": 4} if family in ("qwen3_next", "qwen3_5_moe") else {}
+            experts = {"num_experts_per_tok": 4} if "num_experts_per_tok" in FAMILIES[family] else {}
             both.append(make_model(root / str(role), family, role, dtype=torch.bfloat16, **settings, **experts))
         return both[0], both[1]
 
@@ -80,7 +87,24 @@ CASES = {
         state={"layers": 3, "layer_types": [*KINDS[:2], "mlp"]},
         further={"layers": 4, "layer_types": [*KINDS, "mlp"]},
     ),
+    "lfm2": Case(
+        "lfm2",
+        "lfm2",
+        state={"conv_dim": 64, "block_dim": 64, "tied": True},
+        further={"conv_dim": 128, "block_dim": 128, "tied": True, "layer_types": ["conv", "full_attention", "conv"]},
+        blocks=40,
+    ),
 }
+
+ON_GPUS = {
+    "nemotron_h-experts": Case(
+        "nemotron_h",
+        "nemotron_h",
+        state={"layers": 3, "layer_types": [*KINDS[:2], "moe"]},
+        further={"layers": 5, "layer_types": [*KINDS, "moe", "mlp"]},
+    ),
+}
+"""Pairs for which vLLM has kernels on a GPU alone: tests/checks/check_families.py holds them there."""
 
 
 def asked(length: int) -> list[Any]:
@@ -103,7 +127,7 @@ def test_records(name: str, tmp_path: Path) -> None:
         pytest.importorskip("torchvision", reason="vLLM's code of Qwen3.5 imports torchvision")
     teacher, theta = case.make(tmp_path)
     oracle, requests = Oracle(teacher, theta), asked(case.length)
-    backend = start(teacher, theta, dtype="bfloat16", disable_log_stats=False, **BUSY)
+    backend = start(teacher, theta, **case.arguments)
     try:
         check_states(runner_of(backend))
         rollouts = backend.generate(requests)
@@ -132,7 +156,7 @@ def check_states(runner: Any) -> None:
     groups = [group.kv_cache_spec for group in runner.kv_cache_config.kv_cache_groups]
     states = [spec for spec in groups if hasattr(spec, "shapes")]
     assert len(groups) > len(states) > 1
-    assert {spec.dtypes[1] for spec in states} == {torch.float32}
+    assert {dtype for spec in states for dtype in spec.dtypes[1:]} <= {torch.float32}
     needed = max(sum(prod(s) * dtype.itemsize for s, dtype in zip(spec.shapes, spec.dtypes)) for spec in states)
     assert {spec.page_size_bytes for spec in groups} == {groups[0].page_size_bytes}
     assert groups[0].page_size_bytes >= needed
