@@ -85,7 +85,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     flags = parser(__doc__)
     flags.set_defaults(one_vocabulary=True)  # TRL's distillation takes no pair of two
-    here = [name for name, arm in ARMS.items() if ON_GPU or arm.share is not None]
+    here = [name for name, arm in ARMS.items() if ON_GPU or (arm.share is not None and not arm.drafts)]
     flags.add_argument("--arms", nargs="+", choices=ARMS, default=here, metavar="ARM", help=", ".join(ARMS))
     flags.add_argument("--completions", type=int, default=64, help="of a step")
     flags.add_argument("--micro-batch", type=int, default=8, help="completions of a forward pass")

@@ -27,18 +27,20 @@ ON_GPU = torch.cuda.is_available()
 
 
 class Arm(NamedTuple):
-    """A trainer and its settings; `share` is of the student's rollouts, None for TRL's own trainers."""
+    """A trainer and its settings; `share` is of the student's rollouts, None for TRL's own; `drafts` take a GPU."""
 
     kind: str
     trainer: Any
     config: Any
     share: float | None = None
     settings: Mapping[str, Any] = MappingProxyType({})
+    drafts: int = 0
 
 
 ARMS = {
     "TRL, GRPO": Arm("reward", trl.GRPOTrainer, trl.GRPOConfig),
     "GRPO, half mixture": Arm("reward", GRPOTrainer, GRPOConfig, 0.5),
+    "GRPO, half mixture, drafts": Arm("reward", GRPOTrainer, GRPOConfig, 0.5, drafts=3),
     "RAFT, mixture": Arm("reward", RAFTTrainer, RAFTConfig, 0.0),
     "TRL, distillation": Arm("teacher", trl.DistillationTrainer, trl.DistillationConfig),
     "divergence, own": Arm("teacher", DistillationTrainer, DistillationConfig, 1.0),
@@ -82,7 +84,8 @@ def build(arm: Arm, teacher: str, theta: str, args: argparse.Namespace) -> Any:
         settings["use_vllm"] = True
         given |= {"teacher_model": teacher} if arm.kind == "teacher" else {}
     else:
-        engine = {"dtype": args.dtype} | ({} if ON_GPU else {"kv_cache_memory_bytes": 1 << 28})
+        engine: dict[str, Any] = {"dtype": args.dtype, "num_speculative_tokens": arm.drafts}
+        engine |= {} if ON_GPU else {"kv_cache_memory_bytes": 1 << 28}
         given["generator"] = OptimalSamplingGenerator(
             teacher=teacher, theta_fraction=arm.share, backend="vllm", engine_arguments=engine
         )

@@ -241,7 +241,7 @@ class Steps:
     def records(self) -> str:
         client = VLLMClient(base_url=self.servers[0].url)
         served = FusedServer(client, self.pair[0], make_tokenizer(), timeout=60.0)
-        served.pushed = served._ask("theta_state")  # as if the weights on disk had been sent
+        served.pushed = served._call_workers("theta_state")  # as if the weights on disk had been sent
         return check(served, self.oracle, BOUNDS[self.dtype], 200, 10)
 
     def nccl(self) -> str:

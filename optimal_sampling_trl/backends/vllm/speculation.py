@@ -101,9 +101,8 @@ def _reason_against(configs: Mapping[str, PreTrainedConfig], arguments: Mapping[
             return "`scheduler_cls` is set; a scheduler of this package's chooses. A number goes with yours"
         if arguments.get("async_scheduling") is False:
             return "`async_scheduling` is off, which it takes. A number goes without"
-    for name in ("tensor_parallel_size", "data_parallel_size"):
-        if (arguments.get(name) or 1) > 1:
-            return f"`{name}` is {arguments[name]}; drafts were checked on one GPU alone"
+    if (replicas := arguments.get("data_parallel_size") or 1) > 1:
+        return f"`data_parallel_size` is {replicas}; drafts were not checked in an engine that is one of several"
     for role, config in configs.items():
         if kind := _unproven(config, context):
             return f"the {role} {config.name_or_path!r} has {kind}; wanted two dense models with full attention"
@@ -143,6 +142,22 @@ def check_drafted(request: Request, index: int) -> None:
         raise ValueError(
             f"Request {index} has `min_p` {request.sampling.min_p}, which vLLM refuses beside drafts; wanted 0 in an "
             f"engine with `{NUM_SPECULATIVE_TOKENS}`. Drop one of the two."
+        )
+
+
+def check_drafted_params(params: Any) -> None:
+    """Refuse a client's request that drafts do not go with: inside the engine it would stop the step.
+
+    Args:
+        params: vLLM's parameters of the request; what vLLM refuses beside drafts, it refuses itself.
+
+    Raises:
+        ValueError: on a grammar, for which vLLM takes drafts back after they were drawn.
+    """
+    if params.structured_outputs is not None:
+        raise ValueError(
+            "The request asks for structured outputs, and this server drafts tokens; wanted one of them. Drop them, "
+            f"or serve without `--{NUM_SPECULATIVE_TOKENS.replace('_', '-')}`."
         )
 
 

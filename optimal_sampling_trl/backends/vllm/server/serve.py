@@ -21,6 +21,7 @@ from ..limits import check_arguments, check_pair, check_platform
 from ..plugin import TRANSFER, require
 from ..requests import check_params
 from ..rows import keep_rows
+from ..speculation import NUM_SPECULATIVE_TOKENS, check_drafted_params
 from ..versions import prepare_server, serve_flags
 from ..wire import wants_record
 from .messages import describe
@@ -41,6 +42,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     of_teacher = "folder or model id of the teacher, or 'student': the student itself, its weights once"
     models.add_argument("--teacher", required=True, help=of_teacher)
     models.add_argument("--theta", required=True, help="folder or model id of the student")
+    of_drafts = "tokens that the student drafts at a time (docs/speculative.md), or 'auto'"
+    models.add_argument("--num-speculative-tokens", type=_count, default=0, help=of_drafts)
     named, rest = models.parse_known_args(argv)
     require()
     from vllm.config import WeightTransferConfig
@@ -49,7 +52,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flags = serve_flags()
     parser = flags.make_arg_parser(FlexibleArgumentParser(PROGRAM))
     args = parser.parse_args(rest)
-    given = _given(parser, args)
+    given = _given(parser, args) | {NUM_SPECULATIVE_TOKENS: named.num_speculative_tokens}
     check_arguments(given)
     check_platform({})  # several devices are fine: weights come to each of the server's processes
     pair = check_pair(named.teacher, named.theta, given)
@@ -59,6 +62,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.host = args.host or "127.0.0.1"
     flags.validate_parsed_serve_args(args)
     return args
+
+
+def _count(text: str) -> int | str:
+    """Read a number; what is none is left to the check of the setting, which says what it wants."""
+    return int(text) if text.lstrip("-").isdecimal() else text
 
 
 def _given(parser: Any, args: argparse.Namespace) -> dict[str, Any]:
@@ -134,11 +142,14 @@ def refuse_early(engine: Any) -> None:
     from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
 
     settings = engine.vllm_config.additional_config["optimal_sampling"]
+    drafts = engine.vllm_config.speculative_config is not None
     generate = engine.generate
 
     def checked(prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
         ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
         check_params(sampling_params, ids or (), settings)
+        if drafts:
+            check_drafted_params(sampling_params)
         end_at(sampling_params, settings["ending"]["stop"])
         if wants_record(sampling_params):
             # A trainer's, which reads ids: no object and no text a token.

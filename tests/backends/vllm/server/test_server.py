@@ -47,6 +47,7 @@ from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
 from vllm.sampling_params import StructuredOutputsParams
 
 from helpers.servers import MIXED, Server
+from optimal_sampling_trl.backends.vllm import speculation
 from optimal_sampling_trl.backends.vllm.launch import engine_settings
 from optimal_sampling_trl.backends.vllm.requests import check_params
 from optimal_sampling_trl.backends.vllm.server import serve
@@ -549,7 +550,7 @@ def test_a_request_of_anybody_ends_at_the_students_tokens(monkeypatch: pytest.Mo
     """Also where the teacher has no end of its own: vLLM stops at the teacher's, and the student may have more."""
     monkeypatch.setattr(BeamSearchOnlineMixin, "beam_search", BeamSearchOnlineMixin.beam_search)  # put back afterwards
     settings = {"vocabulary": 272, "two_prompts": False, "ending": {"stop": [256, 7], "folded": []}}
-    config = SimpleNamespace(additional_config={"optimal_sampling": settings})
+    config = SimpleNamespace(additional_config={"optimal_sampling": settings}, speculative_config=None)
     engine = SimpleNamespace(vllm_config=config, generate=lambda _, params: params)
     serve.refuse_early(engine)
     assert engine.generate({"prompt_token_ids": [5]}, SamplingParams(stop_token_ids=[9, 7])).stop_token_ids == [
@@ -558,6 +559,19 @@ def test_a_request_of_anybody_ends_at_the_students_tokens(monkeypatch: pytest.Mo
         256,
     ]
     assert not engine.generate({"prompt_token_ids": [5]}, SamplingParams(ignore_eos=True)).stop_token_ids
+
+
+def test_a_grammar_is_refused_beside_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the engine it would end the step, and the server with it."""
+    monkeypatch.setattr(BeamSearchOnlineMixin, "beam_search", BeamSearchOnlineMixin.beam_search)  # put back afterwards
+    settings = {"vocabulary": 272, "two_prompts": False, "ending": {"stop": [256], "folded": []}}
+    params = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a+"))
+    for drafts, refused in ((None, nullcontext()), ("some", pytest.raises(ValueError, match="this server drafts"))):
+        config = SimpleNamespace(additional_config={"optimal_sampling": settings}, speculative_config=drafts)
+        engine = SimpleNamespace(vllm_config=config, generate=lambda _, params: params)
+        serve.refuse_early(engine)
+        with refused:
+            assert engine.generate({"prompt_token_ids": [5]}, params) is params
 
 
 def test_two_ranks(tmp_path: Path) -> None:
@@ -695,6 +709,9 @@ def test_on_a_cpu_trl_sends_no_weights(trained: Server, pair: tuple[str, str], t
         ("--max-model-len 4096", "`max_model_len` is 4096, but the teacher '.*' reads at most 512"),
         ("--kv-cache-dtype fp8", "`kv_cache_dtype` is 'fp8'; wanted no FP8"),
         ("--teacher student --max-model-len 4096", "`max_model_len` is 4096, but the teacher '.*' reads at most 512"),
+        ("--num-speculative-tokens 3", "`num_speculative_tokens` is 3, and the engine is to run on a CPU"),
+        ("--num-speculative-tokens 3.5", r"`num_speculative_tokens` .*'3.5'.* or 'auto'"),
+        ("--spec-tokens 3", "`spec_tokens` cannot be set: the student drafts"),
         ("--api-server-count 2", "`--api-server-count` is not supported: this command starts one HTTP server"),
         ('--weight-transfer-config {"backend":"ipc"}', "`--weight-transfer-config` cannot be set"),
     ],
@@ -709,3 +726,16 @@ def test_the_command_listens_on_loopback_unless_told(models: tuple[str, str]) ->
     assert serve.parse(pair).host == "127.0.0.1"
     assert serve.parse([*pair, "--host", "0.0.0.0"]).host == "0.0.0.0"
     assert serve.parse([*pair, "--tensor-parallel-size", "2"]).tensor_parallel_size == 2
+    assert serve.parse(pair).speculative_config is None
+
+
+@pytest.mark.parametrize("count", ["3", "auto"])
+def test_the_command_asks_vllm_for_room_for_drafts(
+    models: tuple[str, str], count: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, which is told here where drafts are judged alone."""
+    monkeypatch.setattr(speculation, "_reason_against", lambda *_: None)
+    args = serve.parse(["--teacher", models[0], "--theta", models[1], "--num-speculative-tokens", count])
+    assert args.speculative_config["num_speculative_tokens"] == 3
+    assert args.async_scheduling is True
+    assert bool(args.scheduler_cls) == (count == "auto")
