@@ -11,6 +11,7 @@ All cells of {loss} × {dense} × {rollouts} × {task} × {teacher} × {start} �
 - Controls at the main place: the same losses without a teacher, the teacher's own samples, groups of 1 to 8 at equal
   completions, and what others propose.
 - On two short tasks, ways to credit single tokens from the records against GRPO's default and against a dense term.
+- On a short task, distillation from dense records and from sampled tokens against the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -117,7 +118,14 @@ CREDIT_REST = {
     "RLSD, own": Arm({**OWN, "evidence": 0.5}, ALONE, fade=0.5, tries=SMALL),
     "RLAD, own": Arm({**OWN, "anchored": 0.5}, ALONE, tries=SMALL),
 }
-ARMS = FACTORIAL | CONTROLS | GRADED | CREDIT | CREDIT_REST
+RECORDS = {
+    f"{name}, {rollouts}": Arm(terms, *ROLLOUTS[rollouts], tries=LARGE)
+    for rollouts in ("own", "mixture")
+    for name, terms in {f"Dense {k}": {"divergence": 1.0, "likeliest": k} for k in (1, 4, 32)}.items()
+    | {"Sampled tokens": {"sampled": 1.0}}.items()
+}
+"""Distillation that reads less than the vocabulary: the likeliest tokens of dense records, or the sampled one."""
+ARMS = FACTORIAL | CONTROLS | GRADED | CREDIT | CREDIT_REST | RECORDS
 CORE = (
     "Distillation, own", "Distillation, mixture", "GRPO, own", "GRPO, half", "GRPO, own + dense 1",
     "GRPO, half + dense 1", "RAFT, own", "RAFT, half", "RAFT, mixture", "RAFT, teacher", "RAFT, own + dense 1",
@@ -157,6 +165,7 @@ def settings(seeds: int = 3) -> list[Setting]:
         SHORT,
         SHORT_MANY,
         SHORT._replace(arms=(*CREDIT_REST, "GRPO, own")),
+        MAIN._replace(task="sums-20", arms=(*RECORDS, "Distillation, own", "Distillation, mixture")),
     ]
     return [place._replace(seeds=seeds) for place in places]
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optimal_sampling_trl.divergences import divergence
+from optimal_sampling_trl.divergences import divergence, union_divergence
 from optimal_sampling_trl.losses import (
     Correction,
     anchor_factor,
@@ -36,7 +36,9 @@ class Losses(NamedTuple):
         negatives: whether the mixture's tokens keep advantages below 0.
         positives: whether all tokens lose theirs.
         sampled: of log t − log θ of the sampled token.
-        divergence: of KL(θ‖t) over the vocabulary.
+        divergence: of KL(θ‖t).
+        likeliest: no coefficient: how many of each model's likeliest tokens KL(θ‖t) is taken over, the others as one
+            outcome, as dense records have it; 0 is the whole vocabulary.
         imitation: of −log θ of the sampled tokens: fine-tuning on them.
         accepted: of −log θ times the weight of the completion: filtered fine-tuning, RAFT.
         unlikely: of log θ of the tokens to which the student gives less than `UNLIKELY`: a fixed negative advantage.
@@ -53,6 +55,7 @@ class Losses(NamedTuple):
     positives: Tensor
     sampled: Tensor
     divergence: Tensor
+    likeliest: Tensor
     imitation: Tensor
     accepted: Tensor
     unlikely: Tensor
@@ -121,11 +124,22 @@ def loss(
     coefficient = coefficient + _wide(terms.imitation) + _wide(terms.accepted) * weights[..., None]
     total = -(coefficient * log_theta * batch.mask).sum((1, 2))
     if bool((terms.divergence > 0).any()):
-        total = total + terms.divergence * (divergence(log_all, batch.teacher, 1.0) * batch.mask).sum((1, 2))
+        distance = _from_teacher(log_all, batch.teacher, terms.likeliest)
+        total = total + terms.divergence * (distance * batch.mask).sum((1, 2))
     for wrong, beta in ((terms.wrong_reverse, 1.0), (terms.wrong_symmetric, 0.5)):
         if bool((wrong > 0).any()):
             total = total + wrong * (divergence(log_all, batch.teacher, beta) * routed).sum((1, 2))
     return total / batch.mask.sum((1, 2)).clamp(min=1)
+
+
+def _from_teacher(log_theta: Tensor, log_teacher: Tensor, likeliest: Tensor) -> Tensor:
+    """KL(θ‖t) of each token (S, B, T), over the tokens that each student's `likeliest` (S,) says."""
+    distance = divergence(log_theta, log_teacher, 1.0)
+    for count in {int(count) for count in likeliest.tolist()} - {0}:
+        ids = torch.cat([one.topk(count).indices for one in (log_theta.detach(), log_teacher)], dim=-1)
+        few = union_divergence(log_theta.gather(-1, ids), log_teacher.gather(-1, ids), ids, 1.0)
+        distance = torch.where(_wide(likeliest) == count, few, distance)
+    return distance
 
 
 def _routed(batch: Batch, rewards: Tensor, terms: Losses) -> Tensor:

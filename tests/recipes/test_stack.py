@@ -32,6 +32,7 @@ TERMS = {
     "GRPO as logit-fusion": {"reward": 1.0, "negatives": 1.0, "ratios": 1.0},
     "GRPO + sampled tokens": {"reward": 1.0, "sampled": 0.1},
     "divergence": {"divergence": 1.0},
+    "dense records": {"divergence": 1.0, "likeliest": 4.0},
     "sampled tokens": {"sampled": 1.0},
     **({"RAFT": {"accepted": 1.0}} if "RAFTTrainer" in dir(optimal_sampling_trl) else {}),
 }
@@ -162,6 +163,8 @@ def test_gradients_are_the_trainers(folders: tuple[str, str], tmp_path: Path, na
             special = {"num_generations": 4, "preset": name.partition(" as ")[2]}
     else:
         special = {} if is_raft else {"loss": "sampled_token" if "sampled" in values else "divergence"}
+        if "likeliest" in values:
+            special = {"loss": "dense", "dense_top_k": int(values["likeliest"])}
     kind = "GRPO" if is_grpo else "RAFT" if is_raft else "Distillation"
     trainer = getattr(optimal_sampling_trl, f"{kind}Trainer")(
         AutoModelForCausalLM.from_pretrained(folders[1], dtype=torch.float32),
