@@ -97,6 +97,7 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
             teacher_prompts=self.has_teacher_prompts,
             entropy_scale=self._entropy_scale,
             evaluation_reads_teacher=self._evaluation_reads_teacher(),
+            will_evaluate_alone=self._will_evaluate_alone(),
         )
         longest = on_all_ranks(self._check_shapes, self.accelerator)
         engine = build_generation(plan, self._loaded_teacher(), **trl_arguments)
@@ -122,6 +123,10 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
     def _evaluation_reads_teacher(self) -> bool:
         """True where the loss of an evaluation reads log t of the sampled tokens; elsewhere it is NaN there."""
         return False
+
+    def _will_evaluate_alone(self) -> bool:
+        reads = self._evaluation_reads_teacher() or joined(self.generator.dense, self._dense_of_loss()) is not None
+        return self.args.eval_strategy != "no" and not reads
 
     def _loaded_teacher(self) -> Any:
         """Teacher that the trainer has loaded, for the transformers backend to share; None where it has none."""

@@ -45,6 +45,7 @@ class MixturePlan:
             `theta_count`.
         entropy_scale: the scale of the entropy gate, None for the mixture's own.
         evaluation_reads_teacher: whether an evaluation reads the recorded log t, which it does not have otherwise.
+        will_evaluate_alone: whether the trainer is set to evaluate, and no evaluation needs the teacher.
     """
 
     generator: OptimalSamplingGenerator
@@ -58,6 +59,7 @@ class MixturePlan:
     chosen: Sequence[bool] | None = None
     entropy_scale: Callable[[], float | None] = lambda: None
     evaluation_reads_teacher: bool = False
+    will_evaluate_alone: bool = False
 
     @property
     def two_prompts(self) -> bool:

@@ -94,6 +94,8 @@ class EngineGeneration(PushedGeneration):
         arguments = {name: value for name, value in engine_arguments.items() if value is not None}
         arguments.update(self.plan.generator.engine_arguments or {})
         backend = VLLMBackend(self.pair.teacher, model, pair=self.pair, **arguments)
+        if self.plan.will_evaluate_alone:
+            backend.prepare_alone()
         return FusedLLM(backend, self._requests_of_group, self.most_read, self.accelerator)
 
     def _requests_of_group(self) -> list[Request]:

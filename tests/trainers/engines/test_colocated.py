@@ -23,6 +23,7 @@ from helpers.speakers import PROMPTS as CHATS
 from helpers.speakers import add, repeat
 from helpers.training import TEXTS, Watch, check_turns, load, make_untrained_pair, one_batch, train_and_check
 from helpers.training import make_trainer as build_trainer
+from optimal_sampling_trl.backends.vllm.backend import VLLMBackend
 from optimal_sampling_trl.cli.training import run
 from optimal_sampling_trl.pairing import source
 from optimal_sampling_trl.trainers.engines import colocated, live
@@ -64,14 +65,22 @@ def free_engine() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
-        ("grpo", {"correction": "token_truncate"}),
+        ("grpo", {"correction": "token_truncate", "eval_strategy": "steps", "eval_steps": 1000}),
         ("rloo", {}),
         ("divergence", {"correction": "prefix_truncate"}),
-        ("raft", {"dense_coefficient": 1.0, "dense_top_k": 8}),
+        ("raft", {"dense_coefficient": 1.0, "dense_top_k": 8, "eval_strategy": "steps", "eval_steps": 1000}),
     ],
 )
-def test_three_steps(pair: tuple[str, str], tmp_path: Path, kind: str, settings: dict[str, Any], caplog: Any) -> None:
-    """`backend="auto"` for the first: it takes vLLM and says so. The second samples each batch in two rounds."""
+def test_three_steps(
+    pair: tuple[str, str], tmp_path: Path, kind: str, settings: dict[str, Any], caplog: Any, monkeypatch: Any
+) -> None:
+    """`backend="auto"` for the first: it takes vLLM and says so. The second samples each batch in two rounds.
+
+    Only the first is set to evaluate without the teacher, which its engine prepares as it starts.
+    """
+    prepared: list[Any] = []
+    prepare = VLLMBackend.prepare_alone
+    monkeypatch.setattr(VLLMBackend, "prepare_alone", lambda engine: [prepared.append(engine), prepare(engine)])
     chosen = ENGINE | {"grpo": {"backend": "auto"}, "rloo": {"mixture_below": 9.0}}.get(kind, {})
     with caplog.at_level(logging.INFO, logger=LOGGER):
         evaluation = Dataset.from_dict({"prompt": TEXTS[:4]})
@@ -80,6 +89,7 @@ def test_three_steps(pair: tuple[str, str], tmp_path: Path, kind: str, settings:
         )
     assert type(trainer.vllm_generation) is colocated.EngineGeneration
     assert kind != "grpo" or "Rollouts are sampled with vllm." in caplog.messages
+    assert len(prepared) == (kind == "grpo")
     train_and_check(trainer, pair, load(pair[1]), TOLERANCE)
 
 
