@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PreTrainedConfig,
@@ -29,9 +28,9 @@ logger = logging.getLogger(__name__)
 
 
 def model_class(config: PreTrainedConfig) -> Any:
-    """Return the auto class that a model is loaded with; to transformers some wrappers are no causal models."""
-    is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or not is_wrapper(config)
-    return AutoModelForCausalLM if is_causal else AutoModelForImageTextToText
+    """Return the auto class that a model is loaded with. It takes a wrapper with its towers, as TRL does: to
+    transformers some wrappers are no causal models, and of others the causal model is the language model alone."""
+    return AutoModelForImageTextToText if is_wrapper(config) else AutoModelForCausalLM
 
 
 class WeightNames:

@@ -85,14 +85,14 @@ def dense_kernels() -> Iterator[str]:
         yield f"| {row['rows']} | {row['program']} | {took} |"
 
 
-def steps(tokens: str) -> Iterator[str]:
+def steps(table: str) -> Iterator[str]:
     """Lines of a table of docs/performance.md: parts of a training step, their ratios to TRL's trainer, each step.
 
     Args:
-        tokens: the length of a completion.
+        table: the length of a completion; `7b` is the larger pair.
     """
     base: dict[str, Any] = {}
-    for name, found in stored("training")["tables"][tokens]["arms"].items():
+    for name, found in stored("training")["tables"][table]["arms"].items():
         base = found if name.startswith("TRL") else base
         yield f"{line(name, found, base)} {', '.join(f'{seconds:.1f}' for seconds in found['steps'])} |"
 
@@ -112,7 +112,8 @@ def line(name: str, found: dict[str, Any], base: dict[str, Any]) -> str:
 def main() -> None:
     """Print them all."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    for table in (speeds, rollouts, cards, dense, dense_kernels, partial(steps, "256"), partial(steps, "2048")):
+    trained = [partial(steps, table) for table in stored("training")["tables"]]
+    for table in (speeds, rollouts, cards, dense, dense_kernels, *trained):
         print("\n".join(table()), end="\n\n")
     for _, table in printed():
         print(table, end="\n\n")

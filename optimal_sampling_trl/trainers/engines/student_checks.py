@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ...pairing import Source, check_adapter
-from ...pairing.names import WeightNames
+from ...pairing.names import WeightNames, names_of
+from ...pairing.wrappers import is_wrapper
 from .student import StudentWeights, is_adapted, storages
 
 OTHER_BACKEND = "use backend='transformers', which samples from the trained module itself"
@@ -35,7 +36,7 @@ def check_student(model: Any, folder: Source, weights: StudentWeights) -> None:
             f"The student's adapter ({_adapters(model)}) cannot be merged into its weights, which the engine needs: "
             f"{error} Train with one that can, such as plain LoRA, or {OTHER_BACKEND}."
         ) from error
-    names = folder.weight_names
+    names = _names(model, folder)
     if names is not None:
         _check_shapes({name: shape for name, (shape, _) in found.items()}, names, folder)
         _check_ties(model, weights, names, folder)
@@ -105,6 +106,12 @@ def check_float(model: nn.Module) -> None:
                 f"The student's weight {name!r} is of type {parameter.dtype}: the student is quantised, and cannot be "
                 f"pushed into the engine beside a teacher. Load it unquantised, or {OTHER_BACKEND}."
             )
+
+
+def _names(model: Any, folder: Source) -> WeightNames | None:
+    """Return the names of a folder's weights in a module that is all of it, or a wrapper's language model alone."""
+    is_inside = is_wrapper(folder.config) and not is_wrapper(model.config)
+    return names_of(folder.text_config) if is_inside else folder.weight_names
 
 
 def _check_shapes(found: dict[str, torch.Size], names: WeightNames, folder: Source) -> None:

@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
+from trl.trainer.utils import create_model_from_path
 
 pytest.importorskip("peft")
 
 from helpers.children import run_two_ranks
-from helpers.models import make_model
+from helpers.models import WRAPPERS, make_model
 from helpers.students import (
     TIED,
     UNTIED,
@@ -87,6 +89,19 @@ def test_the_weights_are_those_of_the_forward_pass(
     second.load_state_dict(pushed, strict=False)
     second.tie_weights()
     assert (wanted - log_probabilities(second)).abs().max() < 5e-5
+
+
+@pytest.mark.parametrize("family", WRAPPERS)
+def test_a_wrapper_is_taken_as_trl_loads_it_and_as_its_causal_model(tmp_path: Path, family: str) -> None:
+    """TRL trains it with its towers; transformers' causal model of Qwen3.5 is the language model alone."""
+    source = Source(make_model(tmp_path, family, 1), "student")
+    adapt = lora(target_modules=r".*language_model.*\.(q|down)_proj")
+    whole = adapt(create_model_from_path(source.name, dtype=torch.float32))
+    check_student(whole, source, StudentWeights(whole))
+    if family.startswith("qwen3_5"):
+        inside = AutoModelForCausalLM.from_pretrained(source.name)
+        assert not any("visual" in name for name, _ in inside.named_parameters())
+        check_student(inside, source, StudentWeights(inside))
 
 
 SPLIT = {
