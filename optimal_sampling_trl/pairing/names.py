@@ -28,8 +28,10 @@ logger = logging.getLogger(__name__)
 
 
 def model_class(config: PreTrainedConfig) -> Any:
-    """Return the auto class that a model is loaded with. It takes a wrapper with its towers, as TRL does: to
-    transformers some wrappers are no causal models, and of others the causal model is the language model alone."""
+    """Return the auto class that a model is loaded with: a wrapper with its towers, as TRL loads it.
+
+    To transformers some wrappers are no causal models, and of others the causal model is the language model alone.
+    """
     return AutoModelForImageTextToText if is_wrapper(config) else AutoModelForCausalLM
 
 
