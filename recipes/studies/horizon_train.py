@@ -50,7 +50,7 @@ def verify(verifier: str, right: Tensor) -> Tensor:
     if verifier == "exact":
         return exact
     if verifier == "graded":
-        return right.cumprod(-1).float().mean(-1)
+        return right.cumprod(-1).double().mean(-1).float()  # in float32 a GPU's mean of 41 ones is below 1
     if verifier == "noisy":
         return torch.where(torch.rand_like(exact) < WRONG, 1 - exact, exact)
     raise ValueError(f"The verifier is {verifier!r}; wanted 'exact', 'graded' or 'noisy'.")

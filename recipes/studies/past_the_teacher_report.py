@@ -86,18 +86,25 @@ def place_table(lines: list[Line], place: Setting, seconds: dict[str, float]) ->
         yield f"| {arm} | {rate:g}{edge} | {spread([*map(end, seeds)])} | {half:.3f} | {equal} | {ends} | {tries} |"
 
 
-def effects_table(lines: list[Line]) -> Iterator[str]:
-    """The mean end over all cells of the factorial that share a level, GRPO and RAFT alone, which have all cells."""
+def effects(lines: list[Line]) -> dict[tuple[str, str], list[float]]:
+    """The ends of the factorial's cells by factor and level, of GRPO and RAFT alone, which have all cells."""
     ends = {arm: mean(map(end, seeds)) for arm in FACTORIAL if (seeds := best(lines, arm))}
     full = {arm: value for arm, value in ends.items() if not arm.startswith("Distillation")}
     levels = {"loss": ("GRPO", "RAFT"), "dense": tuple(DENSE), "rollouts": tuple(ROLLOUTS)}
+    found = {
+        (factor, level.strip(" +") or "none"): [x for arm, x in full.items() if _levels(arm)[factor] == level]
+        for factor, names in levels.items()
+        for level in names
+    }
+    return {level: cells for level, cells in found.items() if cells}
+
+
+def effects_table(lines: list[Line]) -> Iterator[str]:
+    """The mean end over all cells of the factorial that share a level."""
     yield "| factor | level | mean end | cells |"
     yield "|---|---|---|---|"
-    for factor, names in levels.items():
-        for level in names:
-            cells = [value for arm, value in full.items() if _levels(arm)[factor] == level]
-            if cells:
-                yield f"| {factor} | {level.strip(' +') or 'none'} | {mean(cells):.3f} | {len(cells)} |"
+    for (factor, level), cells in effects(lines).items():
+        yield f"| {factor} | {level} | {mean(cells):.3f} | {len(cells)} |"
 
 
 def _levels(arm: str) -> dict[str, str]:

@@ -65,6 +65,9 @@ def test_verifiers() -> None:
     right = torch.tensor([[[True, True, False, True], [True] * 4]])
     assert verify("exact", right).tolist() == [[0.0, 1.0]]
     assert verify("graded", right).tolist() == [[0.5, 1.0]]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for length in (21, 41, 81):  # what is right in all its tokens is accepted at 1
+        assert verify("graded", torch.ones(1, 1, length, dtype=torch.bool, device=device)).item() == 1
     torch.manual_seed(0)
     noisy = verify("noisy", right.expand(5000, 2, 4))
     assert noisy.mean(0).tolist() == pytest.approx([0.05, 0.95], abs=0.01)

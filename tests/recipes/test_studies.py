@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import headline
 import pair as embedded
+import past_the_teacher_axes
+from helpers.paths import RECIPES
 from helpers.recipes import run, run_failing
 from runs import read_runs, run_all, take_card
 
@@ -147,6 +149,17 @@ def test_real_tables() -> None:
     output = run("studies/real_tables.py")
     assert "### presets, of docs/presets.md" in output
     assert "| GRPO, half informed mixture | as it is | .296 ± .015 |" in output
+
+
+def test_past_the_teacher_axes() -> None:
+    """The page holds each table of the stored runs."""
+    page = (RECIPES / "studies" / "README.md").read_text()
+    drawn = past_the_teacher_axes.tables()
+    for rows in drawn.values():
+        assert "\n".join(rows) in page
+    output = run("studies/past_the_teacher_axes.py")
+    assert output.count("### ") == len(drawn) == 2
+    assert "graded: 7 of 14" in output
 
 
 def test_qwen3(tmp_path: Path) -> None:
