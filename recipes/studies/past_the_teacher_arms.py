@@ -118,11 +118,11 @@ CREDIT_REST = {
     "RLSD, own": Arm({**OWN, "evidence": 0.5}, ALONE, fade=0.5, tries=SMALL),
     "RLAD, own": Arm({**OWN, "anchored": 0.5}, ALONE, tries=SMALL),
 }
+LIKELIEST = {f"Dense {k}": {"divergence": 1.0, "likeliest": float(k)} for k in (1, 4, 32)}
 RECORDS = {
     f"{name}, {rollouts}": Arm(terms, *ROLLOUTS[rollouts], tries=LARGE)
     for rollouts in ("own", "mixture")
-    for name, terms in {f"Dense {k}": {"divergence": 1.0, "likeliest": k} for k in (1, 4, 32)}.items()
-    | {"Sampled tokens": {"sampled": 1.0}}.items()
+    for name, terms in (LIKELIEST | {"Sampled tokens": {"sampled": 1.0}}).items()
 }
 """Distillation that reads less than the vocabulary: the likeliest tokens of dense records, or the sampled one."""
 ARMS = FACTORIAL | CONTROLS | GRADED | CREDIT | CREDIT_REST | RECORDS
