@@ -1,18 +1,19 @@
 # /// script
 # dependencies = ["optimal-sampling-trl[plots]", "matplotlib"]
 # ///
-"""Draw the tables of "Past the teacher" by task and verifier, and the main effects, from the stored runs.
+"""Draw the tables of "Past the teacher" by task and verifier, the main effects, and dense records on a short task.
 
     python recipes/studies/past_the_teacher_axes.py
 
-There are two ladders of models. Their runs are shown beside each other and are never averaged: one ladder's teacher is
-not the other's. A test holds README.md against what this prints.
+The stored runs are of three ladders of models. They are shown beside each other and are never averaged: one ladder's
+teacher is not the other's. A test holds README.md against what this prints.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Iterator
+from math import inf
 from pathlib import Path
 from statistics import mean
 
@@ -25,8 +26,8 @@ from real_cells import short
 from runs import Line, by_rate, read_runs
 
 RESULTS = Path(__file__).parent / "results"
-FIRST, AXES = "past_the_teacher", "past_the_teacher_axes"
-"""The files of the two ladders."""
+FIRST, AXES, SHORT = "past_the_teacher", "past_the_teacher_axes", "dense_sums"
+"""The files of the three ladders."""
 PLACES = {
     "41 tokens": MAIN,
     "start .45": MAIN._replace(student="student-40"),
@@ -40,6 +41,11 @@ PLACES = {
 }
 """The columns: the main place, and one thing changed in each of the others."""
 ROWS = (*CORE, "RAFT, mixture, by reward")
+READ = {
+    "k = 1": "Dense 1", "k = 4": "Dense 4", "k = 32": "Dense 32", "whole vocabulary": "Distillation",
+    "sampled token": "Sampled tokens",
+}  # fmt: skip
+"""Parts of a token's distributions that distillation reads, and its arms' names before the rollouts'."""
 MEASURES = {"right": "sampled", "greedy": "greedy", "any_right": "pass@8"}
 
 
@@ -86,6 +92,15 @@ def main_effects(columns: dict[str, list[Line]]) -> Iterator[str]:
         yield f"| {factor} | {level} | {len(cells)} | " + " | ".join(means) + " |"
 
 
+def by_records(lines: list[Line]) -> Iterator[str]:
+    """A row for each kind of rollouts, a column for what distillation reads."""
+    yield "| rollouts | " + " | ".join(READ) + " |"
+    yield "|---" * (1 + len(READ)) + "|"
+    for rollouts, words in (("own", "student's"), ("mixture", "mixture")):
+        cells = (cell(lines, f"{arm}, {rollouts}", highest=inf) for arm in READ.values())
+        yield f"| {words} | " + " | ".join(cells) + " |"
+
+
 def edges(lines: list[Line]) -> Iterator[str]:
     """Yield how many arms of each place were best at the smallest or the largest rate."""
     for words, place in PLACES.items():
@@ -109,6 +124,7 @@ def tables() -> dict[str, list[str]]:
                 }
             )
         ],
+        "dense records": [*by_records(stored(SHORT))],
     }
 
 

@@ -158,7 +158,7 @@ def test_past_the_teacher_axes() -> None:
     for rows in drawn.values():
         assert "\n".join(rows) in page
     output = run("studies/past_the_teacher_axes.py")
-    assert output.count("### ") == len(drawn) == 2
+    assert output.count("### ") == len(drawn) == 3
     assert "graded: 7 of 14" in output
 
 
