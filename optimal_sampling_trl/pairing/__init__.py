@@ -5,6 +5,7 @@ from __future__ import annotations
 from .checkpoint import StoredWeights, checkpoint_digest
 from .ending import Ending, end_of_sequence, stop_tokens
 from .pair import (
+    STATE_LAYERS,
     STUDENT,
     Pair,
     attention_window,
@@ -46,6 +47,7 @@ from .wrappers import is_wrapper, language_model
 
 __all__ = [
     "MODEL_OPTIONS",
+    "STATE_LAYERS",
     "STUDENT",
     "Ending",
     "Pair",

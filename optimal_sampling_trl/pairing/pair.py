@@ -15,7 +15,7 @@ from .source import MODEL_OPTIONS, Source
 
 STUDENT = "student"
 """The teacher's name where it is the student itself."""
-STATES = {"linear_attention", "conv"}
+STATE_LAYERS = {"linear_attention", "conv"}
 """Kinds of layers that keep a state of what they read, as `layer_types` calls them. Mamba layers are of the first."""
 
 
@@ -232,6 +232,5 @@ def attention_window(config: PreTrainedConfig) -> int | None:
 
 
 def has_states(config: PreTrainedConfig) -> bool:
-    """Returns True for a model with linear attention or short convolutions, whose layers keep a state of what they
-    read."""
-    return not STATES.isdisjoint(getattr(config, "layer_types", None) or ())
+    """Returns True for a model with layers that keep a state: linear attention, or short convolutions."""
+    return not STATE_LAYERS.isdisjoint(getattr(config, "layer_types", None) or ())

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 from transformers import PreTrainedConfig
 
-from ...pairing import attention_window, has_states, is_wrapper, rope_kinds, shares_caches
+from ...pairing import STATE_LAYERS, attention_window, has_states, is_wrapper, rope_kinds, shares_caches
 
 WINDOWED = ("gemma2", "gemma3_text", "gemma4_text", "gpt_oss", "mistral", "phi3")
 """Model types whose windows were held against the oracle: vLLM reads windows in each family's code by other rules."""
@@ -95,7 +95,7 @@ def _reasons(config: PreTrainedConfig, role: str, context: int) -> Iterator[str]
         yield "has an output layer of its own, which vLLM's code of an LFM2 ties to the embedding"
     if config.model_type == "lfm2" and not hasattr(config, "conv_dim"):
         yield "lacks `conv_dim` and `block_dim`, which vLLM reads; in published files both are the hidden size"
-    if further := kinds - ATTENTION - FEED_FORWARD - {"linear_attention", "conv"}:
+    if further := kinds - ATTENTION - FEED_FORWARD - STATE_LAYERS:
         yield f"has layers of the kind {', '.join(sorted(further))}, which were never checked beside others"
     if latent_sizes(config) and (config.model_type not in LATENT or hasattr(config, "index_topk")):
         yield f"has latent attention (MLA), which was checked for {', '.join(LATENT)} alone, and never the sparse kind"
