@@ -42,7 +42,7 @@ from optimal_sampling_trl.backends.vllm.worker import row_sampler, slot_sampler
 from optimal_sampling_trl.backends.vllm.worker.dense import with_dense
 from optimal_sampling_trl.rollouts.dense import SCALARS, Dense
 from optimal_sampling_trl.rollouts.request import Request
-from random_pair import describe, fastest, make_random_pair, make_requests, parser
+from random_pair import describe, fastest, make_random_pair, make_requests, parser, print_head
 
 PARTS = ("kernels", "packing", "copy", "host", "reading")
 
@@ -65,11 +65,6 @@ def main() -> None:
                 batch, divide(fused, make_requests(batch, args), Dense(SCALARS, args.divide), args.rounds), args
             )
     fused.close()
-
-
-def print_head(*names: str) -> None:
-    """Print the first lines of a table."""
-    print("| " + " | ".join(names) + " |\n|" + "---:|" * len(names))
 
 
 def print_line(batch: int, took: Mapping[str, float], args: argparse.Namespace, *more: str) -> None:

@@ -46,7 +46,7 @@ from vllm import LLM, SamplingParams, TokensPrompt
 from optimal_sampling_trl.backends.vllm.backend import VLLMBackend
 from optimal_sampling_trl.backends.vllm.requests import to_sampling_params
 from optimal_sampling_trl.backends.vllm.wire import RECORD
-from random_pair import describe, fastest, make_random_pair, make_requests, parser, shapes, synchronize
+from random_pair import describe, fastest, make_random_pair, make_requests, parser, print_head, shapes, synchronize
 
 HEAD = (
     "batch", "mixture tok/s", "teacher tok/s", "student tok/s", "speed/teacher", "reads", "time/sum", "step", "bound",
@@ -68,7 +68,7 @@ def main() -> None:
     bandwidth = measure_bandwidth()
     held = (used() - before) / 2**30
     print(f"a large copy moves {bandwidth / 1e9:.0f} GB/s; the engines hold {held:.1f} GiB\n")
-    print("| " + " | ".join(HEAD) + " |\n|" + "---:|" * len(HEAD))
+    print_head(*HEAD)
     for batch in args.batches:
         print(row(batch, measure(fused, alone, batch, args), bandwidth, args), flush=True)
     print("\n" + reload(fused, theta, args))

@@ -39,7 +39,7 @@ from optimal_sampling_trl.backends import Backend, make_backend
 from optimal_sampling_trl.mixture import Mixture
 from optimal_sampling_trl.rollouts.request import Request, Sampling
 from optimal_sampling_trl.rollouts.rollout import Rollout
-from random_pair import make_random_pair, parser, processor
+from random_pair import make_random_pair, parser, print_head, processor
 
 HEAD = (
     "trainer",
@@ -66,7 +66,7 @@ def main() -> None:
             args.backend, teacher, theta, dtype=args.dtype, max_model_len=longest, max_num_seqs=rows
         )
         print(f"engine {backend.name}, {args.dtype}, torch {torch.__version__}, {processor()}\n")
-        print("| " + " | ".join(HEAD) + " |\n|" + "---:|" * len(HEAD))
+        print_head(*HEAD)
         rollouts = {(half, length): rows for length in args.lengths for half, rows in sample(backend, length, args)}
         backend.close()
         for trainer in ("bfloat16", "float32 under autocast"):

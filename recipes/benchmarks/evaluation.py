@@ -33,7 +33,7 @@ import vllm
 from engine import arguments, used
 from optimal_sampling_trl.backends.vllm.backend import VLLMBackend
 from optimal_sampling_trl.mixture import Mixture
-from random_pair import describe, fastest, make_random_pair, make_requests, parser, processor
+from random_pair import describe, fastest, make_random_pair, make_requests, parser, print_head, processor
 
 HEAD = ("batch", "beside", "alone", "share", "equal")
 
@@ -47,7 +47,7 @@ def main() -> None:
     fused.prepare_alone()
     graphs = {"seconds": time.perf_counter() - began, "GiB": (used() - before) / 2**30}
     print(f"CUDA graphs of the student alone: {graphs['seconds']:.1f} s, {graphs['GiB']:.2f} GiB\n")
-    print("| " + " | ".join(HEAD) + " |\n|" + "---:|" * len(HEAD))
+    print_head(*HEAD)
     rows: list[dict[str, Any]] = []
     for batch in args.batches:
         rows.append(measure(fused, batch, args))

@@ -132,6 +132,11 @@ def fastest(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, fl
     return {name: min(times) for name, times in runs.items()}
 
 
+def print_head(*names: str) -> None:
+    """Print the first lines of a table of numbers."""
+    print("| " + " | ".join(names) + " |\n|" + "---:|" * len(names))
+
+
 def on_gpu(index: int) -> dict[str, str]:
     """The variables of a process that sees one GPU."""
     return os.environ | {"CUDA_VISIBLE_DEVICES": str(index)}

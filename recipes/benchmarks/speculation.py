@@ -50,7 +50,7 @@ from optimal_sampling_trl.backends.vllm.backend import VLLMBackend
 from optimal_sampling_trl.backends.vllm.requests import to_sampling_params
 from optimal_sampling_trl.backends.vllm.speculation import AUTO, AUTO_COUNTS
 from optimal_sampling_trl.mixture import Mixture
-from random_pair import describe, fastest, make_random_pair, make_requests, parser, shapes
+from random_pair import describe, fastest, make_random_pair, make_requests, parser, print_head, shapes
 
 HEAD = ("batch", "ε", "k", "kept", "tokens a pass", "tok/s", "speed/teacher", "speed/k=0")
 LONGEST = 4
@@ -67,7 +67,7 @@ def main() -> None:
     teacher, theta = str(root / "teacher"), str(root / "theta")
     print(describe(args, f"vLLM {vllm.__version__}"))
     alone = measure_teacher(teacher, args)
-    print("| " + " | ".join(HEAD) + " |\n|" + "---:|" * len(HEAD))
+    print_head(*HEAD)
     without: dict[str, float] = {}
     for k in args.k:
         counts, value = (AUTO_COUNTS, k) if k == AUTO else ((int(k),), int(k))
