@@ -34,13 +34,14 @@ class Arm(NamedTuple):
     config: Any
     share: float | None = None
     settings: Mapping[str, Any] = MappingProxyType({})
-    drafts: int = 0
+    drafts: int | str = 0
 
 
 ARMS = {
     "TRL, GRPO": Arm("reward", trl.GRPOTrainer, trl.GRPOConfig),
     "GRPO, half mixture": Arm("reward", GRPOTrainer, GRPOConfig, 0.5),
     "GRPO, half mixture, drafts": Arm("reward", GRPOTrainer, GRPOConfig, 0.5, drafts=3),
+    "GRPO, half mixture, as pay": Arm("reward", GRPOTrainer, GRPOConfig, 0.5, drafts="auto"),
     "RAFT, mixture": Arm("reward", RAFTTrainer, RAFTConfig, 0.0),
     "TRL, distillation": Arm("teacher", trl.DistillationTrainer, trl.DistillationConfig),
     "divergence, own": Arm("teacher", DistillationTrainer, DistillationConfig, 1.0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import memory
 import scaling
 import tables
 from helpers.paths import ROOT
-from helpers.recipes import PYTHON, need_vllm, run, run_failing
+from helpers.recipes import PYTHON, need_vllm, run, run_failing, start
 from random_pair import SHAPES
 
 TINY = "--batches 2 --tokens 2 --rounds 1 --teacher 64 1 --theta 64 1 --vocabulary 300".split()  # noqa: SIM905
@@ -244,9 +245,18 @@ def test_soak() -> None:
     assert len(re.findall(r"first tenth .* tokens, last tenth .*%", output)) == 3
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the student drafts on a GPU alone")
-def test_speculation() -> None:
-    flags = ("--k", "0", "2", "--epsilon", "0.05", "--batches", "2", "--tokens", "8")
-    output = run("benchmarks/speculation.py", *flags, launcher=PYTHON)
-    rows = [line for line in output.splitlines() if line.startswith("| 2 |")]
-    assert [row.split("|")[3].strip() for row in rows] == ["0", "2"]
+@pytest.mark.engine
+def test_speculation(tmp_path: Path) -> None:
+    """A line for each engine; the student drafts on a GPU alone, and an engine that could not start stops no other."""
+    need_vllm()
+    counts, numbers = ["0", "2"], tmp_path / "numbers.json"
+    flags = [*TINY, "--dtype", "float32", "--k", *counts, "--epsilon", "0.05", "--json", numbers]
+    ended = start("benchmarks/speculation.py", *flags, launcher=PYTHON)
+    rows = json.loads(numbers.read_text())["rows"]
+    assert [row["k"] for row in rows] == counts
+    assert rows[0]["speed"] > 0
+    if torch.cuda.is_available():
+        assert ended.returncode == 0
+    else:
+        assert "wanted a GPU" in ended.stderr
+        assert ended.stderr.endswith("These engines have ended before: k = 2. What they said is above.\n")

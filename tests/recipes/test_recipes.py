@@ -29,6 +29,7 @@ MODULES = {
     "benchmarks/random_pair.py": "the benchmarks import it: flags, random models, stopwatch",
     "benchmarks/decoding.py": "scaling.py imports it: a step of decoding, fitted to measured ones",
     "benchmarks/training_arms.py": "training.py imports it: the trainers that are compared",
+    "benchmarks/speculation_engines.py": "speculation.py imports it: the engines; test_benchmarks.py",
     "studies/stack.py": "horizon_train.py imports it: many students as one batch; test_stack.py",
     "studies/digit_tasks.py": "ladder.py imports it: what is asked; test_past_the_teacher.py",
     "studies/stack_graph.py": "horizon_train.py imports it: a GPU's launches as one; test_past_the_teacher.py",
