@@ -1,0 +1,129 @@
+"""Train a LoRA adapter on a student of every family, with the fused engine of this machine. A table says how it went.
+
+    python tests/checks/check_adapters.py                                     # every family, a process for each
+    python tests/checks/check_adapters.py --only qwen3_5-states lfm2-states --at-once 4 --out output/adapters
+
+Each process trains the tiny pair of tests/trainers/engines/test_colocated.py for three steps of GRPO. The trainer
+computes in float32 on the processor; the engine, on a GPU where there is one, takes its weights with the adapter
+merged at each step. The table has the largest mean difference between both log θ in a batch. A line of JSON for
+each family is in `adapters.jsonl`, beside a log.
+
+As in check_families.py, the engine computes in bfloat16 where its kernels do, torch may choose the experts, and tuned
+kernels take their smallest configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where the helpers are, and the tests whose pairs these are
+
+from backends.vllm.test_families import Case
+from checks.check_families import dtype_of, fitted  # which sets the variables that vLLM reads as it is imported
+from helpers.children import end
+from helpers.engines import ON_A_GPU, TOLERANCE
+from helpers.paths import ROOT, python_path
+from helpers.routing import stand_in
+from helpers.tuning import take_smallest
+from trainers.engines import test_colocated as colocated
+
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    **{family: (family, *rest) for family, *rest in colocated.STUDENTS.values()},
+    **{f"{name}-states": (name, had, {"target_modules": at}) for name, (had, at) in colocated.STATES.items()},
+}
+"""Family, settings of both models, where the adapter goes."""
+
+
+def train(name: str, root: Path) -> dict[str, Any]:
+    """Train a case, and return its line."""
+    family, settings, places = CASES[name]
+    case = Case(family, family, further=settings)
+    dtype = "bfloat16" if name.endswith("-states") else dtype_of(case)
+    arguments: dict[str, Any] = {"dtype": dtype}
+    if ON_A_GPU:
+        arguments |= {"gpu_memory_utilization": 0.02}
+        if family in ("qwen3_next", "qwen3_5", "qwen3_5_text"):
+            arguments["gdn_prefill_backend"] = "triton"  # the other one is FlashInfer's, a package of its own
+    if not name.endswith("-states"):
+        settings = fitted(case, dtype).further
+    line = {"family": name, "dtype": dtype, "routing": "torch" if stand_in() else "vllm"}
+    if ON_A_GPU:
+        take_smallest()
+    line["difference"] = colocated.train_adapter(root, family, settings, places, **arguments)
+    bound = TOLERANCE if dtype == "float32" else colocated.ROUNDING
+    return line | {"result": "ok" if line["difference"] < bound else f"beyond {bound}"}
+
+
+def one(name: str) -> None:
+    """Train one case in this process, and print its line."""
+    began, line = time.perf_counter(), {"family": name}
+    try:
+        with TemporaryDirectory() as root:
+            os.environ["VLLM_CACHE_ROOT"] = f"{root}/cache"
+            line = train(name, Path(root))
+    except BaseException as error:
+        traceback.print_exc()
+        line["result"] = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
+    print(json.dumps(line | {"seconds": round(time.perf_counter() - began)}), flush=True)
+    os._exit(0)  # past whatever a broken engine left running
+
+
+def in_a_process(name: str, limit: float, out: Path) -> dict[str, Any]:
+    """The line of one case, from a process that may crash or hang."""
+    log = out / f"{name}.log"
+    with log.open("w") as file:
+        child = subprocess.Popen(
+            [sys.executable, __file__, "--case", name], stdout=file, stderr=file, cwd=ROOT, start_new_session=True,
+            env=os.environ | {"PYTHONPATH": python_path(), "PYTHONFAULTHANDLER": "1"},
+        )  # fmt: skip
+        try:
+            code: int | str = child.wait(limit)
+        except subprocess.TimeoutExpired:
+            code = f"nothing after {limit:.0f} s"
+        finally:
+            end(child)
+    lines = log.read_text(errors="replace").splitlines()
+    found = [json.loads(line) for line in lines if line.startswith('{"family"')]
+    return found[-1] if found else {"family": name, "result": f"ended: {code}; {' / '.join(lines[-3:])[-400:]}"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=tuple(CASES), default=list(CASES))
+    parser.add_argument("--at-once", type=int, default=1, help="processes at the same time")
+    parser.add_argument("--limit", type=float, default=600, help="seconds that a process may take")
+    parser.add_argument("--out", type=Path, default=ROOT / "output" / "adapters")
+    parser.add_argument("--case", choices=tuple(CASES), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.case:
+        one(args.case)
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    def work(name: str) -> dict[str, Any]:
+        line = in_a_process(name, args.limit, args.out)
+        with (args.out / "adapters.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(json.dumps(line), flush=True)
+        return line
+
+    with ThreadPoolExecutor(args.at_once) as pool:
+        lines = list(pool.map(work, args.only))
+    print("\n| family | engine | log θ apart by | result |\n|---|---|--:|---|")
+    for line in lines:
+        apart = f"{line['difference']:.0e}" if "difference" in line else ""
+        print(f"| {line['family']} | {line.get('dtype', '')} | {apart} | {line['result'][:160]} |")
+    sys.exit(any(line["result"] != "ok" for line in lines))
+
+
+if __name__ == "__main__":
+    main()
