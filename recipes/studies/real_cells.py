@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from math import inf
-from statistics import mean
+from statistics import mean, median
 
 from horizon_report import spread
 from real_text_report import RIGHT, shown_right
@@ -71,6 +72,12 @@ def of_teacher(runs: list[Line], name: str = "right") -> str:
 def highest(line: Line) -> float:
     """The highest share of right answers that a run measured."""
     return max(line["right"], *(point[RIGHT] for point in line["points"]))
+
+
+def alone(line: Line) -> float:
+    """Seconds for 64 completions of a run, the median over the spans between its measurements without the first."""
+    spans = [(after[2] - before[2]) / (after[0] - before[0]) for before, after in pairwise(line["points"][1:])]
+    return 64 * median(spans)
 
 
 def equal(runs: list[Line], share: float) -> list[float]:

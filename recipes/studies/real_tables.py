@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from math import hypot, inf
 from pathlib import Path
 from statistics import mean
+from types import MappingProxyType
 from typing import NamedTuple
 
 sys.path.append(str(Path(__file__).parents[1]))  # the recipes that a study shares lie one folder up
@@ -24,13 +25,27 @@ sys.path.append(str(Path(__file__).parents[1]))  # the recipes that a study shar
 from horizon_report import spread
 from informed_arms import STUDY
 from presets_report import error
-from real_cells import average, by_seed, end, equal, highest, is_cut, mean_end, of_teacher, rate, short, usual, whole
+from real_cells import (
+    alone,
+    average,
+    by_seed,
+    end,
+    equal,
+    highest,
+    is_cut,
+    mean_end,
+    of_teacher,
+    rate,
+    short,
+    usual,
+    whole,
+)
 from real_text_report import gain, shown_right
 from runs import Line, by_rate, one_each, read_runs
 
 RESULTS = Path(__file__).parent / "results"
-SECONDS = "presets_real_seconds"
-"""File of the seconds of each arm's update, alone on a card."""
+SECONDS = "real_seconds"
+"""File of a run of each arm alone on a card, whose student is the teacher: it tells the seconds."""
 EARLY = 14_400
 """Completions at which the published mixtures are compared early: the last measurement is after 224 updates or 240."""
 Column = Callable[[list[Line]], str]
@@ -52,14 +67,14 @@ def table(lines: Sequence[Line], columns: dict[str, Column]) -> Iterator[str]:
         yield f"| {arm} | " + " | ".join(column(runs) for column in columns.values()) + " |"
 
 
-def ends(lines: Sequence[Line]) -> Iterator[str]:
-    """The end of each arm at a place."""
+def ends(lines: Sequence[Line], more: Mapping[str, Column] = MappingProxyType({})) -> Iterator[str]:
+    """The end of each arm at a place, and more columns."""
     seeds = sorted({line["seed"] for line in lines})
     of_seeds = partial(by_seed, completions=inf, seeds=seeds)
     columns: dict[str, Column] = {"rate": rate, f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}": of_seeds}
     columns |= {"mean": end, "greedy": partial(average, name="greedy"), "pass@8": partial(average, name="any_right")}
     columns |= {"KL(θ‖t)": partial(average, name="divergence"), "its teacher": of_teacher}
-    return table(lines, columns)
+    return table(lines, columns | dict(more))
 
 
 def presets() -> Iterator[str]:
@@ -75,12 +90,21 @@ def presets() -> Iterator[str]:
         "greedy": partial(average, name="greedy"),
         "pass@8": partial(average, name="any_right"),
     }
-    alone = {line["arm"]: line["seconds"] for line in read_runs(RESULTS / f"{SECONDS}.jsonl")}
-    if alone:
-        quickest = min(alone.values())
-        columns["s an update"] = lambda runs: f"{alone[runs[0]['arm']]:.2f}"
-        columns["at equal seconds"] = lambda runs: short(spread(equal(runs, quickest / alone[runs[0]["arm"]])))
-    return table(lines, columns)
+    return table(lines, columns | timed("sums", lines))
+
+
+def timed(task: str, lines: Sequence[Line]) -> dict[str, Column]:
+    """The seconds of each arm, and its right answers when the quickest has ended; none where one was not timed."""
+    seconds = {line["arm"]: alone(line) for line in stored(SECONDS, task=task)}
+    arms = {line["arm"] for line in lines}
+    if not arms <= seconds.keys():
+        return {}
+    quickest = min(seconds[arm] for arm in arms)
+
+    def end(runs: list[Line]) -> str:
+        return "cut" if is_cut(runs) else short(spread(equal(runs, quickest / seconds[runs[0]["arm"]])))
+
+    return {"s for 64 completions": lambda runs: f"{seconds[runs[0]['arm']]:.2f}", "at equal seconds": end}
 
 
 def rates(lines: Sequence[Line], seed: int = 0) -> Iterator[str]:
@@ -140,7 +164,8 @@ class Table(NamedTuple):
 
 def place(task: str, student: str) -> Iterator[str]:
     """The arms of real_text.py at 340 updates."""
-    return ends(stored("real_text", task=task, student=student, steps=340))
+    lines = stored("real_text", task=task, student=student, steps=340)
+    return ends(lines, timed(task, lines) if student == "whole" else {})
 
 
 STUDIES, PRESETS = "recipes/studies/README.md", "docs/presets.md"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import socket
@@ -18,10 +19,10 @@ from informed_arms import REFERS, STUDY, TOLD, ReadingTask, ToldTask
 from optimal_sampling_trl import Mixture
 from optimal_sampling_trl.rollouts.rollout import Rollout
 from real_arms import ARMS, PUBLISHED, trainer_of
-from real_cells import equal
+from real_cells import alone, equal
 from real_exam import distance, mean_of
 from real_models import learn
-from real_tables import TABLES, ends, rates, stored
+from real_tables import TABLES, ends, rates, stored, timed
 from real_tasks import TASKS, answer_of
 from real_text_report import gain, seeds
 from runs import one_each, read_runs, take_card
@@ -192,3 +193,20 @@ def test_a_longer_run_replaces_a_shorter_one_and_a_cut_one_is_in_no_mean() -> No
     assert grpo.startswith("| GRPO | 1e-4 | .200 (3), – | cut | ")
     assert list(rates(lines))[2:] == ["| RAFT | – | .400 [.400] | .200 [.200] |"]
     assert equal([again], 0.6) == pytest.approx([0.24])  # between a half of the updates and three quarters
+
+
+def test_seconds_are_of_64_completions_and_the_slower_arm_is_read_where_the_quicker_one_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def line(arm: str, seconds: list[float], completions: int = 64) -> dict[str, Any]:
+        points = [[completions * step, 0, at, 0.1 * step, 0.0] for step, at in enumerate(seconds)]
+        key = {"task": "sums", "student": "teacher", "arm": arm, "learning_rate": 1e-4, "seed": 0, "steps": 4}
+        return key | {"done": 4, "points": points, "right": 0.4}
+
+    quick, slow = line("RAFT", [0, 9, 10, 11, 12]), line("MENTOR", [0, 9, 10, 11, 18], completions=32)
+    assert (alone(quick), alone(slow)) == (1.0, 2.0)  # without the first span; the last is an outlier
+    monkeypatch.setattr("real_tables.RESULTS", tmp_path)
+    (tmp_path / "real_seconds.jsonl").write_text(json.dumps(quick) + "\n" + json.dumps(slow) + "\n")
+    columns = timed("sums", [quick, slow])
+    assert [column([slow]) for column in columns.values()] == ["2.00", ".200"]
+    assert not timed("steps", [quick])  # nothing was timed there
