@@ -32,7 +32,7 @@ from .guard import ROWS, TOKENS, WeightGuard, bound_of, check_padding, dropout_o
 from .loggers import FigureCallback
 from .presets import with_preset
 from .prompts import has_teacher_prompts
-from .records import loss_mask, stack_dense, stack_records
+from .records import Turns, loss_mask, stack_dense, stack_records
 from .several_turns import SeveralTurns
 from .summary import print_summary
 from .table import complete_table
@@ -229,7 +229,7 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
         output.update(stack_records(turns, output))
         if self._dense_wish() is not None:
             output.update(stack_dense(turns, output["completion_ids"]))
-        self._guard_weights(output)
+        self._guard_weights(turns, output)
         self._weigh(output)
         if self.model.training:
             self._correct(output)
@@ -259,8 +259,12 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
                 "off what is a module.",
             )
 
-    def _guard_weights(self, output: dict[str, Any]) -> None:
-        """Compare the engine's log θ with the trainer's, on the first batch after each push of weights."""
+    def _guard_weights(self, turns: Turns, output: dict[str, Any]) -> None:
+        """Compare the engine's log θ with the trainer's, on the first batch after each push of weights.
+
+        Of a completion's turns the first is read: where processes share the student each has to run it equally often,
+        and they differ in the number of turns.
+        """
         if self._guarded == self.vllm_generation.pushes:
             return
         self._guarded = self.vllm_generation.pushes
@@ -270,7 +274,7 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
             mask = loss_mask(output).bool()
             engine, trainer = output["log_theta"][mask], of_tokens[mask]
         else:  # TRL computed none, or one with dropout
-            few = self.rollouts[:ROWS]
+            few = [of_row[0] for of_row in turns[:ROWS]]
             trainer = log_theta_of(self.model, [one.theta_prompt_ids for one in few], few, self.temperature)
             engine = torch.cat([one.log_theta[:TOKENS] for one in few]).to(trainer.device)
         both = torch.stack([engine, trainer.float()], dim=1)  # (N, 2)
