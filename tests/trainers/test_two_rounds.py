@@ -12,11 +12,12 @@ from datasets import Dataset
 
 from helpers.oracle import check_rollout
 from helpers.training import PROMPTS, TEACHER_PROMPTS, Watch, load, make_trainer, make_untrained_pair
+from optimal_sampling_trl.trainers.overtaking import LEAST
 from optimal_sampling_trl.trainers.two_rounds import interleave, merge_lengths
 
 EASY = PROMPTS[::2]
 """Prompts to which a reward accepts every answer; to the others none."""
-SETTINGS: dict[str, Any] = {"num_generations": 4, "gradient_accumulation_steps": 4, "max_steps": 2}
+SETTINGS: dict[str, Any] = {"num_generations": 4, "gradient_accumulation_steps": 4}
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +39,13 @@ class Verifier:
         return [float(prompt in EASY) for prompt in prompts]
 
 
-def train(kind: str, pair: tuple[str, str], folder: Path, verifier: Any, **given: Any) -> Any:
+def train(kind: str, pair: tuple[str, str], folder: Path, verifier: Any, max_steps: int = 2, **given: Any) -> Any:
     rows = Dataset.from_dict({"prompt": PROMPTS, "teacher_prompt": TEACHER_PROMPTS})
     generator = {"mixture_below": 1.0, "theta_fraction": 0.25} | given
     trainer = make_trainer(
         kind, pair, folder, mixin=Watch, generator=generator,
-        trainer={"reward_funcs": verifier, "train_dataset": rows}, **SETTINGS,
+        trainer={"reward_funcs": verifier, "train_dataset": rows}, max_steps=max_steps,
+        **SETTINGS,
     )  # fmt: skip
     trainer.train()
     return trainer
@@ -132,6 +134,16 @@ def test_one_round_once_the_mixture_has_no_weight(pair: tuple[str, str], tmp_pat
     trainer.train()
     assert [len(call) for call in verifier.calls] == [4, 12, 16]
     assert not trainer.generations[-1][1]["mixture_rows"].any()
+
+
+def test_nobody_is_told_that_the_student_is_ahead(
+    pair: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The mixture samples for the hard prompts alone, where the student earned nothing either."""
+    trainer = train("grpo", pair, tmp_path, Verifier(), max_steps=LEAST + 3)
+    halves = [entry for entry in trainer.state.log_history if "mixture/reward_mixture" in entry]
+    assert sum(log["mixture/reward_theta"] for log in halves) > sum(log["mixture/reward_mixture"] for log in halves)
+    assert "earns more than the mixture" not in caplog.text
 
 
 def test_an_evaluation_samples_once(pair: tuple[str, str], tmp_path: Path) -> None:
