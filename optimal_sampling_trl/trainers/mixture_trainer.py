@@ -77,7 +77,7 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
         self._tag_names = [*type(self)._tag_names, TAG]
         with engine_replaced_by(type(self), self._build_generation):
             super().__init__(model=model, args=args, **trl_arguments)
-        self.guard = WeightGuard(self._rounding(), getattr(args, "log_theta_tolerance", None))
+        self.guard = WeightGuard(self._rounding(), self._setting("log_theta_tolerance"))
         self._guarded = 0  # the push whose first batch was compared last
         self._warn_of_dropout()
         self.callback_handler.callbacks.insert(0, FigureCallback(self))  # before those that close the loggers
@@ -178,6 +178,10 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
         rows = len(self._dataset_rows) * processes
         mixtures = self.vllm_generation.plan.mixtures(rows, 0, processes)
         return torch.tensor([mixture.is_theta_only for mixture in mixtures], device=self.accelerator.device)
+
+    def _setting(self, name: str) -> Any:
+        """Return a field of our configuration; its default where the configuration is TRL's, which lacks it."""
+        return getattr(self.args if hasattr(self.args, name) else self.config_class, name)
 
     def _check_settings(self) -> None:
         """Refuse settings that contradict each other, and warn of those that do nothing, before anything is loaded.
