@@ -22,7 +22,6 @@ from . import metrics
 from .losses import accept_rewards
 from .mixture import Mixture
 from .options import check_number, check_whole, shown
-from .pairing.prompts import TEACHER_PROMPT
 
 if TYPE_CHECKING:
     from .generate import OptimalSamplingV1
@@ -165,6 +164,8 @@ class _Task:
 
     def sample(self, mixture: Mixture, n: int, temperature: float, seed: int | None) -> list[Rollout]:
         """Return n completions of each prompt, those of one prompt next to each other."""
+        from .pairing.prompts import TEACHER_PROMPT
+
         prompts = [row["prompt"] for row in self.rows]
         instead = [row.get(TEACHER_PROMPT) for row in self.rows]
         settings: dict[str, Any] = {"temperature": temperature, "n": n, "seed": seed, "teacher_prompts": instead}
