@@ -75,8 +75,13 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
         self.args = args
         self._check_settings()
         self._tag_names = [*type(self)._tag_names, TAG]
-        with engine_replaced_by(type(self), self._build_generation):
-            super().__init__(model=model, args=args, **trl_arguments)
+        try:
+            with engine_replaced_by(type(self), self._build_generation):
+                super().__init__(model=model, args=args, **trl_arguments)
+        except BaseException:  # a notebook keeps the error, and with it an engine that stays open
+            if hasattr(self, "vllm_generation"):
+                self.close()
+            raise
         self.guard = WeightGuard(self._rounding(), self._setting("log_theta_tolerance"))
         self._guarded = 0  # the push whose first batch was compared last
         self._warn_of_dropout()
@@ -100,7 +105,7 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
             will_evaluate_alone=self._will_evaluate_alone(),
         )
         longest = on_all_ranks(self._check_shapes, self.accelerator)
-        engine = build_generation(plan, self._loaded_teacher(), **trl_arguments)
+        self.vllm_generation = engine = build_generation(plan, self._loaded_teacher(), **trl_arguments)
         self._share_teacher_tokenizer(engine)
         on_all_ranks(lambda: self._check_lengths(longest, engine), self.accelerator)
         warn_of_unread(self.args, engine.unread_settings())

@@ -75,9 +75,9 @@ class VLLMBackend:
         self.has_nan = False
         self._neighbour = Neighbour()
         self._llm: LLM | None = self._start(arguments)
-        warn_of_precision(self._llm.llm_engine.model_config, arguments)
         self._neighbour.enter()
         try:
+            warn_of_precision(self._llm.llm_engine.model_config, arguments)  # raises where warnings are errors
             self._llm.collective_rpc("install_mixture_sampler")
         except BaseException:
             self.close()
