@@ -392,7 +392,21 @@ def test_two_rounds_of_completions_that_call_tools(
     """The mixture samples only in groups whose own rows earned nothing, every turn of theirs."""
     built = {"reward_funcs": even}
     trainer = make("grpo", speakers, tmp_path, generator={"mixture_below": 1.0}, trainer=built, max_steps=3)
+    seen: list[tuple[int, int, int]] = []  # rows, calls and failures of each round
+    loop = trainer._tool_call_loop
+
+    def watched(prompts: Sequence[Any], *further: Any) -> Any:
+        result = loop(prompts, *further)
+        seen.append((len(prompts), *result[4:6]))
+        return result
+
+    trainer._tool_call_loop = watched
     trainer.train()
+    logs = [log for log in trainer.state.log_history if "tools/call_frequency" in log]
+    for log, first, second in zip(logs, seen[::2], seen[1::2], strict=True):
+        rows, calls, failures = (sum(both) for both in zip(first, second))
+        assert log["tools/call_frequency"] == pytest.approx(calls / rows)
+        assert log["tools/failure_frequency"] == pytest.approx(failures / calls)
     counts = check_turns(trainer, teacher, load(speakers[1]))
     assert max(counts) > 1
     halves = {

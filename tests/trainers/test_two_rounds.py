@@ -13,11 +13,11 @@ from datasets import Dataset
 from helpers.oracle import check_rollout
 from helpers.training import PROMPTS, TEACHER_PROMPTS, Watch, load, make_trainer, make_untrained_pair
 from optimal_sampling_trl.trainers.overtaking import LEAST
-from optimal_sampling_trl.trainers.two_rounds import interleave, merge_lengths
+from optimal_sampling_trl.trainers.two_rounds import interleave, merge_numbers
 
 EASY = PROMPTS[::2]
 """Prompts to which a reward accepts every answer; to the others none."""
-SETTINGS: dict[str, Any] = {"num_generations": 4, "gradient_accumulation_steps": 4}
+SETTINGS: dict[str, Any] = {"num_generations": 4, "gradient_accumulation_steps": 4, "max_steps": 2}
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,7 @@ def train(kind: str, pair: tuple[str, str], folder: Path, verifier: Any, max_ste
     generator = {"mixture_below": 1.0, "theta_fraction": 0.25} | given
     trainer = make_trainer(
         kind, pair, folder, mixin=Watch, generator=generator,
-        trainer={"reward_funcs": verifier, "train_dataset": rows}, max_steps=max_steps,
-        **SETTINGS,
+        trainer={"reward_funcs": verifier, "train_dataset": rows}, **SETTINGS | {"max_steps": max_steps},
     )  # fmt: skip
     trainer.train()
     return trainer
@@ -110,7 +109,7 @@ def numbers_of(lengths: Sequence[int], limit: int) -> dict[str, float]:
 )
 def test_the_lengths_of_two_rounds_are_those_of_all_rows(first: list[int], second: list[int]) -> None:
     """A round in which no completion ended has no part in the lengths of those that did."""
-    merged = merge_lengths(numbers_of(first, 9), numbers_of(second, 9), len(first) / len(first + second))
+    merged = merge_numbers(numbers_of(first, 9), numbers_of(second, 9), len(first) / len(first + second))
     assert merged == pytest.approx(numbers_of(first + second, 9))
 
 
