@@ -64,6 +64,14 @@ def test_trls_own_config_gets_our_defaults(pair: tuple[str, str], tmp_path: Path
     assert theirs.state.global_step == 3
 
 
+def test_engine_arguments_stand_over_trls_settings(pair: tuple[str, str], tmp_path: Path) -> None:
+    """As in vLLM's engine, see `colocated.pair_arguments`."""
+    for arguments, context in (({}, 60), ({"max_model_len": 40}, 40)):
+        generator = {"engine_arguments": arguments}
+        trainer = make_trainer("grpo", pair, tmp_path, generator=generator, vllm_max_model_length=60)
+        assert trainer.vllm_generation.pair.context == context
+
+
 def test_the_users_config_is_left_as_it_was(pair: tuple[str, str], tmp_path: Path) -> None:
     trainer = make_trainer("grpo", pair, tmp_path)
     args = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
