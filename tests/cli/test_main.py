@@ -67,7 +67,10 @@ def test_a_probe_prints_its_numbers(
 ) -> None:
     teacher, student = (make_model(tmp_path / role, "llama", seed) for seed, role in enumerate(("teacher", "student")))
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "3 + 4 ="}\n' * 3)
-    (tmp_path / "judge.py").write_text("def even(completions, **_):\n    return [len(c) % 2 for c in completions]\n")
+    (tmp_path / "judge.py").write_text(
+        "def even(completions, **_):\n    return [len(c) % 2 for c in completions]\n\n\n"
+        "def broken(completions, **_):\n    return int('one')\n"
+    )
     monkeypatch.chdir(tmp_path)
     flags = [
         "--backend",
@@ -81,16 +84,20 @@ def test_a_probe_prints_its_numbers(
         "--max_tokens",
         "3",
         "-o",
-        "probe.html",
+        "new/probe.html",
     ]
     pair = ["--teacher", str(teacher), "--model_name_or_path", str(student)]
     main(["probe", *pair, *flags, "--reward_funcs", "judge.even"])
     told = capsys.readouterr().out
     assert "2 prompts, 2 completions each." in told
     assert re.search(r"^student .*\n.*\n.*\n.*\n.*\n", told, re.MULTILINE)
-    assert "<table>" in (tmp_path / "probe.html").read_text()
+    assert "<table>" in (tmp_path / "new" / "probe.html").read_text()
     with pytest.raises(SystemExit, match="`--reward_funcs` names 2 functions; wanted one"):
         main(["probe", *pair, *flags, "--reward_funcs", "judge.even", "judge.even"])
+    with pytest.raises(SystemExit, match=r"^optimal-sampling probe: probe: `n` is 0; wanted a whole number"):
+        main(["probe", *pair, *flags, "--reward_funcs", "judge.even", "--n", "0"])
+    with pytest.raises(ValueError, match="invalid literal"):  # not this package's: it keeps its traceback
+        main(["probe", *pair, *flags, "--reward_funcs", "judge.broken"])
 
 
 def test_demo_and_serve_say_their_flags(capsys: pytest.CaptureFixture[str]) -> None:

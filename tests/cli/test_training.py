@@ -24,6 +24,12 @@ def test_a_reward_without_a_module_is_named() -> None:
         RewardArguments(reward_funcs=["reward"]).rewards()
     with pytest.raises(SystemExit, match=r"`--reward_funcs` is missing"):
         RewardArguments().rewards()
+    with pytest.raises(SystemExit, match=r"has 'nowhere\.right', and its module cannot .* No module named 'nowhere'"):
+        RewardArguments(reward_funcs=["nowhere.right"]).rewards()
+    with pytest.raises(SystemExit, match=r"function of optimal_sampling_trl\.demo\.pair 'rewrd'.* mean 'reward'\?"):
+        RewardArguments(reward_funcs=["optimal_sampling_trl.demo.pair.rewrd"]).rewards()
+    with pytest.raises(SystemExit, match=r"function of optimal_sampling_trl\.demo\.pair 'PRIME'"):  # a number
+        RewardArguments(reward_funcs=["optimal_sampling_trl.demo.pair.PRIME"]).rewards()
     (found,) = RewardArguments(reward_funcs=["optimal_sampling_trl.demo.pair.reward"]).rewards()
     assert found(["21="], ["12"]) == [1.0]
 
@@ -33,6 +39,9 @@ def test_a_file_is_data(tmp_path: Path) -> None:
     data = load_data(ScriptArguments(dataset_name=str(tmp_path / "data.jsonl")), evaluate=False)
     assert data["train_dataset"]["prompt"] == ["a"]
     assert data["eval_dataset"] is None
+    for name in ("nowhere.jsonl", "nobody/nothing"):
+        with pytest.raises(SystemExit, match=f"`--dataset_name` is '{name}', and no data was found there: .* Wanted"):
+            load_data(ScriptArguments(dataset_name=name), evaluate=False)
     with pytest.raises(SystemExit, match="`--dataset_name` is missing"):
         load_data(ScriptArguments(), evaluate=False)
 

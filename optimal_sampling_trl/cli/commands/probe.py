@@ -54,5 +54,6 @@ def run(words: Sequence[str]) -> None:
         )
     print(probe_text(found))
     if script.output:
+        Path(script.output).parent.mkdir(parents=True, exist_ok=True)
         Path(script.output).write_text(probe_page(found), encoding="utf-8")
         print(f"The page is {script.output}.")
