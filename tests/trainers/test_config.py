@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import trl
 
 from helpers.training import (
@@ -44,6 +45,18 @@ def test_trls_own_config_gets_our_defaults(pair: tuple[str, str], tmp_path: Path
     assert theirs.args.use_vllm  # TRL's word for any engine
     theirs.train()
     assert theirs.state.global_step == 3
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo", "raft", "sampled_token"])
+def test_another_trainers_configuration_is_refused(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
+    """By both names, where a missing field was named before."""
+    wanted = KINDS[kind][1].__name__
+    given = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
+    other = RLOOConfig if kind != "rloo" else GRPOConfig
+    for args in (transformers.TrainingArguments(**given), other(**given), given):
+        words = rf"^`args` is a `{type(args).__name__}`, which lacks fields .*; wanted a `{wanted}`\. Pass one"
+        with pytest.raises(ValueError, match=words):
+            make_trainer(kind, pair, tmp_path, trainer={"args": args})
 
 
 def test_the_users_config_is_left_as_it_was(pair: tuple[str, str], tmp_path: Path) -> None:

@@ -100,7 +100,8 @@ class Small(ast.NodeTransformer):
             if keyword.arg in LARGEST and isinstance(keyword.value, ast.Constant):
                 keyword.value = ast.Constant(min(keyword.value.value, LARGEST[keyword.arg]))
         if name.endswith("Trainer") and "args" not in given:
-            config = f"Small{name.removesuffix('Trainer')}Config('output/run', per_device_train_batch_size=8, **{SMALL!r})"
+            kind = f"Small{name.removesuffix('Trainer')}Config"
+            config = f"{kind}('output/run', per_device_train_batch_size=8, **{SMALL!r})"
             call.keywords.append(ast.keyword("args", ast.parse(config, mode="eval").body))
         if name.endswith("Config") and name != "LoraConfig":
             call.keywords = [keyword for keyword in call.keywords if keyword.arg not in SMALL]
