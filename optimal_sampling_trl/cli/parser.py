@@ -16,6 +16,12 @@ from ..options import unknown_option
 
 CONFIG = "--config"
 """The flag that names a YAML file."""
+INSTEAD = {
+    **dict.fromkeys(("--student", "--theta", "--model"), "--model_name_or_path"),
+    "--dataset": "--dataset_name",
+    "--reward": "--reward_funcs",
+}
+"""Flags that other commands or a user's own words have, and what TRL and this package call them."""
 PACKAGES = {"optimal_sampling_trl": "this package", "trl": "TRL", "transformers": "transformers"}
 """Packages whose fields a configuration has, in the order in which the help shows them."""
 
@@ -94,6 +100,8 @@ class Parser(TrlParser):
             name = word.split("=")[0]
             if name.startswith("-") and name not in further:
                 flags = [flag for flag in self._option_string_actions if "-" not in flag.removeprefix("--")]
+                if (meant := INSTEAD.get(name)) in flags:
+                    self.error(f"Unknown flag {name!r}. Did you mean {meant!r}?")
                 found = unknown_option("flag", name, [CONFIG, *flags, *further])
                 self.error(found if "Did you mean" in found else f"{found} `{self.prog} --help` lists them.")
             if not name.startswith("-") and before not in further:

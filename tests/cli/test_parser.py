@@ -54,6 +54,9 @@ def test_what_is_misspelt_is_told_the_nearest(tmp_path: Path, capsys: pytest.Cap
     config.write_text("learning_rte: 1\n")
     assert "Did you mean '--learning_rate'?" in refused(["--config", config, *CPU], capsys)
     assert "nowhere.yaml" in refused(["--config", tmp_path / "nowhere.yaml", *CPU], capsys)
+    assert "Did you mean '--dataset_name'?" in refused(["--dataset", "data", *CPU], capsys)
+    told = refused(["--student", "small", *CPU], capsys)
+    assert "--model_name_or_path" not in told  # where the command has no such flag
     told = refused(["--qqqq", "1", *CPU], capsys)
     assert "Unknown flag '--qqqq'. None of the " in told
     assert "`optimal-sampling test --help` lists them." in told
@@ -80,6 +83,13 @@ def test_a_file_of_no_flags_is_refused(
     config.write_text(text)
     told = refused(["--config", config, *CPU], capsys)
     assert f"config.yaml', which holds {held}; wanted a flag without its dashes on each line" in told
+
+
+@pytest.mark.parametrize("word", ["--student", "--theta", "--model"])
+def test_words_for_the_student_lead_to_trls_flag(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        Parser((ModelConfig,), "optimal-sampling test", "").read([word, "small"])
+    assert f"Unknown flag '{word}'. Did you mean '--model_name_or_path'?" in capsys.readouterr().err
 
 
 def test_one_value_in_a_file_is_a_list_of_one(tmp_path: Path) -> None:
