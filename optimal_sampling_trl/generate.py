@@ -11,7 +11,7 @@ from .backends import GPU_MEMORY_UTILIZATION, Backend, make_backend
 from .mixture import Mixture
 from .options import check_whole, suggest_arguments
 from .output import OptimalSamplingOutput
-from .pairing import NamedWeights, Prompt, check_system_message, encode, reads_two_prompts, warn_of_templates
+from .pairing import NamedWeights, Prompt, check_system_prompts, encode, reads_two_prompts, warn_of_templates
 from .pairing.rows import teacher_prompts_of
 from .rollouts.dense import Dense, check_dense
 from .rollouts.params import takes_sampling_params
@@ -95,10 +95,10 @@ class OptimalSamplingV1:
         if alpha_min is None:
             alpha_min = 0.0 if alpha_method in ("trust_region", "fixed") else 0.5
         self.mixture = Mixture(alpha_method, alpha_min, alpha_max, fixed_alpha, epsilon, form, entropy_scale)
-        check_system_message(system_message)
         self.system_message = system_message
         self.teacher_system_prompt = teacher_system_prompt
         self.theta_system_prompt = theta_system_prompt
+        check_system_prompts(self)
         self.enable_chat_template = enable_chat_template
         self.track_alpha_stats = track_alpha_stats
         self.model_teacher, self.model_theta = _name(model_teacher), _name(model_theta)

@@ -21,6 +21,7 @@ from helpers.oracle import check_rollout
 from optimal_sampling_trl import (
     Dense,
     Mixture,
+    OptimalSamplingGenerator,
     OptimalSamplingOutput,
     OptimalSamplingV1,
     backends,
@@ -447,6 +448,13 @@ def test_a_system_prompt_without_a_place(root: Path, prompt: Any, settings: dict
     with pytest.raises(ValueError) as error:  # noqa: PT011
         build(root, **settings).generate([prompt])
     assert [part for part in words if part not in str(error.value)] == []
+
+
+@pytest.mark.parametrize("name", ["teacher_system_prompt", "theta_system_prompt"])
+def test_a_system_prompt_that_is_no_text(root: Path, name: str) -> None:
+    for make in (lambda **given: build(root, **given), lambda **given: OptimalSamplingGenerator("t", **given)):
+        with pytest.raises(ValueError, match=rf"^`{name}` is \['Be', 'brief'\]; wanted a text, or None"):
+            make(**{name: ["Be", "brief"]})
 
 
 @pytest.mark.usefixtures("unread")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Sequence
@@ -41,31 +42,35 @@ class RewardArguments(ScriptArguments):
 
 
 def find_function(path: str) -> Any:
-    """Return what an import path names; what a module lacks that it imports itself is Python's error."""
+    """Return the function that an import path names; what a module lacks that it imports itself is Python's error."""
     place, _, name = path.rpartition(".")
     try:
         module = import_module(place)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{place}.".startswith(f"{error.name}."):
             raise
-        raise SystemExit(f"`--reward_funcs` has {path!r}, and there is no module {error.name!r}.") from error
-    if not hasattr(module, name):
-        known = [each for each in vars(module) if not each.startswith("_")]
-        raise SystemExit(f"`--reward_funcs`: {unknown_option(f'name in {place}', name, known)}")
-    return getattr(module, name)
+        raise SystemExit(
+            f"`--reward_funcs` has {path!r}, and there is no module {error.name!r}. Install it, or start the command "
+            "in the folder of its file: `right` in my_rewards.py is my_rewards.right."
+        ) from error
+    found = getattr(module, name, None)
+    if not callable(found):
+        known = [each for each in dir(module) if each[0] != "_" and inspect.isfunction(getattr(module, each))]
+        raise SystemExit(f"`--reward_funcs`: {unknown_option(f'function of {place}', name, known)}")
+    return found
 
 
 def load_data(script: ScriptArguments, evaluate: bool) -> dict[str, Any]:
     """Load `train_dataset` and `eval_dataset` from the Hub, a folder or a file (.jsonl, .json, .csv, .parquet)."""
     if not script.dataset_name:
         raise SystemExit("`--dataset_name` is missing; wanted a dataset with the column 'prompt'.")
-    suffix = Path(script.dataset_name).suffix.lstrip(".")
-    if suffix in ("json", "jsonl", "csv", "parquet"):
-        builder = "json" if suffix == "jsonl" else suffix
-        files = {script.dataset_train_split: script.dataset_name}
-        data = load_dataset(builder, data_files=files, streaming=script.dataset_streaming)
-    else:
-        data = load_dataset(script.dataset_name, script.dataset_config, streaming=script.dataset_streaming)
+    try:
+        data = _load(script.dataset_name, script)
+    except OSError as error:  # what `datasets` raises of files, folders and the Hub
+        raise SystemExit(
+            f"`--dataset_name` is {script.dataset_name!r}, and no data was found there: {error}. Wanted a name on the "
+            "Hub, a folder, or a file (.jsonl, .json, .csv, .parquet)."
+        ) from error
     for flag in ("dataset_train_split", "dataset_test_split")[: 2 if evaluate else 1]:
         if (split := getattr(script, flag)) not in data:
             raise SystemExit(
@@ -77,6 +82,16 @@ def load_data(script: ScriptArguments, evaluate: bool) -> dict[str, Any]:
         "train_dataset": data[script.dataset_train_split],
         "eval_dataset": data[script.dataset_test_split] if evaluate else None,
     }
+
+
+def _load(name: str, script: ScriptArguments) -> Any:
+    """Return the splits of a data set, as the flags say it."""
+    suffix = Path(name).suffix.lstrip(".")
+    if suffix in ("json", "jsonl", "csv", "parquet"):
+        builder = "json" if suffix == "jsonl" else suffix
+        files = {script.dataset_train_split: name}
+        return load_dataset(builder, data_files=files, streaming=script.dataset_streaming)
+    return load_dataset(name, script.dataset_config, streaming=script.dataset_streaming)
 
 
 def load_options(model: ModelConfig, training: Any) -> dict[str, Any]:

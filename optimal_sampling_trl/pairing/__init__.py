@@ -23,7 +23,7 @@ from .pair import (
 from .prompts import (
     Prompt,
     check_prompt,
-    check_system_message,
+    check_system_prompts,
     encode,
     reads_two_prompts,
     template_digest,
@@ -61,7 +61,7 @@ __all__ = [
     "check_decoder",
     "check_prompt",
     "check_same_tokens",
-    "check_system_message",
+    "check_system_prompts",
     "check_vocabulary",
     "check_weights",
     "checkpoint_digest",

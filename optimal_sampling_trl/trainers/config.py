@@ -315,6 +315,24 @@ def check_clip(name: str, value: float | None) -> None:
         raise ValueError(f"`{name}` is {value!r}; wanted a number above 0, in nats, or None for no limit. Pass one.")
 
 
+def check_kind(args: Any, wanted: type) -> None:
+    """Refuse what is neither a trainer's configuration nor TRL's of the same method.
+
+    Args:
+        args: what the user passed.
+        wanted: the trainer's configuration.
+
+    Raises:
+        ValueError: naming both.
+    """
+    of_trl = next(base for base in wanted.__mro__ if base.__module__.startswith("trl."))
+    if not isinstance(args, of_trl):
+        raise ValueError(
+            f"`args` is a `{type(args).__name__}`, which lacks fields of this trainer; wanted a `{wanted.__name__}`. "
+            "Pass one: it takes the fields of `TrainingArguments`, too."
+        )
+
+
 def with_our_default(args: Any) -> Any:
     """Give TRL's own `GRPOConfig` our default of its engine's correction; return any other configuration as it is.
 

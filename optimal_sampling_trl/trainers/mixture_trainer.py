@@ -21,17 +21,17 @@ from ..user_warnings import warn_user
 from .batch_metrics import BatchMetrics
 from .card import TAG, complete_card
 from .checkpoints import last_whole_checkpoint, lock_folder
-from .config import correction_of
+from .config import check_kind, correction_of
 from .dense_config import dense_of, joined
 from .engines.base import MixtureGeneration, MixturePlan, check_generation_kwargs, on_all_ranks
 from .engines.endings import endings_known
 from .engines.seam import build_generation, engine_replaced_by
-from .engines.student_checks import check_head, check_teacher_apart
+from .engines.student_checks import check_head, check_teacher_apart, named_in_words
 from .generator import OptimalSamplingGenerator, check_generator
 from .guard import ROWS, TOKENS, WeightGuard, bound_of, check_padding, dropout_of, log_theta_of
 from .loggers import FigureCallback
 from .presets import with_preset
-from .prompts import has_teacher_prompts
+from .prompts import check_columns, has_teacher_prompts
 from .records import Turns, loss_mask, stack_dense, stack_records
 from .several_turns import SeveralTurns
 from .summary import print_summary
@@ -62,11 +62,16 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
     def __init__(self, *, model: Any, generator: OptimalSamplingGenerator | None, args: Any, **trl_arguments: Any):
         self.generator = with_preset(check_generator(generator), getattr(args, "preset", None))
         trl_arguments = self._take_turn_makers(trl_arguments)
-        if args is None:
+        if args is not None:
+            check_kind(args, self.config_class)
+        else:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = self.config_class(f"{name.rstrip('/').split('/')[-1]}-{self._name}")
         self.correction = correction_of(args)
         data = [trl_arguments.get("train_dataset"), trl_arguments.get("eval_dataset")]
+        if trl_arguments.get("environment_factory") is None:  # an environment may have the prompts
+            check_columns(data[0], "train_dataset")
+            check_columns(data[1], "eval_dataset")
         self.has_teacher_prompts = has_teacher_prompts(*data)
         is_known = getattr(data[0], "column_names", None) is not None
         self.may_have_teacher_prompts = self.has_teacher_prompts or not is_known
@@ -76,7 +81,7 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
         self._check_settings()
         self._tag_names = [*type(self)._tag_names, TAG]
         try:
-            with engine_replaced_by(type(self), self._build_generation):
+            with named_in_words(model, args.model_init_kwargs), engine_replaced_by(type(self), self._build_generation):
                 super().__init__(model=model, args=args, **trl_arguments)
         except BaseException:  # a notebook keeps the error, and with it an engine that stays open
             if hasattr(self, "vllm_generation"):
@@ -146,8 +151,9 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
 
         Raises:
             RuntimeError: where another trainer trains into the folder, in all processes.
-            ValueError: where no checkpoint is whole.
+            ValueError: where no checkpoint is whole, or the data set has too few rows for one batch.
         """
+        self._check_rows()
         with ExitStack() as stack:
             on_all_ranks(lambda: self._lock_folder(stack), self.accelerator)
             self._last_loaded_step = -1  # TRL's, by which it knows whether the weights have to be pushed
@@ -155,6 +161,17 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
                 resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
             print_summary(self)
             return super().train(resume_from_checkpoint, *positional, **keywords)
+
+    def _check_rows(self) -> None:
+        """Refuse a data set without the rows of one batch: TRL leaves an incomplete one out, and would end at once."""
+        if not hasattr(self.train_dataset, "__len__"):
+            return
+        wanted = getattr(self._get_train_sampler(), "batch_size", 0)
+        if (found := len(self.train_dataset)) < wanted:
+            raise ValueError(
+                f"`train_dataset` has {found} rows, and a batch takes {wanted} different ones: there would be no "
+                "step. Pass more rows, or lower `per_device_train_batch_size` or `gradient_accumulation_steps`."
+            )
 
     def _lock_folder(self, stack: ExitStack) -> None:
         if self.args.should_save and self.args.output_dir is not None:

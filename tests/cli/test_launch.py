@@ -30,6 +30,8 @@ def test_a_profile_has_a_name() -> None:
         ([PROFILE, "fsdp3"], "'fsdp3'. Known: fsdp1, fsdp2"),
         ([PROFILE], "Known: fsdp1, fsdp2"),
         (["--num_proceses", "2"], "Unknown flag '--num_proceses'. Did you mean '--num_processes'?"),
+        (["run.yaml"], "'run.yaml' follows no flag that takes it"),  # accelerate took it for its script
+        (["--num_processes", "2", "run.yaml"], "'run.yaml' follows no flag"),
         (["--alpha_methd", "x"], "Unknown flag '--alpha_methd'. Did you mean '--alpha_method'?"),
     ],
 )

@@ -78,7 +78,10 @@ def test_a_probe_prints_its_numbers(
 ) -> None:
     teacher, student = (make_model(tmp_path / role, "llama", seed) for seed, role in enumerate(("teacher", "student")))
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "3 + 4 ="}\n' * 3)
-    (tmp_path / "judge.py").write_text("def even(completions, **_):\n    return [len(c) % 2 for c in completions]\n")
+    (tmp_path / "judge.py").write_text(
+        "def even(completions, **_):\n    return [len(c) % 2 for c in completions]\n\n\n"
+        "def broken(completions, **_):\n    return int('one')\n"
+    )
     monkeypatch.chdir(tmp_path)
     flags = [
         "--backend",
@@ -92,19 +95,25 @@ def test_a_probe_prints_its_numbers(
         "--max_tokens",
         "3",
         "-o",
-        "probe.html",
+        "new/probe.html",
     ]
     pair = ["--teacher", str(teacher), "--model_name_or_path", str(student)]
     main(["probe", *pair, *flags, "--reward_funcs", "judge.even"])
     told = capsys.readouterr().out
     assert "2 prompts, 2 completions each." in told
     assert re.search(r"^student .*\n.*\n.*\n.*\n.*\n", told, re.MULTILINE)
-    assert "<table>" in (tmp_path / "probe.html").read_text()
+    assert "<table>" in (tmp_path / "new" / "probe.html").read_text()
     with pytest.raises(SystemExit, match="`--reward_funcs` names 2 functions; wanted one"):
         main(["probe", *pair, *flags, "--reward_funcs", "judge.even", "judge.even"])
-    for flag, value, wanted in (("prompts", "-1", "`prompts` is -1; "), ("temperature", "0", "`temperature` is 0")):
+    for flag, value, wanted in (
+        ("prompts", "-1", "`prompts` is -1; "),
+        ("temperature", "0", "`temperature` is 0"),
+        ("n", "0", "optimal-sampling probe: probe: `n` is 0; wanted a whole number"),
+    ):
         words = ["probe", *pair, *flags, "--reward_funcs", "judge.even", f"--{flag}", value]
         assert wanted in refused(words, capsys)
+    with pytest.raises(ValueError, match="invalid literal"):  # not this package's: it keeps its traceback
+        main(["probe", *pair, *flags, "--reward_funcs", "judge.broken"])
 
 
 @pytest.mark.parametrize(
@@ -115,7 +124,6 @@ def test_a_probe_prints_its_numbers(
         (["--max_samples", "0"], "`max_samples` is 0; wanted a whole number of at least 1. Drop it for all prompts."),
         (["--alpha_min", "3"], "`alpha_min` is 3.0; wanted a number in [0, 1]"),
         (["--engine_arguments", "{"], "`--engine_arguments` is '{'; wanted a JSON object"),
-        (["--dataset_name", "nowhere.jsonl"], "nowhere.jsonl"),
     ],
 )
 def test_what_sample_refuses_is_one_line(

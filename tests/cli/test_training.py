@@ -27,8 +27,9 @@ def test_a_reward_without_a_module_is_named() -> None:
         RewardArguments().rewards()
     home = "optimal_sampling_trl.demo.pair"
     for path, wanted in (
-        (f"{home}.rewrd", rf"Unknown name in {home} 'rewrd'\. .*Did you mean 'reward'"),
-        ("no_such_package.rewards.reward", "and there is no module 'no_such_package'"),
+        (f"{home}.rewrd", rf"Unknown function of {home} 'rewrd'\. .*Did you mean 'reward'"),
+        (f"{home}.PRIME", rf"Unknown function of {home} 'PRIME'"),  # a number
+        ("nowhere.right", "has 'nowhere.right', and there is no module 'nowhere'. Install it, or start"),
         ("optimal_sampling_trl.no_such_module.reward", "and there is no module 'optimal_sampling_trl.no_such_module'"),
     ):
         with pytest.raises(SystemExit, match=wanted):
@@ -44,6 +45,9 @@ def test_a_file_is_data(tmp_path: Path) -> None:
     assert data["eval_dataset"] is None
     script = ScriptArguments(dataset_name=str(tmp_path / "data.jsonl"), dataset_streaming=True)
     assert isinstance(load_data(script, evaluate=False)["train_dataset"], IterableDataset)
+    for name in ("nowhere.jsonl", "nobody/nothing"):
+        with pytest.raises(SystemExit, match=f"`--dataset_name` is '{name}', and no data was found there: .* Wanted"):
+            load_data(ScriptArguments(dataset_name=name), evaluate=False)
     with pytest.raises(SystemExit, match="`--dataset_name` is missing"):
         load_data(ScriptArguments(), evaluate=False)
 

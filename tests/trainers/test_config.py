@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import trl
 
 from helpers.training import (
@@ -70,6 +71,18 @@ def test_engine_arguments_stand_over_trls_settings(pair: tuple[str, str], tmp_pa
         generator = {"engine_arguments": arguments}
         trainer = make_trainer("grpo", pair, tmp_path, generator=generator, vllm_max_model_length=60)
         assert trainer.vllm_generation.pair.context == context
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo", "raft", "sampled_token"])
+def test_another_trainers_configuration_is_refused(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
+    """By both names, where a missing field was named before."""
+    wanted = KINDS[kind][1].__name__
+    given = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
+    other = RLOOConfig if kind != "rloo" else GRPOConfig
+    for args in (transformers.TrainingArguments(**given), other(**given), given):
+        words = rf"^`args` is a `{type(args).__name__}`, which lacks fields .*; wanted a `{wanted}`\. Pass one"
+        with pytest.raises(ValueError, match=words):
+            make_trainer(kind, pair, tmp_path, trainer={"args": args})
 
 
 def test_the_users_config_is_left_as_it_was(pair: tuple[str, str], tmp_path: Path) -> None:

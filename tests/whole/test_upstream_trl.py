@@ -421,6 +421,25 @@ def test_the_rewards(name: str) -> None:
         )
 
 
+@pytest.mark.parametrize("name", ["GRPO", "RLOO"])
+def test_how_a_trainer_calls_a_reward_function(name: str) -> None:
+    ours = "trainers/reward_functions.py"
+    missing = {"reward_funcs", "reward_func_names"} - attributes(TRAINERS[name].__init__)
+    need(not missing, f"{name}Trainer has no {missing}", "trainers/rewarded.py (__init__)")
+    need(hasattr(utils, "is_async_callable"), "trl.trainer.utils has no is_async_callable", ours)
+    called = calls(inspect.unwrap(TRAINERS[name]._calculate_rewards), "reward_func")
+    of_functions = [call for call in called if any(keyword.arg == "completions" for keyword in call.keywords)]
+    need(len(of_functions) == 1 and not of_functions[0].args, "functions are called otherwise than by keywords", ours)
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_the_rows_that_a_batch_takes(name: str) -> None:
+    ours = "trainers/mixture_trainer.py (_check_rows)"
+    need(calls(TRAINERS[name]._get_train_sampler, "RepeatSampler"), f"{name}Trainer has another sampler", ours)
+    sampler = utils.RepeatSampler(range(5), mini_repeat_count=1, batch_size=3, shuffle=False)
+    need(sampler.batch_size == 3 and list(sampler) == [0, 1, 2], "RepeatSampler keeps an incomplete batch", ours)
+
+
 def test_grpos_own_correction() -> None:
     from optimal_sampling_trl.trainers.grpo import RATIO_DETAILS, RATIO_MODES
 

@@ -94,8 +94,8 @@ def shift_stream(
 ) -> Stream:
     """Return one model's stream in the step in which vLLM schedules `scheduled`; waits for no device.
 
-    A token before the model's first has id and position 0 and is written nowhere; its hidden state means nothing. Nor
-    is one that vLLM writes nowhere: those of a trial step are in slots that still hold the prompts of earlier requests.
+    A token before the model's first has id and position 0 and is written nowhere; its hidden state means nothing. One
+    that vLLM writes nowhere stays so: a trial step is in slots that still hold the prompts of earlier requests.
 
     Args:
         scheduled: vLLM's stream.
