@@ -211,10 +211,14 @@ def test_load_theta_sleep_and_wake_up(root: Path, tmp_path: Path) -> None:
     sampler = build(root)
     wanted = build(root, model_theta=str(tmp_path / "new")).generate(PROMPTS, **settings).generated_ids
     assert sampler.generate(PROMPTS, **settings).generated_ids != wanted
-    sampler.load_theta(new.named_parameters())
-    sampler.sleep()
-    sampler.wake_up()
-    assert sampler.generate(PROMPTS, **settings).generated_ids == wanted
+    old = {name: weight.clone() for name, weight in sampler.backend.theta.state_dict().items()}
+    for weights in (new.named_parameters(), new.state_dict(), list(new.state_dict().items())):
+        sampler.load_theta(old)
+        assert sampler.generate(PROMPTS, **settings).generated_ids != wanted
+        sampler.load_theta(weights)
+        sampler.sleep()
+        sampler.wake_up()
+        assert sampler.generate(PROMPTS, **settings).generated_ids == wanted
 
 
 def test_loaded_models_and_paths(root: Path) -> None:

@@ -14,6 +14,7 @@ from datasets import load_dataset
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from .. import trainers
+from ..options import unknown_option
 from ..trainers import GeneratorArguments
 from .launch import launch, launch_flags, launch_words, needs_launch
 from .parser import Parser
@@ -36,7 +37,22 @@ class RewardArguments(ScriptArguments):
             if "." not in path.strip("."):
                 raise SystemExit(f"`--reward_funcs` has {path!r}; wanted an import path such as my_module.{path}.")
         sys.path.insert(0, os.getcwd())
-        return [getattr(import_module(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in self.reward_funcs]
+        return [find_function(path) for path in self.reward_funcs]
+
+
+def find_function(path: str) -> Any:
+    """Return what an import path names; what a module lacks that it imports itself is Python's error."""
+    place, _, name = path.rpartition(".")
+    try:
+        module = import_module(place)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{place}.".startswith(f"{error.name}."):
+            raise
+        raise SystemExit(f"`--reward_funcs` has {path!r}, and there is no module {error.name!r}.") from error
+    if not hasattr(module, name):
+        known = [each for each in vars(module) if not each.startswith("_")]
+        raise SystemExit(f"`--reward_funcs`: {unknown_option(f'name in {place}', name, known)}")
+    return getattr(module, name)
 
 
 def load_data(script: ScriptArguments, evaluate: bool) -> dict[str, Any]:
@@ -46,7 +62,8 @@ def load_data(script: ScriptArguments, evaluate: bool) -> dict[str, Any]:
     suffix = Path(script.dataset_name).suffix.lstrip(".")
     if suffix in ("json", "jsonl", "csv", "parquet"):
         builder = "json" if suffix == "jsonl" else suffix
-        data = load_dataset(builder, data_files={script.dataset_train_split: script.dataset_name})
+        files = {script.dataset_train_split: script.dataset_name}
+        data = load_dataset(builder, data_files=files, streaming=script.dataset_streaming)
     else:
         data = load_dataset(script.dataset_name, script.dataset_config, streaming=script.dataset_streaming)
     for flag in ("dataset_train_split", "dataset_test_split")[: 2 if evaluate else 1]:
@@ -139,17 +156,12 @@ class Job:
         parser = self.parser()
         further = {flag.removeprefix("--") for flag in launch_flags()}
         sampling, script, model, training = parser.read(sys.argv[1:] if words is None else words, further)
-        try:
+        with parser.refusing():
             generator = sampling.generator()
-        except ValueError as error:
-            parser.error(str(error))
-        rewards = {"reward_funcs": script.rewards()} if self.rewarded else {}
+            rewards = {"reward_funcs": script.rewards()} if self.rewarded else {}
+            data = load_data(script, evaluate=training.eval_strategy != "no")
         trainer = getattr(trainers, f"{self.method}Trainer")(
-            generator=generator,
-            args=training,
-            **rewards,
-            **load_options(model, training),
-            **load_data(script, evaluate=training.eval_strategy != "no"),
+            generator=generator, args=training, **rewards, **load_options(model, training), **data
         )
         run(trainer)
 

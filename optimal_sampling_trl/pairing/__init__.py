@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .checkpoint import StoredWeights, checkpoint_digest
 from .ending import Ending, end_of_sequence, stop_tokens
+from .names import NamedWeights
 from .pair import (
     STATE_LAYERS,
     STUDENT,
@@ -50,6 +51,7 @@ __all__ = [
     "STATE_LAYERS",
     "STUDENT",
     "Ending",
+    "NamedWeights",
     "Pair",
     "Prompt",
     "Source",

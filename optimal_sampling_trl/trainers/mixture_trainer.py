@@ -32,7 +32,7 @@ from .guard import ROWS, TOKENS, WeightGuard, bound_of, check_padding, dropout_o
 from .loggers import FigureCallback
 from .presets import with_preset
 from .prompts import has_teacher_prompts
-from .records import loss_mask, stack_dense, stack_records
+from .records import Turns, loss_mask, stack_dense, stack_records
 from .several_turns import SeveralTurns
 from .summary import print_summary
 from .table import complete_table
@@ -75,9 +75,14 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
         self.args = args
         self._check_settings()
         self._tag_names = [*type(self)._tag_names, TAG]
-        with engine_replaced_by(type(self), self._build_generation):
-            super().__init__(model=model, args=args, **trl_arguments)
-        self.guard = WeightGuard(self._rounding(), getattr(args, "log_theta_tolerance", None))
+        try:
+            with engine_replaced_by(type(self), self._build_generation):
+                super().__init__(model=model, args=args, **trl_arguments)
+        except BaseException:  # a notebook keeps the error, and with it an engine that stays open
+            if hasattr(self, "vllm_generation"):
+                self.close()
+            raise
+        self.guard = WeightGuard(self._rounding(), self._setting("log_theta_tolerance"))
         self._guarded = 0  # the push whose first batch was compared last
         self._warn_of_dropout()
         self.callback_handler.callbacks.insert(0, FigureCallback(self))  # before those that close the loggers
@@ -100,7 +105,7 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
             will_evaluate_alone=self._will_evaluate_alone(),
         )
         longest = on_all_ranks(self._check_shapes, self.accelerator)
-        engine = build_generation(plan, self._loaded_teacher(), **trl_arguments)
+        self.vllm_generation = engine = build_generation(plan, self._loaded_teacher(), **trl_arguments)
         self._share_teacher_tokenizer(engine)
         on_all_ranks(lambda: self._check_lengths(longest, engine), self.accelerator)
         warn_of_unread(self.args, engine.unread_settings())
@@ -179,6 +184,10 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
         mixtures = self.vllm_generation.plan.mixtures(rows, 0, processes)
         return torch.tensor([mixture.is_theta_only for mixture in mixtures], device=self.accelerator.device)
 
+    def _setting(self, name: str) -> Any:
+        """Return a field of our configuration; its default where the configuration is TRL's, which lacks it."""
+        return getattr(self.args if hasattr(self.args, name) else self.config_class, name)
+
     def _check_settings(self) -> None:
         """Refuse settings that contradict each other, and warn of those that do nothing, before anything is loaded.
 
@@ -229,7 +238,7 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
         output.update(stack_records(turns, output))
         if self._dense_wish() is not None:
             output.update(stack_dense(turns, output["completion_ids"]))
-        self._guard_weights(output)
+        self._guard_weights(turns, output)
         self._weigh(output)
         if self.model.training:
             self._correct(output)
@@ -259,8 +268,12 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
                 "off what is a module.",
             )
 
-    def _guard_weights(self, output: dict[str, Any]) -> None:
-        """Compare the engine's log θ with the trainer's, on the first batch after each push of weights."""
+    def _guard_weights(self, turns: Turns, output: dict[str, Any]) -> None:
+        """Compare the engine's log θ with the trainer's, on the first batch after each push of weights.
+
+        Of a completion's turns the first is read: where processes share the student each has to run it equally often,
+        and they differ in the number of turns.
+        """
         if self._guarded == self.vllm_generation.pushes:
             return
         self._guarded = self.vllm_generation.pushes
@@ -270,7 +283,7 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
             mask = loss_mask(output).bool()
             engine, trainer = output["log_theta"][mask], of_tokens[mask]
         else:  # TRL computed none, or one with dropout
-            few = self.rollouts[:ROWS]
+            few = [of_row[0] for of_row in turns[:ROWS]]
             trainer = log_theta_of(self.model, [one.theta_prompt_ids for one in few], few, self.temperature)
             engine = torch.cat([one.log_theta[:TOKENS] for one in few]).to(trainer.device)
         both = torch.stack([engine, trainer.float()], dim=1)  # (N, 2)

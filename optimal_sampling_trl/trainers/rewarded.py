@@ -46,8 +46,11 @@ class RewardedTrainer(TwoRounds, DenseTermTrainer):
         return rewards
 
     def _tell_of_overtaking(self) -> None:
-        """Log a warning, once, where the student's completions have come to earn more than the mixture's."""
-        if not self.model.training or self._overtaking.told:
+        """Log a warning, once, where the student's completions have come to earn more than the mixture's.
+
+        With `mixture_below` the two are not compared: the mixture's are for prompts where the student fails.
+        """
+        if not self.model.training or self._overtaking.told or self.generator.mixture_below is not None:
             return
         message = self._overtaking.add(self.rewards, self._theta_rows())
         if message is not None and self.accelerator.is_main_process:

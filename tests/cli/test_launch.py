@@ -20,7 +20,8 @@ def test_a_profile_has_a_name() -> None:
     assert (first, rest) == ("--config_file", ["--num_processes", "2"])
     assert path.endswith("trl/accelerate_configs/fsdp2.yaml")
     file = "recipes/accelerate/ddp.yaml"
-    assert launch_words(JOB.parser(), [PROFILE, file]) == ["--config_file", file]
+    for words in ([PROFILE, file], [f"{PROFILE}={file}"]):
+        assert launch_words(JOB.parser(), words) == ["--config_file", file]
 
 
 @pytest.mark.parametrize(

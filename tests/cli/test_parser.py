@@ -37,7 +37,9 @@ def test_flags_and_the_file_become_the_dataclasses(tmp_path: Path) -> None:
     sampling, script, training = parser().read(words, ["num_processes"])
     assert (sampling.teacher, sampling.alpha_method, script.dataset_name) == ("large", "entropy", "data")
     assert (training.learning_rate, training.use_cpu) == (1e-3, True)
-    assert parser().unread([*words, "--num_machines", "1"]) == (["--num_processes", "2"], ["--num_machines", "1"])
+    for given in (words, [f"--config={config}", *words[2:]]):
+        assert parser().unread([*given, "--num_machines", "1"]) == (["--num_processes", "2"], ["--num_machines", "1"])
+        assert parser().read(given, ["num_processes"])[0].teacher == "large"
 
 
 def test_what_is_misspelt_is_told_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,6 +55,10 @@ def test_what_is_misspelt_is_told_the_nearest(tmp_path: Path, capsys: pytest.Cap
     config.write_text("learning_rte: 1\n")
     assert "Did you mean '--learning_rate'?" in refused(["--config", config, *CPU], capsys)
     assert "nowhere.yaml" in refused(["--config", tmp_path / "nowhere.yaml", *CPU], capsys)
+    for content, holds in (("", "None"), ("- a\n", "['a']"), ("a text", "'a text'")):
+        config.write_text(content)
+        told = refused(["--config", config, *CPU], capsys)
+        assert f"config.yaml', which holds {holds}; wanted lines `flag: value`" in told
 
 
 def test_a_configuration_that_refuses_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

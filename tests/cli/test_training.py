@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from datasets import IterableDataset
 from trl import ScriptArguments, TrlParser
 
 from optimal_sampling_trl import GRPOConfig
@@ -24,7 +25,15 @@ def test_a_reward_without_a_module_is_named() -> None:
         RewardArguments(reward_funcs=["reward"]).rewards()
     with pytest.raises(SystemExit, match=r"`--reward_funcs` is missing"):
         RewardArguments().rewards()
-    (found,) = RewardArguments(reward_funcs=["optimal_sampling_trl.demo.pair.reward"]).rewards()
+    home = "optimal_sampling_trl.demo.pair"
+    for path, wanted in (
+        (f"{home}.rewrd", rf"Unknown name in {home} 'rewrd'\. .*Did you mean 'reward'"),
+        ("no_such_package.rewards.reward", "and there is no module 'no_such_package'"),
+        ("optimal_sampling_trl.no_such_module.reward", "and there is no module 'optimal_sampling_trl.no_such_module'"),
+    ):
+        with pytest.raises(SystemExit, match=wanted):
+            RewardArguments(reward_funcs=[path]).rewards()
+    (found,) = RewardArguments(reward_funcs=[f"{home}.reward"]).rewards()
     assert found(["21="], ["12"]) == [1.0]
 
 
@@ -33,6 +42,8 @@ def test_a_file_is_data(tmp_path: Path) -> None:
     data = load_data(ScriptArguments(dataset_name=str(tmp_path / "data.jsonl")), evaluate=False)
     assert data["train_dataset"]["prompt"] == ["a"]
     assert data["eval_dataset"] is None
+    script = ScriptArguments(dataset_name=str(tmp_path / "data.jsonl"), dataset_streaming=True)
+    assert isinstance(load_data(script, evaluate=False)["train_dataset"], IterableDataset)
     with pytest.raises(SystemExit, match="`--dataset_name` is missing"):
         load_data(ScriptArguments(), evaluate=False)
 
