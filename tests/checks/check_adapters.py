@@ -81,11 +81,11 @@ def one(name: str) -> None:
 def in_a_process(name: str, limit: float, out: Path) -> dict[str, Any]:
     """The line of one case, from a process that may crash or hang."""
     log = out / f"{name}.log"
+    command = [sys.executable, __file__, "--case", name]
+    environment = os.environ | {"PYTHONPATH": python_path(), "PYTHONFAULTHANDLER": "1"}
+    environment.pop("MASTER_PORT", None)  # the trainer takes a free one where none is named
     with log.open("w") as file:
-        child = subprocess.Popen(
-            [sys.executable, __file__, "--case", name], stdout=file, stderr=file, cwd=ROOT, start_new_session=True,
-            env=os.environ | {"PYTHONPATH": python_path(), "PYTHONFAULTHANDLER": "1"},
-        )  # fmt: skip
+        child = subprocess.Popen(command, stdout=file, stderr=file, env=environment, cwd=ROOT, start_new_session=True)
         try:
             code: int | str = child.wait(limit)
         except subprocess.TimeoutExpired:

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from transformers import PreTrainedConfig
 
 from ...pairing import STATE_LAYERS, attention_window, has_states, is_wrapper, rope_kinds, shares_caches
+from .versions import minor_version
 
 WINDOWED = ("gemma2", "gemma3_text", "gemma4_text", "gpt_oss", "mistral", "phi3")
 """Model types whose windows were held against the oracle: vLLM reads windows in each family's code by other rules."""
@@ -42,6 +43,8 @@ EXPERTS = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_expe
 """Fields of a configuration by which vLLM knows a mixture of experts."""
 RENAMED = ("compressed-tensors", "fp8")
 """Ways of quantising of which vLLM can rename the layers that a checkpoint leaves out."""
+SHARED_SINCE = (0, 31)
+"""The first version of vLLM whose layers that share a cache were held against the oracle on a GPU."""
 OTHER_BACKEND = "Sample with backend='transformers' instead."
 
 
@@ -109,9 +112,9 @@ def _reasons(config: PreTrainedConfig, role: str, context: int) -> Iterator[str]
     if "dynamic" in rope_kinds(config):
         yield "has dynamic RoPE, whose angles vLLM computes otherwise than transformers, which trains"
     if "mscale_all_dim" in rope_kinds(config).get("yarn", {}) and not latent_sizes(config) and not reads_mscale():
-        yield "has YaRN with `mscale_all_dim`, which this vLLM does not read, so that its angles are others"
+        yield "has YaRN with `mscale_all_dim`, which vLLM reads from 0.30 on: its angles are others here"
     if getattr(config, "is_heterogeneous", False) and not reads_layers():
-        yield "has heads of two sizes, which transformers since 5.15 tells of each layer and this vLLM does not read"
+        yield "has heads of two sizes, told of each layer since transformers 5.15, which vLLM reads from 0.28 on"
     if role == "student" and config.model_type == "gpt_oss":
         yield "is a gpt-oss, of which vLLM's reload keeps the old experts; it may be the teacher"
     if not has_a_class(config):
@@ -183,8 +186,8 @@ def has_several_tables(configs: Collection[PreTrainedConfig]) -> bool:
 
 
 def check_shared_caches(configs: dict[str, PreTrainedConfig]) -> None:
-    """Refuse layers that read another layer's cache, on a GPU: they have tables of blocks of their own, which were run
-    on a CPU alone.
+    """Refuse layers that read another layer's cache, on a GPU with an older vLLM: they have tables of blocks of their
+    own, which were not run there.
 
     Args:
         configs: of both models, by their roles.
@@ -193,11 +196,12 @@ def check_shared_caches(configs: dict[str, PreTrainedConfig]) -> None:
         ValueError: naming the model.
     """
     for role, config in configs.items():
-        if shares_caches(config) and not is_on_cpu():
+        if shares_caches(config) and not is_on_cpu() and minor_version() < SHARED_SINCE:
+            wanted, got = (".".join(map(str, version)) for version in (SHARED_SINCE, minor_version()))
             raise ValueError(
                 f"The {role} {config.name_or_path!r} has layers that read another layer's cache "
-                f"(`{config.model_type}`), which were never seen to be right in this engine on a GPU. Wanted a model "
-                f"without. {OTHER_BACKEND}"
+                f"(`{config.model_type}`), and vLLM is {got}; on a GPU they were checked from {wanted} on. Install a "
+                f"newer vLLM. {OTHER_BACKEND}"
             )
 
 

@@ -45,6 +45,7 @@ OWNED = {
     "enable_prompt_embeds": "one embedding cannot be read by two models",
     "enable_return_routed_experts": "it looks for the experts of one model, and here are two",
     "disable_hybrid_kv_cache_manager": "this backend sets it by the windows of the two models",
+    "kv_sharing_fast_prefill": "it skips tokens by the layers of one model, and here are two",
     "disable_sliding_window": "a `max_model_len` of at most the window does the same for both models",
     "watermark_config": "its tokens are drawn by a key instead of from the mixture",
     "return_sampling_mask": "its columns and those of the records would meet",

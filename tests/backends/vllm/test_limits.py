@@ -166,8 +166,9 @@ def test_latent_attention_beside_another(tmp_path: Path, monkeypatch: pytest.Mon
     assert not check_pair(latent, latent, {}).two_prompts
 
 
+@pytest.mark.usefixtures("pair")  # after vLLM's plugins, as the engine reads a pair
 def test_layers_that_share_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They have tables of their own, which were run on a CPU alone."""
+    """They have tables of their own, which were checked on a GPU from vLLM 0.31 on."""
     from vllm.platforms import current_platform
 
     kinds = ["sliding_attention", "full_attention", "full_attention"]
@@ -181,8 +182,13 @@ def test_layers_that_share_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [pair.windows for pair in found] == [(24,), (24,)]
     assert not found[0].two_prompts
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
-    with pytest.raises(ValueError, match=r"The teacher .*1' has layers that read another layer's cache .* on a GPU"):
+    monkeypatch.setattr("vllm.__version__", "0.31.0")
+    assert check_pair(shared, shared, {}).shares_caches
+    monkeypatch.setattr("vllm.__version__", "0.26.0")
+    words = r"The teacher .*1' has layers that read another layer's cache .*vLLM is 0\.26; .* checked from 0\.31 on"
+    with pytest.raises(ValueError, match=words):
         check_pair(shared, plain, {})
+    assert not check_pair(plain, plain, {}).shares_caches
 
 
 def test_angles_whose_size_vllm_does_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,19 +198,20 @@ def test_angles_whose_size_vllm_does_not_read(tmp_path: Path, monkeypatch: pytes
     model = make_model(tmp_path, "ministral3", 0)
     assert check_pair(model, model, {}).teacher == model
     monkeypatch.setattr(yarn_scaling_rope.YaRNScalingRotaryEmbedding, "__init__", lambda self, head_size: None)
-    with pytest.raises(ValueError, match="has YaRN with `mscale_all_dim`, which this vLLM does not read"):
+    with pytest.raises(ValueError, match=r"has YaRN with `mscale_all_dim`, which vLLM reads from 0\.30 on"):
         check_pair(model, model, {})
     latent = make_model(tmp_path / "own", "deepseek_v2", 0)  # whose YaRN is a class of its own
     assert check_pair(latent, latent, {}).teacher == latent
 
 
+@pytest.mark.usefixtures("pair")  # after vLLM's plugins, as the engine reads a pair
 def test_heads_of_two_sizes_that_vllm_does_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM 0.26 would stop with transformers' words about `head_dim`."""
     from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
     model = make_model(tmp_path, "gemma4", 0)
     monkeypatch.delattr(ModelArchConfigConvertorBase, "get_per_layer_hf_configs", raising=False)
-    with pytest.raises(ValueError, match=r"The teacher .* has heads of two sizes, which .* this vLLM does not read"):
+    with pytest.raises(ValueError, match=r"The teacher .* has heads of two sizes, .* which vLLM reads from 0\.28 on"):
         check_pair(model, model, {})
 
 
@@ -310,6 +317,7 @@ def test_a_teacher_with_an_fp8_cache(pair: tuple[str, str], tmp_path: Path) -> N
         ({"data_parallel_size": "2"}, "`data_parallel_size` is '2'; wanted a whole number"),
         ({"max_num_seqs": 0}, "`max_num_seqs` is 0; wanted a whole number"),
         ({"kv_transfer_config": {"kv_connector": "x"}}, "`kv_transfer_config` cannot be set"),
+        ({"kv_sharing_fast_prefill": True}, "`kv_sharing_fast_prefill` cannot be set: it skips tokens by the layers"),
         ({"enable_lora": True}, "`enable_lora` cannot be set: the student's adapter is merged"),
         ({"hf_overrides": {"architectures": ["X"]}}, "`hf_overrides` is .* wanted a dict without `architectures`"),
         ({"additional_config": {"optimal_sampling": {}}}, "`additional_config` is .* without the key"),
