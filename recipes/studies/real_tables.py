@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from math import hypot, inf
 from pathlib import Path
-from statistics import mean, mode
+from statistics import mean
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -41,14 +41,13 @@ from real_cells import (
     usual,
     whole,
 )
+from real_draws import draws, teachers
 from real_text_report import gain, shown_right
 from runs import Line, by_rate, one_each, read_runs
 
 RESULTS = Path(__file__).parent / "results"
 SECONDS = "real_seconds"
 """File of a run of each arm alone on a card, whose student is the teacher: it tells the seconds."""
-MEASURED = "real_text", "presets_real", "dense_real", "informed"
-"""Files of the runs at whose ends the teachers were measured."""
 EARLY = 14_400
 """Completions at which the published mixtures are compared early: the last measurement is after 224 updates or 240."""
 Column = Callable[[list[Line]], str]
@@ -59,28 +58,6 @@ def stored(name: str, **place: str | int) -> list[Line]:
     """The runs of a file at a place, one of each."""
     lines = read_runs(RESULTS / f"{name}.jsonl")
     return one_each(line for line in lines if all(line[key] == value for key, value in place.items()))
-
-
-def draws(task: str) -> list[Line]:
-    """The shares of the teacher that most runs of a task had, each sampling of it once, cut runs among them.
-
-    The greedy share tells which teacher it is. Runs of one seed and length sample it alike.
-    """
-    lines = [line for name in MEASURED for line in read_runs(RESULTS / f"{name}.jsonl") if line["task"] == task]
-    found = [line["of_teacher"] for line in lines if line["of_teacher"]]
-    greedy = mode(shares["greedy"] for shares in found)
-    return list({(s["right"], s["any_right"]): s for s in found if s["greedy"] == greedy}.values())
-
-
-def teachers() -> Iterator[str]:
-    """The teacher of each task over all of its draws."""
-    yield "| task | draws | right | lowest to highest | greedy | pass@8 |"
-    yield "|---|---|---|---|---|---|"
-    for task in ("sums", "steps"):
-        found = draws(task)
-        right, passed = ([shares[name] for shares in found] for name in ("right", "any_right"))
-        words = f"{min(right):.3f} to {max(right):.3f} | {found[0]['greedy']:.3f} | {spread(passed)}"
-        yield short(f"| {task} | {len(found)} | {spread(right)} | {words} |")
 
 
 def table(lines: Sequence[Line], columns: dict[str, Column]) -> Iterator[str]:
@@ -112,7 +89,7 @@ def presets() -> Iterator[str]:
         f"after 224 updates, seeds {words}": partial(by_seed, completions=EARLY, seeds=seeds),
         "at the end": partial(by_seed, completions=inf, seeds=seeds),
         "mean": end,
-        "above the teacher": partial(above, teacher=[shares["right"] for shares in draws("sums")]),
+        "above the teacher": partial(above, teacher=[shares["right"] for shares in draws(RESULTS, "sums")]),
         "greedy": partial(average, name="greedy"),
         "pass@8": partial(average, name="any_right"),
     }
@@ -191,7 +168,9 @@ class Table(NamedTuple):
 def place(task: str, student: str) -> Iterator[str]:
     """The arms of real_text.py at 340 updates."""
     lines = stored("real_text", task=task, student=student, steps=340)
-    more: dict[str, Column] = {"above the teacher": partial(above, teacher=[one["right"] for one in draws(task)])}
+    more: dict[str, Column] = {
+        "above the teacher": partial(above, teacher=[one["right"] for one in draws(RESULTS, task)])
+    }
     return ends(lines, more | (timed(task, lines) if student == "whole" else {}))
 
 
@@ -199,7 +178,7 @@ STUDIES, PRESETS = "recipes/studies/README.md", "docs/presets.md"
 TABLES = {
     "presets": Table(PRESETS, presets),
     "rates of presets": Table(PRESETS, lambda: rates(stored("presets_real"))),
-    "teachers": Table(STUDIES, teachers),
+    "teachers": Table(STUDIES, partial(teachers, RESULTS)),
     "steps, whole": Table(STUDIES, partial(place, "steps", "whole")),
     "sums, pruned": Table(STUDIES, partial(place, "sums", "pruned")),
     "steps, pruned": Table(STUDIES, partial(place, "steps", "pruned")),

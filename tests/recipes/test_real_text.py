@@ -20,9 +20,10 @@ from optimal_sampling_trl import Mixture
 from optimal_sampling_trl.rollouts.rollout import Rollout
 from real_arms import ARMS, PUBLISHED, trainer_of
 from real_cells import above, alone, equal
+from real_draws import MEASURED, draws
 from real_exam import distance, mean_of
 from real_models import learn
-from real_tables import MEASURED, TABLES, draws, ends, rates, stored, timed
+from real_tables import TABLES, ends, rates, stored, timed
 from real_tasks import TASKS, answer_of
 from real_text_report import gain, seeds
 from runs import one_each, read_runs, take_card
@@ -195,9 +196,7 @@ def test_a_longer_run_replaces_a_shorter_one_and_a_cut_one_is_in_no_mean() -> No
     assert equal([again], 0.6) == pytest.approx([0.24])  # between a half of the updates and three quarters
 
 
-def test_an_arm_is_held_against_all_draws_of_the_teacher_that_most_runs_had(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_arm_is_held_against_all_draws_of_the_teacher_that_most_runs_had(tmp_path: Path) -> None:
     def line(right: float, greedy: float, arm: str = "RAFT", done: int = 4) -> dict[str, Any]:
         teacher = {"right": right, "greedy": greedy, "any_right": 0.75}
         return {"task": "sums", "arm": arm, "of_teacher": teacher, "right": 0.6, "done": done, "steps": 4}
@@ -205,8 +204,7 @@ def test_an_arm_is_held_against_all_draws_of_the_teacher_that_most_runs_had(
     runs = [line(0.5, 0.58), line(0.5, 0.58, arm="TRB"), line(0.46, 0.58, done=1), line(0.4, 0.5), line(0.4, 0.5)]
     for name in MEASURED:
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
-    monkeypatch.setattr("real_tables.RESULTS", tmp_path)
-    found = [shares["right"] for shares in draws("sums")]
+    found = [shares["right"] for shares in draws(tmp_path, "sums")]
     assert found == [0.5, 0.46]
     assert above(runs[:2], found) == ".120 ± .025"  # √(.6 × .4 / 1024) of the samples, .02 of the teacher's draws
     assert above([runs[0], runs[1] | {"right": 0.7}], found) == ".170 ± .054"  # .05 over seeds
