@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from .backends import GPU_MEMORY_UTILIZATION, Backend, make_backend
 from .mixture import Mixture
 from .options import check_whole, suggest_arguments
 from .output import OptimalSamplingOutput
-from .pairing import Prompt, check_system_message, encode, reads_two_prompts, warn_of_templates
+from .pairing import NamedWeights, Prompt, check_system_prompts, encode, reads_two_prompts, warn_of_templates
 from .pairing.rows import teacher_prompts_of
 from .rollouts.dense import Dense, check_dense
 from .rollouts.params import takes_sampling_params
@@ -96,10 +95,10 @@ class OptimalSamplingV1:
         if alpha_min is None:
             alpha_min = 0.0 if alpha_method in ("trust_region", "fixed") else 0.5
         self.mixture = Mixture(alpha_method, alpha_min, alpha_max, fixed_alpha, epsilon, form, entropy_scale)
-        check_system_message(system_message)
         self.system_message = system_message
         self.teacher_system_prompt = teacher_system_prompt
         self.theta_system_prompt = theta_system_prompt
+        check_system_prompts(self)
         self.enable_chat_template = enable_chat_template
         self.track_alpha_stats = track_alpha_stats
         self.model_teacher, self.model_theta = _name(model_teacher), _name(model_theta)
@@ -243,9 +242,16 @@ class OptimalSamplingV1:
     def _output(self, rollouts: list[Rollout]) -> OptimalSamplingOutput:
         return OptimalSamplingOutput.of(rollouts, self.backend.tokenizer, self.track_alpha_stats)
 
-    def load_theta(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Replace the student's weights in place, all or none, under the names of transformers."""
-        self.backend.load_theta(list(named_parameters))
+    def load_theta(self, named_parameters: NamedWeights) -> None:
+        """Replace the student's weights in place, all or none.
+
+        Args:
+            named_parameters: every weight under its name in transformers, as pairs or as a `state_dict`.
+
+        Raises:
+            ValueError: where weights are missing, unknown or of another shape, naming them.
+        """
+        self.backend.load_theta(dict(named_parameters))
 
     def sleep(self) -> None:
         """Free as much memory as the engine can; the teacher is kept."""

@@ -14,7 +14,9 @@ from typing import Any, TypeVar
 C = TypeVar("C", bound=Callable[..., Any])
 
 MANY = 40
-"""Number of known names above which the nearest alone is shown, where there is one."""
+"""Number of known names above which they are not listed."""
+FEW = 5
+"""Most names that are shown as the longer ones of a word."""
 NEARLY = 0.8
 """Similarity from which a keyword counts as a misspelt one of a function that takes any keyword."""
 NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
@@ -22,12 +24,20 @@ NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 
 
 def unknown_option(what: str, got: str, known: Iterable[str]) -> str:
-    """Return the message for an unknown option: its kind, the given name, the known names and the nearest one."""
+    """Return the message for an unknown option: its kind, the given name, the known names and the nearest ones."""
     names = sorted(known)
-    close = get_close_matches(str(got), names, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    listed = "" if close and len(names) > MANY else f" Known: {', '.join(names)}."
+    near = _nearest(str(got), names)
+    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+    listed = f" Known: {', '.join(names)}."
+    if len(names) > MANY:
+        listed = "" if near else f" None of the {len(names)} known ones resembles it."
     return f"Unknown {what} {got!r}.{listed}{hint}"
+
+
+def _nearest(got: str, names: list[str]) -> list[str]:
+    """Return the names that begin with a word, where they are few; else the most similar one, if there is any."""
+    longer = [name for name in names if got and name.startswith(got)]
+    return longer if 0 < len(longer) <= FEW else get_close_matches(got, names, n=1)
 
 
 def check_choice(name: str, value: Any, known: Collection[str]) -> None:

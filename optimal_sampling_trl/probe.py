@@ -107,7 +107,8 @@ def probe(
 
     Args:
         sampler: the pair, ready to sample; its own mixture is not read.
-        dataset: rows with a `prompt`, as a trainer takes them; 64 are a good number.
+        dataset: rows with a `prompt`, and a `teacher_prompt` where the teacher reads another, as a trainer takes them;
+            64 are a good number.
         reward: called with all completions of one way of sampling at once, and the columns of their rows.
         n: completions of each prompt.
         max_tokens: longest completion.
@@ -163,8 +164,11 @@ class _Task:
 
     def sample(self, mixture: Mixture, n: int, temperature: float, seed: int | None) -> list[Rollout]:
         """Return n completions of each prompt, those of one prompt next to each other."""
+        from .pairing.prompts import TEACHER_PROMPT
+
         prompts = [row["prompt"] for row in self.rows]
-        settings: dict[str, Any] = {"temperature": temperature, "n": n, "seed": seed}
+        instead = [row.get(TEACHER_PROMPT) for row in self.rows]
+        settings: dict[str, Any] = {"temperature": temperature, "n": n, "seed": seed, "teacher_prompts": instead}
         return self.sampler.generate(prompts, self.max_tokens, mixture=mixture, **settings).rollouts
 
     def accepted(self, rollouts: Sequence[Rollout]) -> Float[Tensor, " N"]:

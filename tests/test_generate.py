@@ -21,6 +21,7 @@ from helpers.oracle import check_rollout
 from optimal_sampling_trl import (
     Dense,
     Mixture,
+    OptimalSamplingGenerator,
     OptimalSamplingOutput,
     OptimalSamplingV1,
     backends,
@@ -211,10 +212,14 @@ def test_load_theta_sleep_and_wake_up(root: Path, tmp_path: Path) -> None:
     sampler = build(root)
     wanted = build(root, model_theta=str(tmp_path / "new")).generate(PROMPTS, **settings).generated_ids
     assert sampler.generate(PROMPTS, **settings).generated_ids != wanted
-    sampler.load_theta(new.named_parameters())
-    sampler.sleep()
-    sampler.wake_up()
-    assert sampler.generate(PROMPTS, **settings).generated_ids == wanted
+    old = {name: weight.clone() for name, weight in sampler.backend.theta.state_dict().items()}
+    for weights in (new.named_parameters(), new.state_dict(), list(new.state_dict().items())):
+        sampler.load_theta(old)
+        assert sampler.generate(PROMPTS, **settings).generated_ids != wanted
+        sampler.load_theta(weights)
+        sampler.sleep()
+        sampler.wake_up()
+        assert sampler.generate(PROMPTS, **settings).generated_ids == wanted
 
 
 def test_loaded_models_and_paths(root: Path) -> None:
@@ -443,6 +448,13 @@ def test_a_system_prompt_without_a_place(root: Path, prompt: Any, settings: dict
     with pytest.raises(ValueError) as error:  # noqa: PT011
         build(root, **settings).generate([prompt])
     assert [part for part in words if part not in str(error.value)] == []
+
+
+@pytest.mark.parametrize("name", ["teacher_system_prompt", "theta_system_prompt"])
+def test_a_system_prompt_that_is_no_text(root: Path, name: str) -> None:
+    for make in (lambda **given: build(root, **given), lambda **given: OptimalSamplingGenerator("t", **given)):
+        with pytest.raises(ValueError, match=rf"^`{name}` is \['Be', 'brief'\]; wanted a text, or None"):
+            make(**{name: ["Be", "brief"]})
 
 
 @pytest.mark.usefixtures("unread")

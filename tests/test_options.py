@@ -37,7 +37,18 @@ def test_a_choice_is_one_of_those_that_are_known() -> None:
 def test_of_many_names_the_nearest_alone_is_told() -> None:
     known = [f"name_{index}" for index in range(100)]
     assert unknown_option("flag", "name_7x", known) == "Unknown flag 'name_7x'. Did you mean 'name_7'?"
-    assert len(unknown_option("flag", "zzz", known)) > 800
+    assert unknown_option("flag", "zzz", known) == "Unknown flag 'zzz'. None of the 100 known ones resembles it."
+
+
+def test_a_name_that_was_cut_short_is_told_what_begins_with_it() -> None:
+    """`--model` is more like `--mode` than like `--model_name_or_path`, and means the second."""
+    known = ["--mode", "--model_name_or_path", "--model_revision"]
+    assert unknown_option("flag", "--model", known).endswith(
+        " Did you mean '--model_name_or_path' or '--model_revision'?"
+    )
+    assert unknown_option("flag", "", known).endswith(f"Known: {', '.join(known)}.")
+    many = [f"name_{index}" for index in range(9)]
+    assert unknown_option("flag", "name", many).endswith(" Did you mean 'name_8'?")
 
 
 @suggest_arguments(maximum="most=")

@@ -117,6 +117,18 @@ def test_chats_reach_the_reward_as_a_trainer_hands_them_on(sampler: OptimalSampl
     assert all(one[0]["role"] == "assistant" for one in seen)
 
 
+def test_the_teacher_reads_its_own_prompts_as_in_training(found: Probe, sampler: OptimalSamplingV1) -> None:
+    """Those of the column `teacher_prompt`; None among them is the student's."""
+    instead = [f"{number * 7}={row['prompt']}" if number % 2 else None for number, row in enumerate(ROWS)]
+    rows = [row | {"teacher_prompt": other} for row, other in zip(ROWS, instead)]
+    informed = probe(sampler, rows, has_wanted, n=4, max_tokens=6)
+    settings: dict[str, Any] = {"n": 4, "seed": 0, "mixture": MIXTURES["student"], "teacher_prompts": instead}
+    rollouts = sampler.generate([row["prompt"] for row in ROWS], 6, **settings).rollouts
+    ratio = torch.cat([one.log_teacher - one.log_theta for one in rollouts])
+    assert informed.overlap == pytest.approx(float(ratio.exp().clamp(max=1.0).mean()), rel=1e-5)
+    assert informed.overlap != pytest.approx(found.overlap, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("rows", "settings", "wanted"),
     [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..options import unknown_option
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..pairing import Pair, Source
+    from ..pairing import NamedWeights, Pair, Source
     from ..rollouts.progress import Progress
     from ..rollouts.request import Request
     from ..rollouts.rollout import Rollout
@@ -45,7 +44,7 @@ class Backend(Protocol):
     def generate(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Rollout]:
         """Sample one rollout for each request, in their order; each is added to `progress`."""
 
-    def load_theta(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+    def load_theta(self, named_parameters: NamedWeights) -> None:
         """Replace the student's weights in place; refuse a set that is not whole."""
 
     def weight_digest(self, role: str) -> str | None:

@@ -12,7 +12,7 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from ..options import unknown_option
-from .parser import Parser
+from .parser import Parser, apart
 
 PROFILE = "--accelerate_config"
 """The flag of a profile: a name of TRL's, or a file that `accelerate config` wrote."""
@@ -37,13 +37,14 @@ def launch_words(parser: Parser, words: Sequence[str]) -> list[str]:
         parser: the command's.
         words: those that it did not read.
     """
+    words = apart(words, PROFILE)
     parser.refuse(words, launch_flags())
     if PROFILE in words:
-        at = list(words).index(PROFILE) + 1
+        at = words.index(PROFILE) + 1
         name = words[at] if at < len(words) else ""
         if name not in profiles() and not Path(name).is_file():
             parser.error(unknown_option(f"profile of `{PROFILE}`", name, profiles()))
-    return resolve_accelerate_config_argument(list(words))
+    return resolve_accelerate_config_argument(words)
 
 
 def needs_launch() -> bool:

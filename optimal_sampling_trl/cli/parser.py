@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,6 +15,14 @@ from trl import TrlParser
 
 from ..options import unknown_option
 
+CONFIG = "--config"
+"""The flag that names a YAML file."""
+INSTEAD = {
+    **dict.fromkeys(("--student", "--theta", "--model"), "--model_name_or_path"),
+    "--dataset": "--dataset_name",
+    "--reward": "--reward_funcs",
+}
+"""Flags that other commands or a user's own words have, and what TRL and this package call them."""
 PACKAGES = {"optimal_sampling_trl": "this package", "trl": "TRL", "transformers": "transformers"}
 """Packages whose fields a configuration has, in the order in which the help shows them."""
 
@@ -56,10 +65,8 @@ class Parser(TrlParser):
         """
         of_file, of_line = self.unread(words)
         self.refuse([*of_line, *(flag for flag in of_file[::2] if flag.removeprefix("--") not in set(further))])
-        try:
-            parsed: Any = self.parse_args_and_config(words, return_remaining_strings=True)
-        except ValueError as error:
-            self.error(str(error))
+        with self.refusing():
+            parsed: Any = self.parse_args_and_config(apart(words, CONFIG), return_remaining_strings=True)
         *found, _ = parsed
         self._check_choices(found)
         return tuple(found)
@@ -70,28 +77,74 @@ class Parser(TrlParser):
         Nothing is built of the flags: a configuration counts processes, which may be started later. Ends the process
         on a value that is none of a flag's choices, and after `--help`.
         """
-        words, of_file = list(words), {}
-        if "--config" in words:
-            at = words.index("--config")
-            try:
-                of_file = yaml.safe_load(Path(words[at + 1]).read_text(encoding="utf-8"))
-            except (OSError, IndexError, yaml.YAMLError) as error:
-                self.error(f"`--config` names no YAML file that can be read: {error}")
+        words, of_file = apart(words, CONFIG), {}
+        if CONFIG in words:
+            at = words.index(CONFIG)
+            of_file = self._read_file(words[at + 1 : at + 2])
             del words[at : at + 2]
         known = {action.dest for action in self._actions} | {"env"}
-        rest = [
-            word for name, value in dict(of_file).items() if name not in known for word in (f"--{name}", str(value))
-        ]
+        rest = [word for name, value in of_file.items() if name not in known for word in (f"--{name}", str(value))]
         return rest, self.parse_known_args(words)[1]
 
     def refuse(self, unread: Iterable[str], further: Iterable[str] = ()) -> None:
-        """End the process where a word is a flag that is neither this parser's nor among `further`."""
-        further = set(further)
+        """End the process where a word is neither a flag of `further` nor stands after one.
+
+        Args:
+            unread: the words that this parser does not know.
+            further: flags that something else reads.
+        """
+        further, before = set(further), ""
         for word in unread:
             name = word.split("=")[0]
-            if name.startswith("--") and name not in further:
+            if name.startswith("-") and name not in further:
                 flags = [flag for flag in self._option_string_actions if "-" not in flag.removeprefix("--")]
-                self.error(unknown_option("flag", name, [*flags, *further]))
+                if (meant := INSTEAD.get(name)) in flags:
+                    self.error(f"Unknown flag {name!r}. Did you mean {meant!r}?")
+                found = unknown_option("flag", name, [CONFIG, *flags, *further])
+                self.error(found if "Did you mean" in found else f"{found} `{self.prog} --help` lists them.")
+            if not name.startswith("-") and before not in further:
+                self.error(
+                    f"{word!r} follows no flag that takes it; wanted each value behind its flag, and a YAML file "
+                    f"behind `{CONFIG}`."
+                )
+            before = name
+
+    def set_defaults_with_config(self, **config: Any) -> list[str]:
+        """Take a file's values as TRL does; of a flag that takes several, one that is no list is a list of one.
+
+        A text would else be read as a list of its letters.
+        """
+        several = {action.dest for action in self._actions if action.nargs in ("+", "*")}
+        lists = {name: [value] for name, value in config.items() if name in several and isinstance(value, str)}
+        return super().set_defaults_with_config(**{**config, **lists})
+
+    def _read_file(self, named: Sequence[str]) -> dict[str, Any]:
+        """Return the flags of a YAML file; end the process where it is none.
+
+        Args:
+            named: its path, or nothing.
+        """
+        if not named:
+            self.error(f"`{CONFIG}` stands at the end; wanted the path of a YAML file behind it.")
+        try:
+            found = yaml.safe_load(Path(named[0]).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            self.error(f"`{CONFIG}` names no YAML file that can be read: {error}")
+        if not isinstance(found, dict):
+            held = "nothing" if found is None else f"a {type(found).__name__}"
+            self.error(
+                f"`{CONFIG}` is {named[0]!r}, which holds {held}; wanted a flag without its dashes on each line, such "
+                "as `learning_rate: 1.0e-5`."
+            )
+        return found
+
+    @contextmanager
+    def refusing(self) -> Iterator[None]:
+        """End the process with one line where the block refuses what it is asked for, or a file cannot be used."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            self.error(str(error))
 
     def error(self, message: str) -> NoReturn:
         """End the process with one line, where argparse prints the names of all flags above it."""
@@ -121,6 +174,11 @@ class Parser(TrlParser):
                     for action in actions:
                         self._optionals._group_actions.remove(action)
                         group._group_actions.append(action)
+
+
+def apart(words: Iterable[str], flag: str) -> list[str]:
+    """Return the words with the value of `flag=value` as a word of its own, which is how TRL looks for it."""
+    return [part for word in words for part in (word.split("=", 1) if word.startswith(f"{flag}=") else [word])]
 
 
 def _package(kind: type, each: Field[Any]) -> str:

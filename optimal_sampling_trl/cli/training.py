@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from datasets import load_dataset
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from .. import trainers
+from ..options import unknown_option
 from ..trainers import GeneratorArguments
 from .launch import launch, launch_flags, launch_words, needs_launch
 from .parser import Parser
@@ -36,19 +38,39 @@ class RewardArguments(ScriptArguments):
             if "." not in path.strip("."):
                 raise SystemExit(f"`--reward_funcs` has {path!r}; wanted an import path such as my_module.{path}.")
         sys.path.insert(0, os.getcwd())
-        return [getattr(import_module(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in self.reward_funcs]
+        return [find_function(path) for path in self.reward_funcs]
+
+
+def find_function(path: str) -> Any:
+    """Return the function that an import path names; what a module lacks that it imports itself is Python's error."""
+    place, _, name = path.rpartition(".")
+    try:
+        module = import_module(place)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{place}.".startswith(f"{error.name}."):
+            raise
+        raise SystemExit(
+            f"`--reward_funcs` has {path!r}, and there is no module {error.name!r}. Install it, or start the command "
+            "in the folder of its file: `right` in my_rewards.py is my_rewards.right."
+        ) from error
+    found = getattr(module, name, None)
+    if not callable(found):
+        known = [each for each in dir(module) if each[0] != "_" and inspect.isfunction(getattr(module, each))]
+        raise SystemExit(f"`--reward_funcs`: {unknown_option(f'function of {place}', name, known)}")
+    return found
 
 
 def load_data(script: ScriptArguments, evaluate: bool) -> dict[str, Any]:
     """Load `train_dataset` and `eval_dataset` from the Hub, a folder or a file (.jsonl, .json, .csv, .parquet)."""
     if not script.dataset_name:
         raise SystemExit("`--dataset_name` is missing; wanted a dataset with the column 'prompt'.")
-    suffix = Path(script.dataset_name).suffix.lstrip(".")
-    if suffix in ("json", "jsonl", "csv", "parquet"):
-        builder = "json" if suffix == "jsonl" else suffix
-        data = load_dataset(builder, data_files={script.dataset_train_split: script.dataset_name})
-    else:
-        data = load_dataset(script.dataset_name, script.dataset_config, streaming=script.dataset_streaming)
+    try:
+        data = _load(script.dataset_name, script)
+    except OSError as error:  # what `datasets` raises of files, folders and the Hub
+        raise SystemExit(
+            f"`--dataset_name` is {script.dataset_name!r}, and no data was found there: {error}. Wanted a name on the "
+            "Hub, a folder, or a file (.jsonl, .json, .csv, .parquet)."
+        ) from error
     for flag in ("dataset_train_split", "dataset_test_split")[: 2 if evaluate else 1]:
         if (split := getattr(script, flag)) not in data:
             raise SystemExit(
@@ -60,6 +82,16 @@ def load_data(script: ScriptArguments, evaluate: bool) -> dict[str, Any]:
         "train_dataset": data[script.dataset_train_split],
         "eval_dataset": data[script.dataset_test_split] if evaluate else None,
     }
+
+
+def _load(name: str, script: ScriptArguments) -> Any:
+    """Return the splits of a data set, as the flags say it."""
+    suffix = Path(name).suffix.lstrip(".")
+    if suffix in ("json", "jsonl", "csv", "parquet"):
+        builder = "json" if suffix == "jsonl" else suffix
+        files = {script.dataset_train_split: name}
+        return load_dataset(builder, data_files=files, streaming=script.dataset_streaming)
+    return load_dataset(name, script.dataset_config, streaming=script.dataset_streaming)
 
 
 def load_options(model: ModelConfig, training: Any) -> dict[str, Any]:
@@ -139,17 +171,12 @@ class Job:
         parser = self.parser()
         further = {flag.removeprefix("--") for flag in launch_flags()}
         sampling, script, model, training = parser.read(sys.argv[1:] if words is None else words, further)
-        try:
+        with parser.refusing():
             generator = sampling.generator()
-        except ValueError as error:
-            parser.error(str(error))
-        rewards = {"reward_funcs": script.rewards()} if self.rewarded else {}
+            rewards = {"reward_funcs": script.rewards()} if self.rewarded else {}
+            data = load_data(script, evaluate=training.eval_strategy != "no")
         trainer = getattr(trainers, f"{self.method}Trainer")(
-            generator=generator,
-            args=training,
-            **rewards,
-            **load_options(model, training),
-            **load_data(script, evaluate=training.eval_strategy != "no"),
+            generator=generator, args=training, **rewards, **load_options(model, training), **data
         )
         run(trainer)
 

@@ -2,7 +2,7 @@
 
 The prompt is `3141592653=`, the completion `1123345569` and EOS: 11 tokens. Both models are tiny Llamas with one
 tokenizer of 40 entries, one per character; `data/` has prompts. The pair is made once, in a minute or two on two CPU
-cores, and then cached.
+cores, and then cached; a folder of your own gets a copy.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -192,7 +193,10 @@ def read_stamp(folder: Path) -> dict[str, Any]:
 
 
 def make_pair(folder: Path = DEFAULT) -> Pair:
-    """Train both models into `folder`, or return at once when they are there, made by the same recipe."""
+    """Train both models into `folder`, or return at once when they are there, made by the same recipe.
+
+    Another folder than the cache's gets a copy of the pair that `optimal-sampling demo` has left there.
+    """
     folder = Path(folder).absolute()
     pair, stamp = Pair(str(folder / "teacher"), str(folder / "student")), read_stamp(folder)
     if stamp.get("recipe") == FINGERPRINT:
@@ -205,7 +209,10 @@ def make_pair(folder: Path = DEFAULT) -> Pair:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)  # more are no faster here, and the order of sums depends on them
-        write_models(scratch / "new")
+        if read_stamp(DEFAULT).get("recipe") == FINGERPRINT:
+            shutil.copytree(DEFAULT, scratch / "new")
+        else:
+            write_models(scratch / "new")
         if read_stamp(folder).get("recipe") != FINGERPRINT:  # equal where another process was faster
             if folder.exists():
                 folder.rename(scratch / "old")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .checkpoint import StoredWeights, checkpoint_digest
 from .ending import Ending, end_of_sequence, stop_tokens
+from .names import NamedWeights
 from .pair import (
     STATE_LAYERS,
     STUDENT,
@@ -22,7 +23,7 @@ from .pair import (
 from .prompts import (
     Prompt,
     check_prompt,
-    check_system_message,
+    check_system_prompts,
     encode,
     reads_two_prompts,
     template_digest,
@@ -50,6 +51,7 @@ __all__ = [
     "STATE_LAYERS",
     "STUDENT",
     "Ending",
+    "NamedWeights",
     "Pair",
     "Prompt",
     "Source",
@@ -59,7 +61,7 @@ __all__ = [
     "check_decoder",
     "check_prompt",
     "check_same_tokens",
-    "check_system_message",
+    "check_system_prompts",
     "check_vocabulary",
     "check_weights",
     "checkpoint_digest",

@@ -7,7 +7,7 @@ old files lack the prefix of the base model.
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +25,9 @@ from transformers.core_model_loading import PrefixChange, revert_weight_conversi
 from .wrappers import is_wrapper
 
 logger = logging.getLogger(__name__)
+
+NamedWeights = Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]
+"""A model's weights: pairs of a name and a tensor, or a `state_dict`."""
 
 
 def model_class(config: PreTrainedConfig) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from ..options import check_choice
+from ..options import check_choice, shown
 from ..user_warnings import warn_user
 
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
@@ -24,9 +24,19 @@ TEACHER_PROMPT = "teacher_prompt"
 _PROBE = ({"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "3"})
 
 
-def check_system_message(system_message: str) -> None:
-    """Refuse what is none of `SYSTEM_MESSAGE`."""
-    check_choice("system_message", system_message, SYSTEM_MESSAGE)
+def check_system_prompts(owner: Any) -> None:
+    """Refuse a system prompt that is no text, and a `system_message` that is none of `SYSTEM_MESSAGE`.
+
+    Args:
+        owner: has them as attributes.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    for name in SYSTEM_PROMPTS.values():
+        if not isinstance(text := getattr(owner, name), str | None):
+            raise ValueError(f"`{name}` is {shown(text)}; wanted a text, or None for no system prompt. Pass one.")
+    check_choice("system_message", owner.system_message, SYSTEM_MESSAGE)
 
 
 def check_prompt(prompt_ids: Sequence[int], context: int, vocabulary: int, index: int | str, role: str) -> None:

@@ -79,8 +79,7 @@ def card_facts(trainer: Any) -> dict[str, Any]:
     generator, mixture, args = trainer.generator, trainer.generator.mixture, trainer.args
     group, gated = trainer._group_size(), mixture.method == "entropy_gate"
     alone = generator.theta_count(group, trainer.default_theta_fraction)  # as set: it may grow while training runs
-    loss = {"positive_only": getattr(trainer, "_positive_only", None)}  # a configuration of TRL's has no such field
-    loss |= {name: getattr(args, name) for name in LOSS_FIELDS if hasattr(args, name)}
+    loss = {name: trainer._setting(name) for name in LOSS_FIELDS if hasattr(trainer.config_class, name)}
     facts: dict[str, Any] = {
         "trainer": trainer._name,
         "teacher": model_name(generator.teacher),

@@ -168,6 +168,8 @@ class GRPOConfig(PresetConfig, CreditConfig, PolicyGradientConfig, trl.GRPOConfi
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_number("GRPOConfig", "distillation_coefficient", self.distillation_coefficient, float("-inf"))
+        check_clip("distillation_clip", self.distillation_clip)
         check_choice("baseline", self.baseline, BASELINES)
         if self.mixture_weight_steps is not None:
             check_whole("GRPOConfig", "mixture_weight_steps", self.mixture_weight_steps, 1)
@@ -219,7 +221,7 @@ class RAFTConfig(DenseTermConfig, GuardConfig, trl.GRPOConfig):
         ```
     """
 
-    num_generations: int | None = field(
+    num_generations: int = field(
         default=1, metadata={"help": "Completions of each prompt; 1 spends a batch on as many prompts as it holds."}
     )
     accept: float | None = field(
@@ -247,7 +249,7 @@ class RAFTConfig(DenseTermConfig, GuardConfig, trl.GRPOConfig):
             check_number("RAFTConfig", "accept", self.accept, float("-inf"))
         check_choice("completion_weight", self.completion_weight, WEIGHTS)
         check_choice("denominator", self.denominator, DENOMINATORS)
-        number = int(self.num_generations or 1)
+        number = self.num_generations
         self.num_generations = _GroupOfAnySize(number)
         super().__post_init__()
         self.num_generations = number
@@ -299,8 +301,37 @@ class DistillationConfig(PresetConfig, DenseLossConfig, CorrectionConfig, trl.Di
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_clip("sampled_token_clip", self.sampled_token_clip)
         if self.loss not in LOSSES:
             raise ValueError(unknown_option("loss of distillation", self.loss, LOSSES))
+
+
+def check_clip(name: str, value: float | None) -> None:
+    """Refuse a limit of log t − log θ that is no number of nats.
+
+    Raises:
+        ValueError: on one that is not finite and above 0: below 0 every token would have the same pull, at 0 none.
+    """
+    if value is not None and not 0 < value < float("inf"):
+        raise ValueError(f"`{name}` is {value!r}; wanted a number above 0, in nats, or None for no limit. Pass one.")
+
+
+def check_kind(args: Any, wanted: type) -> None:
+    """Refuse what is neither a trainer's configuration nor TRL's of the same method.
+
+    Args:
+        args: what the user passed.
+        wanted: the trainer's configuration.
+
+    Raises:
+        ValueError: naming both.
+    """
+    of_trl = next(base for base in wanted.__mro__ if base.__module__.startswith("trl."))
+    if not isinstance(args, of_trl):
+        raise ValueError(
+            f"`args` is a `{type(args).__name__}`, which lacks fields of this trainer; wanted a `{wanted.__name__}`. "
+            "Pass one: it takes the fields of `TrainingArguments`, too."
+        )
 
 
 def with_our_default(args: Any) -> Any:

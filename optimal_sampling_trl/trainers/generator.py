@@ -14,7 +14,7 @@ from ..backends import BACKENDS
 from ..backends.transformers.backend import ENGINE_OPTIONS
 from ..mixture import FIELDS, Mixture
 from ..options import check_choice, check_flag, check_number, shown, suggest_arguments, unknown_option
-from ..pairing import MODEL_OPTIONS, STUDENT, check_system_message, is_student, reads_two_prompts
+from ..pairing import MODEL_OPTIONS, STUDENT, check_system_prompts, is_student, reads_two_prompts
 from ..rollouts.dense import Dense, check_dense
 
 ELSEWHERE = {
@@ -96,7 +96,7 @@ class OptimalSamplingGenerator:
                 f"`engine_arguments` is {shown(self.engine_arguments)}; wanted a dictionary, for example "
                 "{'max_num_seqs': 64}."
             )
-        check_system_message(self.system_message)
+        check_system_prompts(self)
         check_dense("OptimalSamplingGenerator", self.dense)
         if self.theta_fraction is not None:
             check_number("OptimalSamplingGenerator", "theta_fraction", self.theta_fraction, 0.0, 1.0)

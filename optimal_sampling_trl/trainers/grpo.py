@@ -137,7 +137,7 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
     def _check_settings(self) -> None:
         super()._check_settings()
         check_choice("vllm_importance_sampling_mode", self.args.vllm_importance_sampling_mode, RATIO_MODES)
-        if getattr(self.args, "baseline", "group") == "own" and self._theta_count() == 0:
+        if self._setting("baseline") == "own" and self._theta_count() == 0:
             raise ValueError(
                 "`baseline` is 'own' and the student samples no completion of a group; wanted some. Raise the "
                 "generator's `theta_fraction`, or leave `baseline` at 'group'."
@@ -165,7 +165,7 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
     def _check_credit(self) -> None:
         """Refuse several updates of one batch with anchored credit: its factor is that of the first."""
         updates = self.args.steps_per_generation * self.args.num_iterations
-        if self._credit == "anchored" and self.args.gradient_accumulation_steps % updates != 0:
+        if self._setting("credit") == "anchored" and self.args.gradient_accumulation_steps % updates != 0:
             raise ValueError(
                 f"`credit` is 'anchored' with `steps_per_generation` {self.args.steps_per_generation} and "
                 f"`num_iterations` {self.args.num_iterations}, at `gradient_accumulation_steps` "
@@ -175,16 +175,16 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
             )
 
     def _theta_count(self) -> int:
-        steps, state = getattr(self.args, "mixture_weight_steps", None), getattr(self, "state", None)
+        steps, state = self._setting("mixture_weight_steps"), getattr(self, "state", None)
         if steps is not None and state is not None and state.global_step >= steps:
             return self._group_size()  # the mixture's completions would have no weight
         return super()._theta_count()
 
     def _advantages(self, output: dict[str, Any]) -> Tensor:
         """Return the advantages (B,), over the student's own baseline and weighted down where that is asked for."""
-        if getattr(self.args, "baseline", "group") == "own":
+        if self._setting("baseline") == "own":
             output["advantages"] = self._own_advantages(len(output["advantages"]))
-        weight = mixture_weight(self.state.global_step, getattr(self.args, "mixture_weight_steps", None))
+        weight = mixture_weight(self.state.global_step, self._setting("mixture_weight_steps"))
         return torch.where(output["mixture_rows"], weight, 1.0) * super()._advantages(output)
 
     def _own_advantages(self, rows: int) -> Tensor:
@@ -201,13 +201,8 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
         if self.args.vllm_importance_sampling_correction:
             weights = output["importance_sampling_ratio"] * weights  # TRL's (B, T) or (B, 1)
         output["importance_sampling_ratio"] = weights
-        if self._credit == "routed" and self._dense_coefficient():
+        if self._setting("credit") == "routed" and self._dense_coefficient():
             output["dense_weights"] = self._routed_weights(output)
-
-    @property
-    def _credit(self) -> str:
-        """The configuration's `credit`; our default where the configuration is TRL's, which has none."""
-        return getattr(self.args, "credit", GRPOConfig.credit)
 
     def _routed_weights(self, output: dict[str, Any]) -> Tensor:
         """Weight (B, T) of each token in the dense term: 0 in right completions, a mean of 1 over the others' tokens.
@@ -227,10 +222,10 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
         if "dense_weights" in output:
             routed = (output["dense_weights"] > 0).any(1)
             output["advantages"] = advantages = advantages.masked_fill(routed, 0.0)
-        if self._credit == "anchored":
+        if self._setting("credit") == "anchored":
             of_tokens = advantages[:, None].expand_as(output["log_theta"])
             output["advantages"] = of_tokens * anchor_factor(of_tokens, output["log_teacher"] - output["log_theta"])
-        if coefficient := getattr(self.args, "distillation_coefficient", 0.0):
+        if coefficient := self._setting("distillation_coefficient"):
             towards_teacher = sampled_token_coefficients(
                 output["log_teacher"],
                 output["log_theta"],

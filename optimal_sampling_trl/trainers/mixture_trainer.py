@@ -21,18 +21,18 @@ from ..user_warnings import warn_user
 from .batch_metrics import BatchMetrics
 from .card import TAG, complete_card
 from .checkpoints import last_whole_checkpoint, lock_folder
-from .config import correction_of
+from .config import check_kind, correction_of
 from .dense_config import dense_of, joined
 from .engines.base import MixtureGeneration, MixturePlan, check_generation_kwargs, on_all_ranks
 from .engines.endings import endings_known
 from .engines.seam import build_generation, engine_replaced_by
-from .engines.student_checks import check_head, check_teacher_apart
+from .engines.student_checks import check_head, check_teacher_apart, named_in_words
 from .generator import OptimalSamplingGenerator, check_generator
 from .guard import ROWS, TOKENS, WeightGuard, bound_of, check_padding, dropout_of, log_theta_of
 from .loggers import FigureCallback
 from .presets import with_preset
-from .prompts import has_teacher_prompts
-from .records import loss_mask, stack_dense, stack_records
+from .prompts import check_columns, has_teacher_prompts
+from .records import Turns, loss_mask, stack_dense, stack_records
 from .several_turns import SeveralTurns
 from .summary import print_summary
 from .table import complete_table
@@ -62,11 +62,16 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
     def __init__(self, *, model: Any, generator: OptimalSamplingGenerator | None, args: Any, **trl_arguments: Any):
         self.generator = with_preset(check_generator(generator), getattr(args, "preset", None))
         trl_arguments = self._take_turn_makers(trl_arguments)
-        if args is None:
+        if args is not None:
+            check_kind(args, self.config_class)
+        else:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = self.config_class(f"{name.rstrip('/').split('/')[-1]}-{self._name}")
         self.correction = correction_of(args)
         data = [trl_arguments.get("train_dataset"), trl_arguments.get("eval_dataset")]
+        if trl_arguments.get("environment_factory") is None:  # an environment may have the prompts
+            check_columns(data[0], "train_dataset")
+            check_columns(data[1], "eval_dataset")
         self.has_teacher_prompts = has_teacher_prompts(*data)
         is_known = getattr(data[0], "column_names", None) is not None
         self.may_have_teacher_prompts = self.has_teacher_prompts or not is_known
@@ -75,9 +80,14 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
         self.args = args
         self._check_settings()
         self._tag_names = [*type(self)._tag_names, TAG]
-        with engine_replaced_by(type(self), self._build_generation):
-            super().__init__(model=model, args=args, **trl_arguments)
-        self.guard = WeightGuard(self._rounding(), getattr(args, "log_theta_tolerance", None))
+        try:
+            with named_in_words(model, args.model_init_kwargs), engine_replaced_by(type(self), self._build_generation):
+                super().__init__(model=model, args=args, **trl_arguments)
+        except BaseException:  # a notebook keeps the error, and with it an engine that stays open
+            if hasattr(self, "vllm_generation"):
+                self.close()
+            raise
+        self.guard = WeightGuard(self._rounding(), self._setting("log_theta_tolerance"))
         self._guarded = 0  # the push whose first batch was compared last
         self._warn_of_dropout()
         self.callback_handler.callbacks.insert(0, FigureCallback(self))  # before those that close the loggers
@@ -100,7 +110,7 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
             will_evaluate_alone=self._will_evaluate_alone(),
         )
         longest = on_all_ranks(self._check_shapes, self.accelerator)
-        engine = build_generation(plan, self._loaded_teacher(), **trl_arguments)
+        self.vllm_generation = engine = build_generation(plan, self._loaded_teacher(), **trl_arguments)
         self._share_teacher_tokenizer(engine)
         on_all_ranks(lambda: self._check_lengths(longest, engine), self.accelerator)
         warn_of_unread(self.args, engine.unread_settings())
@@ -141,8 +151,9 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
 
         Raises:
             RuntimeError: where another trainer trains into the folder, in all processes.
-            ValueError: where no checkpoint is whole.
+            ValueError: where no checkpoint is whole, or the data set has too few rows for one batch.
         """
+        self._check_rows()
         with ExitStack() as stack:
             on_all_ranks(lambda: self._lock_folder(stack), self.accelerator)
             self._last_loaded_step = -1  # TRL's, by which it knows whether the weights have to be pushed
@@ -150,6 +161,17 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
                 resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
             print_summary(self)
             return super().train(resume_from_checkpoint, *positional, **keywords)
+
+    def _check_rows(self) -> None:
+        """Refuse a data set without the rows of one batch: TRL leaves an incomplete one out, and would end at once."""
+        if not hasattr(self.train_dataset, "__len__"):
+            return
+        wanted = getattr(self._get_train_sampler(), "batch_size", 0)
+        if (found := len(self.train_dataset)) < wanted:
+            raise ValueError(
+                f"`train_dataset` has {found} rows, and a batch takes {wanted} different ones: there would be no "
+                "step. Pass more rows, or lower `per_device_train_batch_size` or `gradient_accumulation_steps`."
+            )
 
     def _lock_folder(self, stack: ExitStack) -> None:
         if self.args.should_save and self.args.output_dir is not None:
@@ -178,6 +200,10 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
         rows = len(self._dataset_rows) * processes
         mixtures = self.vllm_generation.plan.mixtures(rows, 0, processes)
         return torch.tensor([mixture.is_theta_only for mixture in mixtures], device=self.accelerator.device)
+
+    def _setting(self, name: str) -> Any:
+        """Return a field of our configuration; its default where the configuration is TRL's, which lacks it."""
+        return getattr(self.args if hasattr(self.args, name) else self.config_class, name)
 
     def _check_settings(self) -> None:
         """Refuse settings that contradict each other, and warn of those that do nothing, before anything is loaded.
@@ -229,7 +255,7 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
         output.update(stack_records(turns, output))
         if self._dense_wish() is not None:
             output.update(stack_dense(turns, output["completion_ids"]))
-        self._guard_weights(output)
+        self._guard_weights(turns, output)
         self._weigh(output)
         if self.model.training:
             self._correct(output)
@@ -259,8 +285,12 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
                 "off what is a module.",
             )
 
-    def _guard_weights(self, output: dict[str, Any]) -> None:
-        """Compare the engine's log θ with the trainer's, on the first batch after each push of weights."""
+    def _guard_weights(self, turns: Turns, output: dict[str, Any]) -> None:
+        """Compare the engine's log θ with the trainer's, on the first batch after each push of weights.
+
+        Of a completion's turns the first is read: where processes share the student each has to run it equally often,
+        and they differ in the number of turns.
+        """
         if self._guarded == self.vllm_generation.pushes:
             return
         self._guarded = self.vllm_generation.pushes
@@ -270,7 +300,7 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
             mask = loss_mask(output).bool()
             engine, trainer = output["log_theta"][mask], of_tokens[mask]
         else:  # TRL computed none, or one with dropout
-            few = self.rollouts[:ROWS]
+            few = [of_row[0] for of_row in turns[:ROWS]]
             trainer = log_theta_of(self.model, [one.theta_prompt_ids for one in few], few, self.temperature)
             engine = torch.cat([one.log_theta[:TOKENS] for one in few]).to(trainer.device)
         both = torch.stack([engine, trainer.float()], dim=1)  # (N, 2)

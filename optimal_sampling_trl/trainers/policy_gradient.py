@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..losses import keep_positive
 from ..user_warnings import warn_user
-from .config import PolicyGradientConfig
 from .rewarded import RewardedTrainer
 
 
@@ -27,21 +26,17 @@ class PolicyGradientTrainer(RewardedTrainer):
                 "ratios took the student to an exact match of 0.00 at every learning rate and prefix ratios to 0.13 "
                 "at most; weight 1 reached 0.51. Use 'none' or the level 'token'.",
             )
-        elif level == "token" and self._theta_count() == 0 and self._positive_only == "none":
+        elif level == "token" and self._theta_count() == 0 and self._setting("positive_only") == "none":
             warn_user(
                 f"`correction={self.correction.name!r}` on groups that come from the mixture alone, negatives kept: "
                 "on the embedded pair (recipes/studies/README.md) this reached an exact match of 0.14, without "
                 "them 0.44. Leave `positive_only` at 'all'.",
             )
 
-    @property
-    def _positive_only(self) -> str:
-        """The configuration's `positive_only`; our default where the configuration is TRL's, which has none."""
-        return getattr(self.args, "positive_only", PolicyGradientConfig.positive_only)
-
     def _advantages(self, output: dict[str, Any]) -> Tensor:
         """Return TRL's advantages (B,), those below 0 set to 0 where `positive_only` asks for it."""
         advantages, mixed = output["advantages"], output["mixture_rows"]
-        if self._positive_only == "none":
+        positive_only = self._setting("positive_only")
+        if positive_only == "none":
             return advantages
-        return keep_positive(advantages, mixed if self._positive_only == "mixture" else torch.ones_like(mixed))
+        return keep_positive(advantages, mixed if positive_only == "mixture" else torch.ones_like(mixed))

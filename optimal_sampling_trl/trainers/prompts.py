@@ -80,6 +80,26 @@ def rows_of(data: Any, name: str) -> Iterator[Row]:
             yield Row(f"row {index} of `{name}`", prompt, teacher_prompt)
 
 
+def check_columns(data: Any, name: str) -> None:
+    """Refuse a data set, or one of a dictionary, whose columns are known and lack the prompts.
+
+    Args:
+        data: a data set, a dictionary of some, or None.
+        name: the trainer's argument.
+
+    Raises:
+        ValueError: naming the argument, and the columns that are there.
+    """
+    if isinstance(data, Mapping):
+        for key, part in data.items():
+            check_columns(part, f"{name}[{key!r}]")
+    elif (columns := getattr(data, "column_names", None)) and "prompt" not in columns and isinstance(columns, list):
+        raise ValueError(
+            f"`{name}` has the columns {', '.join(columns)}; wanted 'prompt'. Rename the column that holds the "
+            f"prompts: `data.rename_column({columns[0]!r}, 'prompt')`."
+        )
+
+
 def has_teacher_prompts(*data: Any) -> bool:
     """Tell whether one of a trainer's data sets has the column `teacher_prompt`; a stream may not know its columns."""
     parts = [part for one in data for part in (one.values() if isinstance(one, Mapping) else [one])]

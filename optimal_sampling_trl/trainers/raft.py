@@ -163,10 +163,6 @@ class RAFTTrainer(RewardedTrainer, trl.GRPOTrainer):
                     f"completions. Leave it at {default!r}, or use `GRPOTrainer`."
                 )
 
-    def _setting(self, name: str) -> Any:
-        """Return the value of a field of `RAFTConfig`; its default under TRL's configuration, which lacks it."""
-        return getattr(self.args, name, getattr(RAFTConfig, name))
-
     def _log_rewards(self) -> None:
         """Log rewards and acceptance of the student's completions and, in training, of the mixture's."""
         if self.model.training:

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import metrics
 from .dense_term import DenseTermTrainer
 from .overtaking import Overtaking
+from .reward_functions import check_reward_funcs, checked
 from .two_rounds import TwoRounds
 
 logger = logging.getLogger(__name__)
@@ -23,10 +24,16 @@ class RewardedTrainer(TwoRounds, DenseTermTrainer):
     """
 
     rewards: Tensor
+    reward_funcs: Any
+    """TRL's, each with its call and its result checked."""
 
     def __init__(self, **arguments: Any) -> None:
         self._overtaking = Overtaking()
+        check_reward_funcs(arguments.get("reward_funcs"))
         super().__init__(**arguments)
+        self.reward_funcs = [
+            checked(function, name) for function, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
+        ]
 
     def _group_size(self) -> int:
         return self.args.num_generations
@@ -46,8 +53,11 @@ class RewardedTrainer(TwoRounds, DenseTermTrainer):
         return rewards
 
     def _tell_of_overtaking(self) -> None:
-        """Log a warning, once, where the student's completions have come to earn more than the mixture's."""
-        if not self.model.training or self._overtaking.told:
+        """Log a warning, once, where the student's completions have come to earn more than the mixture's.
+
+        With `mixture_below` the two are not compared: the mixture's are for prompts where the student fails.
+        """
+        if not self.model.training or self._overtaking.told or self.generator.mixture_below is not None:
             return
         message = self._overtaking.add(self.rewards, self._theta_rows())
         if message is not None and self.accelerator.is_main_process:

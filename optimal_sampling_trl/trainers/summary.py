@@ -31,7 +31,7 @@ def describe(trainer: Any) -> str:
     student = trainer.model.config._name_or_path
     return (
         f"{type(trainer).__name__}: student {student!r}, teacher {str(teacher)!r}, sampled by "
-        f"{trainer.vllm_generation.engine}; {_share(trainer)}; {_loss(trainer.args)}; {_memory()}."
+        f"{trainer.vllm_generation.engine}; {_share(trainer)}; {_loss(trainer)}; {_memory()}."
     )
 
 
@@ -49,15 +49,15 @@ def _words(mixture: Mixture) -> str:
     return f"{mixture.method}{budget}, α in [{mixture.alpha_min:g}, {mixture.alpha_max:g}]"
 
 
-def _loss(args: Any) -> str:
-    """Describe the loss; a configuration of TRL's own gets the defaults of this package."""
-    weights = getattr(args, "correction", "none")
+def _loss(trainer: Any) -> str:
+    """Describe the loss."""
+    config, weights = trainer.config_class, trainer.correction.name
     corrected = "" if weights == "none" else f", weighted by {weights}"
-    if hasattr(args, "accept"):
+    if hasattr(config, "accept"):
         return "completions that the reward accepts are imitated"
-    if hasattr(args, "lmbda") or hasattr(args, "loss"):
-        return f"loss {getattr(args, 'loss', 'divergence')!r}{corrected}"
-    return POSITIVE[getattr(args, "positive_only", "all")] + corrected
+    if hasattr(config, "loss"):
+        return f"loss {trainer.loss!r}{corrected}"
+    return POSITIVE[trainer._setting("positive_only")] + corrected
 
 
 def _memory() -> str:

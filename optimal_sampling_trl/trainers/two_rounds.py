@@ -20,6 +20,8 @@ from .mixture_trainer import MixtureTrainer
 
 CLIPPED_RATIO = "completions/clipped_ratio"
 """TRL's name of the share of completions that did not end."""
+CALLS, FAILURES = "tools/call_frequency", "tools/failure_frequency"
+"""TRL's names of the calls of tools for each completion, and of the share of them that failed."""
 
 
 class Round(NamedTuple):
@@ -87,7 +89,7 @@ class TwoRounds(MixtureTrainer):
         engine = self.vllm_generation
         engine.turns = interleave(one.turns, other.turns, first, second)
         engine.seconds = one.seconds + other.seconds
-        self._merge_lengths(len(first) / len(prompts))
+        self._merge_numbers(len(first) / len(prompts))
         chosen = torch.zeros(processes, len(prompts), dtype=torch.bool)
         chosen[:, second] = share.repeat_interleave(later, 1)
         self._choose(chosen.flatten().tolist())
@@ -129,11 +131,12 @@ class TwoRounds(MixtureTrainer):
         totals = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         return totals.masked_fill(rewards.isnan().all(dim=1), torch.nan)
 
-    def _merge_lengths(self, share: float) -> None:
-        """Make TRL's numbers of the lengths in both rounds those of one; the first had this share of the rows."""
-        columns = {name: column for name, column in self._metrics["train"].items() if name.startswith("completions/")}
+    def _merge_numbers(self, share: float) -> None:
+        """Make TRL's numbers of both rounds those of one; the first had this share of the rows."""
+        of_rounds = ("completions/", "tools/")
+        columns = {name: column for name, column in self._metrics["train"].items() if name.startswith(of_rounds)}
         second, first = ({name: column.pop() for name, column in columns.items()} for _ in range(2))
-        for name, value in merge_lengths(first, second, share).items():
+        for name, value in merge_numbers(first, second, share).items():
             columns[name].append(value)
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
@@ -168,21 +171,24 @@ def interleave(one: Any, other: Any, first: Sequence[int], second: Sequence[int]
     return [rows[row] for row in range(len(rows))]
 
 
-def merge_lengths(first: Mapping[str, float], second: Mapping[str, float], share: float) -> dict[str, float]:
-    """Merge TRL's numbers of the completions' lengths in two rounds into those of all rows.
+def merge_numbers(first: Mapping[str, float], second: Mapping[str, float], share: float) -> dict[str, float]:
+    """Merge TRL's numbers of the completions in two rounds, their lengths and calls of tools, into those of all rows.
 
-    TRL writes 0 for the lengths of the completions that ended where none did. That round then has no part in them.
+    TRL writes 0 for the lengths of the completions that ended where none did, and for the share of the calls that
+    failed where there were none. That round then has no part in them.
 
     Args:
         first: numbers of the first round by TRL's names; lengths are in tokens.
         second: those of the second round.
         share: share of the rows in the first round, strictly between 0 and 1.
     """
+    rounds = ((share, first), (1 - share, second))
     rows = (share, 1 - share)
-    ended = tuple(part * (1 - numbers[CLIPPED_RATIO]) for part, numbers in zip(rows, (first, second)))
+    ended = tuple(part * (1 - numbers[CLIPPED_RATIO]) for part, numbers in rounds)
+    calls = tuple(part * numbers.get(CALLS, 0.0) for part, numbers in rounds)
     merged = {}
     for name in first:
-        weights = ended if "_terminated_" in name else rows
+        weights = ended if "_terminated_" in name else calls if name == FAILURES else rows
         parts = [(weight, numbers[name]) for weight, numbers in zip(weights, (first, second)) if weight > 0]
         values = [value for _, value in parts]
         if "/min_" in name or "/max_" in name:

@@ -20,6 +20,9 @@ at most; and the same with every other request from the student alone, as in GRP
 | `tokens a pass` | tokens of a sequence for each pass of both models |
 | `speed/teacher` | tokens/s ÷ those of the teacher alone in plain vLLM |
 | `speed/k=0` | tokens/s ÷ those of the engine without speculation, beside it |
+
+A second table counts the fastest measurement of the engine without speculation, which does the same at each ε, and
+has the ratio to the slowest beside it: how much the machine scatters.
 """
 
 from __future__ import annotations
@@ -45,6 +48,7 @@ import vllm
 
 from random_pair import describe, make_random_pair, parser, print_head, processor
 from speculation_engines import Engine, workloads
+from tables import speculation
 
 HEAD = ("batch", "ε", "k", "kept", "tokens a pass", "tok/s", "speed/teacher", "speed/k=0")
 
@@ -76,6 +80,7 @@ def main() -> None:
                 if args.json:
                     found = {"command": sys.argv, "device": processor(), "starts": starts, "rows": rows}
                     args.json.write_text(json.dumps(found))
+    print("", *speculation(rows), sep="\n", flush=True)
     if ended := [f"k = {engine.k}" for engine in every if engine.ended]:
         raise SystemExit(f"These engines have ended before: {', '.join(ended)}. What they said is above.")
 

@@ -5,9 +5,9 @@
 
     python recipes/benchmarks/tables.py
 
-`results/` holds those of rollouts, several cards, dense records and training steps; each file names the card, the
-versions and the commands. `printed.json` holds the tables of further commands as they were printed, with the page that
-shows each. The tables of studies are drawn by the studies, with `--report`.
+`results/` holds those of rollouts, several cards, dense records, drafts, evaluations and training steps; each file
+names the card, the versions and the commands. `printed.json` holds the tables of further commands as they were
+printed, with the page that shows each. The tables of studies are drawn by the studies, with `--report`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from functools import partial
+from math import nan
 from typing import Any
 
 from decoding import MEASURED
@@ -89,12 +90,47 @@ def steps(table: str) -> Iterator[str]:
     """Lines of a table of docs/performance.md: parts of a training step, their ratios to TRL's trainer, each step.
 
     Args:
-        table: the length of a completion; `7b` is the larger pair.
+        table: the length of a completion, a pair, or what else a call measured.
     """
     base: dict[str, Any] = {}
     for name, found in stored("training")["tables"][table]["arms"].items():
         base = found if name.startswith("TRL") else base
         yield f"{line(name, found, base)} {', '.join(f'{seconds:.1f}' for seconds in found['steps'])} |"
+
+
+def evaluation() -> Iterator[str]:
+    """Lines of a table of docs/performance.md: seconds of an evaluation beside the teacher and alone."""
+    for row in stored("evaluation")["rows"]:
+        share = f"{1 - row['alone'] / row['beside']:.0%}".replace("%", " %")
+        yield f"| {row['batch']} | {row['beside']:.2f} | {row['alone']:.2f} | {share} | {row['equal']} |"
+
+
+def speculation(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Lines of a table of docs/speculative.md: tokens/s of each engine, and what they are of two others.
+
+    The engine without drafts does the same at each ε. The fastest of its measurements counts, and the ratio to the
+    slowest stands beside it.
+
+    Args:
+        rows: what `speculation.py` measured, in its order.
+    """
+    counts = list(dict.fromkeys(row["k"] for row in rows))
+    names = {k: f"k = {k}" if k.isdigit() else f"`{k}`" for k in counts}
+    drafts = [name for k, name in names.items() if k != "0"]
+    ratios = [f"{name} ÷ teacher" for name in drafts] + [f"{name} ÷ k = 0" for name in drafts]
+    head = ("batch", "ε", "kept", "teacher alone", *names.values(), "k = 0 ÷ teacher", *ratios)
+    yield f"| {' | '.join(head)} |\n|---{'|--:' * (len(head) - 1)}|"
+    for batch, epsilon in dict.fromkeys((row["batch"], row["epsilon"]) for row in rows):
+        beside = [row for row in rows if row["batch"] == batch]
+        alone = beside[0]["speed"] / beside[0]["of_teacher"]
+        without = [row["speed"] for row in beside if row["k"] == "0"] or [nan]
+        found = {row["k"]: row for row in beside if row["epsilon"] == epsilon}
+        drawn = [row["speed"] for k, row in found.items() if k != "0"]
+        kept = max((row["kept"] for k, row in found.items() if k.isdigit()), default=nan)
+        cells = [batch, epsilon, f"{kept:.2f}", f"{alone:.0f}", *(f"{row['speed']:.0f}" for row in found.values())]
+        cells += [f"{speed / alone:.2f}" for speed in (max(without), *drawn)]
+        cells += [f"{speed / max(without):.2f} to {speed / min(without):.2f}" for speed in drawn]
+        yield f"| {' | '.join(map(str, cells))} |"
 
 
 def printed() -> Iterator[tuple[str, str]]:
@@ -113,7 +149,8 @@ def main() -> None:
     """Print them all."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     trained = [partial(steps, table) for table in stored("training")["tables"]]
-    for table in (speeds, rollouts, cards, dense, dense_kernels, *trained):
+    drafted = [partial(speculation, table["rows"]) for table in stored("speculation")["tables"].values()]
+    for table in (speeds, rollouts, cards, dense, dense_kernels, evaluation, *drafted, *trained):
         print("\n".join(table()), end="\n\n")
     for _, table in printed():
         print(table, end="\n\n")

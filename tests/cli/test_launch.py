@@ -20,7 +20,8 @@ def test_a_profile_has_a_name() -> None:
     assert (first, rest) == ("--config_file", ["--num_processes", "2"])
     assert path.endswith("trl/accelerate_configs/fsdp2.yaml")
     file = "recipes/accelerate/ddp.yaml"
-    assert launch_words(JOB.parser(), [PROFILE, file]) == ["--config_file", file]
+    for words in ([PROFILE, file], [f"{PROFILE}={file}"]):
+        assert launch_words(JOB.parser(), words) == ["--config_file", file]
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,8 @@ def test_a_profile_has_a_name() -> None:
         ([PROFILE, "fsdp3"], "'fsdp3'. Known: fsdp1, fsdp2"),
         ([PROFILE], "Known: fsdp1, fsdp2"),
         (["--num_proceses", "2"], "Unknown flag '--num_proceses'. Did you mean '--num_processes'?"),
+        (["run.yaml"], "'run.yaml' follows no flag that takes it"),  # accelerate took it for its script
+        (["--num_processes", "2", "run.yaml"], "'run.yaml' follows no flag"),
         (["--alpha_methd", "x"], "Unknown flag '--alpha_methd'. Did you mean '--alpha_method'?"),
     ],
 )

@@ -19,6 +19,17 @@ from optimal_sampling_trl.cli.main import commands, main
 WANTED = {"demo", "distill", "env", "grpo", "page", "probe", "raft", "rloo", "sample", "serve"}
 
 
+def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line with which a command is refused."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as error:
+        main(words)
+    assert error.value.code == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith(f"optimal-sampling {words[0]}: ")
+    return told
+
+
 def test_the_help_lists_the_commands_and_loads_nothing() -> None:
     code = "import sys; from optimal_sampling_trl.cli.main import main; main([]); assert 'torch' not in sys.modules"
     done = run_to_its_end([sys.executable, "-c", code], environment={"PYTHONPATH": str(ROOT)})
@@ -58,8 +69,8 @@ def test_a_page_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     main(["page", str(tmp_path / "run"), "-o", str(page), "--title", "Three"])
     assert capsys.readouterr().out == f"3 rollouts are in {page}.\n"
     assert "<title>Three</title>" in page.read_text()
-    with pytest.raises(SystemExit, match=r"optimal-sampling page: .*nowhere"):
-        main(["page", str(tmp_path / "nowhere")])
+    for words, told in ((["nowhere"], "nowhere"), (["run", "--most", "0"], "`most` is 0; wanted a whole number of")):
+        assert told in refused(["page", str(tmp_path / words[0]), *words[1:]], capsys)
 
 
 def test_a_probe_prints_its_numbers(
@@ -67,7 +78,10 @@ def test_a_probe_prints_its_numbers(
 ) -> None:
     teacher, student = (make_model(tmp_path / role, "llama", seed) for seed, role in enumerate(("teacher", "student")))
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "3 + 4 ="}\n' * 3)
-    (tmp_path / "judge.py").write_text("def even(completions, **_):\n    return [len(c) % 2 for c in completions]\n")
+    (tmp_path / "judge.py").write_text(
+        "def even(completions, **_):\n    return [len(c) % 2 for c in completions]\n\n\n"
+        "def broken(completions, **_):\n    return int('one')\n"
+    )
     monkeypatch.chdir(tmp_path)
     flags = [
         "--backend",
@@ -81,16 +95,45 @@ def test_a_probe_prints_its_numbers(
         "--max_tokens",
         "3",
         "-o",
-        "probe.html",
+        "new/probe.html",
     ]
     pair = ["--teacher", str(teacher), "--model_name_or_path", str(student)]
     main(["probe", *pair, *flags, "--reward_funcs", "judge.even"])
     told = capsys.readouterr().out
     assert "2 prompts, 2 completions each." in told
     assert re.search(r"^student .*\n.*\n.*\n.*\n.*\n", told, re.MULTILINE)
-    assert "<table>" in (tmp_path / "probe.html").read_text()
+    assert "<table>" in (tmp_path / "new" / "probe.html").read_text()
     with pytest.raises(SystemExit, match="`--reward_funcs` names 2 functions; wanted one"):
         main(["probe", *pair, *flags, "--reward_funcs", "judge.even", "judge.even"])
+    for flag, value, wanted in (
+        ("prompts", "-1", "`prompts` is -1; "),
+        ("temperature", "0", "`temperature` is 0"),
+        ("n", "0", "optimal-sampling probe: probe: `n` is 0; wanted a whole number"),
+    ):
+        words = ["probe", *pair, *flags, "--reward_funcs", "judge.even", f"--{flag}", value]
+        assert wanted in refused(words, capsys)
+    with pytest.raises(ValueError, match="invalid literal"):  # not this package's: it keeps its traceback
+        main(["probe", *pair, *flags, "--reward_funcs", "judge.broken"])
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["--temperature", "-1"], "`temperature` is -1.0; wanted a finite number of at least 0"),
+        (["--dense_scalars", "x"], "Unknown dense scalar 'x'. Known: "),
+        (["--max_samples", "0"], "`max_samples` is 0; wanted a whole number of at least 1. Drop it for all prompts."),
+        (["--alpha_min", "3"], "`alpha_min` is 3.0; wanted a number in [0, 1]"),
+        (["--engine_arguments", "{"], "`--engine_arguments` is '{'; wanted a JSON object"),
+    ],
+)
+def test_what_sample_refuses_is_one_line(
+    words: list[str], wanted: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a model is looked for."""
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "3 + 4 ="}\n')
+    monkeypatch.chdir(tmp_path)
+    pair = ["--teacher", "no_model", "--model_name_or_path", "no_model", "--dataset_name", "prompts.jsonl"]
+    assert wanted in refused(["sample", *pair, *words], capsys)
 
 
 def test_demo_and_serve_say_their_flags(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from trl import ScriptArguments
+from trl import ModelConfig, ScriptArguments
 
 from optimal_sampling_trl.cli.parser import Parser
+from optimal_sampling_trl.cli.training import RewardArguments
 from optimal_sampling_trl.trainers import GeneratorArguments, GRPOConfig
 
 KINDS = (GeneratorArguments, ScriptArguments, GRPOConfig)
@@ -37,7 +38,9 @@ def test_flags_and_the_file_become_the_dataclasses(tmp_path: Path) -> None:
     sampling, script, training = parser().read(words, ["num_processes"])
     assert (sampling.teacher, sampling.alpha_method, script.dataset_name) == ("large", "entropy", "data")
     assert (training.learning_rate, training.use_cpu) == (1e-3, True)
-    assert parser().unread([*words, "--num_machines", "1"]) == (["--num_processes", "2"], ["--num_machines", "1"])
+    for given in (words, [f"--config={config}", *words[2:]]):
+        assert parser().unread([*given, "--num_machines", "1"]) == (["--num_processes", "2"], ["--num_machines", "1"])
+        assert parser().read(given, ["num_processes"])[0].teacher == "large"
 
 
 def test_what_is_misspelt_is_told_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,6 +56,51 @@ def test_what_is_misspelt_is_told_the_nearest(tmp_path: Path, capsys: pytest.Cap
     config.write_text("learning_rte: 1\n")
     assert "Did you mean '--learning_rate'?" in refused(["--config", config, *CPU], capsys)
     assert "nowhere.yaml" in refused(["--config", tmp_path / "nowhere.yaml", *CPU], capsys)
+    assert "Did you mean '--dataset_name'?" in refused(["--dataset", "data", *CPU], capsys)
+    told = refused(["--student", "small", *CPU], capsys)
+    assert "--model_name_or_path" not in told  # where the command has no such flag
+    told = refused(["--qqqq", "1", *CPU], capsys)
+    assert "Unknown flag '--qqqq'. None of the " in told
+    assert "`optimal-sampling test --help` lists them." in told
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["recipes/raft.yaml", *CPU], "'recipes/raft.yaml' follows no flag that takes it; wanted each value behind"),
+        (["--num_generations", "4", "8", *CPU], "'8' follows no flag that takes it"),
+        (["-config", "recipes/raft.yaml", *CPU], "Unknown flag '-config'. Did you mean '--config"),
+        ([*CPU, "--config"], "`--config` stands at the end; wanted the path of a YAML file behind it"),
+    ],
+)
+def test_a_word_that_no_flag_takes_is_refused(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert told in refused(words, capsys)
+
+
+@pytest.mark.parametrize(("text", "held"), [("", "nothing"), ("- teacher\n", "a list"), ("large\n", "a str")])
+def test_a_file_of_no_flags_is_refused(
+    text: str, held: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(text)
+    told = refused(["--config", config, *CPU], capsys)
+    assert f"config.yaml', which holds {held}; wanted a flag without its dashes on each line" in told
+
+
+@pytest.mark.parametrize("word", ["--student", "--theta", "--model"])
+def test_words_for_the_student_lead_to_trls_flag(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        Parser((ModelConfig,), "optimal-sampling test", "").read([word, "small"])
+    assert f"Unknown flag '{word}'. Did you mean '--model_name_or_path'?" in capsys.readouterr().err
+
+
+def test_one_value_in_a_file_is_a_list_of_one(tmp_path: Path) -> None:
+    """A text was read as the list of its letters. TRL's adapters take `all-linear` alone, without a list."""
+    config = tmp_path / "config.yaml"
+    config.write_text(f"reward_funcs: rewards.right\nlora_target_modules: all-linear\noutput_dir: {tmp_path}\n")
+    kinds = (RewardArguments, ModelConfig, GRPOConfig)
+    script, model, _ = Parser(kinds, "optimal-sampling test", "").read([f"--config={config}", *CPU])
+    assert (script.reward_funcs, model.lora_target_modules) == (["rewards.right"], "all-linear")
 
 
 def test_a_configuration_that_refuses_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

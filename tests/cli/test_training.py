@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from datasets import IterableDataset
 from trl import ScriptArguments, TrlParser
 
 from optimal_sampling_trl import GRPOConfig
@@ -24,7 +25,16 @@ def test_a_reward_without_a_module_is_named() -> None:
         RewardArguments(reward_funcs=["reward"]).rewards()
     with pytest.raises(SystemExit, match=r"`--reward_funcs` is missing"):
         RewardArguments().rewards()
-    (found,) = RewardArguments(reward_funcs=["optimal_sampling_trl.demo.pair.reward"]).rewards()
+    home = "optimal_sampling_trl.demo.pair"
+    for path, wanted in (
+        (f"{home}.rewrd", rf"Unknown function of {home} 'rewrd'\. .*Did you mean 'reward'"),
+        (f"{home}.PRIME", rf"Unknown function of {home} 'PRIME'"),  # a number
+        ("nowhere.right", "has 'nowhere.right', and there is no module 'nowhere'. Install it, or start"),
+        ("optimal_sampling_trl.no_such_module.reward", "and there is no module 'optimal_sampling_trl.no_such_module'"),
+    ):
+        with pytest.raises(SystemExit, match=wanted):
+            RewardArguments(reward_funcs=[path]).rewards()
+    (found,) = RewardArguments(reward_funcs=[f"{home}.reward"]).rewards()
     assert found(["21="], ["12"]) == [1.0]
 
 
@@ -33,6 +43,11 @@ def test_a_file_is_data(tmp_path: Path) -> None:
     data = load_data(ScriptArguments(dataset_name=str(tmp_path / "data.jsonl")), evaluate=False)
     assert data["train_dataset"]["prompt"] == ["a"]
     assert data["eval_dataset"] is None
+    script = ScriptArguments(dataset_name=str(tmp_path / "data.jsonl"), dataset_streaming=True)
+    assert isinstance(load_data(script, evaluate=False)["train_dataset"], IterableDataset)
+    for name in ("nowhere.jsonl", "nobody/nothing"):
+        with pytest.raises(SystemExit, match=f"`--dataset_name` is '{name}', and no data was found there: .* Wanted"):
+            load_data(ScriptArguments(dataset_name=name), evaluate=False)
     with pytest.raises(SystemExit, match="`--dataset_name` is missing"):
         load_data(ScriptArguments(), evaluate=False)
 

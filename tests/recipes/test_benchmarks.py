@@ -111,10 +111,13 @@ def test_tables() -> None:
     readme = (ROOT / "recipes" / "benchmarks" / "README.md").read_text()
     lines = [line for line in tables.rollouts() if f"\n{line}" not in readme]
     assert not lines, "Put what `python recipes/benchmarks/tables.py` prints into recipes/benchmarks/README.md"
+    drafted = tables.stored("speculation")["tables"]
     for page, table in (
         ("docs/dense.md", tables.dense()),
         ("docs/dense.md", tables.dense_kernels()),
         *(("docs/performance.md", tables.steps(table)) for table in tables.stored("training")["tables"]),
+        ("docs/performance.md", tables.evaluation()),
+        *(("docs/speculative.md", tables.speculation(table["rows"])) for table in drafted.values()),
         ("recipes/benchmarks/README.md", tables.cards()),
     ):
         stored = "\n".join(table)
@@ -255,6 +258,7 @@ def test_speculation(tmp_path: Path) -> None:
     rows = json.loads(numbers.read_text())["rows"]
     assert [row["k"] for row in rows] == counts
     assert rows[0]["speed"] > 0
+    assert "\n| 2 | 0.05 | " in ended.stdout.split("| k = 2 ÷ k = 0 |\n")[1], "the table of ratios"
     if torch.cuda.is_available():
         assert ended.returncode == 0
     else:

@@ -59,6 +59,7 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path):
 
 
 def test_a_model_that_misses_its_target_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pair, "DEFAULT", tmp_path / "empty")
     monkeypatch.setattr(pair, "RECIPES", {"teacher": pair.RECIPES["teacher"]._replace(steps=1)})
     with pytest.raises(RuntimeError, match=r"after 1 steps the teacher is right on 0\.00% .* wanted 98% to 100%"):
         pair.make_pair(tmp_path / "pair")
@@ -72,10 +73,21 @@ def test_an_older_pair_is_replaced_in_one_move(tmp_path: Path, monkeypatch: pyte
 
     (tmp_path / "pair").mkdir()
     (tmp_path / "pair" / "pair.json").write_text('{"recipe": "an older one"}')
+    monkeypatch.setattr(pair, "DEFAULT", tmp_path / "empty")
     monkeypatch.setattr(pair, "write_models", write_models)
     pair.make_pair(tmp_path / "pair")
     assert pair.read_stamp(tmp_path / "pair") == {"recipe": pair.FINGERPRINT}
     assert [path.name for path in tmp_path.iterdir()] == ["pair"]
+
+
+def test_another_folder_gets_a_copy_of_the_cached_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A user who ran the demo would else wait for the same training again."""
+    cached = Path(pair.make_pair().teacher).parent
+    monkeypatch.setattr(pair, "write_models", None)  # is not called
+    made = Path(pair.make_pair(tmp_path / "pair").teacher).parent
+    files = sorted(path.relative_to(cached) for path in cached.rglob("*") if path.is_file())
+    assert sorted(path.relative_to(made) for path in made.rglob("*") if path.is_file()) == files
+    assert all((made / file).read_bytes() == (cached / file).read_bytes() for file in files)
 
 
 def test_the_cached_pair_loads_and_keeps_its_promise():

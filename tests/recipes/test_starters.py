@@ -286,7 +286,7 @@ def test_flagship(tmp_path: Path) -> None:
     assert "the teacher: sampled 0.506" in output
     readme = (RECIPES / "README.md").read_text()
     ends = [line.strip("| ").split(" | ") for line in output.splitlines() if re.search(r"\| \S+: 0\.\d+ \|$", line)]
-    assert len(ends) == 5
+    assert len(ends) == 7
     for arm, _, right, greedy, any_right, *_, seconds, gb, _ in ends:
         row = f"\n| {arm} | {right} | {greedy} | {any_right} | {seconds} | {gb} |\n".replace("nan", "–")
         assert row in readme, f"Put what `flagship.py --report` says of the stored runs into recipes/README.md: {row}"

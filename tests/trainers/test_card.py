@@ -58,7 +58,9 @@ def test_a_card_tells_the_gate_and_the_share_that_training_began_with(pair: tupl
 
 
 def test_a_configuration_of_trls_gets_our_default_named(pair: tuple[str, str], tmp_path: Path) -> None:
-    assert "positive_only='all'" in card_facts(make_trainer("grpo", pair, tmp_path, config=trl.GRPOConfig))["loss"]
+    for kind, loss in (("grpo", "positive_only='all', correction='none'"), ("raft", "completion_weight='accepted'")):
+        trainer = make_trainer(kind, pair, tmp_path, config=trl.GRPOConfig, num_generations=4)
+        assert loss in card_facts(trainer)["loss"]
 
 
 @pytest.mark.parametrize("kind", ["rloo", "raft", "divergence", "sampled_token"])

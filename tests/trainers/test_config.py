@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import trl
 
 from helpers.training import (
@@ -18,7 +19,7 @@ from helpers.training import (
     one_batch,
     reward,
 )
-from optimal_sampling_trl import GRPOConfig, GRPOTrainer, RLOOConfig
+from optimal_sampling_trl import DistillationConfig, GRPOConfig, GRPOTrainer, RLOOConfig
 
 RL = ("grpo", "rloo")
 
@@ -29,6 +30,24 @@ def test_positive_only_names_completions(tmp_path: Path, config: Any) -> None:
         wanted = rf"^Unknown value of `positive_only` {got!r}\. Known: all, mixture, none\."
         with pytest.raises(ValueError, match=wanted):
             config(str(tmp_path), use_cpu=True, bf16=False, positive_only=got)
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "value", "wanted"),
+    [
+        (GRPOConfig, "distillation_clip", -1.0, "a number above 0, in nats, or None"),
+        (GRPOConfig, "distillation_clip", 0.0, "a number above 0, in nats, or None"),
+        (GRPOConfig, "distillation_coefficient", float("nan"), "a finite number"),
+        (DistillationConfig, "sampled_token_clip", -1.0, "a number above 0, in nats, or None"),
+        (DistillationConfig, "sampled_token_clip", float("nan"), "a number above 0, in nats, or None"),
+    ],
+)
+def test_limits_of_the_teachers_pull(tmp_path: Path, config: Any, name: str, value: float, wanted: str) -> None:
+    """Below 0 torch would take the upper limit for every token, and 0 would leave no pull."""
+    loss = {"loss": "sampled_token"} if config is DistillationConfig else {"distillation_coefficient": 1.0}
+    with pytest.raises(ValueError, match=rf"`{name}` is {value}; wanted {wanted}"):
+        config(str(tmp_path), use_cpu=True, bf16=False, **loss | {name: value})
+    config(str(tmp_path), use_cpu=True, bf16=False, **loss, **{name.replace("coefficient", "clip"): None})
 
 
 @pytest.mark.parametrize("kind", ["grpo", "rloo", "divergence"])
@@ -44,6 +63,26 @@ def test_trls_own_config_gets_our_defaults(pair: tuple[str, str], tmp_path: Path
     assert theirs.args.use_vllm  # TRL's word for any engine
     theirs.train()
     assert theirs.state.global_step == 3
+
+
+def test_engine_arguments_stand_over_trls_settings(pair: tuple[str, str], tmp_path: Path) -> None:
+    """As in vLLM's engine, see `colocated.pair_arguments`."""
+    for arguments, context in (({}, 60), ({"max_model_len": 40}, 40)):
+        generator = {"engine_arguments": arguments}
+        trainer = make_trainer("grpo", pair, tmp_path, generator=generator, vllm_max_model_length=60)
+        assert trainer.vllm_generation.pair.context == context
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo", "raft", "sampled_token"])
+def test_another_trainers_configuration_is_refused(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
+    """By both names, where a missing field was named before."""
+    wanted = KINDS[kind][1].__name__
+    given = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
+    other = RLOOConfig if kind != "rloo" else GRPOConfig
+    for args in (transformers.TrainingArguments(**given), other(**given), given):
+        words = rf"^`args` is a `{type(args).__name__}`, which lacks fields .*; wanted a `{wanted}`\. Pass one"
+        with pytest.raises(ValueError, match=words):
+            make_trainer(kind, pair, tmp_path, trainer={"args": args})
 
 
 def test_the_users_config_is_left_as_it_was(pair: tuple[str, str], tmp_path: Path) -> None:

@@ -26,8 +26,10 @@ from helpers.training import (
 )
 from optimal_sampling_trl import Dense, Mixture
 from optimal_sampling_trl.rollouts.rollout import RECORDS
+from optimal_sampling_trl.trainers.engines import seam
 
 RL = ("grpo", "rloo")
+SERVED: dict[str, Any] = {"generator": {"backend": "auto"}, "vllm_mode": "server"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -188,6 +190,11 @@ def test_lora_in_a_hybrid_inside_of_a_wrapper(tmp_path: Path) -> None:
 def refused(message: str, kind: str, pair: tuple[str, str], tmp_path: Path, **build: Any) -> None:
     with pytest.raises(ValueError, match=message):
         make_trainer(kind, pair, tmp_path, **build)
+
+
+def test_a_server_takes_vllm_here_too(pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seam, "find_spec", lambda name: None)
+    refused("`vllm_mode` is 'server', but vLLM is not installed", "grpo", pair, tmp_path, **SERVED)
 
 
 @pytest.mark.parametrize("kind", ["grpo", "rloo", "divergence"])

@@ -162,3 +162,33 @@ def test_a_length_that_is_none_is_named(tmp_path: Path) -> None:
     trainer = make_trainer("rloo", pair, tmp_path, **settings)
     one_batch(trainer, ["31="] * 4)
     assert max(len(rollout.completion_ids) for rollout in trainer.rollouts) <= 5
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo", "raft", "sampled_token"])
+def test_a_data_set_without_prompts(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
+    """Named before anything is loaded, where TRL's message was `KeyError: 'prompt'` in the first step."""
+    asked = Dataset.from_dict({"question": ["1="], "answer": ["1"]})
+    words = r"`train_dataset` has the columns question, answer; wanted 'prompt'.*rename_column\('question', 'prompt'\)"
+    with pytest.raises(ValueError, match=words):
+        make_trainer(kind, pair, tmp_path, trainer={"train_dataset": asked})
+    with pytest.raises(ValueError, match=r"`eval_dataset\['hard'\]` has the columns question, answer; wanted"):
+        make_trainer(kind, pair, tmp_path, trainer={"eval_dataset": {"hard": asked}})
+
+
+@pytest.mark.parametrize(("kind", "wanted"), [("grpo", 2), ("rloo", 2), ("raft", 8), ("sampled_token", 8)])
+def test_a_data_set_of_less_than_one_batch(pair: tuple[str, str], tmp_path: Path, kind: str, wanted: int) -> None:
+    """TRL took no step, and said that the training had ended."""
+    few = data(*["1 + 1 ="] * (wanted - 1))
+    words = (
+        rf"`train_dataset` has {wanted - 1} rows, and a batch takes {wanted} different ones: there would be no step"
+    )
+    with pytest.raises(ValueError, match=words):
+        make_trainer(kind, pair, tmp_path, trainer=few, max_steps=1).train()
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo", "raft", "sampled_token"])
+def test_a_student_that_is_nowhere(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
+    """In the words that a teacher has; transformers told of the Hub alone."""
+    words = r"^The student could not be loaded from '.*nowhere': The folder does not exist.*Pass a folder with"
+    with pytest.raises(ValueError, match=words):
+        make_trainer(kind, pair, tmp_path, trainer={"model": str(tmp_path / "nowhere")})

@@ -21,6 +21,7 @@ from helpers.speakers import PROMPTS, add, repeat
 from helpers.training import KINDS, Watch, has_log_teacher, load, make_trainer
 from optimal_sampling_trl import Dense, Mixture
 from optimal_sampling_trl.rollouts.rollout import RECORDS, Rollout
+from optimal_sampling_trl.trainers import mixture_trainer
 from optimal_sampling_trl.trainers.engines.turns import TurnPrompt
 from optimal_sampling_trl.trainers.records import loss_mask
 
@@ -161,6 +162,20 @@ def test_a_turn_without_room_is_not_sampled(speakers: tuple[str, str], tmp_path:
         _, (ids,), (log_theta,), _ = engine.generate([later], None, 1)
         assert len(ids) == len(log_theta) == room
     assert [len(rollout.completion_ids) for rollout in engine.pop_turns()[0]] == [len(first), 1]
+
+
+def test_a_student_with_the_longer_prompt_reads_no_more_than_its_context(
+    speakers: tuple[str, str], tmp_path: Path
+) -> None:
+    """TRL sends a turn of any prompt that is shorter than what the engine says, and cannot know of the teacher's."""
+    engine = make("raft", speakers, tmp_path, num_generations=1).vllm_generation
+    for of_teacher in ([60], [60, 61, 62, 63]):
+        engine.teacher_prompts = [of_teacher]
+        engine.generate([[60, 61]], None, 1)
+        longest = TurnPrompt([60, 61, *[1] * (engine.most_read() - 3)], 0)
+        engine.longest = None  # no limit but the context's
+        _, (ids,), _, _ = engine.generate([longest], None, 1)
+        assert len(ids) == 1
 
 
 @pytest.mark.parametrize("kind", ["grpo", "dense"])
@@ -353,13 +368,45 @@ def test_the_teacher_reads_its_own_prompt_before_every_turn(
     assert later > 0
 
 
+def test_the_guard_reads_as_many_prompts_in_every_process(
+    speakers: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the student is split over processes each forward pass needs all of them, whatever turns a row has."""
+    read, compute = [], mixture_trainer.log_theta_of
+
+    def counted(model: Any, prompts: Any, *further: Any) -> Tensor:
+        read.append(len(prompts))
+        return compute(model, prompts, *further)
+
+    monkeypatch.setattr(mixture_trainer, "log_theta_of", counted)
+    alone = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+    trainer = make("sampled_token", speakers, tmp_path, **alone, max_steps=6)
+    trainer.train()
+    assert max(len(rollouts) for _, _, rollouts in trainer.generations) > 1
+    assert read == [1] * 6
+
+
 def test_two_rounds_of_completions_that_call_tools(
     speakers: tuple[str, str], teacher: PreTrainedModel, tmp_path: Path
 ) -> None:
     """The mixture samples only in groups whose own rows earned nothing, every turn of theirs."""
     built = {"reward_funcs": even}
     trainer = make("grpo", speakers, tmp_path, generator={"mixture_below": 1.0}, trainer=built, max_steps=3)
+    seen: list[tuple[int, int, int]] = []  # rows, calls and failures of each round
+    loop = trainer._tool_call_loop
+
+    def watched(prompts: Sequence[Any], *further: Any) -> Any:
+        result = loop(prompts, *further)
+        seen.append((len(prompts), *result[4:6]))
+        return result
+
+    trainer._tool_call_loop = watched
     trainer.train()
+    logs = [log for log in trainer.state.log_history if "tools/call_frequency" in log]
+    for log, first, second in zip(logs, seen[::2], seen[1::2], strict=True):
+        rows, calls, failures = (sum(both) for both in zip(first, second))
+        assert log["tools/call_frequency"] == pytest.approx(calls / rows)
+        assert log["tools/failure_frequency"] == pytest.approx(failures / calls)
     counts = check_turns(trainer, teacher, load(speakers[1]))
     assert max(counts) > 1
     halves = {

@@ -70,6 +70,10 @@ def test_the_arguments_are_trls_and_the_generator(name: str) -> None:
         assert hints[each] == wanted_hints[each], f"{name}Trainer: type of `{each}` is {wanted_hints[each]}. {advice}"
 
 
+class ReachedError(Exception):
+    """TRL's `__init__` has been called."""
+
+
 @pytest.mark.parametrize("name", PAIRS)
 def test_every_argument_reaches_trl(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A value in each place, by name: TRL's `__init__` gets the same, and a `rollout_func` that calls the user's."""
@@ -78,15 +82,17 @@ def test_every_argument_reaches_trl(name: str, monkeypatch: pytest.MonkeyPatch) 
 
     def stop(self: Any, **arguments: Any) -> None:
         got.update(arguments)
-        raise InterruptedError
+        raise ReachedError
 
     monkeypatch.setattr(upstream, "__init__", stop)
-    given = {each: object() for each in inspect.signature(ours).parameters}
+    given: dict[str, Any] = {each: object() for each in inspect.signature(ours).parameters}
     given |= {"args": None, "generator": OptimalSamplingGenerator("t", backend="transformers"), "model": "folder/name"}
     if name == "Distillation":
         given["teacher_model"] = "t"
+    else:
+        given["reward_funcs"] = reward
     monkeypatch.setattr(ours, "config_class", ForCPU.of(ours))
-    with pytest.raises(InterruptedError):
+    with pytest.raises(ReachedError):
         ours(**given)
     assert got.pop("args").output_dir == f"name-{name}"
     if "rollout_func" in given:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trl
 
 from helpers.training import make_trainer
 from optimal_sampling_trl import Mixture
@@ -38,6 +39,11 @@ def test_it_says_what_is_trained(pair: tuple[str, str], tmp_path: Path, kind: st
     assert [each for each in words if each not in line] == [], line
     assert re.search(r"; \d+\.\d GB of .* taken\.$", line)
     assert "\n" not in line
+
+
+def test_a_configuration_of_trls_has_the_loss_of_its_trainer(pair: tuple[str, str], tmp_path: Path) -> None:
+    trainer = make_trainer("raft", pair, tmp_path, config=trl.GRPOConfig, num_generations=4)
+    assert "; completions that the reward accepts are imitated; " in describe(trainer)
 
 
 def test_it_is_printed_once_unless_errors_alone_are_asked_for(

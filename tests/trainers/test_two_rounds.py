@@ -12,7 +12,8 @@ from datasets import Dataset
 
 from helpers.oracle import check_rollout
 from helpers.training import PROMPTS, TEACHER_PROMPTS, Watch, load, make_trainer, make_untrained_pair
-from optimal_sampling_trl.trainers.two_rounds import interleave, merge_lengths
+from optimal_sampling_trl.trainers.overtaking import LEAST
+from optimal_sampling_trl.trainers.two_rounds import interleave, merge_numbers
 
 EASY = PROMPTS[::2]
 """Prompts to which a reward accepts every answer; to the others none."""
@@ -38,12 +39,12 @@ class Verifier:
         return [float(prompt in EASY) for prompt in prompts]
 
 
-def train(kind: str, pair: tuple[str, str], folder: Path, verifier: Any, **given: Any) -> Any:
+def train(kind: str, pair: tuple[str, str], folder: Path, verifier: Any, max_steps: int = 2, **given: Any) -> Any:
     rows = Dataset.from_dict({"prompt": PROMPTS, "teacher_prompt": TEACHER_PROMPTS})
     generator = {"mixture_below": 1.0, "theta_fraction": 0.25} | given
     trainer = make_trainer(
         kind, pair, folder, mixin=Watch, generator=generator,
-        trainer={"reward_funcs": verifier, "train_dataset": rows}, **SETTINGS,
+        trainer={"reward_funcs": verifier, "train_dataset": rows}, **SETTINGS | {"max_steps": max_steps},
     )  # fmt: skip
     trainer.train()
     return trainer
@@ -108,7 +109,7 @@ def numbers_of(lengths: Sequence[int], limit: int) -> dict[str, float]:
 )
 def test_the_lengths_of_two_rounds_are_those_of_all_rows(first: list[int], second: list[int]) -> None:
     """A round in which no completion ended has no part in the lengths of those that did."""
-    merged = merge_lengths(numbers_of(first, 9), numbers_of(second, 9), len(first) / len(first + second))
+    merged = merge_numbers(numbers_of(first, 9), numbers_of(second, 9), len(first) / len(first + second))
     assert merged == pytest.approx(numbers_of(first + second, 9))
 
 
@@ -132,6 +133,16 @@ def test_one_round_once_the_mixture_has_no_weight(pair: tuple[str, str], tmp_pat
     trainer.train()
     assert [len(call) for call in verifier.calls] == [4, 12, 16]
     assert not trainer.generations[-1][1]["mixture_rows"].any()
+
+
+def test_nobody_is_told_that_the_student_is_ahead(
+    pair: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The mixture samples for the hard prompts alone, where the student earned nothing either."""
+    trainer = train("grpo", pair, tmp_path, Verifier(), max_steps=LEAST + 3)
+    halves = [entry for entry in trainer.state.log_history if "mixture/reward_mixture" in entry]
+    assert sum(log["mixture/reward_theta"] for log in halves) > sum(log["mixture/reward_mixture"] for log in halves)
+    assert "earns more than the mixture" not in caplog.text
 
 
 def test_an_evaluation_samples_once(pair: tuple[str, str], tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Every example in the documentation runs as it stands: those of the public names, of README.md and of the pages.
 
 The folders `large` and `small` that they name are tiny models, which stand for published ones as well; `output/pair`
-is the embedded pair; `reward`, `dataset` and the public names are given. Of a difference the new side runs.
+is the embedded pair; `reward` and `dataset` are given. An example of a public name is given those names, too; one of a
+page imports what it uses. Of a difference the new side runs.
 """
 
 from __future__ import annotations
@@ -72,9 +73,8 @@ def test_it_has_an_example_that_runs(name: str, models: Path, monkeypatch: pytes
     monkeypatch.setattr(backends, "find_spec", lambda name: None)  # an engine takes longer to start than these to run
     for code in EXAMPLES[name]:
         given: dict[str, Any] = {
-            **PUBLIC,
-            **TOOLS,
-            "torch": torch,
+            **(PUBLIC | TOOLS | {"torch": torch} if name in OF_NAMES else {}),
+            **CONFIGS,
             "reward": lambda completions, **columns: [float(len(text)) for text in completions],
             "dataset": Dataset.from_dict({"prompt": ["3 + 4 =", "1 + 1 ="] * 32}),
         }
@@ -83,6 +83,8 @@ def test_it_has_an_example_that_runs(name: str, models: Path, monkeypatch: pytes
 
 SMALL: dict[str, Any] = {"max_steps": 1, "max_completion_length": 4, "report_to": "none", "save_strategy": "no"}
 SMALL |= {"use_cpu": True, "bf16": False, "disable_tqdm": True, "gradient_checkpointing": False}
+CONFIGS = {f"Small{name}": value for name, value in PUBLIC.items() if name.endswith("Config")}
+"""Names of the configurations that are put into an example, apart from those that it imports."""
 LARGEST = {"max_tokens": 8, "n": 4}
 """Upper bounds of what an example samples."""
 
@@ -98,7 +100,8 @@ class Small(ast.NodeTransformer):
             if keyword.arg in LARGEST and isinstance(keyword.value, ast.Constant):
                 keyword.value = ast.Constant(min(keyword.value.value, LARGEST[keyword.arg]))
         if name.endswith("Trainer") and "args" not in given:
-            config = f"{name.removesuffix('Trainer')}Config('output/run', per_device_train_batch_size=8, **{SMALL!r})"
+            kind = f"Small{name.removesuffix('Trainer')}Config"
+            config = f"{kind}('output/run', per_device_train_batch_size=8, **{SMALL!r})"
             call.keywords.append(ast.keyword("args", ast.parse(config, mode="eval").body))
         if name.endswith("Config") and name != "LoraConfig":
             call.keywords = [keyword for keyword in call.keywords if keyword.arg not in SMALL]

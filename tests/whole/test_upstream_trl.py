@@ -25,6 +25,7 @@ from trl.trainer import utils
 
 from optimal_sampling_trl.trainers import card
 from optimal_sampling_trl.trainers.engines.colocated import FusedLLM
+from optimal_sampling_trl.trainers.two_rounds import CLIPPED_RATIO
 
 TRAINERS = {name: getattr(trl, f"{name}Trainer") for name in ("GRPO", "RLOO", "Distillation")}
 MODULES = {name: sys.modules[trainer.__module__] for name, trainer in TRAINERS.items()}
@@ -93,6 +94,17 @@ def test_the_installed_version_is_the_one_asked_for() -> None:
     assert asked.specifier.contains(installed), f"TRL {installed} is installed, pyproject.toml asks for {asked}."
 
 
+@pytest.mark.parametrize("name", TRAINERS)
+def test_the_columns_that_are_kept(name: str) -> None:
+    set_columns = TRAINERS[name]._set_signature_columns_if_needed
+    source = inspect.getsource(set_columns)
+    need(
+        "if self._signature_columns is None:" in source and "self._signature_columns = [" in source,
+        f"{name}Trainer names the columns of a data set that it keeps elsewhere",
+        "trainers/prompt_reader.py (_set_signature_columns_if_needed)",
+    )
+
+
 # trainers/engines/seam.py: the seam.
 
 
@@ -134,6 +146,11 @@ def test_how_a_trainer_uses_its_engine(name: str) -> None:
         ours,
     )
     need(calls(turn, "vllm_generation.sync_weights"), f"{name}Trainer does not call sync_weights before it", ours)
+    need(
+        "if self.state.global_step != self._last_loaded_step" in inspect.getsource(turn),
+        f"{name}Trainer knows in another way than by `_last_loaded_step` that the weights have to be pushed",
+        "trainers/mixture_trainer.py (train, evaluation_loop, _generate_and_score_completions)",
+    )
     results = [node for node in ast.walk(tree(turn)) if isinstance(node, ast.Assign) and asked_in(node, asked[0])]
     need(len(results[0].targets[0].elts) == 4, f"{name}Trainer takes no four results of generate", ours)  # type: ignore[attr-defined]
 
@@ -207,7 +224,7 @@ def test_trls_own_engine() -> None:
     (built,) = calls(VLLMGeneration._init_vllm, "LLM")
     need(ast.unparse(built.func) == "LLM", "_init_vllm does not find LLM in its module", ours)
     need("model" in [k.arg for k in built.keywords], "_init_vllm does not name the model of LLM", ours)
-    kept = {"llm", "enable_sleep_mode", "tensor_parallel_size", "accelerator", "_llm_weights_sleeping"}
+    kept = {"llm", "enable_sleep_mode", "tensor_parallel_size", "tp_group", "accelerator", "_llm_weights_sleeping"}
     missing = kept - attributes(VLLMGeneration)
     need(not missing, f"VLLMGeneration has no attributes {missing}", ours)
     need(parameters(vllm_generation.empty_cache) == [], "empty_cache takes arguments", ours)
@@ -245,7 +262,8 @@ def test_trls_client_of_a_server() -> None:
         f"VLLMClient.generate takes {given}",
         "backends/vllm/server/messages.py",
     )
-    for name in ("_post", "get_server_info", "init_communicator", "update_named_params", "reset_prefix_cache"):
+    used = ("_post", "get_server_info", "init_communicator", "update_named_params", "reset_prefix_cache")
+    for name in (*used, "close_communicator"):
         need(hasattr(VLLMClient, name), f"VLLMClient has no {name}", ours)
     body = inspect.getsource(VLLMGeneration._init_vllm)
     need(
@@ -289,6 +307,7 @@ def test_how_a_trainer_knows_that_a_completion_ended(name: str) -> None:
     ends = "eos_and_pad = [*self.eos_token_ids, self._tokenizer.pad_token_id]"
     generate, made = (inspect.getsource(getattr(TRAINERS[name], f"_generate{end}")) for end in ("", SCORED))
     need(looked in generate and ends in generate, f"{name}Trainer's clipped_ratio looks at other things", ours)
+    need(CLIPPED_RATIO in generate, f"{name}Trainer logs no {CLIPPED_RATIO}", "trainers/two_rounds.py")
     masks = "mask_truncated_completions" in made
     need(masks == (name != "Distillation"), f"{name}Trainer masks truncated completions elsewhere", ours)
     need(not masks or (looked in made and ends in made), f"{name}Trainer masks by other things", ours)
@@ -400,6 +419,25 @@ def test_the_rewards(name: str) -> None:
         need(
             needed in texts(trainer._compute_loss), f"the loss does not read `{needed}`", f"trainers/{name.lower()}.py"
         )
+
+
+@pytest.mark.parametrize("name", ["GRPO", "RLOO"])
+def test_how_a_trainer_calls_a_reward_function(name: str) -> None:
+    ours = "trainers/reward_functions.py"
+    missing = {"reward_funcs", "reward_func_names"} - attributes(TRAINERS[name].__init__)
+    need(not missing, f"{name}Trainer has no {missing}", "trainers/rewarded.py (__init__)")
+    need(hasattr(utils, "is_async_callable"), "trl.trainer.utils has no is_async_callable", ours)
+    called = calls(inspect.unwrap(TRAINERS[name]._calculate_rewards), "reward_func")
+    of_functions = [call for call in called if any(keyword.arg == "completions" for keyword in call.keywords)]
+    need(len(of_functions) == 1 and not of_functions[0].args, "functions are called otherwise than by keywords", ours)
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_the_rows_that_a_batch_takes(name: str) -> None:
+    ours = "trainers/mixture_trainer.py (_check_rows)"
+    need(calls(TRAINERS[name]._get_train_sampler, "RepeatSampler"), f"{name}Trainer has another sampler", ours)
+    sampler = utils.RepeatSampler(range(5), mini_repeat_count=1, batch_size=3, shuffle=False)
+    need(sampler.batch_size == 3 and list(sampler) == [0, 1, 2], "RepeatSampler keeps an incomplete batch", ours)
 
 
 def test_grpos_own_correction() -> None:

@@ -91,6 +91,7 @@ SIGNATURES = {
     "vllm.entrypoints.openai.api_server:build_async_engine_client": ["args"],
     "vllm.entrypoints.openai.api_server:build_and_serve": ["engine_client", "listen_address", "sock", "args"],
     "vllm.entrypoints.serve.utils.api_utils:cli_env_setup": [],
+    "vllm.entrypoints.generate.beam_search.online:BeamSearchOnlineMixin.beam_search": [],
     "vllm.v1.engine.async_llm:AsyncLLM.generate": ["prompt", "sampling_params", "request_id"],
     "vllm.v1.engine.async_llm:AsyncLLM.collective_rpc": ["method", "timeout", "args", "kwargs"],
     "vllm.v1.engine.async_llm:AsyncLLM.reset_prefix_cache": ["reset_running_requests", "reset_connector"],
@@ -214,6 +215,9 @@ MENTIONED = {
     "vllm.engine.arg_utils": ["sliding_window = model_config.get_sliding_window()"],
     "vllm.v1.core.kv_cache_utils": ["unify_hybrid_kv_cache_specs(kv_cache_spec)"],
     "vllm.model_executor.layers.vocab_parallel_embedding": ["dispatch_cpu_unquantized_gemm(layer"],
+    "vllm.v1.worker.gpu_worker": ["if not self._weight_update_active:"],
+    "vllm.distributed.weight_transfer.factory": ["if name in cls._registry:"],
+    "vllm.model_executor.layers.mamba.mamba_mixer2": ["self.conv_weights"],
     "vllm.v1.worker.cpu_worker": ["sleep mode is not supported on CPU, ignore it"],
     "vllm.v1.engine.logprobs": ["num_logprobs", "self._update_sample_logprobs("],
     "vllm.v1.engine.output_processor": [
@@ -269,8 +273,10 @@ def test_model_runner_v2() -> None:
             "def add_request(self, req_idx: int",
             "def apply_staged_writes(self)",
             "input_batch: In",
+            "self.sampling_states = ",
         ],
         "sample/states.py": ["self.num_logprobs = np.empty("],
+        "input_batch.py": ["idx_mapping_np: np.ndarray", "expanded_idx_mapping: torch.Tensor"],
     }
     for name, texts in expected.items():
         source = (root / name).read_text()

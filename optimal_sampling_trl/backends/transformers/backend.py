@@ -18,6 +18,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrain
 from ...options import check_whole, unknown_option
 from ...pairing import (
     MODEL_OPTIONS,
+    NamedWeights,
     Source,
     check_prompt,
     context_length,
@@ -150,10 +151,13 @@ class TransformersBackend:
             teacher.step(tokens)
             theta.step(tokens)
 
-    def load_theta(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+    def load_theta(self, named_parameters: NamedWeights) -> None:
         """Copy weights into the student, all or none.
 
         Those of a multimodal wrapper may come under the wrapper's names or the language model's; its towers' stay.
+
+        Args:
+            named_parameters: every weight under its name, as pairs or as a `state_dict`.
 
         Raises:
             ValueError: where the student is a module that the caller trains, a name is missing or unknown, a shape
@@ -165,8 +169,8 @@ class TransformersBackend:
             raise ValueError(
                 "The student of this backend is the live module itself: there is nothing to load. Drop the call."
             )
-        loaded = self.theta.named_parameters(remove_duplicate=False)
-        current, new = (dict(self._of_text(weights)) for weights in (loaded, named_parameters))
+        loaded = dict(self.theta.named_parameters(remove_duplicate=False))
+        current, new = (dict(self._of_text(weights.items())) for weights in (loaded, dict(named_parameters)))
         wrong = _misfits(current, new)
         if wrong:
             raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...pairing import Pair
+from ...pairing import NamedWeights, Pair
 from ...rollouts.progress import Progress
 from ...rollouts.request import Request
 from ...rollouts.rollout import Rollout, UnsolvedError
@@ -75,9 +75,9 @@ class VLLMBackend:
         self.has_nan = False
         self._neighbour = Neighbour()
         self._llm: LLM | None = self._start(arguments)
-        warn_of_precision(self._llm.llm_engine.model_config, arguments)
         self._neighbour.enter()
         try:
+            warn_of_precision(self._llm.llm_engine.model_config, arguments)  # raises where warnings are errors
             self._llm.collective_rpc("install_mixture_sampler")
         except BaseException:
             self.close()
@@ -224,7 +224,7 @@ class VLLMBackend:
         for one, seed in zip(parameters, seeds, strict=True):
             one.seed = seed if one.seed is None else one.seed
 
-    def load_theta(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+    def load_theta(self, named_parameters: NamedWeights) -> None:
         """Replace the student's weights in place and forget what was cached under the old ones.
 
         A list is checked as a whole first; if it is refused, the old weights stay. A generator is loaded as it comes,

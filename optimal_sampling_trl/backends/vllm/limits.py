@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from ...options import unknown_option
+from ...options import check_whole, unknown_option
 from ...pairing import Pair, Source, context_length, name_sources, read_pair, rope_kinds
 from .families import (
     OTHER_BACKEND,
@@ -50,6 +50,13 @@ OWNED = {
     "return_sampling_mask": "its columns and those of the records would meet",
 }
 """Engine arguments that cannot be set, and why; a value that switches them off is let through."""
+SIZES = {
+    "max_model_len": "Drop it for what both models can read.",
+    "max_num_seqs": "Drop it for vLLM's own.",
+    "tensor_parallel_size": "Drop it for one device.",
+    "data_parallel_size": "Drop it for one engine.",
+}
+"""Engine arguments that are whole numbers above 0, and how to go on without."""
 CACHE_TYPES = ("auto", "float16", "bfloat16", "float32")
 LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "mistral", "npcache", "pt")
 """Those of vLLM's default loader, which reads the student's files after the teacher's."""
@@ -74,6 +81,7 @@ def check_pair(
     Raises:
         ValueError: naming the model and the reason.
     """
+    check_sizes(arguments)
     sources = name_sources(teacher, theta, arguments)
     for source in sources:
         check_wrapper(source.config, source.role)
@@ -126,9 +134,18 @@ def _check_heads(config: PreTrainedConfig, role: str, tensor_parallel_size: int)
         )
 
 
+def check_sizes(arguments: Mapping[str, Any]) -> None:
+    """Refuse sizes that are no whole numbers above 0, before anything is reckoned with them.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    for name, advice in SIZES.items():
+        if arguments.get(name) is not None:
+            check_whole("The engine", name, arguments[name], 1, advice)
+
+
 def _check_max_model_len(configs: dict[str, PreTrainedConfig], wanted: int | None) -> None:
-    if wanted is not None and wanted < 1:
-        raise ValueError(f"`max_model_len` is {wanted}; wanted at least 1. Drop it for what both models can read.")
     for role, config in configs.items():
         if wanted and wanted > context_length(config):
             ends = "longrope" in rope_kinds(config)
@@ -189,7 +206,8 @@ def check_platform(arguments: Mapping[str, Any]) -> None:
     """Refuse a way of running that this backend does not have.
 
     Raises:
-        ValueError: on Model Runner V1 on a GPU, or models spread over processes that this one does not run in.
+        ValueError: on Model Runner V1 on a GPU, a size that is none, or models spread over processes that this one
+            does not run in.
     """
     from vllm.platforms import current_platform
 
@@ -198,6 +216,7 @@ def check_platform(arguments: Mapping[str, Any]) -> None:
             "VLLM_USE_V2_MODEL_RUNNER is 0: vLLM would use Model Runner V1, whose rows this backend maps to requests "
             "on the host, which a GPU would wait for. Unset the variable."
         )
+    check_sizes(arguments)
     sizes = {name: arguments.get(name) or 1 for name in ("tensor_parallel_size", "data_parallel_size")}
     if max(sizes.values()) > 1 and arguments.get("distributed_executor_backend") != "external_launcher":
         name = max(sizes, key=lambda key: sizes[key])

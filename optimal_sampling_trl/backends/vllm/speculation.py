@@ -4,6 +4,10 @@ The student drafts a few tokens of each sequence, and one pass of the fused mode
 probability min(1, q/θ), and the first one that is not is replaced by a draw from what q has more than θ, (q - θ)₊. The
 tokens are then those of the mixture, whatever the student drafts (Leviathan et al. 2023, arXiv 2211.17192). What runs
 inside vLLM is `worker/speculator.py`.
+
+It is off by default, since a training step gained nothing on an H200 and the speeds missed their goals
+(docs/speculative.md). With drafts the engine also refuses `min_p` and grammars, and with `auto` a seed's tokens depend
+on the company of a request.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
+from ...options import check_whole
 from ...page import write_page
 from ...rollouts.folder import RolloutFolder, iterate_rollouts
 from ..parser import Parser
@@ -36,11 +37,10 @@ def run(words: Sequence[str]) -> None:
     parser.usage = "%(prog)s FOLDER [-o page.html] [flags]"
     parser.add_argument("folder", help="folder that `optimal-sampling sample` wrote")
     script, named = parser.read(words)
-    try:
+    with parser.refusing():
+        check_whole("page", "most", script.most, 1)
         settings = RolloutFolder(named.folder).read_run()["settings"]
         rollouts = list(islice(iterate_rollouts(named.folder), script.most))
         tokenizer = AutoTokenizer.from_pretrained(script.tokenizer or settings["model_theta"])
         path = write_page(Path(script.output), rollouts, tokenizer, title=script.title)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"optimal-sampling page: {error}") from error
     print(f"{len(rollouts)} rollouts are in {path}.")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
+from ...options import check_whole
 from ...probe import probe, probe_page, probe_text
 from ...trainers import SamplerArguments
 from ..parser import Parser
@@ -40,6 +41,8 @@ def run(words: Sequence[str]) -> None:
     rewards = script.rewards()
     if len(rewards) != 1:
         raise SystemExit(f"`--reward_funcs` names {len(rewards)} functions; wanted one, which says what a success is.")
+    with parser.refusing():
+        check_whole("probe", "prompts", script.prompts, 1)
     rows = list(islice(load_data(script, evaluate=False)["train_dataset"], script.prompts))
     with pair.sampler(script.model_name_or_path) as sampler:
         found = probe(
@@ -54,5 +57,6 @@ def run(words: Sequence[str]) -> None:
         )
     print(probe_text(found))
     if script.output:
+        Path(script.output).parent.mkdir(parents=True, exist_ok=True)
         Path(script.output).write_text(probe_page(found), encoding="utf-8")
         print(f"The page is {script.output}.")

@@ -12,6 +12,7 @@ from typing import Any
 
 from trl import ScriptArguments
 
+from ...options import check_whole
 from ...rollouts.dense import Dense
 from ...rollouts.request import Sampling
 from ...sampling_run import sample_to_folder
@@ -48,6 +49,7 @@ class SampleArguments(ScriptArguments):
         data = load_data(self, evaluate=False)["train_dataset"]
         if self.max_samples is None:
             return data
+        check_whole("sample", "max_samples", self.max_samples, 1, "Drop it for all prompts.")
         return data.take(min(self.max_samples, len(data)) if hasattr(data, "__len__") else self.max_samples)
 
     def sampling(self) -> Sampling:
@@ -78,18 +80,19 @@ def run(words: Sequence[str] | None = None) -> None:
     pair, script = parser.read(sys.argv[1:] if words is None else words)
     if not script.model_name_or_path:
         raise SystemExit("`--model_name_or_path` is missing; wanted the student's folder or model id.")
-    prompts, sampling, dense = script.prompts(), script.sampling(), script.dense()
-    with pair.sampler(script.model_name_or_path) as sampler:
-        folder = sample_to_folder(
-            sampler,
-            prompts,
-            script.output_dir,
-            n=script.n,
-            sampling=sampling,
-            dense=dense,
-            seed=script.seed,
-            batch_size=script.batch_size,
-            use_tqdm=script.use_tqdm,
-        )
+    with parser.refusing():
+        prompts, sampling, dense = script.prompts(), script.sampling(), script.dense()
+        with pair.sampler(script.model_name_or_path) as sampler:
+            folder = sample_to_folder(
+                sampler,
+                prompts,
+                script.output_dir,
+                n=script.n,
+                sampling=sampling,
+                dense=dense,
+                seed=script.seed,
+                batch_size=script.batch_size,
+                use_tqdm=script.use_tqdm,
+            )
     print(f"The rollouts are in {folder}; {folder / 'README.md'} says what they are.")
     print(f"A page of them: optimal-sampling page {folder} -o page.html")

@@ -193,7 +193,7 @@ class MixtureGeneration:
         """Most tokens that the student may have read before a turn, so that both models can go on by one."""
         context = sys.maxsize if self.pair is None else self.pair.context
         firsts = [turns[0] for turns in self.turns if turns]
-        return context - max((len(one.prompt_ids) - len(one.theta_prompt_ids) for one in firsts), default=0)
+        return context - max([0, *(len(one.prompt_ids) - len(one.theta_prompt_ids) for one in firsts)])
 
     def unread_settings(self) -> dict[str, str]:
         """Return the fields of TRL's configuration that this engine does not read, and what would read each."""

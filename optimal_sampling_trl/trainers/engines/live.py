@@ -48,7 +48,7 @@ class LiveGeneration(MixtureGeneration):
         settled = {"device", "tokenizer"} | set(MODEL_OPTIONS if plan.generator.is_own_teacher else ())
         for name in sorted(given.keys() & settled):
             raise ValueError(f"`engine_arguments` has `{name}`, which is the trainer's here. Drop it.")
-        options = {name: trl_arguments[name] for name in ("max_num_seqs", "trust_remote_code")} | given
+        options = {name: trl_arguments[name] for name in ("max_num_seqs", "trust_remote_code")}
         if trl_arguments["max_model_length"] is not None:
             options["max_model_len"] = trl_arguments["max_model_length"]
         tokenizer = tokenizer_of(trl_arguments["processing_class"])
@@ -58,7 +58,7 @@ class LiveGeneration(MixtureGeneration):
             tokenizer=tokenizer,
             teacher_tokenizer=tokenizer if plan.generator.is_own_teacher else None,
             device=accelerator.device,
-            **options,
+            **options | given,
         )
         self.pair = self.backend.pair
         self.llm = Context(self.most_read)

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 from unittest.mock import patch
 
@@ -47,12 +48,17 @@ def build_generation(
         **trl_arguments: what TRL passes to its `VLLMGeneration`.
 
     Raises:
-        ValueError: where the generator asks for vLLM, which is not installed or cannot sample this pair.
+        ValueError: where the generator or a server asks for vLLM, which is not installed or cannot sample this pair.
     """
     generator, model = plan.generator, trl_arguments["model"]
     if generator.is_own_teacher:
         check_own_adapter(generator, model)
     if trl_arguments["mode"] == "server":
+        if find_spec("vllm") is None:
+            raise ValueError(
+                "`vllm_mode` is 'server', but vLLM is not installed: TRL's client needs it here, too, to send weights "
+                "to the server. Install it, or use `vllm_mode='colocate'`."
+            )
         from .server import ServerGeneration
 
         folder = Source(str(model.name_or_path), "student")

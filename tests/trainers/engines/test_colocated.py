@@ -24,6 +24,7 @@ from helpers.speakers import add, repeat
 from helpers.training import TEXTS, Watch, check_turns, load, make_untrained_pair, one_batch, train_and_check
 from helpers.training import make_trainer as build_trainer
 from optimal_sampling_trl.backends.vllm.backend import VLLMBackend
+from optimal_sampling_trl.backends.vllm.neighbours import Neighbour
 from optimal_sampling_trl.cli.training import run
 from optimal_sampling_trl.pairing import source
 from optimal_sampling_trl.trainers.engines import colocated, live
@@ -223,6 +224,14 @@ def test_a_student_that_cannot_be_pushed_is_refused_before_an_engine_starts(
     models = make_model(tmp_path / "teacher", "llama", 2), model.name_or_path
     with pytest.raises(ValueError, match=f"(?s){words}"):
         make_trainer("grpo", models, tmp_path, generator=ENGINE, trainer={"model": model})
+
+
+def test_refused_data_leave_no_engine(pair: tuple[str, str], tmp_path: Path) -> None:
+    """A notebook keeps the error, and with it all that stood in the frames."""
+    rows = Dataset.from_dict({"prompt": ["1" * 600] * 4})
+    with pytest.raises(ValueError, match="has 600 tokens, but the context holds") as error:
+        build_trainer("grpo", pair, tmp_path, generator=ENGINE, trainer={"train_dataset": rows})
+    assert not Neighbour._open, f"the engine of {error.value} runs on"
 
 
 def test_overrides_that_the_trained_student_does_not_have_are_refused(pair: tuple[str, str], tmp_path: Path) -> None:

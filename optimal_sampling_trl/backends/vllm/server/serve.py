@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import os
 import signal
+import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
@@ -181,7 +182,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         args = parse(argv)
     except (ImportError, ValueError) as error:
-        raise SystemExit(f"{PROGRAM}: {error}") from error
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
     import uvloop
 
     prepare_server()

@@ -30,7 +30,7 @@ class IncomingWeights:
         self.buffers: dict[str, Tensor] = dict(model.theta_buffers)
         names = model.theta_names
         self._embedding_name = None if names is None else names.ties.get(HEAD)
-        self._embedding: Tensor | None = None
+        self._tied: dict[str, int] = {}  # fingerprints of the head and the embedding, whichever comes first
 
     def accept(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Hand on those that are to be loaded, under the names of the files.
@@ -40,7 +40,7 @@ class IncomingWeights:
         """
         for name, weight in self._on_disk(weights):
             if self.is_tied and name == HEAD:
-                self._check_tied(weight)
+                self._check_tied(HEAD, weight)
                 continue
             self._check_shape(name, weight)
             self.missing.discard(name)
@@ -64,14 +64,15 @@ class IncomingWeights:
     def _on_disk(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         names = self.model.theta_names
         for name, weight in self.model.of_text("theta", weights):
-            if name == self._embedding_name and not weight.is_meta:
-                self._embedding = fingerprint(weight)
+            if self.is_tied and name == self._embedding_name and not weight.is_meta:
+                self._check_tied(name, weight)
             yield from [(name, weight)] if names is None else names.on_disk([(name, weight)], self.model.theta_shapes)
 
-    def _check_tied(self, head: Tensor) -> None:
+    def _check_tied(self, name: str, weight: Tensor) -> None:
         """Refuse a head that differs from a tied student's embedding: it would be dropped without a word."""
-        known = self._embedding
-        if head.is_meta or (known is not None and not torch.equal(fingerprint(head).cpu(), known.cpu())):
+        if not weight.is_meta:
+            self._tied[name] = int(fingerprint(weight))
+        if weight.is_meta or len(set(self._tied.values())) > 1:
             raise ValueError(
                 f"The student's weight {HEAD!r} is no copy of its embedding, and the engine's student, built from its "
                 "folder, ties the two. Save the untied student and build the engine from that folder."

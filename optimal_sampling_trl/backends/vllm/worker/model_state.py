@@ -19,7 +19,7 @@ from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from ..wire import teacher_shift_of, theta_prompt_of
-from .shift import Prompts, Stream, StreamBuffers, shift_stream
+from .shift import NOWHERE, Prompts, Stream, StreamBuffers, shift_stream
 from .slot_rejection import SlotRejection
 from .slot_sampler import SlotSampler
 
@@ -152,7 +152,13 @@ class OptimalSamplingModelState(DecoderState):
         return super().prepare_inputs(input_batch, req_states) | self._inputs(input_batch.num_tokens_after_padding)
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
-        """Return the same for trial steps and the capture of CUDA graphs."""
+        """Return the same for trial steps and the capture of CUDA graphs, which write nothing into the caches.
+
+        `alone.py` captures between two calls, when the places are still those of the last step's tokens; piecewise
+        graphs are captured without `prepare_attn`, which would set them.
+        """
+        for stream in (self.teacher, self.theta):
+            stream.places.fill_(NOWHERE)
         return super().prepare_dummy_inputs(num_reqs, num_tokens) | self._inputs(num_tokens)
 
     def _inputs(self, tokens: int) -> dict[str, Any]:

@@ -94,7 +94,8 @@ def shift_stream(
 ) -> Stream:
     """Return one model's stream in the step in which vLLM schedules `scheduled`; waits for no device.
 
-    A token before the model's first has id and position 0 and is written nowhere; its hidden state means nothing.
+    A token before the model's first has id and position 0 and is written nowhere; its hidden state means nothing. One
+    that vLLM writes nowhere stays so: a trial step is in slots that still hold the prompts of earlier requests.
 
     Args:
         scheduled: vLLM's stream.
@@ -117,10 +118,11 @@ def shift_stream(
     column = torch.arange(last + 1, device=device) + skipped
     blocks = scheduled.blocks.gather(1, column.clamp(max=last))
     place = blocks[row, position // block_size].long() * block_size + position % block_size
+    is_written = inside & (scheduled.places != NOWHERE)
     return Stream(
         torch.where(is_prompt, prompt, scheduled.ids).to(scheduled.ids.dtype).masked_fill(~inside, 0),
         position.to(scheduled.positions.dtype),
-        torch.where(inside, place, NOWHERE).to(scheduled.places.dtype),
+        torch.where(is_written, place, NOWHERE).to(scheduled.places.dtype),
         (scheduled.lengths - shift).clamp(min=0).to(scheduled.lengths.dtype),
         blocks,
     )

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 import signal
 import threading
@@ -716,9 +717,13 @@ def test_on_a_cpu_trl_sends_no_weights(trained: Server, pair: tuple[str, str], t
         ('--weight-transfer-config {"backend":"ipc"}', "`--weight-transfer-config` cannot be set"),
     ],
 )
-def test_the_command_refuses_before_it_starts(models: tuple[str, str], flags: str, words: str) -> None:
-    with pytest.raises(SystemExit, match=f"^optimal-sampling-serve: .*{words}"):
+def test_the_command_refuses_before_it_starts(
+    models: tuple[str, str], flags: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as error:
         serve.main(["--teacher", models[0], "--theta", models[1], *flags.split()])
+    assert error.value.code == 2
+    assert re.match(f"optimal-sampling-serve: .*{words}", capsys.readouterr().err.splitlines()[-1])
 
 
 def test_the_command_listens_on_loopback_unless_told(models: tuple[str, str]) -> None:

@@ -151,3 +151,29 @@ def test_a_slot_forgets_the_request_before() -> None:
         assert int(state.prompt_lengths.gpu[1]) == (len(request.theta_prompt_ids) if has_own else 0)
         assert int(state.theta_shifts.gpu[1]) == len(ids) - len(request.theta_prompt_ids)
         assert (state.of_teacher_np[1], state.of_theta_np[1]) == (len(ids) > len(request.prompt_ids), has_own)
+
+
+def test_a_trial_step_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs that are captured between two calls, and idle replicas, run steps in the slots of requests that ended."""
+    state = make_state()
+    monkeypatch.setattr(DefaultModelState, "prepare_attn", lambda *_, **__: {})
+    monkeypatch.setattr(DefaultModelState, "prepare_dummy_inputs", lambda *_: {})
+    for slot, request in enumerate((Request([4, 5], [6] * 5), Request([4, 5, 6], [7]))):
+        params = SimpleNamespace(extra_args=extra_arguments(request))
+        ids = scheduled_prompt(request)
+        state.add_request(slot, SimpleNamespace(sampling_params=params, prompt_token_ids=ids))
+    state.apply_staged_writes()
+    slots, ones = torch.arange(2, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
+    starts = torch.arange(3, dtype=torch.int32)
+    trial = Batch(ones, torch.full((2,), 9), ones * 10, starts, slots, slots.numpy(), 2, 2, np.ones(2), 2)
+    groups = [SimpleNamespace(layer_names=[name]) for name in LAYERS.values()]
+    cache = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=BLOCK))])
+    blocks = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]], dtype=torch.int32)
+    step = ((blocks,), torch.full((1, 2), NOWHERE), [groups], cache)
+    state.prepare_attn(trial, CUDAGraphMode.NONE, *step)
+    for stream in (state.teacher, state.theta):
+        assert stream.places[:2].tolist() == [NOWHERE] * 2
+        stream.places.copy_(torch.arange(TOKENS))  # as after a step of requests
+    state.prepare_dummy_inputs(2, 2)  # piecewise graphs are captured with no more than this
+    for stream in (state.teacher, state.theta):
+        assert stream.places.tolist() == [NOWHERE] * TOKENS
