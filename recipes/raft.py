@@ -13,8 +13,12 @@ On models of the Hub:
     accelerate launch recipes/raft.py \
         --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --teacher Qwen/Qwen2.5-7B-Instruct \
         --dataset_name trl-lib/DeepMath-103K --reward_funcs trl.rewards.accuracy_reward \
+        --dense_coefficient 1.0 --dense_fade 0.5 \
         --per_device_train_batch_size 8 --gradient_accumulation_steps 8 --max_completion_length 1024 \
         --learning_rate 1e-5 --bf16 --output_dir output/raft
+
+The dense term, which is gone by half of training, is what carried a student past its teacher on real text
+(docs/trainers.md).
 
 `--help` lists all flags: TRL's, those of `RAFTConfig` and the generator's. They may stand in a YAML file, `--config`.
 """

@@ -5,15 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from itertools import pairwise
-from math import inf
+from math import hypot, inf, sqrt
 from statistics import mean, median
 
 from horizon_report import spread
+from presets_report import error
 from real_text_report import RIGHT, shown_right
 from runs import Line, by_rate
 
 WHOLE = 0.97
 """Share of the updates that a run has to make to count in a mean."""
+QUESTIONS = 512
+"""Of a measurement, a sample of each."""
 
 
 def usual(lines: Sequence[Line], arm: str) -> list[Line]:
@@ -67,6 +70,18 @@ def of_teacher(runs: list[Line], name: str = "right") -> str:
     shares = [line["of_teacher"][name] for line in runs]
     low, high = min(shares), max(shares)
     return short(f"{low:.3f}" if high - low < 5e-4 else f"{low:.3f} to {high:.3f}")
+
+
+def above(runs: list[Line], teacher: Sequence[float]) -> str:
+    """The difference of the mean over seeds from that of the teacher's draws, and its standard error.
+
+    An arm's own error is the larger of those over its seeds and of its samples: few seeds may agree by chance.
+    """
+    if is_cut(runs):
+        return "cut"
+    shares = [line["right"] for line in whole(runs)]
+    sampled = sqrt(mean(shares) * (1 - mean(shares)) / (QUESTIONS * len(shares)))
+    return short(f"{mean(shares) - mean(teacher):.3f} ± {hypot(max(error(shares), sampled), error(teacher)):.3f}")
 
 
 def highest(line: Line) -> float:

@@ -26,6 +26,7 @@ from horizon_report import spread
 from informed_arms import STUDY
 from presets_report import error
 from real_cells import (
+    above,
     alone,
     average,
     by_seed,
@@ -40,6 +41,7 @@ from real_cells import (
     usual,
     whole,
 )
+from real_draws import draws, teachers
 from real_text_report import gain, shown_right
 from runs import Line, by_rate, one_each, read_runs
 
@@ -87,6 +89,7 @@ def presets() -> Iterator[str]:
         f"after 224 updates, seeds {words}": partial(by_seed, completions=EARLY, seeds=seeds),
         "at the end": partial(by_seed, completions=inf, seeds=seeds),
         "mean": end,
+        "above the teacher": partial(above, teacher=[shares["right"] for shares in draws(RESULTS, "sums")]),
         "greedy": partial(average, name="greedy"),
         "pass@8": partial(average, name="any_right"),
     }
@@ -165,13 +168,17 @@ class Table(NamedTuple):
 def place(task: str, student: str) -> Iterator[str]:
     """The arms of real_text.py at 340 updates."""
     lines = stored("real_text", task=task, student=student, steps=340)
-    return ends(lines, timed(task, lines) if student == "whole" else {})
+    more: dict[str, Column] = {
+        "above the teacher": partial(above, teacher=[one["right"] for one in draws(RESULTS, task)])
+    }
+    return ends(lines, more | (timed(task, lines) if student == "whole" else {}))
 
 
 STUDIES, PRESETS = "recipes/studies/README.md", "docs/presets.md"
 TABLES = {
     "presets": Table(PRESETS, presets),
     "rates of presets": Table(PRESETS, lambda: rates(stored("presets_real"))),
+    "teachers": Table(STUDIES, partial(teachers, RESULTS)),
     "steps, whole": Table(STUDIES, partial(place, "steps", "whole")),
     "sums, pruned": Table(STUDIES, partial(place, "sums", "pruned")),
     "steps, pruned": Table(STUDIES, partial(place, "steps", "pruned")),

@@ -19,7 +19,8 @@ from informed_arms import REFERS, STUDY, TOLD, ReadingTask, ToldTask
 from optimal_sampling_trl import Mixture
 from optimal_sampling_trl.rollouts.rollout import Rollout
 from real_arms import ARMS, PUBLISHED, trainer_of
-from real_cells import alone, equal
+from real_cells import above, alone, equal
+from real_draws import MEASURED, draws
 from real_exam import distance, mean_of
 from real_models import learn
 from real_tables import TABLES, ends, rates, stored, timed
@@ -150,7 +151,7 @@ def test_seeds_stand_beside_each_other_and_cut_runs_say_so() -> None:
 STUDIES = Path(__file__).parents[2] / "recipes" / "studies"
 
 
-@pytest.mark.parametrize("name", ["informed", "real_text", "presets_real", "dense_real"])
+@pytest.mark.parametrize("name", ["informed", "real_text", "presets_real", "dense_real", "real_seconds"])
 def test_stored_runs_are_whole_lines(name: str) -> None:
     lines = read_runs(STUDIES / "results" / f"{name}.jsonl")
     assert lines
@@ -193,6 +194,21 @@ def test_a_longer_run_replaces_a_shorter_one_and_a_cut_one_is_in_no_mean() -> No
     assert grpo.startswith("| GRPO | 1e-4 | .200 (3), – | cut | ")
     assert list(rates(lines))[2:] == ["| RAFT | – | .400 [.400] | .200 [.200] |"]
     assert equal([again], 0.6) == pytest.approx([0.24])  # between a half of the updates and three quarters
+
+
+def test_an_arm_is_held_against_all_draws_of_the_teacher_that_most_runs_had(tmp_path: Path) -> None:
+    def line(right: float, greedy: float, arm: str = "RAFT", done: int = 4) -> dict[str, Any]:
+        teacher = {"right": right, "greedy": greedy, "any_right": 0.75}
+        return {"task": "sums", "arm": arm, "of_teacher": teacher, "right": 0.6, "done": done, "steps": 4}
+
+    runs = [line(0.5, 0.58), line(0.5, 0.58, arm="TRB"), line(0.46, 0.58, done=1), line(0.4, 0.5), line(0.4, 0.5)]
+    for name in MEASURED:
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
+    found = [shares["right"] for shares in draws(tmp_path, "sums")]
+    assert found == [0.5, 0.46]
+    assert above(runs[:2], found) == ".120 ± .025"  # √(.6 × .4 / 1024) of the samples, .02 of the teacher's draws
+    assert above([runs[0], runs[1] | {"right": 0.7}], found) == ".170 ± .054"  # .05 over seeds
+    assert above(runs[2:3], found) == "cut"
 
 
 def test_seconds_are_of_64_completions_and_the_slower_arm_is_read_where_the_quicker_one_ends(

@@ -49,6 +49,7 @@ MODULES = {
     "studies/real_run.py": "real_text.py and informed.py import it: a run, the jobs of a machine, the flags",
     "studies/real_text_report.py": "real_text.py imports it: its tables and plots",
     "studies/real_cells.py": "real_tables.py imports it: what a cell says; test_real_text.py",
+    "studies/real_draws.py": "real_tables.py imports it: the teachers' shares; test_real_text.py",
     "studies/informed_arms.py": "informed.py imports it: its arms, hints and measurements; test_real_text.py",
     "studies/horizon_arms.py": "horizon.py imports it: what is compared",
     "studies/horizon_train.py": "horizon.py imports it: one stack of runs",
