@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 import traceback
@@ -26,13 +25,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # where the helpers are, and the tests whose pairs these are
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "recipes")]  # the tests, and pairs
 
 from backends.vllm.test_families import Case
-from checks.check_families import dtype_of, fitted  # which sets the variables that vLLM reads as it is imported
-from helpers.children import end
+from checks.check_families import dtype_of, fitted, last_printed  # sets what vLLM reads from the environment first
 from helpers.engines import ON_A_GPU, TOLERANCE
-from helpers.paths import ROOT, python_path
+from helpers.paths import ROOT
 from helpers.routing import stand_in
 from helpers.tuning import take_smallest
 from trainers.engines import test_colocated as colocated
@@ -80,21 +78,8 @@ def one(name: str) -> None:
 
 def in_a_process(name: str, limit: float, out: Path) -> dict[str, Any]:
     """The line of one case, from a process that may crash or hang."""
-    log = out / f"{name}.log"
-    command = [sys.executable, __file__, "--case", name]
-    environment = os.environ | {"PYTHONPATH": python_path(), "PYTHONFAULTHANDLER": "1"}
-    environment.pop("MASTER_PORT", None)  # the trainer takes a free one where none is named
-    with log.open("w") as file:
-        child = subprocess.Popen(command, stdout=file, stderr=file, env=environment, cwd=ROOT, start_new_session=True)
-        try:
-            code: int | str = child.wait(limit)
-        except subprocess.TimeoutExpired:
-            code = f"nothing after {limit:.0f} s"
-        finally:
-            end(child)
-    lines = log.read_text(errors="replace").splitlines()
-    found = [json.loads(line) for line in lines if line.startswith('{"family"')]
-    return found[-1] if found else {"family": name, "result": f"ended: {code}; {' / '.join(lines[-3:])[-400:]}"}
+    line, ended = last_printed([sys.executable, __file__, "--case", name], out / f"{name}.log", limit)
+    return line or {"family": name, "result": ended}
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -284,11 +285,10 @@ def one(name: str, mode: str, is_tuned: bool, takes_refused: bool) -> None:
     os._exit(0)  # past whatever a broken engine left running
 
 
-def in_a_process(name: str, mode: str, limit: float, out: Path, flags: list[str]) -> dict[str, Any]:
-    """The line of one case, from a process that may crash or hang: the last that it printed."""
-    log = out / f"{name}-{mode}.log"
-    command = [sys.executable, __file__, "--case", name, "--mode", mode, *flags]
+def last_printed(command: Sequence[str], log: Path, limit: float) -> tuple[dict[str, Any] | None, str]:
+    """Run a case in a process that may crash or hang; return the last line that it printed of itself, and its end."""
     environment = os.environ | {"PYTHONPATH": python_path(), "PYTHONFAULTHANDLER": "1"}
+    environment.pop("MASTER_PORT", None)  # cases at once would share it; without one a trainer takes a free one
     with log.open("w") as file:
         child = subprocess.Popen(command, stdout=file, stderr=file, env=environment, cwd=ROOT, start_new_session=True)
         try:
@@ -298,13 +298,16 @@ def in_a_process(name: str, mode: str, limit: float, out: Path, flags: list[str]
         finally:
             end(child)
     lines = log.read_text(errors="replace").splitlines()
-    line = {"family": name, "mode": mode, "dtype": dtype_of(CASES[name]), "result": CUT, "errors": {}}
-    for printed in lines:
-        if printed.startswith('{"family"'):
-            line = json.loads(printed)
-    if line["result"] == CUT:
-        line["reason"] = f"ended: {code}; {' / '.join(lines[-3:])[-400:]}"
-    return line
+    found = [json.loads(line) for line in lines if line.startswith('{"family"')]
+    return found[-1] if found else None, f"ended: {code}; {' / '.join(lines[-3:])[-400:]}"
+
+
+def in_a_process(name: str, mode: str, limit: float, out: Path, flags: list[str]) -> dict[str, Any]:
+    """The line of one case: the last that its process printed."""
+    command = [sys.executable, __file__, "--case", name, "--mode", mode, *flags]
+    line, ended = last_printed(command, out / f"{name}-{mode}.log", limit)
+    line = line or {"family": name, "mode": mode, "dtype": dtype_of(CASES[name]), "result": CUT, "errors": {}}
+    return line | ({"reason": ended} if line["result"] == CUT else {})
 
 
 def row(line: dict[str, Any]) -> str:
