@@ -75,14 +75,13 @@ def check_pair(
     Args:
         teacher: the teacher's folder or name, or the source of one.
         theta: likewise of the student.
-        arguments: the engine's: they say which files are the models', and how large the engine is.
+        arguments: the engine's: they say which files are the models', and how large the engine is (`check_sizes`).
         tokenizer: the trainer's, where there is one; by default the student's.
         theta_settings: generation settings of the student that is trained, of whose files the engine loads a copy.
 
     Raises:
         ValueError: naming the model and the reason.
     """
-    check_sizes(arguments)
     sources = name_sources(teacher, theta, arguments)
     for source in sources:
         check_wrapper(source.config, source.role)

@@ -18,7 +18,7 @@ from dataclasses import fields
 from typing import Any
 
 from ..launch import engine_settings, platform_settings
-from ..limits import check_arguments, check_pair, check_platform
+from ..limits import check_arguments, check_pair, check_platform, check_sizes
 from ..plugin import TRANSFER, require
 from ..requests import check_params
 from ..rows import keep_rows
@@ -55,6 +55,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(rest)
     given = _given(parser, args) | {NUM_SPECULATIVE_TOKENS: named.num_speculative_tokens}
     check_arguments(given)
+    check_sizes(given)
     check_platform({})  # several devices are fine: weights come to each of the server's processes
     pair = check_pair(named.teacher, named.theta, given)
     for name, value in engine_settings(pair, given, **describe(pair)).items():
