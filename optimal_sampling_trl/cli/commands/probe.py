@@ -41,8 +41,7 @@ def run(words: Sequence[str]) -> None:
     rewards = script.rewards()
     if len(rewards) != 1:
         raise SystemExit(f"`--reward_funcs` names {len(rewards)} functions; wanted one, which says what a success is.")
-    with parser.refusing():
-        check_whole("probe", "prompts", script.prompts, 1)
+    check_whole("probe", "prompts", script.prompts, 1)
     rows = list(islice(load_data(script, evaluate=False)["train_dataset"], script.prompts))
     with pair.sampler(script.model_name_or_path) as sampler:
         found = probe(
