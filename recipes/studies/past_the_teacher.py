@@ -32,13 +32,15 @@ sys.path.append(str(Path(__file__).parents[1]))  # the recipes that a study shar
 from digit_tasks import Task
 from horizon_train import train
 from ladder import make_ladder
-from past_the_teacher_arms import ARMS, CORE, MAIN, rates_with_edges, settings
+from past_the_teacher_arms import ARMS, CORE, MAIN, MANY, rates_with_edges, settings
 from past_the_teacher_report import report
 from runs import read_runs, run_all
-from stacks import Run, Setting, missing, one, words
+from stacks import Run, Setting, missing, one, place_of, words
 from stage import Arm
 
 ALONE_STEPS = 15
+MAINS = place_of(MAIN), place_of(MANY)
+"""The places where every arm is run."""
 
 
 def make_ladders(options: argparse.Namespace) -> None:
@@ -101,6 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     every = list(dict.fromkeys(setting.task for setting in settings()))
     parser.add_argument("--tasks", nargs="+", choices=every, default=every, metavar="TASK", help="%(default)s")
+    parser.add_argument("--main", action="store_true", help="the two places alone where every arm is run")
     parser.add_argument("--ladder", type=Path, default=Path("output/ladder"), help="folder of ladder.py's folders")
     parser.add_argument("--ladder_steps", type=int, nargs=2, default=(2000, 3000), help="at most (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("output/past"), help="folder (%(default)s)")
@@ -115,12 +118,14 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true", help="then time each core arm by itself")
     parser.add_argument("--report", action="store_true", help="report what is there, run nothing")
     options = parser.parse_args()
+    wanted = (lambda place: place_of(place) in MAINS) if options.main else (lambda place: place.task in options.tasks)
+    places = [place for place in settings(options.seeds) if wanted(place)]
+    options.tasks = list(dict.fromkeys(place.task for place in places))
     path, alone = options.output / "runs.jsonl", options.output / "alone.jsonl"
     options.output.mkdir(parents=True, exist_ok=True)
     try:
         if not options.report:
             make_ladders(options)
-            places = [setting for setting in settings(options.seeds) if setting.task in options.tasks]
             run_missing(places, ARMS, options, path)
         if options.alone:
             time_alone(options, alone)
