@@ -23,11 +23,18 @@ NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 """Kinds of parameters that a keyword can name."""
 
 
-def unknown_option(what: str, got: str, known: Iterable[str]) -> str:
-    """Return the message for an unknown option: its kind, the given name, the known names and the nearest ones."""
+def unknown_option(what: str, got: str, known: Iterable[str], otherwise: str = "") -> str:
+    """Return the message for an unknown option: its kind, the given name, the known names and the nearest ones.
+
+    Args:
+        what: its kind.
+        got: the given name.
+        known: the known names.
+        otherwise: ends the message where no known name is near.
+    """
     names = sorted(known)
     near = _nearest(str(got), names)
-    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else otherwise and f" {otherwise}"
     listed = f" Known: {', '.join(names)}."
     if len(names) > MANY:
         listed = "" if near else f" None of the {len(names)} known ones resembles it."

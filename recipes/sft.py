@@ -60,7 +60,7 @@ def rewards(rows: Dataset, script: RolloutArguments, tokenizer: Any) -> list[flo
 
 
 def training_data(script: RolloutArguments, tokenizer: Any) -> Dataset:
-    """Returns prompts and completions: token ids as they were sampled, and labels on the completion alone."""
+    """Return prompts and completions: token ids as they were sampled, and labels on the completion alone."""
     shards = str(Path(script.rollouts) / "data" / "*.parquet")
     rows = load_dataset("parquet", data_files=shards, split="train")
     count = len(rows)

@@ -25,6 +25,9 @@ def test_an_unknown_option_is_told_the_nearest() -> None:
         "Unknown method 'entropi'. Known: entropy, kl. Did you mean 'entropy'?"
     )
     assert unknown_option("method", "xyz", ["kl", "entropy"]) == "Unknown method 'xyz'. Known: entropy, kl."
+    told = unknown_option("method", "xyz", ["kl"], otherwise="The paper lists them.")
+    assert told == "Unknown method 'xyz'. Known: kl. The paper lists them."
+    assert unknown_option("method", "kll", ["kl"], otherwise="The paper lists them.").endswith(" Did you mean 'kl'?")
 
 
 def test_a_choice_is_one_of_those_that_are_known() -> None:

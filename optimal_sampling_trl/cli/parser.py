@@ -100,8 +100,8 @@ class Parser(TrlParser):
                 flags = [flag for flag in self._option_string_actions if "-" not in flag.removeprefix("--")]
                 if (meant := INSTEAD.get(name)) in flags:
                     self.error(f"Unknown flag {name!r}. Did you mean {meant!r}?")
-                found = unknown_option("flag", name, [CONFIG, *flags, *further])
-                self.error(found if "Did you mean" in found else f"{found} `{self.prog} --help` lists them.")
+                listed = f"`{self.prog} --help` lists them."
+                self.error(unknown_option("flag", name, [CONFIG, *flags, *further], otherwise=listed))
             if not name.startswith("-") and before not in further:
                 self.error(
                     f"{word!r} follows no flag that takes it; wanted each value behind its flag, and a YAML file "

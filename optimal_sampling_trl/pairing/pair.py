@@ -219,7 +219,7 @@ def rope_kinds(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
 
 
 def shares_caches(config: PreTrainedConfig) -> bool:
-    """Returns True for a model in which some layers read the keys and values of an earlier one."""
+    """Return True for a model in which some layers read the keys and values of an earlier one."""
     return bool(getattr(config, "num_kv_shared_layers", 0))
 
 
@@ -232,5 +232,5 @@ def attention_window(config: PreTrainedConfig) -> int | None:
 
 
 def has_states(config: PreTrainedConfig) -> bool:
-    """Returns True for a model with layers that keep a state: linear attention, or short convolutions."""
+    """Return True for a model with layers that keep a state: linear attention, or short convolutions."""
     return not STATE_LAYERS.isdisjoint(getattr(config, "layer_types", None) or ())

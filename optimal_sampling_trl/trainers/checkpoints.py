@@ -1,4 +1,4 @@
-"""A trainer's `output_dir`: one trainer at a time, and the last checkpoint that a kill left whole."""
+"""A trainer's `output_dir`: one trainer at a time, the last checkpoint that a kill left whole, and what it keeps."""
 
 from __future__ import annotations
 
@@ -6,15 +6,23 @@ import json
 import logging
 import re
 from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-from ..files import Lock
+from ..files import Lock, write_atomically
+from ..user_warnings import warn_user
+from .generator import OptimalSamplingGenerator
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 LOCK = "_training.lock"
 """Held in `output_dir` while a trainer trains. Its name begins with an underscore, so the Hub is not sent the file."""
+SETTINGS = "optimal_sampling.json"
+"""The file of a checkpoint that keeps the generator's settings."""
+SAME_ROLLOUTS = ("backend", "dense", "engine_arguments")
+"""Fields of the generator that say how rollouts are computed and what they carry: a resumed run may change them."""
 
 
 def lock_folder(folder: Path, stack: ExitStack) -> None:
@@ -52,3 +60,38 @@ def last_whole_checkpoint(output_dir: str | None) -> str:
     raise ValueError(
         f"`resume_from_checkpoint` is True, but {str(output_dir)!r} has no whole checkpoint. Name one, or train anew."
     )
+
+
+def keep_settings(checkpoint: Path, generator: OptimalSamplingGenerator) -> None:
+    """Write into a checkpoint's folder what its rollouts are sampled from."""
+    write_atomically(checkpoint / SETTINGS, json.dumps(_settings(generator), indent=2).encode())
+
+
+def warn_of_other_settings(checkpoint: Path, generator: OptimalSamplingGenerator) -> None:
+    """Warn where a checkpoint's rollouts were sampled from something else; be silent where it does not say."""
+    try:
+        kept = json.loads((checkpoint / SETTINGS).read_text())
+    except (OSError, ValueError):
+        return
+    now = _settings(generator)
+    changed = [
+        f"`{name}` was {kept[name]!r}, is {value!r}" for name, value in now.items() if kept.get(name, value) != value
+    ]
+    if changed:
+        warn_user(
+            f"The checkpoint {str(checkpoint)!r} was trained with other settings of `generator`: {'; '.join(changed)}."
+            " Training goes on with the new ones. Pass the old ones to go on as it began."
+        )
+
+
+def _settings(generator: OptimalSamplingGenerator) -> dict[str, Any]:
+    """Return what a generator samples from, in JSON's types, by the words that set it."""
+    others = ("teacher", "mixture", *SAME_ROLLOUTS)
+    settings = {each.name: getattr(generator, each.name) for each in fields(generator) if each.name not in others}
+    teacher = generator.named_teacher
+    return {
+        "teacher": getattr(teacher, "name_or_path", teacher),
+        "engine_arguments.revision": (generator.engine_arguments or {}).get("revision"),
+        **{f"mixture.{name}": value for name, value in generator.mixture.to_dict().items()},
+        **settings,
+    }

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .. import metrics
 from ..options import check_choice
@@ -20,7 +21,7 @@ from ..rollouts.rollout import Rollout
 from ..user_warnings import warn_user
 from .batch_metrics import BatchMetrics
 from .card import TAG, complete_card
-from .checkpoints import last_whole_checkpoint, lock_folder
+from .checkpoints import keep_settings, last_whole_checkpoint, lock_folder, warn_of_other_settings
 from .config import check_kind, correction_of
 from .dense_config import dense_of, joined
 from .engines.base import MixtureGeneration, MixturePlan, check_generation_kwargs, on_all_ranks
@@ -147,7 +148,8 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
 
         Args:
             resume_from_checkpoint: as TRL's; True takes the last checkpoint that is whole, where TRL takes the last,
-                even one that a kill left without its end.
+                even one that a kill left without its end. One that was trained with other settings of the generator
+                is told in a warning.
 
         Raises:
             RuntimeError: where another trainer trains into the folder, in all processes.
@@ -159,6 +161,8 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
             self._last_loaded_step = -1  # TRL's, by which it knows whether the weights have to be pushed
             if resume_from_checkpoint is True:
                 resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint and self.accelerator.is_main_process:
+                warn_of_other_settings(Path(resume_from_checkpoint), self.generator)
             print_summary(self)
             return super().train(resume_from_checkpoint, *positional, **keywords)
 
@@ -176,6 +180,13 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
     def _lock_folder(self, stack: ExitStack) -> None:
         if self.args.should_save and self.args.output_dir is not None:
             lock_folder(Path(self.args.output_dir), stack)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save TRL's checkpoint with the generator's settings in it, before the state that makes it whole."""
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            keep_settings(folder, self.generator)
+        super()._save_checkpoint(model, trial)
 
     def create_model_card(self, *positional: Any, **keywords: Any) -> None:
         """Write TRL's card, and add what the rollouts came from."""

@@ -43,12 +43,12 @@ def checked(function: Any, name: str) -> Any:
     @wraps(function)
     def ask(**given: Any) -> Any:
         check_call(function, name, given)
-        return rewards_of(function(**given), name)
+        return rewards_of(function(**given), name, len(given["completions"]))
 
     @wraps(function)
     async def ask_later(**given: Any) -> Any:
         check_call(function, name, given)
-        return rewards_of(await function(**given), name)
+        return rewards_of(await function(**given), name, len(given["completions"]))
 
     return ask_later if is_async_callable(function) else ask
 
@@ -73,11 +73,13 @@ def check_call(function: Callable[..., Any], name: str, given: dict[str, Any]) -
         ) from error
 
 
-def rewards_of(rewards: Any, name: str) -> Sequence[Any]:
-    """Return what a reward function returned as a list.
+def rewards_of(rewards: Any, name: str, completions: int) -> Sequence[Any]:
+    """Return what a reward function returned for a number of completions as a list.
+
+    TRL gives a list of one number to all completions.
 
     Raises:
-        ValueError: where it is no list, or holds something else than numbers and None.
+        ValueError: where it is no list, is longer or shorter, or holds something else than numbers and None.
     """
     try:
         found = list(rewards)
@@ -86,6 +88,11 @@ def rewards_of(rewards: Any, name: str) -> Sequence[Any]:
             f"The reward function {name!r} returned {shown(rewards)} ({type(rewards).__name__}); wanted a list with a "
             "number for each completion. Return one."
         ) from error
+    if len(found) != completions:
+        raise ValueError(
+            f"The reward function {name!r} returned a list of {len(found)}; wanted {completions} numbers, one for "
+            "each completion, in their order. Return None for a completion without one."
+        )
     for index, reward in enumerate(found):
         is_scalar = isinstance(reward, Real) or getattr(reward, "shape", None) == ()  # of NumPy or torch
         if reward is not None and not is_scalar:

@@ -64,7 +64,7 @@ class SeveralTurns(PromptReader):
                 )
 
     def _row_makers(self) -> list[str]:
-        """Those of the turns' makers that treat each row of a batch in its own way."""
+        """Return those of the turns' makers that treat each row of a batch in its own way."""
         return [name for name in self.turn_makers if name != "tools"]
 
     def _check_two_prompts(self) -> None:

@@ -43,7 +43,7 @@ class Pair(NamedTuple):
 
     @property
     def parameters(self) -> int:
-        """Those that decoding reads, of both."""
+        """Number of those that decoding reads, of both models."""
         return self.teacher.parameters + self.student.parameters
 
     @property

@@ -88,7 +88,7 @@ def parse() -> argparse.Namespace:
 
 
 def arguments(args: argparse.Namespace, *roles: str) -> dict[str, Any]:
-    """Those of an engine that holds the models of these roles, with a cache for the largest batch."""
+    """Return those of an engine that holds the models of these roles, with a cache for the largest batch."""
     size = getattr(torch, args.dtype).itemsize
     tokens = max(args.batches) * (args.prompt + args.tokens + 32)
     given: dict[str, Any] = {

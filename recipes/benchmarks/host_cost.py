@@ -76,7 +76,7 @@ class Batch:
         ]
 
     def answers(self) -> list[str]:
-        """Returns what a server sends: a JSON text for each completion."""
+        """Return what a server sends: a JSON text for each completion."""
         names = [f"token_id:{self.pair.engine_vocabulary + column}" for column in range(RECORD_COLUMNS)]
         return [
             json.dumps({"choices": [self._choice(row, numbers, names)]})

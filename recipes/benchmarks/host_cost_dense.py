@@ -78,7 +78,7 @@ class DenseBatch:
             read_packed(*kept.arrays(), ids, self.dense, self.V)
 
     def answers(self) -> list[str]:
-        """Returns what a server sends: a JSON text for each completion."""
+        """Return what a server sends: a JSON text for each completion."""
         texts = []
         for ids, columns, numbers in zip(self.ids.tolist(), self.columns, self.numbers):
             names = [[f"token_id:{name}" for name in row] for row in columns.tolist()]

@@ -80,12 +80,12 @@ def counts(processes: int) -> list[int]:
 
 
 def command(args: argparse.Namespace) -> list[str]:
-    """This script, with the flags that it was given, as one of its workers on the pair that was made."""
+    """Return the command of a worker: this script with the flags that it was given, on the pair that was made."""
     return [sys.executable, *sys.argv, "--pair", *args.pair]
 
 
 def variables(index: int, args: argparse.Namespace) -> dict[str, str]:
-    """Of a process that sees one GPU, where there are any, and compiles into a folder of its own."""
+    """Return the environment of a worker: one GPU, where there are any, and a folder of its own to compile into."""
     return on_gpu(index) | {"VLLM_CACHE_ROOT": f"{args.pair[0]}-cache-{index}"} if GPUS else dict(os.environ)
 
 

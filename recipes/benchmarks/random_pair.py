@@ -149,7 +149,7 @@ def synchronize() -> None:
 
 
 def describe(args: argparse.Namespace, versions: str) -> str:
-    """Returns what was measured, and on which machine."""
+    """Return what was measured, and on which machine."""
     models = shapes(args)
     names = args.shapes or [f"{shape.hidden}x{shape.layers}" for shape in models.values()]
     return (

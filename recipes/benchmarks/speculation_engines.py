@@ -34,7 +34,7 @@ class Work(NamedTuple):
     half: bool = False
 
     def mixture(self, index: int, epsilon: float) -> Mixture:
-        """That of a request, by its number."""
+        """Return the mixture of a request, by its number."""
         return Mixture.theta_only() if self.half and index % 2 else Mixture("trust_region", epsilon=epsilon)
 
 
@@ -49,7 +49,7 @@ def workloads(args: argparse.Namespace) -> dict[str, Work]:
 
 
 def arguments(args: argparse.Namespace, counts: Sequence[int], *roles: str) -> dict[str, Any]:
-    """Those of an engine that holds the models of these roles, with a graph for each batch."""
+    """Return those of an engine that holds the models of these roles, with a graph for each batch."""
     size = getattr(torch, args.dtype).itemsize
     asked = [work.lengths for work in workloads(args).values()]
     most, longest = max(map(len, asked)), max(map(max, asked))
@@ -93,7 +93,7 @@ class Engine:
         end.close()
 
     def measure(self, name: str, epsilon: float) -> Seen:
-        """Returns what it makes of a batch, by its name."""
+        """Measure a batch, by its name: what the engine makes of it, NaN where it has ended."""
         self.tell((name, epsilon))
         return self.answer() or Seen(nan, nan, nan)
 

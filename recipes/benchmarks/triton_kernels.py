@@ -145,7 +145,7 @@ def make_sets(kind: str, rows: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def copy(theta: Tensor, teacher: Tensor) -> Tensor:
-    """Reads both and writes float32 once."""
+    """Read both and write float32 once."""
     return torch.add(theta[:, :V_THETA], teacher[:, :V_THETA], out=OUT[: len(theta)])
 
 

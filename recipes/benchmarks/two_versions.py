@@ -130,7 +130,7 @@ def answer(args: argparse.Namespace) -> None:
 
 
 def arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """Those of both engines, with a cache for the largest batch."""
+    """Return those of both engines, with a cache for the largest batch."""
     tokens, length = max(args.batches) * (args.prompt + args.tokens + 32), args.prompt + args.tokens + 1
     numbers = sum(shape.cached for shape in shapes(args).values())
     given: dict[str, Any] = {

@@ -30,7 +30,7 @@ def answers(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 @torch.no_grad()
 def log_probabilities(model: Any, inputs: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
-    """Of every token at each position of the answers `ids` (N, T): (N, T, V), at the sampling temperature."""
+    """Return log-probabilities (N, T, V) of all tokens along the answers `ids` (N, T), at the sampling temperature."""
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(ids)], dim=1)
     logits = model(
         input_ids=torch.cat([inputs["input_ids"], ids], dim=1), attention_mask=mask,

@@ -153,6 +153,6 @@ def train(
 
 
 def rows_of(end: End) -> list[dict[str, float]]:
-    """Returns what was measured of each student, by name."""
+    """Return what was measured of each student, by name."""
     columns = zip(*(values.tolist() for values in end))
     return [dict(zip(End._fields, (round(value, 4) for value in row))) for row in columns]

@@ -39,7 +39,7 @@ def at(lines: Iterable[Line], place: Setting) -> list[Line]:
 
 
 def of_teacher(lines: Sequence[Line]) -> dict[str, float]:
-    """Returns how good the teacher of a place is."""
+    """Return how good the teacher of a place is."""
     found: dict[str, float] = next((line["of_teacher"] for line in lines if "of_teacher" in line), {})
     return found
 

@@ -37,7 +37,7 @@ class Cell(NamedTuple):
 
 
 def places_of(folder: Path) -> list[Place]:
-    """Returns the places that were run, the pair first."""
+    """Return the places that were run, the pair first."""
     pair = read_runs(folder / f"{PAIR_RUNS}.jsonl")
     sums = [line for line in read_runs(folder / f"{SUMS_RUNS}.jsonl") if not line["stopped"]]
     of_pair = {arm: mean(times) for arm in PAIR if (times := [x["seconds"] for x in pair if x["arm"] == arm])}
@@ -84,7 +84,7 @@ def error(values: Sequence[float]) -> float:
 
 
 def separates(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Tells whether two means differ by more than two standard errors of their difference."""
+    """Return whether two means differ by more than two standard errors of their difference."""
     return abs(mean(one) - mean(other)) > 2 * (error(one) ** 2 + error(other) ** 2) ** 0.5
 
 

@@ -71,7 +71,7 @@ def questions(split: str, count: int, seed: int) -> Dataset:
 
 
 def is_right(text: str, answer: str) -> bool:
-    """Returns True where the answer stands in the text as a word of its own."""
+    """Return True where the answer stands in the text as a word of its own."""
     return re.search(rf"\b{re.escape(answer)}\b", text, re.IGNORECASE) is not None
 
 

@@ -25,12 +25,12 @@ def usual(lines: Sequence[Line], arm: str) -> list[Line]:
 
 
 def whole(runs: list[Line]) -> list[Line]:
-    """Those that made their updates; all where none did."""
+    """Return the runs that made their updates; all where none did."""
     return [line for line in runs if line["done"] >= WHOLE * line["steps"]] or runs
 
 
 def is_cut(runs: list[Line]) -> bool:
-    """Tells whether no run made its updates."""
+    """Return True where no run made its updates."""
     return whole(runs)[0]["done"] < WHOLE * runs[0]["steps"]
 
 

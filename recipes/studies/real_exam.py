@@ -32,7 +32,7 @@ class EngineExam:
         return self._right(rollouts, self.entries), distance(rollouts)
 
     def take_all(self) -> dict[str, float]:
-        """Of the student: how often it is right, in any of eight tries and greedily, its entropy, KL(θ‖t)."""
+        """Measure the student: how often it is right, in any of eight tries and greedily, its entropy, KL(θ‖t)."""
         rollouts = self._sample(Mixture.theta_only(), self.entries)
         return {
             **self._tries(Mixture.theta_only()),
@@ -44,7 +44,7 @@ class EngineExam:
         }
 
     def of_teacher(self) -> dict[str, float]:
-        """Of the teacher: how often it is right, in any of eight tries and greedily; and of the mixture."""
+        """Measure how often the teacher is right, in any of eight tries and greedily; and the mixture."""
         teacher, mixture = (self._sample(m, self.entries) for m in (Mixture.teacher_only(), Mixture()))
         return {
             **self._tries(Mixture.teacher_only()),

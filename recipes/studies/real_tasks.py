@@ -98,7 +98,7 @@ class Task(NamedTuple):
 
 
 def answer_of(text: str) -> str:
-    """Returns the text behind the last mark, on its line; the last number of a text without one."""
+    """Return the text behind the last mark, on its line; the last number of a text without one."""
     _, mark, after = text.rpartition(MARK)
     if mark:
         return after.strip().split("\n")[0].strip().rstrip(".")

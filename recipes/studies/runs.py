@@ -33,7 +33,7 @@ def whole_runs(done: Iterable[Line], steps: Callable[[Line], int]) -> set[tuple]
 
 
 def one_each(lines: Iterable[Line]) -> list[Line]:
-    """Of the runs on real text of a key and number of updates the one that made most of these; of equals the last."""
+    """Keep one run on real text of each key and number of updates: the one that made most; of equals the last."""
     key = itemgetter("task", "student", "arm", "learning_rate", "seed", "steps")
     found: dict[tuple, Line] = {}
     for line in lines:

@@ -46,13 +46,13 @@ PLACE = ("task", "teacher", "student", "verifier", "prompts")
 
 
 def place_of(line: Line | Setting) -> tuple[Any, ...]:
-    """Returns where on the axes a run or a setting stands."""
+    """Return where on the axes a run or a setting stands."""
     values = line._asdict() if isinstance(line, Setting) else line
     return tuple(values[name] for name in PLACE)
 
 
 def key_of(setting: Setting, steps: int, run: Run) -> dict[str, Any]:
-    """Returns what tells a run from all others."""
+    """Return what tells a run from all others."""
     return dict(zip(PLACE, place_of(setting))) | {"steps": steps} | run._asdict()
 
 
@@ -116,6 +116,6 @@ def one(
 
 
 def words(lines: list[Line]) -> str:
-    """Returns what is printed of a stack that ended."""
+    """Return what is printed of a stack that ended."""
     stopped = ", stopped" if lines[0]["stopped"] else ""
     return f"{'/'.join(map(str, place_of(lines[0])))}: {len(lines)} runs, {lines[0]['seconds']:.0f} s{stopped}"

@@ -130,7 +130,7 @@ class Stage:
         return Given(answers, count[:, None].expand(-1, self.batch).contiguous())
 
     def kept(self, progress: float) -> Tensor:
-        """Returns how much of each run's mixture is there, in [0, 1]: 1 less `Mixture.anneal`'s share."""
+        """Return how much of each run's mixture is there, in [0, 1]: 1 less `Mixture.anneal`'s share."""
         shares = [
             float(success) if arm.schedule == "success" else min(progress / float(arm.schedule), 1.0)
             if arm.schedule is not None else 0.0

@@ -106,7 +106,7 @@ def start(home: Path, name: str, *command: str, **variables: str) -> None:
 
 
 def answers(folder: Path, pattern: str, ranks: int) -> list[dict[str, Any]]:
-    """Returns what the ranks wrote.
+    """Return what the ranks wrote.
 
     Raises:
         RuntimeError: where one wrote nothing.
@@ -226,7 +226,7 @@ def server_fsdp(home: Path, name: str, ranks: int) -> str:
 
 
 def trained(ranks: list[dict[str, Any]], kind: str) -> str:
-    """Returns what a run of a kind came to."""
+    """Return what a run of a kind came to."""
     require({rank["processes"] for rank in ranks} == {len(ranks)}, f"{kind}: not {len(ranks)} processes")
     require(len({rank["parameters"] for rank in ranks}) == 1, f"{kind}: the ranks have other weights")
     require(all(len(rank["generations"]) == 3 for rank in ranks), f"{kind}: not three batches")

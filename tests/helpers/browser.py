@@ -134,7 +134,7 @@ class Browser:
         return self.js(f"Array.from(document.querySelectorAll({selector!r}), e => e.textContent)")
 
     def problems(self) -> list[Any]:
-        """Returns exceptions, blocked loads and requests other than for the page itself, since the page was opened."""
+        """Return exceptions, blocked loads and requests other than for the page itself, since the page was opened."""
         self.call("Runtime.evaluate", expression="0")  # what happened before this answer is in `events` now
         return [
             event

@@ -80,7 +80,7 @@ def expected_records(
     ending: Ending | None = None,
     sampling: Sampling | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Returns each record (T,) that a rollout must have, and log q (T, V) of the distribution of each token.
+    """Return each record (T,) that a rollout must have, and log q (T, V) of the distribution of each token.
 
     Args:
         sampling: how it was sampled; None where no token was cut off or penalised.

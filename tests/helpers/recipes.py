@@ -63,7 +63,7 @@ def start(script: str, *flags: object, launcher: tuple[str, ...] | None = None) 
 
 
 def run(script: str, *flags: object, launcher: tuple[str, ...] | None = None, ok: bool = True) -> str:
-    """Returns what a recipe prints; fails where it does not exit 0, unless not `ok`."""
+    """Return what a recipe prints; fails where it does not exit 0, unless not `ok`."""
     process = start(script, *flags, launcher=launcher)
     if not ok:
         print(process.stderr[-3000:])  # pytest shows it where the test fails
@@ -73,7 +73,7 @@ def run(script: str, *flags: object, launcher: tuple[str, ...] | None = None, ok
 
 
 def run_failing(script: str, *flags: object) -> str:
-    """Returns what a recipe says where it refuses to run."""
+    """Return what a recipe says where it refuses to run."""
     process = start(script, *flags)
     assert process.returncode == 1
     assert "Traceback" not in process.stderr
@@ -83,7 +83,7 @@ def run_failing(script: str, *flags: object) -> str:
 def train(
     name: str, made: embedded.Pair, folder: Path, *flags: object, launcher: tuple[str, ...] | None = None
 ) -> str:
-    """Returns what a training recipe prints: its YAML, the made pair, two steps of two groups, a small evaluation."""
+    """Return what a training recipe prints: its YAML, the made pair, two steps of two groups, a small evaluation."""
     tests = folder / "data"
     tests.mkdir(parents=True)
     for split, lines in (("train", 64), ("test", 8)):

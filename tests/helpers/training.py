@@ -171,7 +171,7 @@ class Watch:
 
 
 def one_batch(trainer: Any, prompts: Sequence[Any], seed: int = 0) -> dict[str, Any]:
-    """Returns what `_generate_and_score_completions` makes of the prompts, in training."""
+    """Return what `_generate_and_score_completions` makes of the prompts, in training."""
     trainer.model.train()
     torch.manual_seed(seed)
     return trainer._generate_and_score_completions([{"prompt": prompt} for prompt in prompts])

@@ -29,7 +29,7 @@ ASKED = [
 
 
 def in_one_engine(teacher: str, theta: str, rank: int, graphs: bool) -> dict[str, Any]:
-    """Returns what this rank of an engine over all sees: at first, after each of two reloads, and where it slept.
+    """Return what this rank of an engine over all sees: at first, after each of two reloads, and where it slept.
 
     Its random numbers are another's."""
     sleeps = {"enable_sleep_mode": True} if ON_A_GPU else {}

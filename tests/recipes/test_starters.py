@@ -85,7 +85,7 @@ def test_pair(made: embedded.Pair, tmp_path: Path) -> None:
 
 
 def sample(made: embedded.Pair, folder: Path) -> str:
-    """Returns what sample.py prints: its YAML with the made pair, 4 completions of each of 32 prompts, in 3 shards."""
+    """Return what sample.py prints: its YAML with the made pair, 4 completions of each of 32 prompts, in 3 shards."""
     named = {
         "config": RECIPES / "sample.yaml",
         "model_name_or_path": made.student,

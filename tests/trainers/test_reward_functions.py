@@ -53,7 +53,7 @@ def test_a_model_is_left_to_trl() -> None:
     "rewards", [[1, 0.5, None, True], (1.0,), torch.ones(2), np.ones(2), [np.float32(1), np.bool_(True)], []]
 )
 def test_rewards_are_numbers_of_any_kind(rewards: Any) -> None:
-    assert len(rewards_of(rewards, "right")) == len(rewards)
+    assert len(rewards_of(rewards, "right", len(rewards))) == len(rewards)
 
 
 @pytest.mark.parametrize(
@@ -61,14 +61,16 @@ def test_rewards_are_numbers_of_any_kind(rewards: Any) -> None:
     [
         (None, r"returned None \(NoneType\); wanted a list with a number for each completion"),
         (1.0, r"returned 1\.0 \(float\); wanted a list"),
-        (["1"], r"returned '1' \(str\) for completion 0; wanted a number, or None"),
+        ([1.0], r"returned a list of 1; wanted 2 numbers, one for each completion"),
+        ([1.0, None, 0.0], r"returned a list of 3; wanted 2 numbers"),
+        (["1", "1"], r"returned '1' \(str\) for completion 0; wanted a number, or None"),
         ([1.0, [1.0]], r"returned \[1\.0\] \(list\) for completion 1; wanted a number"),
         (torch.ones(2, 1), r"returned tensor\(\[1\.\]\) \(Tensor\) for completion 0; wanted a number"),
     ],
 )
 def test_what_is_no_reward_is_refused(rewards: Any, told: str) -> None:
     with pytest.raises(ValueError, match=rf"^The reward function 'right' {told}"):
-        rewards_of(rewards, "right")
+        rewards_of(rewards, "right", 2)
 
 
 @pytest.mark.parametrize("kind", ["grpo", "rloo", "raft"])
@@ -79,7 +81,15 @@ def test_a_trainer_says_it(pair: tuple[str, str], tmp_path: Path, kind: str) -> 
     def solved(completions: list[str], solution: list[str]) -> list[float]:
         return [0.0 for _ in completions]
 
-    for function, told in ((unsure, "'unsure' returned 'yes'"), (solved, "'solved' cannot be called as TRL calls it")):
+    def mean(completions: list[str], **_: Any) -> list[float]:
+        return [1.0]
+
+    refused = (
+        (unsure, "'unsure' returned 'yes'"),
+        (mean, "'mean' returned a list of 1; wanted 8 numbers"),
+        (solved, "'solved' cannot be called as TRL calls it"),
+    )
+    for function, told in refused:
         trainer = make_trainer(kind, pair, tmp_path, trainer={"reward_funcs": function})
         with pytest.raises(ValueError, match=f"The reward function {told}"):
             trainer.train()

@@ -47,7 +47,7 @@ def tracked() -> set[str]:
 
 
 def mirrors(folder: str) -> bool:
-    """Returns True for a folder of tests that the tree's line for `tests/` stands for."""
+    """Return True for a folder of tests that the tree's line for `tests/` stands for."""
     inside = folder.removeprefix("tests/")
     return inside != folder and ((ROOT / "optimal_sampling_trl" / inside).is_dir() or inside == "recipes/")
 

@@ -433,6 +433,14 @@ def test_how_a_trainer_calls_a_reward_function(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TRAINERS)
+def test_how_a_checkpoint_is_saved(name: str) -> None:
+    ours, trainer = "trainers/mixture_trainer.py", TRAINERS[name]
+    saved = parameters(trainer._save_checkpoint) == ["self", "model", "trial"]
+    need(saved, f"{name}Trainer._save_checkpoint takes something else", ours)
+    need("trial" in parameters(trainer._get_output_dir), f"{name}Trainer._get_output_dir takes no trial", ours)
+
+
+@pytest.mark.parametrize("name", TRAINERS)
 def test_the_rows_that_a_batch_takes(name: str) -> None:
     ours = "trainers/mixture_trainer.py (_check_rows)"
     need(calls(TRAINERS[name]._get_train_sampler, "RepeatSampler"), f"{name}Trainer has another sampler", ours)
