@@ -25,6 +25,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # the recipes that a study shar
 from horizon_report import spread
 from informed_arms import STUDY
 from presets_report import error
+from real_arms import ARMS
 from real_cells import (
     above,
     alone,
@@ -130,7 +131,8 @@ def rates(lines: Sequence[Line], seed: int = 0, corner: str = "arm") -> Iterator
 
 
 def _by_factor(lines: Sequence[Line], arm: str, seed: int) -> dict[float, Line]:
-    base = usual(lines, arm)[0]["learning_rate"]
+    # however many seeds were run at another rate
+    base = ARMS[arm].learning_rate if arm in ARMS else usual(lines, arm)[0]["learning_rate"]
     return {
         factor: line
         for line in lines

@@ -212,6 +212,8 @@ def test_an_arm_stands_at_its_best_rate_of_three_whole_seeds_and_every_rate_has_
     head, _, *rows = rates([*at_usual, *higher, third, *others], corner="steps")
     assert head == "| steps | a ninth | a third | usual | threefold |"
     assert rows == ["| RAFT | – | – | .400 [.400] | .500 [.500] |", "| GRPO | .100 [.100] | – | .200 [.200] | – |"]
+    lower = [line("GRPO", 1e-5, seed, 0.3) for seed in range(3)]
+    assert list(rates([*others, *lower]))[2:] == ["| GRPO | .100 [.100] | .300 [.300] | .200 [.200] | – |"]
 
 
 def test_an_arm_is_held_against_all_draws_of_the_teacher_that_most_runs_had(tmp_path: Path) -> None:
