@@ -17,6 +17,14 @@ WHOLE = 0.97
 """Share of the updates that a run has to make to count in a mean."""
 QUESTIONS = 512
 """Of a measurement, a sample of each."""
+SEEDS = 3
+"""Whole runs with which a rate may be an arm's best."""
+
+
+def chosen(lines: Sequence[Line], arm: str) -> list[Line]:
+    """The runs of an arm at the best of the rates with whole runs of three seeds, by seed; else at the usual rate."""
+    known = [runs for runs in by_rate(lines, arm) if len(whole(runs)) >= SEEDS and not is_cut(runs)]
+    return sorted(max(known, key=mean_end), key=lambda line: line["seed"]) if known else usual(lines, arm)
 
 
 def usual(lines: Sequence[Line], arm: str) -> list[Line]:

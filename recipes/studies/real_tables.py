@@ -14,7 +14,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from math import hypot, inf
+from math import hypot, inf, isclose
 from pathlib import Path
 from statistics import mean
 from types import MappingProxyType
@@ -25,11 +25,13 @@ sys.path.append(str(Path(__file__).parents[1]))  # the recipes that a study shar
 from horizon_report import spread
 from informed_arms import STUDY
 from presets_report import error
+from real_arms import ARMS
 from real_cells import (
     above,
     alone,
     average,
     by_seed,
+    chosen,
     end,
     equal,
     highest,
@@ -43,7 +45,7 @@ from real_cells import (
 )
 from real_draws import draws, teachers
 from real_text_report import gain, shown_right
-from runs import Line, by_rate, one_each, read_runs
+from runs import Line, one_each, read_runs
 
 RESULTS = Path(__file__).parent / "results"
 SECONDS = "real_seconds"
@@ -61,10 +63,10 @@ def stored(name: str, **place: str | int) -> list[Line]:
 
 
 def table(lines: Sequence[Line], columns: dict[str, Column]) -> Iterator[str]:
-    """A row for each arm at its usual rate, the best end first; arms with cut runs alone are last."""
+    """A row for each arm at its best rate, the best end first; arms with cut runs alone are last."""
     yield "| arm | " + " | ".join(columns) + " |"
     yield "|---" * (1 + len(columns)) + "|"
-    rows = {arm: usual(lines, arm) for arm in dict.fromkeys(line["arm"] for line in lines)}
+    rows = {arm: chosen(lines, arm) for arm in dict.fromkeys(line["arm"] for line in lines)}
     for arm, runs in sorted(rows.items(), key=lambda row: (is_cut(row[1]), -mean_end(row[1]))):
         yield f"| {arm} | " + " | ".join(column(runs) for column in columns.values()) + " |"
 
@@ -110,26 +112,43 @@ def timed(task: str, lines: Sequence[Line]) -> dict[str, Column]:
     return {"s for 64 completions": lambda runs: f"{seconds[runs[0]['arm']]:.2f}", "at equal seconds": end}
 
 
-def rates(lines: Sequence[Line], seed: int = 0) -> Iterator[str]:
+FACTORS = {1 / 27: "a 27th", 1 / 9: "a ninth", 1 / 3: "a third", 1.0: "usual", 3.0: "threefold", 9.0: "ninefold",
+           27.0: "27-fold"}  # fmt: skip
+ALWAYS = (1 / 3, 1.0, 3.0)
+"""Times the usual rate, and the columns that stand there without a run."""
+
+
+def rates(lines: Sequence[Line], seed: int = 0, corner: str = "arm") -> Iterator[str]:
     """One seed of each arm at each rate that it was run at, in brackets the highest on the way."""
-    of_seed = [line for line in lines if line["seed"] == seed]
-    yield "| arm | a third | usual | threefold |"
-    yield "|---|---|---|---|"
-    for arm in dict.fromkeys(line["arm"] for line in lines):
-        base, runs = usual(lines, arm)[0]["learning_rate"], by_rate(of_seed, arm)
-        found = {line["learning_rate"] / base: line for ((line),) in runs}
-        cells = []
-        for factor in (1 / 3, 1.0, 3.0):
-            line = next((line for ratio, line in found.items() if abs(ratio / factor - 1) < 0.01), None)
-            cells.append("–" if line is None else short(f"{shown_right(line, inf)} [{highest(line):.3f}]"))
-        if len(found) > 1:
-            yield f"| {arm} | " + " | ".join(cells) + " |"
+    rows = {arm: _by_factor(lines, arm, seed) for arm in dict.fromkeys(line["arm"] for line in lines)}
+    rows = {arm: found for arm, found in rows.items() if len(found) > 1}
+    factors = [factor for factor in FACTORS if factor in ALWAYS or any(factor in found for found in rows.values())]
+    yield f"| {corner} | " + " | ".join(FACTORS[factor] for factor in factors) + " |"
+    yield "|---" * (1 + len(factors)) + "|"
+    for arm, found in rows.items():
+        cells = [_end_and_highest(found[factor]) if factor in found else "–" for factor in factors]
+        yield f"| {arm} | " + " | ".join(cells) + " |"
+
+
+def _by_factor(lines: Sequence[Line], arm: str, seed: int) -> dict[float, Line]:
+    # however many seeds were run at another rate
+    base = ARMS[arm].learning_rate if arm in ARMS else usual(lines, arm)[0]["learning_rate"]
+    return {
+        factor: line
+        for line in lines
+        for factor in FACTORS
+        if line["arm"] == arm and line["seed"] == seed and isclose(line["learning_rate"], factor * base, rel_tol=0.01)
+    }
+
+
+def _end_and_highest(line: Line) -> str:
+    return short(f"{shown_right(line, inf)} [{highest(line):.3f}]")
 
 
 def informed(student: str) -> Iterator[str]:
     """The student as its own teacher: ends, and what they are above GRPO's."""
     lines = stored("informed", task="sums", student=student)
-    counted = [line for arm in dict.fromkeys(line["arm"] for line in lines) for line in whole(usual(lines, arm))]
+    counted = [line for arm in dict.fromkeys(line["arm"] for line in lines) for line in whole(chosen(lines, arm))]
     seeds = sorted({line["seed"] for line in lines})
 
     def above(runs: list[Line]) -> str:
@@ -165,13 +184,23 @@ class Table(NamedTuple):
     rows: Callable[[], Iterator[str]]
 
 
+def of_place(task: str, student: str) -> list[Line]:
+    """The runs of real_text.py of 340 updates."""
+    return stored("real_text", task=task, student=student, steps=340)
+
+
 def place(task: str, student: str) -> Iterator[str]:
-    """The arms of real_text.py at 340 updates."""
-    lines = stored("real_text", task=task, student=student, steps=340)
+    """Their arms."""
+    lines = of_place(task, student)
     more: dict[str, Column] = {
         "above the teacher": partial(above, teacher=[one["right"] for one in draws(RESULTS, task)])
     }
     return ends(lines, more | (timed(task, lines) if student == "whole" else {}))
+
+
+def rates_of(task: str, student: str) -> Iterator[str]:
+    """Their rates; the corner tells the places on one page apart."""
+    return rates(of_place(task, student), corner=f"{task}, {student}")
 
 
 STUDIES, PRESETS = "recipes/studies/README.md", "docs/presets.md"
@@ -180,8 +209,11 @@ TABLES = {
     "rates of presets": Table(PRESETS, lambda: rates(stored("presets_real"))),
     "teachers": Table(STUDIES, partial(teachers, RESULTS)),
     "steps, whole": Table(STUDIES, partial(place, "steps", "whole")),
+    "rates of steps, whole": Table(STUDIES, partial(rates_of, "steps", "whole")),
     "sums, pruned": Table(STUDIES, partial(place, "sums", "pruned")),
     "steps, pruned": Table(STUDIES, partial(place, "steps", "pruned")),
+    "rates of sums, pruned": Table(STUDIES, partial(rates_of, "sums", "pruned")),
+    "rates of steps, pruned": Table(STUDIES, partial(rates_of, "steps", "pruned")),
     "dense records": Table(STUDIES, lambda: ends(stored("dense_real", steps=240))),
     "informed, whole": Table(STUDIES, partial(informed, "whole")),
     "informed, pruned": Table(STUDIES, partial(informed, "pruned")),

@@ -19,7 +19,7 @@ from informed_arms import REFERS, STUDY, TOLD, ReadingTask, ToldTask
 from optimal_sampling_trl import Mixture
 from optimal_sampling_trl.rollouts.rollout import Rollout
 from real_arms import ARMS, PUBLISHED, trainer_of
-from real_cells import above, alone, equal
+from real_cells import above, alone, chosen, equal
 from real_draws import MEASURED, draws
 from real_exam import distance, mean_of
 from real_models import learn
@@ -194,6 +194,26 @@ def test_a_longer_run_replaces_a_shorter_one_and_a_cut_one_is_in_no_mean() -> No
     assert grpo.startswith("| GRPO | 1e-4 | .200 (3), – | cut | ")
     assert list(rates(lines))[2:] == ["| RAFT | – | .400 [.400] | .200 [.200] |"]
     assert equal([again], 0.6) == pytest.approx([0.24])  # between a half of the updates and three quarters
+
+
+def test_an_arm_stands_at_its_best_rate_of_three_whole_seeds_and_every_rate_has_a_column() -> None:
+    def line(arm: str, rate: float, seed: int, right: float, done: int = 4) -> dict[str, Any]:
+        key = {"arm": arm, "learning_rate": rate, "seed": seed, "steps": 4, "done": done}
+        return key | {"right": right, "points": [[64 * done, 0, 0.0, right, 0.0]]}
+
+    at_usual = [line("RAFT", 1e-4, seed, 0.4) for seed in range(4)]
+    higher = [line("RAFT", 3e-4, seed, 0.5) for seed in (2, 0)]
+    assert chosen([*at_usual, *higher], "RAFT") == at_usual
+    assert chosen([*at_usual, *higher, line("RAFT", 3e-4, 1, 0.5, done=2)], "RAFT") == at_usual
+    third = line("RAFT", 3e-4, 1, 0.3)
+    assert chosen([*at_usual, *higher, third], "RAFT") == [higher[1], third, higher[0]]
+    assert chosen([*at_usual, *higher, third | {"right": 0.0}], "RAFT") == at_usual
+    others = [line("GRPO", 3e-5, 0, 0.2), line("GRPO", 3e-5 * (1 / 9), 0, 0.1), line("TRB", 1e-4, 0, 0.6)]
+    head, _, *rows = rates([*at_usual, *higher, third, *others], corner="steps")
+    assert head == "| steps | a ninth | a third | usual | threefold |"
+    assert rows == ["| RAFT | – | – | .400 [.400] | .500 [.500] |", "| GRPO | .100 [.100] | – | .200 [.200] | – |"]
+    lower = [line("GRPO", 1e-5, seed, 0.3) for seed in range(3)]
+    assert list(rates([*others, *lower]))[2:] == ["| GRPO | .100 [.100] | .300 [.300] | .200 [.200] | – |"]
 
 
 def test_an_arm_is_held_against_all_draws_of_the_teacher_that_most_runs_had(tmp_path: Path) -> None:
