@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -41,6 +42,11 @@ def best(lines: Iterable[Line], arm: str) -> list[Line]:
 def spread(values: Sequence[float]) -> str:
     """A mean with its standard error over seeds."""
     return f"{mean(values):.3f}" + (f" ± {stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else "")
+
+
+def short(text: str) -> str:
+    """Shares without the 0 before the point, and a minus as it is written."""
+    return re.sub(r"(?<!\d)0(?=\.\d{3})", "", text).replace("-.", "−.")
 
 
 def area(run: Line) -> float:

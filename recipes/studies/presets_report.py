@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from horizon_report import spread
+from horizon_report import short, spread
 from optimal_sampling_trl.panels import draw_curves, finish, show_percent
 from past_the_teacher_report import at, at_seconds, of_teacher
 from presets_arms import BATCH, PAIR, REST, TASKS, settings_of
@@ -49,7 +49,8 @@ def places_of(folder: Path) -> list[Place]:
             if here := at(sums, place):
                 if i >= 2:  # an arm without a teacher is the same at each, and was run at one
                     here = here + [line for line in at(sums, four[i - 2]) if line["arm"] == "GRPO"]
-                title = f"{task}, from {here[0]['curve'][0][1]:.2g}, teacher {of_teacher(here).get('right', 0):.2f}"
+                start, right = here[0]["curve"][0][1], of_teacher(here).get("right", 0)
+                title = f"{task}, start {start:.2g}, teacher {right:.2f}".replace(" 0.", " .")
                 found.append(Place(title, here, alone))
     return found
 
@@ -110,7 +111,7 @@ def _words(column: Mapping[str, Cell], arm: str) -> str:
         return "–"
     cell, top = column[arm], max((cell.values for cell in column.values()), key=mean)
     mark = "" if len(top) == 1 or separates(cell.values, top) else "**"  # one seed separates nothing
-    return f"{mark}{spread(cell.values)}{mark} ({cell.rate:g}{'*' if cell.edge else ''})"
+    return f"{mark}{short(spread(cell.values))}{mark} ({cell.rate:g}{'*' if cell.edge else ''})"
 
 
 def draw(places: Sequence[Place], path: Path) -> None:

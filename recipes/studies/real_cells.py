@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from itertools import pairwise
 from math import hypot, inf, sqrt
 from statistics import mean, median
 
-from horizon_report import spread
+from horizon_report import short, spread
 from presets_report import error
 from real_text_report import RIGHT, shown_right
 from runs import Line, by_rate
@@ -45,11 +44,6 @@ def is_cut(runs: list[Line]) -> bool:
 def mean_end(runs: list[Line]) -> float:
     """Right answers at the end, the mean over whole runs."""
     return mean(line["right"] for line in whole(runs))
-
-
-def short(text: str) -> str:
-    """Shares without the 0 before the point, and a minus as it is written."""
-    return re.sub(r"(?<!\d)0(?=\.\d{3})", "", text).replace("-.", "−.")
 
 
 def rate(runs: list[Line]) -> str:

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import mode
 
-from horizon_report import spread
-from real_cells import short
+from horizon_report import short, spread
 from runs import Line, read_runs
 
 MEASURED = "real_text", "presets_real", "dense_real", "informed"

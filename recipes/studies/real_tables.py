@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 sys.path.append(str(Path(__file__).parents[1]))  # the recipes that a study shares lie one folder up
 
-from horizon_report import spread
+from horizon_report import short, spread
 from informed_arms import STUDY
 from presets_report import error
 from real_arms import ARMS
@@ -39,7 +39,6 @@ from real_cells import (
     mean_end,
     of_teacher,
     rate,
-    short,
     usual,
     whole,
 )

@@ -9,10 +9,11 @@ import torch
 
 import presets_arms
 import stack_losses
+from helpers.paths import RECIPES, ROOT
 from optimal_sampling_trl import Mixture
 from optimal_sampling_trl.losses import mixture_weight
 from optimal_sampling_trl.trainers.presets import PRESETS
-from presets_report import Cell, Place, best, separates, table
+from presets_report import Cell, Place, best, places_of, separates, table
 from runs import Line
 from stage import Stage
 
@@ -88,5 +89,12 @@ def test_each_arm_is_shown_at_its_best_rate_for_the_budget() -> None:
     others = [line("b", 1e-4, seed, 0.1, 0.2) for seed in range(2)]
     place = Place("here", lines + others, {"a": 2.0, "b": 1.0})
     by_completions, by_seconds = (list(table([place], ("a", "b"), equal)) for equal in ("completions", "seconds"))
-    assert by_completions[2:] == ["| a | **0.800 ± 0.000** (0.0003) |", "| b | 0.200 ± 0.000 (0.0001*) |"]
-    assert by_seconds[2:] == ["| a | **0.500 ± 0.000** (0.0001*) |", "| b | 0.200 ± 0.000 (0.0001*) |"]
+    assert by_completions[2:] == ["| a | **.800 ± .000** (0.0003) |", "| b | .200 ± .000 (0.0001*) |"]
+    assert by_seconds[2:] == ["| a | **.500 ± .000** (0.0001*) |", "| b | .200 ± .000 (0.0001*) |"]
+
+
+@pytest.mark.parametrize("equal", ["completions", "seconds"])
+def test_the_page_holds_the_tables_of_the_stored_runs(equal: str) -> None:
+    places = places_of(RECIPES / "studies" / "results")
+    page = (ROOT / "docs" / "presets.md").read_text()
+    assert "\n".join(table(places, tuple(presets_arms.PAIR), equal)) in page

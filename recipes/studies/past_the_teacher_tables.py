@@ -1,0 +1,183 @@
+# /// script
+# dependencies = ["optimal-sampling-trl[plots]", "matplotlib"]
+# ///
+"""Draw the tables of "Past the teacher" and of token credit, and that of dense records on a short task.
+
+    python recipes/studies/past_the_teacher_tables.py
+
+The stored runs are of four ladders of models. Two of them are shown beside each other and are never averaged: one
+ladder's teacher is not the other's. A test holds README.md against what this prints.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from math import inf
+from pathlib import Path
+from statistics import mean
+
+sys.path.append(str(Path(__file__).parents[1]))  # the recipes that a study shares lie one folder up
+
+from horizon_report import best, short
+from past_the_teacher_arms import ARMS, CONTROLS, CORE, FEW, MAIN, MANY, SHORT, SHORT_MANY
+from past_the_teacher_cells import RESULTS, at_edge, average, cell, grid, head, stored, with_seeds
+from past_the_teacher_report import at, effects
+from runs import Line
+
+FIRST, AXES, RECORDS, CREDIT = "past_the_teacher", "past_the_teacher_axes", "dense_sums", "token_credit"
+"""The files of the four ladders."""
+PLACES = {
+    "41 tokens": MAIN,
+    "start .45": MAIN._replace(student="student-40"),
+    "noisy": MAIN._replace(verifier="noisy"),
+    "noisy, start .0008": MAIN._replace(verifier="noisy", student="student-0"),
+    "graded": MAIN._replace(verifier="graded"),
+    "21 tokens": MAIN._replace(task="sums-20"),
+    "81 tokens": MAIN._replace(task="sums-80"),
+    f"{FEW} prompts": MAIN._replace(prompts=FEW),
+    "many right": MANY,
+}
+"""The columns of the second ladder: the main place, and one thing changed in each of the others."""
+STARTS = {"start .058": MAIN, "start .0007": MAIN._replace(student="student-0")}
+QUALITY = {
+    "teacher right .21": "teacher-20", "teacher right .60": "teacher-50", "teacher right .83": "teacher-80",
+    "teacher right .997": "teacher",
+}  # fmt: skip
+OF_MANY = {"teacher right .54": MANY, "teacher right .82": MANY._replace(teacher="teacher-80")}
+MEASURES = {"right": "sampled", "greedy": "greedy", "any_right": "pass@8"}
+GROUPS = (1, 2, 4, 8)
+SIZED = {"RAFT, mixture": 1, "RAFT, own": 1, "GRPO, half": 8, "GRPO, own": 8}
+"""Arms that were run in groups of other sizes, and the size of their own."""
+OTHERS = (*SIZED, *(arm for arm in CONTROLS if "groups of" not in arm))
+NARROWED = (*CORE, "RAFT, own + dense 1, faded", "RAFT, mixture + dense 1, faded", "RAFT, half + dense 0.1")
+READ = {
+    "k = 1": "Dense 1", "k = 4": "Dense 4", "k = 32": "Dense 32", "whole vocabulary": "Distillation",
+    "sampled token": "Sampled tokens",
+}  # fmt: skip
+"""Parts of a token's distributions that distillation reads, and its arms' names before the rollouts'."""
+CREDITED = {
+    "GRPO, half": "GRPO's default",
+    "RLAD, half": '**RLAD** (`credit="anchored"`)',
+    "SRPO, half, KL(θ‖t)": '**SRPO, KL(θ‖t)** (`credit="routed"`)',
+    "SRPO, half": "SRPO, Jensen-Shannon, as its source",
+    "SRPO, half, sampled tokens": "SRPO, sampled tokens",
+    "RLSD, half": "RLSD",
+    "GRPO, half + dense 1": "the default + KL(θ‖t) on all completions",
+}
+"""The words for each arm in the table of token credit."""
+
+
+def teacher_rows(teachers: list[dict[str, float]]) -> Iterator[str]:
+    """The rows of what the teacher of each column is, as far as it is stored of all."""
+    for name, words in MEASURES.items():
+        if all(name in shares for shares in teachers):
+            yield f"| teacher, {words} | " + " | ".join(short(f"{shares[name]:.3f}") for shares in teachers) + " |"
+
+
+def groups(ladders: Mapping[str, list[Line]]) -> Iterator[str]:
+    """A row for each arm and ladder, a column for each size of its groups, at equal completions."""
+    yield from head("arm", "ladder", *(f"groups of {size}" for size in GROUPS))
+    for arm, usual in SIZED.items():
+        names = [arm if size == usual else f"{arm}, groups of {size}" for size in GROUPS]
+        for ladder, lines in ladders.items():
+            yield f"| {arm} | {ladder} | " + " | ".join(cell(lines, name, inf) for name in names) + " |"
+
+
+def diversity(columns: Mapping[str, list[Line]]) -> Iterator[str]:
+    """A row for each arm, two columns for each place: pass@8 and entropy at the end."""
+    measured = {"pass@8": "any_right", "entropy": "entropy"}
+    yield from head("arm", *(f"{place}: {words}" for place in columns for words in measured))
+    for arm in NARROWED:
+        cells = (average(lines, arm, name) for lines in columns.values() for name in measured.values())
+        yield f"| {arm} | " + " | ".join(cells) + " |"
+
+
+def main_effects(columns: Mapping[str, list[Line]]) -> Iterator[str]:
+    """The mean end over all cells of the factorial that share a level, a column for each place that has all cells."""
+    found = {words: effects(lines) for words, lines in columns.items()}
+    yield from head("factor", "level", "cells", *found)
+    for (factor, level), cells in next(iter(found.values())).items():
+        means = [short(f"{mean(ends[factor, level]):.3f}") for ends in found.values()]
+        yield f"| {factor} | {level} | {len(cells)} | " + " | ".join(means) + " |"
+
+
+def by_records(lines: list[Line]) -> Iterator[str]:
+    """A row for each kind of rollouts, a column for what distillation reads."""
+    yield from head("rollouts", *READ)
+    for rollouts, words in (("own", "student's"), ("mixture", "mixture")):
+        cells = (cell(lines, f"{arm}, {rollouts}", highest=inf) for arm in READ.values())
+        yield f"| {words} | " + " | ".join(cells) + " |"
+
+
+def token_credit(columns: Mapping[str, list[Line]]) -> Iterator[str]:
+    """A row for each way to credit tokens, its rates and seeds in brackets."""
+    yield from head("arm", *columns)
+    for arm, words in CREDITED.items():
+        yield f"| {words} | " + " | ".join(with_seeds(lines, arm) for lines in columns.values()) + " |"
+
+
+def edges(lines: list[Line]) -> Iterator[str]:
+    """Yield how many arms of each place were best at the smallest or the largest rate."""
+    for words, place in PLACES.items():
+        here = at(lines, place)
+        arms = [arm for arm in ARMS if best(here, arm)]
+        yield f"{words}: {sum(at_edge(here, arm) for arm in arms)} of {len(arms)}"
+
+
+def tables() -> dict[str, list[str]]:
+    """The rows of each table, by its title."""
+    first, axes, credit = stored(FIRST), stored(AXES), stored(CREDIT)
+    of_first, of_axes = (json.loads((RESULTS / f"{name}_teachers.json").read_text()) for name in (FIRST, AXES))
+    ladders = {"first": at(first, MAIN), "second": at(axes, MAIN)}
+    by_teacher = {words: at(first, MAIN._replace(teacher=name)) for words, name in QUALITY.items()}
+    by_place = {words: at(axes, place) for words, place in PLACES.items()}
+    many = {"first": at(first, MANY), "second": at(axes, MANY)}
+    return {
+        "one right answer": [*grid(CORE, {words: at(first, place) for words, place in STARTS.items()})],
+        "by the teacher's quality": [
+            *grid(CORE, by_teacher, teacher_rows([of_first[name] for name in QUALITY.values()]))
+        ],
+        "many right answers": [*grid(CORE, {words: at(first, place) for words, place in OF_MANY.items()})],
+        "groups at equal completions": [*groups(ladders)],
+        "controls": [*grid(OTHERS, {f"{name} ladder": lines for name, lines in ladders.items()})],
+        "diversity at the end": [
+            *diversity(
+                {f"one right answer, {name}": lines for name, lines in ladders.items()}
+                | {f"many, {name}": lines for name, lines in many.items()}
+            )
+        ],
+        "by task and verifier": [
+            *grid(
+                (*CORE, "RAFT, mixture, by reward"),
+                by_place,
+                teacher_rows([of_axes[place.task] for place in PLACES.values()]),
+            )
+        ],
+        "main effects": [
+            *main_effects(
+                {
+                    "one right answer, first ladder": ladders["first"],
+                    "one right answer, second": ladders["second"],
+                    "many right answers, second": many["second"],
+                }
+            )
+        ],
+        "dense records": [*by_records(stored(RECORDS))],
+        "token credit": [
+            *token_credit({"one right answer": at(credit, SHORT), "many right answers": at(credit, SHORT_MANY)})
+        ],
+    }
+
+
+def main() -> None:
+    """Print the tables, and the arms whose best rate is at an edge."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    for title, rows in tables().items():
+        print(f"### {title}", *rows, "", sep="\n")
+    print("Best at an edge: " + "; ".join(edges(stored(AXES))) + ".")
+
+
+if __name__ == "__main__":
+    main()
