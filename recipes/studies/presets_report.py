@@ -117,16 +117,12 @@ def _words(column: Mapping[str, Cell], arm: str) -> str:
 def draw(places: Sequence[Place], path: Path) -> None:
     """A panel for each place: the curve of each arm at its best rate, its seeds as a band."""
     rows = -(-len(places) // 3)
-    figure = Figure(figsize=(15, 4.5 * rows + 1), dpi=110, layout="constrained")
+    figure = Figure(figsize=(15, 4.7 * rows + 1), dpi=110, layout="constrained")
     axes = figure.subplots(rows, 3).flatten()
     for axis, place in zip(axes, places):
-        curves = {}
-        for arm in PAIR:
-            if (cell := best(place.lines, arm)) is not None:
-                count, end = len(cell.seeds[0]["curve"]) - 1, cell.seeds[0]["steps"] * BATCH
-                curves[arm] = [[(end * i / count, y) for i, (_, y) in enumerate(one["curve"])] for one in cell.seeds]
-        draw_curves(axis, curves, "right")
-        axis.set_title(place.title)
+        found = {arm: cell for arm in PAIR if (cell := best(place.lines, arm)) is not None}
+        draw_curves(axis, {arm: curves_of(cell.seeds) for arm, cell in found.items()}, "right")
+        axis.set_title(place.title + note_of(place, found))
         axis.set_xlabel("completions")
         show_percent(axis.yaxis)
     finish(figure, axes[: len(places)], "completions", None)
@@ -137,8 +133,25 @@ def draw(places: Sequence[Place], path: Path) -> None:
         axis.get_legend().remove()
     for axis in axes[len(places) :]:
         axis.axis("off")
-    figure.legend(handles, labels, loc="outside lower center", ncols=5)
+    names = [label.rpartition(" (")[0] if label.endswith(" seeds)") else label for label in labels]
+    figure.legend(handles, names, loc="outside lower center", ncols=5)
     figure.savefig(path)
+
+
+def curves_of(seeds: Sequence[Line]) -> list[list[tuple[float, float]]]:
+    """The curve of each seed over completions, which are as many between any two of its points."""
+    count, end = len(seeds[0]["curve"]) - 1, seeds[0]["steps"] * BATCH
+    return [[(end * i / count, y) for i, (_, y) in enumerate(line["curve"])] for line in seeds]
+
+
+def note_of(place: Place, found: Mapping[str, Cell]) -> str:
+    """Say for a title how many seeds the curves are of, and whose runs stand under another teacher, too."""
+    seeds = {arm: len(cell.seeds) for arm, cell in found.items()}
+    most = max(seeds.values())
+    fewer = [f"{count} of {arm}" for arm, count in seeds.items() if count < most]
+    words = f"\n{most} seed{'s' * (most > 1)}" + "".join(f", {some}" for some in fewer)
+    teachers = {line.get("teacher") for line in place.lines}
+    return words + (", GRPO (no teacher) as under the other" if len(teachers) > 1 else "")
 
 
 def report(folder: Path, output: Path) -> None:

@@ -53,6 +53,12 @@ EARLY = 14_400
 """Completions at which the published mixtures are compared early: the last measurement is after 224 updates or 240."""
 Column = Callable[[list[Line]], str]
 """A cell for the runs of an arm at one rate."""
+CLOSING: dict[str, Column] = {
+    "greedy": partial(average, name="greedy"),
+    "pass@8": partial(average, name="any_right"),
+    "entropy": partial(average, name="entropy"),
+}
+"""Measurements at the end beside right samples; the entropy in nats a token."""
 
 
 def stored(name: str, **place: str | int) -> list[Line]:
@@ -75,7 +81,7 @@ def ends(lines: Sequence[Line], more: Mapping[str, Column] = MappingProxyType({}
     seeds = sorted({line["seed"] for line in lines})
     of_seeds = partial(by_seed, completions=inf, seeds=seeds)
     columns: dict[str, Column] = {"rate": rate, f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}": of_seeds}
-    columns |= {"mean": end, "greedy": partial(average, name="greedy"), "pass@8": partial(average, name="any_right")}
+    columns |= {"mean": end} | CLOSING
     columns |= {"KL(θ‖t)": partial(average, name="divergence"), "its teacher": of_teacher}
     return table(lines, columns | dict(more))
 
@@ -91,9 +97,7 @@ def presets() -> Iterator[str]:
         "at the end": partial(by_seed, completions=inf, seeds=seeds),
         "mean": end,
         "above the teacher": partial(above, teacher=[shares["right"] for shares in draws(RESULTS, "sums")]),
-        "greedy": partial(average, name="greedy"),
-        "pass@8": partial(average, name="any_right"),
-    }
+    } | CLOSING
     return table(lines, columns | timed("sums", lines))
 
 
@@ -165,8 +169,7 @@ def informed(student: str) -> Iterator[str]:
         "teacher": lambda runs: TEACHERS[STUDY[runs[0]["arm"]].teacher],
         "right at the end": end,
         f"of seeds {', '.join(map(str, seeds))}": partial(by_seed, completions=inf, seeds=seeds),
-        "greedy": partial(average, name="greedy"),
-        "pass@8": partial(average, name="any_right"),
+        **CLOSING,
         "above GRPO": above,
         "highest on the way": lambda runs: short(", ".join(f"{highest(line):.3f}" for line in runs)),
         "teacher at the end": of_teacher,

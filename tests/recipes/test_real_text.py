@@ -182,7 +182,14 @@ def test_a_longer_run_replaces_a_shorter_one_and_a_cut_one_is_in_no_mean() -> No
     def line(arm: str, seed: int, right: float, done: int = 4, rate: float = 1e-4) -> dict[str, Any]:
         points = [[64 * step, 0, 0.0, right * step / 4, 0.0] for step in range(done + 1)]
         key = {"task": "sums", "student": "whole", "arm": arm, "learning_rate": rate, "seed": seed, "steps": 4}
-        ends = {"right": right, "greedy": 0.5, "any_right": 0.75, "divergence": 0.0, "of_teacher": {"right": 0.5}}
+        ends = {
+            "right": right,
+            "greedy": 0.5,
+            "any_right": 0.75,
+            "entropy": 0.25,
+            "divergence": 0.0,
+            "of_teacher": {"right": 0.5},
+        }
         return key | ends | {"done": done, "points": points}
 
     cut, again, later = line("RAFT", 0, 0.1, done=3), line("RAFT", 0, 0.4), line("RAFT", 0, 0.3)
@@ -190,7 +197,7 @@ def test_a_longer_run_replaces_a_shorter_one_and_a_cut_one_is_in_no_mean() -> No
     assert one_each([again, later]) == [later]
     lines = [line("GRPO", 0, 0.2, done=3), again, line("RAFT", 1, 0.0, done=1), line("RAFT", 0, 0.2, rate=3e-4)]
     _, _, raft, grpo = ends(lines)
-    assert raft == "| RAFT | 1e-4 | .400, .000 (1) | .400 | .500 | .750 | .000 | .500 |"
+    assert raft == "| RAFT | 1e-4 | .400, .000 (1) | .400 | .500 | .750 | .250 | .000 | .500 |"
     assert grpo.startswith("| GRPO | 1e-4 | .200 (3), – | cut | ")
     assert list(rates(lines))[2:] == ["| RAFT | – | .400 [.400] | .200 [.200] |"]
     assert equal([again], 0.6) == pytest.approx([0.24])  # between a half of the updates and three quarters

@@ -14,8 +14,11 @@ from transformers import AutoModelForCausalLM
 import headline
 import pair as embedded
 import past_the_teacher_tables
+import real_pictures
 from helpers.paths import RECIPES
 from helpers.recipes import run, run_failing
+from real_cells import chosen, whole
+from real_tables import stored
 from runs import read_runs, run_all, take_card
 
 LADDER = "--device cpu --teacher_steps 2 --student_steps 2".split()  # noqa: SIM905
@@ -149,6 +152,25 @@ def test_real_tables() -> None:
     output = run("studies/real_tables.py")
     assert "### presets, of docs/presets.md" in output
     assert "| GRPO, half informed mixture | as it is | .296 ± .015 |" in output
+
+
+def test_real_pictures(tmp_path: Path) -> None:
+    """Every stored arm is in a panel, with the seeds that its row counts; curves of the flagship end where it did."""
+    output = run("studies/real_pictures.py", "--output", tmp_path)
+    for name in ("flagship.png", "presets_real.png"):
+        assert str(tmp_path / name) in output
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    lines, beside = stored("presets_real"), stored("flagship")
+    panels = real_pictures.of_presets(lines)
+    drawn = {arm: curve for curves in panels.values() for arm, curve in curves.items()}
+    arms = {line["arm"] for line in lines}
+    assert drawn.keys() - real_pictures.GREYS.keys() == arms
+    for arm in arms:
+        assert len(drawn[arm]) == len(whole(chosen(lines, arm))), arm
+    for line in beside:
+        tokens, seconds = (curves[line["arm"]][-1] for curves in real_pictures.of_flagship(beside).values())
+        _, count, clock, right, *_ = line["points"][-1]
+        assert (tokens, seconds) == ((count / 1e3, right), (clock, right))
 
 
 def test_past_the_teacher_tables() -> None:

@@ -1,0 +1,112 @@
+# /// script
+# dependencies = ["optimal-sampling-trl[plots]", "matplotlib"]
+# ///
+"""Draw the pictures of real text in the documents from the stored runs.
+
+    python recipes/studies/real_pictures.py --output recipes/studies
+
+flagship.png: every trainer of `flagship.py` beside TRL's own, over tokens and over seconds. presets_real.png: the arms
+of the table of real text in docs/presets.md over completions, each at the rate of its row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1]))  # the recipes that a study shares lie one folder up
+
+from optimal_sampling_trl.panels import Curve, draw_curves, finish, show_percent
+from real_cells import chosen, whole
+from real_draws import draws
+from real_tables import RESULTS, stored
+from real_text_report import RIGHT, WORDS, curves
+from runs import Line
+
+GREYS = dict(zip((f"teacher, {word}" for word in WORDS.values()), ("#b0b0b0", "#707070", "#303030")))
+"""The colours of the teacher's lines."""
+PANELS = {
+    "Imitation": (
+        "RAFT, mixture", "RAFT, mixture + dense 1 faded", "TRB", "Distillation", "MiniLLM", "SFT, teacher",
+    ),
+    "Policy gradients": ("GRPO, half mixture", "GRPO", "MENTOR", "Logit Fusion"),
+}  # fmt: skip
+"""The arms of presets_real.png."""
+
+
+def over_completions(runs: Sequence[Line]) -> list[list[tuple[float, float]]]:
+    """Right answers of each seed over completions; those of the closing exam are in the tables alone.
+
+    Where a run was cut shortly before its end, its last measurement stands at the mean of the seeds'.
+    """
+    points = list(zip(*(line["points"] for line in runs)))
+    at = [mean(point[0] for point in seeds) for seeds in points]
+    return [[(x, seeds[i][RIGHT]) for x, seeds in zip(at, points)] for i in range(len(runs))]
+
+
+def of_presets(lines: Sequence[Line]) -> dict[str, dict[str, Curve]]:
+    """The curves of each panel of presets_real.png, and the teacher's samples and greedy decoding."""
+    found = draws(RESULTS, "sums")
+    end = max(line["points"][-1][0] for line in lines)
+    teacher: dict[str, Curve] = {
+        f"teacher, {WORDS[name]}": [(0.0, share), (end, share)]
+        for name in ("right", "greedy")
+        for share in [mean(shares[name] for shares in found)]
+    }
+    return {
+        title: {arm: over_completions(whole(chosen(lines, arm))) for arm in arms} | teacher
+        for title, arms in PANELS.items()
+    }
+
+
+def of_flagship(lines: list[Line]) -> dict[str, dict[str, Curve]]:
+    """The curves of each panel of flagship.png, by the label of its x."""
+    return {
+        "generated tokens (thousands)": {**curves(lines, 1, 1e3)},
+        "seconds of training, sampling included": {**curves(lines, 2, 1.0)},
+    }
+
+
+def draw(path: Path, panels: Mapping[str, Mapping[str, Curve]], title: str, labels: Sequence[str]) -> Path:
+    """Draw panels beside each other, with one y and a legend in each.
+
+    Args:
+        panels: the curves of each by its heading.
+        labels: what stands below each.
+    """
+    from matplotlib.figure import Figure
+
+    figure: Any = Figure(figsize=(7 * len(panels), 5.6), dpi=110, layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True)
+    for axis, label, (heading, shown) in zip(axes, labels, panels.items()):
+        draw_curves(axis, shown, "right answers", colors=GREYS, dashed=[*GREYS])
+        axis.set_title("" if heading == label else heading)
+        show_percent(axis.yaxis)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize="small", frameon=False)
+    finish(figure, axes, labels[-1], title)
+    for axis, label in zip(axes, labels):
+        axis.set_xlabel(label)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
+
+
+def main() -> None:
+    """Draw both."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("output/real_pictures"), help="folder (%(default)s)")
+    folder = parser.parse_args().output
+    beside = of_flagship(stored("flagship"))
+    presets = of_presets(stored("presets_real"))
+    one = "Sums of reasoning-gym, SmolLM2-135M, one H200, one seed, one rate for each arm"
+    ten = "Sums of reasoning-gym, SmolLM2-135M, equal completions"
+    print(f"Picture: {draw(folder / 'flagship.png', beside, one, [*beside])}")
+    print(f"Picture: {draw(folder / 'presets_real.png', presets, ten, ['completions'] * len(presets))}")
+
+
+if __name__ == "__main__":
+    main()
