@@ -7,7 +7,8 @@
 
 `results/` holds those of rollouts, several cards, dense records, drafts, evaluations and training steps; each file
 names the card, the versions and the commands. `printed.json` holds the tables of further commands as they were
-printed, with the page that shows each. The tables of studies are drawn by the studies, with `--report`.
+printed, with the page that shows each, and two measurements that stand in a page's text. The tables of studies are
+drawn by the studies.
 """
 
 from __future__ import annotations

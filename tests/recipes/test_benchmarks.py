@@ -124,6 +124,9 @@ def test_tables() -> None:
         assert stored in (ROOT / page).read_text(), f"Put what tables.py prints into {page}:\n{stored}"
     for page, table in tables.printed():
         assert table in (ROOT / page).read_text(), f"printed.json and {page} differ:\n{table}"
+    kept = {"\n".join(tables.cards()), *(table for _, table in tables.printed())}
+    _, *shown = re.findall(r"(?:^\|.*\n)+", readme, re.MULTILINE)  # without that of the scripts
+    assert {table.strip() for table in shown} <= kept, "Store each table of recipes/benchmarks/README.md"
     for row in tables.stored_rows():
         assert 1e3 * row["batch"] / row["mixture"] == pytest.approx(row["step_ms"], rel=1e-3)
 
