@@ -77,7 +77,8 @@ CONTROLS = {
     **{f"RAFT, own, groups of {size}": Arm(RAFT, ALONE, size=size, tries=MIDDLE) for size in (4, 8)},
     **{f"GRPO, half, groups of {size}": Arm(DEFAULT, size=size, tries=MIDDLE) for size in (2, 4)},
     **{f"GRPO, own, groups of {size}": Arm({"reward": 1.0}, ALONE, size=size, tries=SMALL) for size in (2, 4)},
-    # arXiv:2608.31046, of which the abstract alone was read: a fixed negative advantage, no teacher.
+    # The abstract alone was read of this, of AdaPrefix-GRPO and of the switch below.
+    # arXiv:2608.31046: a fixed negative advantage, no teacher.
     "Improbable tokens down": Arm({"unlikely": 1.0}, ALONE, tries=SMALL),
     "GRPO, own, improbable tokens down": Arm({"reward": 1.0, "unlikely": 0.1}, ALONE, tries=SMALL),
     "RAFT, own, improbable tokens down": Arm({**RAFT, "unlikely": 0.1}, ALONE, tries=MIDDLE),

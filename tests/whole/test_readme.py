@@ -13,6 +13,7 @@ from helpers.bad_inputs import CASES
 from helpers.paths import ROOT
 from optimal_sampling_trl import __version__
 from optimal_sampling_trl.trainers.card import CITATION
+from optimal_sampling_trl.trainers.presets import PRESETS
 
 DOCUMENTS = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").rglob("*.md")],
@@ -124,6 +125,8 @@ def test_the_version_is_the_same_wherever_one_cites_it() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors", "license", "references"} <= set(citation)
     assert citation["version"] == __version__
+    cited = {work["url"] for work in citation["references"]}
+    assert {preset.url for preset in PRESETS.values()} <= cited, "CITATION.cff lists the work behind each preset"
     (block,) = re.findall(r"```bibtex\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert block.strip() == CITATION.split("```bibtex\n")[1].split("```")[0].strip(), "a model's card cites otherwise"
 
