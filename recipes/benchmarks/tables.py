@@ -25,6 +25,18 @@ from decoding import MEASURED
 RESULTS = MEASURED.parent
 PARTS = ("rollout", "sync", "update", "other", "step")
 """The seconds of a training step, in the order of the columns."""
+ARMS = (
+    "TRL, GRPO", "GRPO, half mixture", "RAFT, mixture", "TRL, distillation", "dense, own", "dense, mixture",
+    "sampled token, own", "sampled token, mixture", "divergence, own", "divergence, mixture",
+)  # fmt: skip
+"""The arms of `training.py` without drafts."""
+SIZES = {
+    "3B and 0.5B, 256 tokens": ("256", "drafts"),
+    "3B and 0.5B, 2 048 tokens": ("2048",),
+    "7B and 1.5B, 256 tokens": ("7b", "7b, distillation"),
+    "7B and 1.5B, 2 048 tokens": (),
+}
+"""The sizes of a training step that are wanted, and the tables that hold measurements of each."""
 BATCHES = (32, 128, 256)
 """Batches that both pairs were measured at."""
 
@@ -99,6 +111,18 @@ def steps(table: str) -> Iterator[str]:
         yield f"{line(name, found, base)} {', '.join(f'{seconds:.1f}' for seconds in found['steps'])} |"
 
 
+def not_run() -> str:
+    """Returns the line of docs/performance.md that names what was measured at no call."""
+    tables = stored("training")["tables"]
+    missing = {
+        size: [arm for arm in ARMS if not any(arm in tables[name]["arms"] for name in SIZES[size])] for size in SIZES
+    }
+    words = (
+        f"{size}: {'all' if len(arms) == len(ARMS) else '; '.join(arms)}" for size, arms in missing.items() if arms
+    )
+    return f"**Not run**: {'. '.join(words)}."
+
+
 def evaluation() -> Iterator[str]:
     """Lines of a table of docs/performance.md: seconds of an evaluation beside the teacher and alone."""
     for row in stored("evaluation")["rows"]:
@@ -153,6 +177,7 @@ def main() -> None:
     drafted = [partial(speculation, table["rows"]) for table in stored("speculation")["tables"].values()]
     for table in (speeds, rollouts, cards, dense, dense_kernels, evaluation, *drafted, *trained):
         print("\n".join(table()), end="\n\n")
+    print(not_run(), end="\n\n")
     for _, table in printed():
         print(table, end="\n\n")
 

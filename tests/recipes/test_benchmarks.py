@@ -13,6 +13,7 @@ import decoding
 import memory
 import scaling
 import tables
+import updating
 from helpers.paths import ROOT
 from helpers.recipes import PYTHON, need_vllm, run, run_failing, start
 from random_pair import SHAPES
@@ -87,21 +88,28 @@ def test_memory() -> None:
 
 
 def test_scaling(tmp_path: Path) -> None:
-    """The page has both tables; the fit misses no step by more than 6 %, and one that it did not see by 15 %."""
-    page, rows = (ROOT / "docs" / "scaling.md").read_text(), decoding.measured()
-    speed = decoding.fit(rows)
-    for table in (decoding.check_table(speed, rows), scaling.pair_table(speed)):
+    """The page has the tables; the fit misses no step by more than 6 %, one that it did not see by 15 %."""
+    page, rows, updates = (ROOT / "docs" / "scaling.md").read_text(), decoding.measured(), updating.measured()
+    speed, rate = decoding.fit(rows), updating.fit(updates)
+    drawn = decoding.check_table(speed, rows), updating.update_table(rate, updates), scaling.pair_table(speed, rate)
+    for table in drawn:
         assert "\n".join(table) in page, "Put what `recipes/benchmarks/scaling.py` prints into docs/scaling.md"
     for row in rows:
         assert decoding.computed(row, speed) == pytest.approx(row.step_ms, rel=0.06 if row.fitted else 0.15)
+    errors = [updating.computed(row, rate) / row.seconds - 1 for row in updates]
+    assert (f"{min(errors):+.0%}", f"{max(errors):+.0%}") == ("-25%", "+23%"), "docs/scaling.md says this"
+    small = updating.fit([row for row in updates if row.student == "0.5b"])
+    unseen = [updating.computed(row, small) / row.seconds - 1 for row in updates if row.student == "1.5b"]
+    assert (f"{min(unseen):+.0%}", f"{max(unseen):+.0%}") == ("-11%", "+1%"), "docs/scaling.md says this, too"
+    assert -2.75 < min(updating.memory(row.pair) - row.gib for row in updates) < -2.65, "and this"
     pair = decoding.pair_of("7b", "1.5b")
     twice = scaling.rollout(pair, 1, speed) / scaling.rollout(pair, 2, speed)
     assert 1 < twice < 2, "half the rows still read all weights"
-    engines, seconds = scaling.best_split(pair, 8, speed)
+    engines, seconds = scaling.best_split(pair, 8, speed, rate)
     assert 0 < engines < 8
-    assert seconds > scaling.rollout(pair, 8, speed) + scaling.update(pair, 8), "a server's cards wait"
-    assert scaling.best_split(decoding.pair_of("70b", "8b"), 4, speed)[0] == 0, "all four hold the engine"
-    scaling.draw(tmp_path / "scaling.png", speed)
+    assert seconds > scaling.rollout(pair, 8, speed) + scaling.update(pair, 8, rate), "a server's cards wait"
+    assert scaling.best_split(decoding.pair_of("70b", "8b"), 4, speed, rate)[0] == 0, "all four hold the engine"
+    scaling.draw(tmp_path / "scaling.png", speed, rate)
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -122,6 +130,7 @@ def test_tables() -> None:
     ):
         stored = "\n".join(table)
         assert stored in (ROOT / page).read_text(), f"Put what tables.py prints into {page}:\n{stored}"
+    assert tables.not_run() in (ROOT / "docs" / "performance.md").read_text(), tables.not_run()
     for page, table in tables.printed():
         assert table in (ROOT / page).read_text(), f"printed.json and {page} differ:\n{table}"
     kept = {"\n".join(tables.cards()), *(table for _, table in tables.printed())}

@@ -28,6 +28,7 @@ TESTED_IN = {".": "test_starters.py", "benchmarks": "test_benchmarks.py", "studi
 MODULES = {
     "benchmarks/random_pair.py": "the benchmarks import it: flags, random models, stopwatch",
     "benchmarks/decoding.py": "scaling.py imports it: a step of decoding, fitted to measured ones",
+    "benchmarks/updating.py": "scaling.py imports it: an update, fitted to measured ones, and a step's memory",
     "benchmarks/training_arms.py": "training.py imports it: the trainers that are compared",
     "benchmarks/speculation_engines.py": "speculation.py imports it: the engines; test_benchmarks.py",
     "studies/stack.py": "horizon_train.py imports it: many students as one batch; test_stack.py",

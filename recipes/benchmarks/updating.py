@@ -1,0 +1,107 @@
+"""A model of the time of an update and of a step's memory: two constants of the time, fitted to measured updates."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from decoding import MEASURED, Pair, pair_of
+from memory import ENGINE_GB, GB, stored
+
+GIB = 2**30
+COMPLETIONS, PROMPT = 64, 128
+"""Of a measured step."""
+STEPS = {"256": ("3b", "0.5b", 256, 8), "2048": ("3b", "0.5b", 2048, 4), "7b": ("7b", "1.5b", 256, 8),
+         "7b, distillation": ("7b", "1.5b", 256, 8)}  # fmt: skip
+"""Tables of results/training.json: teacher, student, tokens of a completion, completions of a forward pass."""
+
+
+class Rate(NamedTuple):
+    """Seconds of a forward and backward pass whatever is in it, and of each operation."""
+
+    a_pass: float
+    operation: float
+
+
+class Update(NamedTuple):
+    """A measured step: its arm, the sizes of the models, what is trained on, and the seconds and GiB that it took."""
+
+    arm: str
+    teacher: str
+    student: str
+    tokens: int
+    micro_batch: int
+    seconds: float
+    gib: float
+
+    @property
+    def pair(self) -> Pair:
+        """Its models."""
+        return pair_of(self.teacher, self.student)
+
+
+def measured() -> list[Update]:
+    """Read the measured steps of this package whose trainer holds no teacher."""
+    tables = json.loads(MEASURED.with_name("training.json").read_text())["tables"]
+    return [
+        Update(arm, *step, row["update"], row["GiB"])
+        for table, step in STEPS.items()
+        for arm, row in tables[table]["arms"].items()
+        if not arm.startswith(("TRL", "divergence"))
+    ]
+
+
+def work(pair: Pair, tokens: int) -> float:
+    """Count the operations of an update: 6 a parameter of the student and token, 2 more for the checkpoints."""
+    return 8.0 * stored(pair.student) * tokens
+
+
+def seconds(pair: Pair, completions: int, length: int, micro_batch: int, rate: Rate) -> float:
+    """Compute the seconds of an update on one card.
+
+    Args:
+        length: tokens of a completion and its prompt.
+        micro_batch: completions of a pass.
+    """
+    passes = math.ceil(completions / micro_batch)
+    return passes * rate.a_pass + work(pair, completions * length) * rate.operation
+
+
+def computed(row: Update, rate: Rate) -> float:
+    """Compute the seconds of an update that was measured."""
+    return seconds(row.pair, COMPLETIONS, PROMPT + row.tokens, row.micro_batch, rate)
+
+
+def fit(rows: list[Update]) -> Rate:
+    """Fit both constants by least squares of the relative errors."""
+    took = torch.tensor([row.seconds for row in rows], dtype=torch.float64)
+    columns = torch.tensor(
+        [[COMPLETIONS / row.micro_batch, work(row.pair, COMPLETIONS * (PROMPT + row.tokens))] for row in rows],
+        dtype=torch.float64,
+    )
+    scale = columns.amax(dim=0)
+    found = torch.linalg.lstsq(columns / scale / took[:, None], torch.ones_like(took)[:, None]).solution[:, 0]
+    return Rate(*(found / scale).tolist())
+
+
+def memory(pair: Pair) -> float:
+    """Compute GiB of a step on one card without the engine's cache and the trainer's activations."""
+    return (pair.weights + 16 * stored(pair.student) / GB + ENGINE_GB) * GB / GIB
+
+
+def update_table(rate: Rate, rows: list[Update]) -> Iterator[str]:
+    """Lines of the table of measured and computed updates and memory."""
+    head = ("teacher, student", "tokens", "arm", "update measured, s", "computed, s", "error")
+    yield f"| {' | '.join(head)} | memory measured, GiB | computed, GiB |"
+    yield "|---|--:|---|--:|--:|--:|--:|--:|"
+    for row in rows:
+        here, held = computed(row, rate), memory(row.pair)
+        name, error = f"{row.teacher}, {row.student}".upper(), round(100 * (here / row.seconds - 1))
+        yield (
+            f"| {name} | {row.tokens} | {row.arm} | {row.seconds:.2f} | {here:.2f} | {error:+d} % | {row.gib:.1f} "
+            f"| {held:.1f} |"
+        )
