@@ -72,7 +72,7 @@ def of_flagship(lines: list[Line]) -> dict[str, dict[str, Curve]]:
 
 
 def draw(path: Path, panels: Mapping[str, Mapping[str, Curve]], title: str, labels: Sequence[str]) -> Path:
-    """Draw panels beside each other, with one y and a legend in each.
+    """Draw panels beside each other, with one y. A legend stands below each, or below all that have the same curves.
 
     Args:
         panels: the curves of each by its heading.
@@ -90,6 +90,10 @@ def draw(path: Path, panels: Mapping[str, Mapping[str, Curve]], title: str, labe
     finish(figure, axes, labels[-1], title)
     for axis, label in zip(axes, labels):
         axis.set_xlabel(label)
+    if len({tuple(shown) for shown in panels.values()}) == 1:
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+        for axis in axes:
+            axis.get_legend().remove()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path
