@@ -112,7 +112,7 @@ def steps(table: str) -> Iterator[str]:
 
 
 def not_run() -> str:
-    """Returns the line of docs/performance.md that names what was measured at no call."""
+    """Return the line of docs/performance.md that names what was measured at no call."""
     tables = stored("training")["tables"]
     missing = {
         size: [arm for arm in ARMS if not any(arm in tables[name]["arms"] for name in SIZES[size])] for size in SIZES

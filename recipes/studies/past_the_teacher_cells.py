@@ -18,7 +18,7 @@ def stored(name: str) -> list[Line]:
 
 
 def at_edge(lines: Sequence[Line], arm: str) -> bool:
-    """Returns whether the best rate of an arm is the smallest or the largest that was run."""
+    """Return whether the best rate of an arm is the smallest or the largest that was run."""
     rates = [runs[0]["learning_rate"] for runs in by_rate(lines, arm)]
     return best(lines, arm)[0]["learning_rate"] in (min(rates), max(rates))
 
