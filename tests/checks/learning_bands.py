@@ -13,7 +13,7 @@ from statistics import mean, stdev
 import torch
 
 import pair as embedded
-from helpers.learning import STACK, end_of_demo, end_of_stack
+from helpers.learning import DEMO, STACK, end_of_demo, end_of_stack
 
 
 def main() -> None:
@@ -24,10 +24,10 @@ def main() -> None:
     torch.set_num_threads(1)
     made = embedded.make_pair()
     with tempfile.TemporaryDirectory() as scratch:
-        folders = {name: Path(scratch) / name for name in ("demo", *STACK)}
+        folders = {name: Path(scratch) / name for name in (*DEMO, *STACK)}
         for folder in folders.values():
             folder.mkdir()
-        ends = {"demo": [end_of_demo(made, folders["demo"], seed) for seed in range(options.seeds)]}
+        ends = {arm: [end_of_demo(made, folders[arm], arm, seed) for seed in range(options.seeds)] for arm in DEMO}
         ends |= {arm: end_of_stack(made, folders[arm], arm, options.seeds) for arm in STACK}
     for name, values in ends.items():
         print(f'"{name}": Band({mean(values):.4f}, {stdev(values):.4f})  # {[round(one, 3) for one in values]}')

@@ -10,13 +10,15 @@ from transformers import AutoTokenizer
 
 import pair as embedded
 from horizon_train import train as train_stack
-from optimal_sampling_trl import GRPOConfig, GRPOTrainer, Mixture, OptimalSamplingGenerator
+from optimal_sampling_trl import OptimalSamplingGenerator
 from optimal_sampling_trl.demo.arm import EMBEDDED, train
-from optimal_sampling_trl.demo.run import BATCH, MIXTURE, RATES
+from optimal_sampling_trl.demo.run import ARMS as DEMO_ARMS
+from optimal_sampling_trl.demo.run import BATCH, HALF, RAFT
 from past_the_teacher_arms import ARMS
 from stacks import Run, Setting
 
-DEMO_STEPS = 60
+DEMO, DEMO_STEPS = (RAFT, HALF), 60
+"""The arms of the demo that are run, and their updates."""
 STACK = {"Distillation, mixture": (3e-3, 50), "RAFT, mixture": (3e-3, 70)}
 """The learning rate and the updates of each arm of past_the_teacher.py that is run."""
 
@@ -46,7 +48,7 @@ class Band(NamedTuple):
 
 
 BANDS = {
-    "demo": Band(0.1238, 0.0071),
+    HALF: Band(0.1238, 0.0071),
     "Distillation, mixture": Band(0.3012, 0.0744, runs=4),
     "RAFT, mixture": Band(0.4349, 0.0808, runs=4),
 }
@@ -54,19 +56,20 @@ BANDS = {
 0.019. CPU, one thread, torch 2.13.0, TRL 1.16.0."""
 
 
-def end_of_demo(made: embedded.Pair, folder: Path, seed: int) -> float:
-    """Run the demo's mixture for `DEMO_STEPS`, and return how often the student is right."""
+def end_of_demo(made: embedded.Pair, folder: Path, name: str, seed: int) -> float:
+    """Run an arm of the demo for `DEMO_STEPS`, and return how often the student is right."""
+    arm = DEMO_ARMS[name]
     tokenizer = AutoTokenizer.from_pretrained(made.student)
-    settings = {"learning_rate": RATES[MIXTURE], "output_dir": str(folder), "seed": seed, "disable_tqdm": True}
+    settings = {"learning_rate": arm.rate, "output_dir": str(folder), "seed": seed, "disable_tqdm": True}
     trainer, _ = train(
-        GRPOTrainer,
-        GRPOConfig,
+        arm.trainer,
+        arm.config,
         made,
         DEMO_STEPS,
         BATCH,
         settings,
         EMBEDDED._replace(measure=lambda model, tokenizer: math.nan),  # the end alone is looked at
-        generator=OptimalSamplingGenerator(made.teacher, Mixture(), backend="transformers"),
+        generator=OptimalSamplingGenerator(made.teacher, backend="transformers"),
     )
     trainer.close()
     return embedded.measure(trainer.model.eval(), tokenizer)

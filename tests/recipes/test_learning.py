@@ -12,12 +12,13 @@ from statistics import mean
 import pytest
 
 import pair as embedded
-from helpers.learning import BANDS, STACK, end_of_demo, end_of_stack
+from helpers.learning import BANDS, DEMO, STACK, end_of_demo, end_of_stack
 
 
-def test_the_demos_run_ends_in_its_band(made: embedded.Pair, tmp_path: Path) -> None:
-    """GRPO on the transformers backend, half of each group from the mixture."""
-    band, end = BANDS["demo"], end_of_demo(made, tmp_path, seed=0)
+@pytest.mark.parametrize("arm", DEMO)
+def test_a_run_of_the_demo_ends_in_its_band(made: embedded.Pair, tmp_path: Path, arm: str) -> None:
+    """RAFT on the mixture, and GRPO with half of each group from it, on the transformers backend."""
+    band, end = BANDS[arm], end_of_demo(made, tmp_path, arm, seed=0)
     assert band.low <= end <= band.high, f"ended at {end:.3f}, wanted {band.low:.3f} to {band.high:.3f}"
 
 
