@@ -1,6 +1,6 @@
 """Print the ends of short runs of many seeds, their mean and deviation: the bands of tests/helpers/learning.py.
 
-PYTHONPATH=.:recipes:recipes/studies:tests python tests/checks/learning_bands.py --seeds 8     # CPU, 6 minutes
+PYTHONPATH=.:recipes:recipes/studies:tests python tests/checks/learning_bands.py --seeds 8     # CPU, 8 minutes
 """
 
 from __future__ import annotations

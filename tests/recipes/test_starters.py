@@ -58,7 +58,9 @@ def test_distill(made: embedded.Pair, tmp_path: Path) -> None:
 def test_demo(made: embedded.Pair, tmp_path: Path) -> None:
     output = run("demo.py", "--steps", 2, "--backend", "transformers", "--output", tmp_path)
     assert "Rollouts of the mixture come from transformers" in output
-    assert len(re.findall(r"^.+ \d+\.\d% +\d+\.\d% +256 +\d+$", output, re.MULTILINE)) == 3, output
+    rows = re.findall(r"^(.+?) +\d+\.\d% +\d+\.\d% +256 +\d+$", output, re.MULTILINE)
+    assert rows == ["RAFT on the mixture", "GRPO, half mixture", "TRL's GRPO, no teacher"], output
+    assert re.search(r"^the teacher +9\d\.\d%$", output, re.MULTILINE), output
     assert (tmp_path / "learning.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     page = (tmp_path / "rollouts.html").read_text()
     data = json.loads(page.split('id="data">')[1].split("</script>")[0])
