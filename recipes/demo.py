@@ -1,7 +1,7 @@
 # /// script
 # dependencies = ["optimal-sampling-trl[plots]"]
 # ///
-"""The main job on the embedded pair, on a CPU, in a few minutes: a student that sorts ten digits learns to.
+"""Teach a student to sort ten digits by RAFT on the mixture, beside GRPO, on a CPU, in a few minutes.
 
     python recipes/demo.py                      # or: make demo, or: optimal-sampling demo
 
