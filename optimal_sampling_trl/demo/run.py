@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
 
     print(f"1 of 2: a teacher and a student, made once and kept in {DEFAULT}. A minute or two.", flush=True)
     pair = make_pair()
-    print(f"2 of 2: {len(ARMS)} runs of {options.steps} steps, side by side. Two minutes on two cores.")
+    print(f"2 of 2: {len(ARMS)} runs of {options.steps} steps, side by side. A few minutes on two cores.")
     print(f"Rollouts of the mixture come from {options.backend}.", flush=True)
     jobs = [(name, line, pair, options.steps, options.backend, options.output) for line, name in enumerate(ARMS)]
     results = dict(zip(ARMS, side_by_side(run_one, jobs), strict=True))
