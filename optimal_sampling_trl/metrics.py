@@ -40,10 +40,14 @@ REWARD_THETA = "mixture/reward_theta"
 """Mean reward of the completions that the student sampled."""
 REWARD_MIXTURE = "mixture/reward_mixture"
 """Mean reward of the completions that the mixture sampled."""
+REWARD_TEACHER = "mixture/reward_teacher"
+"""Mean reward of the teacher alone on the prompts of an evaluation."""
 ACCEPTED_THETA = "accepted/theta"
 """Share of the student's completions that the reward accepts."""
 ACCEPTED_MIXTURE = "accepted/mixture"
 """Share of the mixture's completions that the reward accepts."""
+ACCEPTED_TEACHER = "accepted/teacher"
+"""Share of the teacher's own completions that the reward accepts, on the prompts of an evaluation."""
 ACCEPTED_PROMPTS = "accepted/prompts"
 """Share of the prompts with a completion that the reward accepts."""
 GROUPS_WITH_SIGNAL = "mixture/groups_with_signal"
@@ -157,11 +161,29 @@ def of_acceptance(
         accepted: True where the completion is accepted.
         theta_rows: True where the student sampled the completion alone.
     """
-    shares = accepted.float().masked_fill(rewards.isnan(), torch.nan)
+    shares = _shares(rewards, accepted)
     return {
         **_of_halves(shares.flatten(), theta_rows.flatten(), (ACCEPTED_THETA, ACCEPTED_MIXTURE)),
         ACCEPTED_PROMPTS: float(accepted.any(1).float().mean()),
     }
+
+
+def of_teacher(rewards: Float[Tensor, " N"], accepted: Bool[Tensor, " N"]) -> dict[str, float]:
+    """Average the rewards of the teacher's own completions, and compute the share that is accepted.
+
+    Args:
+        rewards: reward of each completion; NaN, where no function could score one, leaves it out.
+        accepted: True where the completion is accepted.
+    """
+    return {
+        REWARD_TEACHER: float(rewards.nanmean()),
+        ACCEPTED_TEACHER: float(_shares(rewards, accepted).nanmean()),
+    }
+
+
+def _shares(rewards: Float[Tensor, " *N"], accepted: Bool[Tensor, " *N"]) -> Float[Tensor, " *N"]:
+    """Return 1 for each accepted completion and 0 for each other, NaN where no function could score it."""
+    return accepted.float().masked_fill(rewards.isnan(), torch.nan)
 
 
 def _of_halves(

@@ -132,6 +132,12 @@ def test_the_acceptance_of_completions_and_of_prompts() -> None:
     )
 
 
+def test_the_rewards_and_the_acceptance_of_the_teacher_alone() -> None:
+    rewards = torch.tensor([1.0, 0.0, NAN, 0.5])
+    wanted = {"mixture/reward_teacher": 0.5, "accepted/teacher": 2 / 3}
+    assert metrics.of_teacher(rewards, rewards > 0) == pytest.approx(wanted)
+
+
 def test_the_readme_lists_every_metric() -> None:
     table = (ROOT / "docs" / "monitoring.md").read_text()
     names = [value for name, value in vars(metrics).items() if name.isupper() and isinstance(value, str)]

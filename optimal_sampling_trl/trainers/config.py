@@ -9,7 +9,7 @@ from typing import Any
 import trl
 
 from ..losses import LEVELS, Correction
-from ..options import check_choice, check_number, check_whole, suggest_arguments, unknown_option
+from ..options import check_choice, check_flag, check_number, check_whole, suggest_arguments, unknown_option
 from .credit_config import CreditConfig
 from .dense_config import DenseLossConfig, DenseTermConfig
 from .presets import PresetConfig
@@ -78,7 +78,29 @@ class CorrectionConfig(GuardConfig):
 
 
 @dataclass
-class PolicyGradientConfig(DenseTermConfig, CorrectionConfig):
+class TeacherMeasureConfig:
+    """Setting of the trainers with rewards: whether the teacher is measured, too.
+
+    Raises:
+        ValueError: where it is neither True nor False.
+    """
+
+    evaluate_teacher: bool = field(
+        default=True,
+        metadata={
+            "help": "At the first evaluation of a training, sample its prompts from the teacher alone as well. What "
+            "it earns is logged beside what the student does, and a warning tells when the student has passed it. "
+            "It is one more evaluation, in which both models run."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        check_flag(type(self).__name__, "evaluate_teacher", self.evaluate_teacher)
+        super().__post_init__()  # type: ignore[misc]
+
+
+@dataclass
+class PolicyGradientConfig(TeacherMeasureConfig, DenseTermConfig, CorrectionConfig):
     """The correction of a policy gradient, which has advantages, and the dense term beside it.
 
     Raises:
@@ -203,7 +225,7 @@ class RLOOConfig(PolicyGradientConfig, trl.RLOOConfig):
 
 @suggest_arguments()
 @dataclass
-class RAFTConfig(DenseTermConfig, GuardConfig, trl.GRPOConfig):
+class RAFTConfig(TeacherMeasureConfig, DenseTermConfig, GuardConfig, trl.GRPOConfig):
     """TRL's `GRPOConfig` with the fields of filtered imitation; fields that the loss does not read are refused.
 
     By default each prompt of a batch has one completion, sampled from the mixture, since a batch of many prompts

@@ -10,7 +10,6 @@ import trl
 from torch import Tensor
 
 from ..losses import (
-    accept_rewards,
     anchor_factor,
     confidence,
     mixture_weight,
@@ -211,7 +210,7 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
         """
         mask = loss_mask(output)
         first = self.accelerator.process_index * len(mask)
-        wrong = ~accept_rewards(self.rewards[first : first + len(mask)])
+        wrong = ~self._accepts(self.rewards[first : first + len(mask)])
         routed = wrong[:, None] * mask.float()
         weights = confidence(output[f"dense_{CONFIDENCE}"], routed)
         total, count = self.accelerator.reduce(torch.stack([weights.sum(), routed.sum()]))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import metrics
 from ..losses import keep_positive
 from ..user_warnings import warn_user
 from .rewarded import RewardedTrainer
@@ -32,6 +33,12 @@ class PolicyGradientTrainer(RewardedTrainer):
                 "on the embedded pair (recipes/studies/README.md) this reached an exact match of 0.14, without "
                 "them 0.44. Leave `positive_only` at 'all'.",
             )
+
+    def _log_rewards(self) -> None:
+        """Log, in training, the share of the groups whose rewards differ as well."""
+        super()._log_rewards()
+        if self.model.training:
+            self._append_metrics(metrics.of_groups(self.rewards.view(-1, self.args.num_generations)))
 
     def _advantages(self, output: dict[str, Any]) -> Tensor:
         """Return TRL's advantages (B,), those below 0 set to 0 where `positive_only` asks for it."""

@@ -10,7 +10,6 @@ import torch
 import trl
 from torch import Tensor
 
-from .. import metrics
 from ..losses import accept_rewards, imitation_loss
 from ..options import suggest_arguments
 from .config import PolicyGradientConfig, RAFTConfig
@@ -163,14 +162,8 @@ class RAFTTrainer(RewardedTrainer, trl.GRPOTrainer):
                     f"completions. Leave it at {default!r}, or use `GRPOTrainer`."
                 )
 
-    def _log_rewards(self) -> None:
-        """Log rewards and acceptance of the student's completions and, in training, of the mixture's."""
-        if self.model.training:
-            self._append_metrics(metrics.of_rewards(self.rewards, self._theta_rows()))
-        size: Any = self.args.num_generations if self.model.training else self.num_generations_eval
-        accepted = accept_rewards(self.rewards, self._setting("accept"))
-        by_prompt = (values.view(-1, size) for values in (self.rewards, accepted, self._theta_rows()))
-        self._append_metrics(metrics.of_acceptance(*by_prompt))
+    def _accepts(self, rewards: Tensor) -> Tensor:
+        return accept_rewards(rewards, self._setting("accept"))
 
     def _weigh(self, output: dict[str, Any]) -> None:
         """Put `imitation_weights` (B,) into the batch, and the tokens that they weigh where they divide the loss.
@@ -196,7 +189,7 @@ class RAFTTrainer(RewardedTrainer, trl.GRPOTrainer):
         Raises:
             ValueError: where the reward is the weight, and one is not in [0, 1].
         """
-        accepted = accept_rewards(self.rewards, self._setting("accept"))
+        accepted = self._accepts(self.rewards)
         if self._setting("completion_weight") == "accepted":
             return accepted.float()
         outside = self.rewards[(self.rewards < 0) | (self.rewards > 1)]

@@ -1,13 +1,21 @@
-"""The part that the trainers with rewards share: the reward of the student's completions and of the mixture's."""
+"""The part that the trainers with rewards share: what the student, the mixture and the teacher earn."""
 
 from __future__ import annotations
 
+import copy
 import logging
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
+import torch
 from torch import Tensor
 
 from .. import metrics
+from ..losses import accept_rewards
 from .dense_term import DenseTermTrainer
 from .overtaking import Overtaking
 from .reward_functions import check_reward_funcs, checked
@@ -29,6 +37,8 @@ class RewardedTrainer(TwoRounds, DenseTermTrainer):
 
     def __init__(self, **arguments: Any) -> None:
         self._overtaking = Overtaking()
+        self._evaluated: list[Tensor] = []  # rewards of the evaluation that runs
+        self._teacher: dict[str, Tensor] = {}  # its rewards in each evaluation, by the prefix of that one's metrics
         check_reward_funcs(arguments.get("reward_funcs"))
         super().__init__(**arguments)
         self.reward_funcs = [
@@ -49,22 +59,75 @@ class RewardedTrainer(TwoRounds, DenseTermTrainer):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self.rewards = self._totals(rewards)
         self._log_rewards()
-        self._tell_of_overtaking()
+        if not self.model.training:
+            self._evaluated.append(self.rewards)
+        elif self.generator.mixture_below is None:  # else the mixture's are for prompts where the student fails
+            self._tell(self._overtaking.add(self.rewards, self._theta_rows()))
         return rewards
 
-    def _tell_of_overtaking(self) -> None:
-        """Log a warning, once, where the student's completions have come to earn more than the mixture's.
-
-        With `mixture_below` the two are not compared: the mixture's are for prompts where the student fails.
-        """
-        if not self.model.training or self._overtaking.told or self.generator.mixture_below is not None:
-            return
-        message = self._overtaking.add(self.rewards, self._theta_rows())
-        if message is not None and self.accelerator.is_main_process:
-            logger.warning(message)
-
     def _log_rewards(self) -> None:
-        """Log the mean reward of each half of the groups in training; TRL logs that of all rows."""
+        """Log rewards and acceptance of the student's completions and, in training, of the mixture's.
+
+        Of an evaluation TRL's `reward` is the student's.
+        """
         if self.model.training:
             self._append_metrics(metrics.of_rewards(self.rewards, self._theta_rows()))
-            self._append_metrics(metrics.of_groups(self.rewards.view(-1, self.args.num_generations)))
+        size: Any = self.args.num_generations if self.model.training else self.num_generations_eval
+        rows = (self.rewards, self._accepts(self.rewards), self._theta_rows())
+        self._append_metrics(metrics.of_acceptance(*(values.view(-1, size) for values in rows)))
+
+    def _accepts(self, rewards: Tensor) -> Tensor:
+        """Return True for each reward that accepts its completion."""
+        return accept_rewards(rewards)
+
+    def evaluation_loop(self, dataloader: Any, *positional: Any, metric_key_prefix: str = "eval", **named: Any) -> Any:
+        """Evaluate as TRL does, log what the teacher alone earns, and tell where the student has passed somebody."""
+        teacher = self._teacher_rewards(dataloader, metric_key_prefix)
+        self._evaluated.clear()
+        output = super().evaluation_loop(dataloader, *positional, metric_key_prefix=metric_key_prefix, **named)
+        if teacher is not None:
+            self._append_metrics(metrics.of_teacher(teacher, self._accepts(teacher)))
+        if self._evaluated:
+            self._tell(self._overtaking.evaluate(torch.cat(self._evaluated), teacher))
+        return output
+
+    def _teacher_rewards(self, dataloader: Iterable[Any], name: str) -> Tensor | None:
+        """Return the rewards of the teacher alone on the prompts of an evaluation, which are measured once.
+
+        A teacher that is the student of the moment has none: they would be another model's by the next evaluation.
+
+        Args:
+            dataloader: of the evaluation.
+            name: prefix of its metrics.
+        """
+        if not self.is_in_train or not self._setting("evaluate_teacher") or self.generator.is_the_student:
+            return None
+        if name not in self._teacher:
+            self.model.eval()
+            self._evaluated.clear()
+            with self._teacher_alone():
+                for inputs in dataloader:
+                    self._generate_and_score_completions(inputs)
+            if not self._evaluated:
+                return None
+            self._teacher[name] = torch.cat(self._evaluated)
+        return self._teacher[name]
+
+    @contextmanager
+    def _teacher_alone(self) -> Iterator[None]:
+        """Let the teacher alone sample inside the block, which leaves no trace in TRL's logs and in random numbers."""
+        engine, device = self.vllm_generation, self.accelerator.device
+        plan, engine.plan = engine.plan, replace(engine.plan, teacher_alone=True)
+        try:
+            with (
+                patch.dict(self._metrics, {"eval": defaultdict(list)}),
+                patch.object(self, "_logs", copy.deepcopy(self._logs)),
+                torch.random.fork_rng([device] if device.type == "cuda" else []),
+            ):
+                yield
+        finally:
+            engine.plan = plan
+
+    def _tell(self, message: str | None) -> None:
+        if message is not None and self.accelerator.is_main_process:
+            logger.warning(message)

@@ -3,7 +3,8 @@
 Trains a few steps of each kind and writes what this rank saw to FOLDER/<kind>-<rank>.json: a run is judged by these
 files, since torch may abort at exit after all work was done. A rank has six rows of groups of four: the second spans.
 `two_prompts_server` and `two_prompts_engine` sample where both ranks' prompts go to one engine; there, and in
-`two_prompts`, every other row has a prompt of the teacher's own. In `two_rounds` a rank has two whole groups.
+`two_prompts`, every other row has a prompt of the teacher's own. In `two_rounds` a rank has two whole groups. In
+`evaluation` the teacher and the student each sample four prompts after the last step.
 On GPUs each rank trains on its own; with `--backend vllm` it has an engine, or a share of one
 (`--tensor-parallel-size`). With `--server URL` a server of the pair samples, and where one process trains, all rows
 of a batch are its own.
@@ -45,6 +46,7 @@ CASES = {
     "dense_term": Case("raft", {"accept": 2.0, "dense_coefficient": 1.0, "dense_top_k": 40}),
     "two_prompts": Case("raft"),
     "two_rounds": Case("grpo", {"per_device_train_batch_size": 4}),
+    "evaluation": Case("raft", {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2}),
     "two_prompts_server": Case("sampled_token", {"vllm_mode": "server"}, LocalServer),
     "two_prompts_engine": Case("grpo", {"vllm_tensor_parallel_size": 2}, LocalTensorParallel),
 }
@@ -87,16 +89,18 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 def worst_error(trainer: Any, args: argparse.Namespace) -> float:
     """The largest error of this rank's records, each batch against the student of its moment."""
     teacher, theta, worst = load(args.teacher), load(args.student), 0.0
-    for weights, (_, own, rollouts) in zip(trainer.weights, trainer.generations, strict=True):
+    for weights, (training, own, rollouts) in zip(trainer.weights, trainer.generations, strict=True):
         theta.load_state_dict({name: weight.cpu() for name, weight in weights.items()}, strict=False)
         mixed_rows = own["mixture_rows"].tolist()
         for (prompt, ids, records), mixed, sampled in zip(rows_of(own), mixed_rows, rollouts, strict=True):
-            mixture = Mixture() if mixed else Mixture.theta_only()
+            of_mixture = Mixture() if training else Mixture.teacher_only()  # an evaluation has the teacher's rows, too
+            mixture = of_mixture if mixed else Mixture.theta_only()
             on_host = {name: record.cpu() for name, record in records.items()}
             rollout = Rollout(
                 sampled.prompt_ids, prompt, ids, **on_host, text="", finish_reason="stop", mixture=mixture
             )
-            worst = max(worst, *check_rollout(rollout, teacher, theta, tolerance=args.tolerance).values())
+            errors = check_rollout(rollout, teacher, theta, tolerance=args.tolerance, has_teacher=training or mixed)
+            worst = max(worst, *errors.values())
     return worst
 
 
@@ -111,6 +115,8 @@ def build(name: str, args: argparse.Namespace) -> Any:
         data = Dataset.from_dict({"prompt": PROMPTS, "teacher_prompt": TEACHER_PROMPTS})
         given["trainer"] = {"train_dataset": data}
         given["generator"] |= {"teacher_system_prompt": SYSTEM_PROMPT}
+    if name == "evaluation":
+        given["trainer"] = {"eval_dataset": Dataset.from_dict({"prompt": PROMPTS[:4]})}
     if engine is None:
         return make_trainer(case.kind, pair, args.folder, mixin=Watch, **given)
     given["generator"] |= {"backend": "auto"}
@@ -148,6 +154,7 @@ def run(kind: str, args: argparse.Namespace) -> None:
             for _, output, rollouts in trainer.generations
         ],
         "log": [entry for entry in trainer.state.log_history if "alpha/mean" in entry],
+        "evaluations": [entry for entry in trainer.state.log_history if "eval_reward" in entry],
         "parameters": float(sum(whole(p).double().abs().sum() for p in trainer.model.parameters())),
     }
     (args.folder / f"{kind}-{accelerator.process_index}.json").write_text(json.dumps(seen))

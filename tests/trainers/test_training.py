@@ -77,7 +77,10 @@ def test_the_score_rises(trained_pair: tuple[str, str], before: float, tmp_path:
 
 
 TWO = ("grpo", "rloo", "divergence", "raft")
-CASES = ("self_normalise", "dense_term", "two_rounds", "two_prompts", "two_prompts_server", "two_prompts_engine")
+CASES = (
+    *("self_normalise", "dense_term", "two_rounds", "evaluation", "two_prompts", "two_prompts_server"),
+    "two_prompts_engine",
+)
 """Of `processes/two_processes.py`."""
 HALVES = {
     "grpo": [False, False, True, True, False, True, False, True, False, False, True, True],
@@ -136,7 +139,11 @@ def test_two_processes(two_ranks: dict[str, list[dict[str, Any]]], kind: str) ->
         if kind in RL:
             scores = np.array([row["reward"] for row in rows]).reshape(3, 4)
             assert all(len({row["prompt"] for row in rows[i : i + 4]}) == 1 for i in (0, 4, 8))
+            accepted = scores > 0
             wanted |= {
+                "accepted/theta": accepted[~mixed.reshape(3, 4)].mean(),
+                "accepted/mixture": accepted[mixed.reshape(3, 4)].mean(),
+                "accepted/prompts": accepted.any(1).mean(),
                 "mixture/reward_theta": scores[~mixed.reshape(3, 4)].mean(),
                 "mixture/reward_mixture": scores[mixed.reshape(3, 4)].mean(),
                 "mixture/groups_with_signal": (scores.max(1) > scores.min(1)).mean(),
@@ -181,7 +188,7 @@ def test_the_dense_term_is_a_mean_over_the_tokens_of_both_ranks(two_ranks: dict[
             assert log["loss"] == pytest.approx(log["dense/kl_theta_teacher"], rel=1e-4, abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", CASES[3:])
+@pytest.mark.parametrize("kind", CASES[4:])
 def test_two_prompts_of_both_ranks(two_ranks: dict[str, list[dict[str, Any]]], kind: str) -> None:
     """Each rank's rows come back with the teacher's prompt of that row, and the records of a teacher that read it.
 
@@ -222,3 +229,29 @@ def test_two_rounds_on_two_ranks(two_ranks: dict[str, list[dict[str, Any]]]) -> 
             assert rank["worst"] < 2e-5
             assert rank["log"][step]["mixture/groups_in_need"] == pytest.approx(np.mean(needed))
     assert seen == {True, False}
+
+
+def test_the_teacher_is_measured_on_both_ranks(two_ranks: dict[str, list[dict[str, Any]]]) -> None:
+    """Each rank samples two of the four prompts, first from the teacher, then from the student; both log all four."""
+    ranks = two_ranks["evaluation"]
+    halves = {"teacher": 2, "student": 3}  # the batch of each rank that it samples, after two of training
+    prompts, scores = (
+        {
+            half: [row[key] for rank in ranks for row in rank["generations"][place]["rows"]]
+            for half, place in halves.items()
+        }
+        for key in ("prompt", "reward")
+    )
+    assert sorted(prompts["teacher"]) == sorted(prompts["student"]) == sorted(PROMPTS[:4])
+    assert ranks[0]["parameters"] == ranks[1]["parameters"]
+    wanted = {
+        "eval_mixture/reward_teacher": np.mean(scores["teacher"]),
+        "eval_accepted/teacher": np.mean(np.array(scores["teacher"]) > 0),
+        "eval_accepted/theta": np.mean(np.array(scores["student"]) > 0),
+        "eval_reward": np.mean(scores["student"]),
+    }
+    for rank in ranks:
+        assert rank["worst"] < 2e-5
+        assert len(rank["generations"]) == 4
+        (log,) = rank["evaluations"]
+        assert {name: log[name] for name in wanted} == pytest.approx(wanted, rel=1e-4, abs=1e-5)

@@ -71,7 +71,6 @@ ELSEWHERE = {
     "trainers/engines/base.py": ("trainers/engines/test_colocated.py", "what the engines of a trainer share"),
     "trainers/engines/live.py": ("trainers/test_records.py", "the student itself samples"),
     "trainers/trl_divergence.py": ("trainers/test_gradients.py", "the divergence with weights against float64"),
-    "trainers/rewarded.py": ("trainers/test_raft.py", "rewards of the student's and the mixture's completions"),
     "trainers/engines/seam.py": ("trainers/engines/test_colocated.py", "live and colocated engines in a trainer"),
     "trainers/engines/server.py": ("backends/vllm/server/test_server.py", "trainers with a server"),
 }

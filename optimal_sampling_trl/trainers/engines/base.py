@@ -46,6 +46,7 @@ class MixturePlan:
         entropy_scale: the scale of the entropy gate, None for the mixture's own.
         evaluation_reads_teacher: whether an evaluation reads the recorded log t, which it does not have otherwise.
         will_evaluate_alone: whether the trainer is set to evaluate, and no evaluation needs the teacher.
+        teacher_alone: whether the teacher alone samples, to be measured.
     """
 
     generator: OptimalSamplingGenerator
@@ -60,11 +61,17 @@ class MixturePlan:
     entropy_scale: Callable[[], float | None] = lambda: None
     evaluation_reads_teacher: bool = False
     will_evaluate_alone: bool = False
+    teacher_alone: bool = False
 
     @property
     def two_prompts(self) -> bool:
         """True where the teacher and the student read different prompts."""
         return self.teacher_prompts or self.generator.two_prompts
+
+    @property
+    def needs_teacher(self) -> bool:
+        """True where the teacher samples, or what it records is read."""
+        return self.training() or self.teacher_alone or self.evaluation_reads_teacher
 
     def mixtures(self, rows: int, first: int, processes: int = 1) -> list[Mixture]:
         """Return the mixture of each of `rows` completions, which start at row `first` of the batch of all processes.
@@ -74,6 +81,8 @@ class MixturePlan:
             first: position of the first of them.
             processes: number of processes whose completions these are, equally many of each.
         """
+        if self.teacher_alone:
+            return [Mixture.teacher_only()] * rows
         if not self.training():
             return [Mixture.theta_only()] * rows
         mixture = self.generator.current_mixture(self.progress(), self.entropy_scale())
@@ -157,7 +166,7 @@ class MixtureGeneration:
         if not all(isinstance(prompt, TurnPrompt) for prompt in prompts):
             self.begin(len(prompts))
         dense = self.plan.dense()
-        needs_teacher = self.plan.training() or self.plan.evaluation_reads_teacher or dense is not None
+        needs_teacher = self.plan.needs_teacher or dense is not None
         requests = []
         for prompt, row in zip(prompts, rows_of(prompts), strict=True):
             tail = self._tail(prompt, row)
