@@ -14,6 +14,8 @@ BATCHES = 20
 LEAST = 5
 """Batches before the mixture is compared: completions of one prompt resemble each other, and few batches have few
 prompts."""
+FEWEST = 16
+"""Rewards of each side before the two are compared: of fewer, a standard error is itself a rough estimate."""
 ERRORS = 3.0
 """Standard errors by which the student's mean must lead. Every batch is a test, so two would come by luck."""
 LET_GO = (
@@ -106,13 +108,13 @@ class Overtaking:
 
 
 def leads(student: Float[Tensor, " N"], other: Float[Tensor, " M"]) -> bool:
-    """Return True where the student's mean reward leads by `ERRORS` standard errors.
+    """Return True where the student's mean reward leads by `ERRORS` standard errors, of `FEWEST` rewards or more.
 
     The standard error is the larger of two: by the variance of each side, and by that of both together, since a side
     whose rewards are all equal has no variance of its own, however few they are.
     """
     sizes = len(student), len(other)
-    if min(sizes) < 2:
+    if min(sizes) < FEWEST:
         return False
     separate = float(student.var()) / sizes[0] + float(other.var()) / sizes[1]
     together = float(torch.cat([student, other]).var()) * (1 / sizes[0] + 1 / sizes[1])

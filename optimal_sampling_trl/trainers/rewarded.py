@@ -82,13 +82,13 @@ class RewardedTrainer(TwoRounds, DenseTermTrainer):
 
     def evaluation_loop(self, dataloader: Any, *positional: Any, metric_key_prefix: str = "eval", **named: Any) -> Any:
         """Evaluate as TRL does, log what the teacher alone earns, and tell where the student has passed somebody."""
-        teacher = self._teacher_rewards(dataloader, metric_key_prefix)
         self._evaluated.clear()
         output = super().evaluation_loop(dataloader, *positional, metric_key_prefix=metric_key_prefix, **named)
-        if teacher is not None:
-            self._append_metrics(metrics.of_teacher(teacher, self._accepts(teacher)))
         if self._evaluated:
-            self._tell(self._overtaking.evaluate(torch.cat(self._evaluated), teacher))
+            student, teacher = torch.cat(self._evaluated), self._teacher_rewards(dataloader, metric_key_prefix)
+            if teacher is not None:
+                self._append_metrics(metrics.of_teacher(teacher, self._accepts(teacher)))
+            self._tell(self._overtaking.evaluate(student, teacher))
         return output
 
     def _teacher_rewards(self, dataloader: Iterable[Any], name: str) -> Tensor | None:
@@ -103,25 +103,24 @@ class RewardedTrainer(TwoRounds, DenseTermTrainer):
         if not self.is_in_train or not self._setting("evaluate_teacher") or self.generator.is_the_student:
             return None
         if name not in self._teacher:
-            self.model.eval()
             self._evaluated.clear()
             with self._teacher_alone():
                 for inputs in dataloader:
                     self._generate_and_score_completions(inputs)
-            if not self._evaluated:
-                return None
             self._teacher[name] = torch.cat(self._evaluated)
         return self._teacher[name]
 
     @contextmanager
     def _teacher_alone(self) -> Iterator[None]:
-        """Let the teacher alone sample inside the block, which leaves no trace in TRL's logs and in random numbers."""
+        """Let the teacher alone sample inside the block, without a trace in logs, rollouts and random numbers."""
         engine, device = self.vllm_generation, self.accelerator.device
         plan, engine.plan = engine.plan, replace(engine.plan, teacher_alone=True)
         try:
             with (
                 patch.dict(self._metrics, {"eval": defaultdict(list)}),
                 patch.object(self, "_logs", copy.deepcopy(self._logs)),
+                patch.object(self, "rollouts", self.rollouts),
+                patch.object(self, "advantages", self.advantages),
                 torch.random.fork_rng([device] if device.type == "cuda" else []),
             ):
                 yield

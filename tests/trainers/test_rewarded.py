@@ -79,10 +79,11 @@ def test_the_first_evaluation_measures_the_teacher_too(pair: tuple[str, str], tm
     trainer = make(kind, pair, tmp_path)
     trainer.train()
     batches = [rollouts for training, _, rollouts in trainer.generations if not training]
-    assert len(batches) == 6  # two of the teacher, then two of the student in each of two evaluations
+    assert trainer.rollouts is batches[-1]
+    assert len(batches) == 6  # two of the student in each of two evaluations, and two of the teacher in between
     teacher, theta = load(pair[0]), load(pair[1])
     theta.load_state_dict(trainer.weights[1], strict=False)
-    of_teacher = [one for batch in batches[:2] for one in batch]
+    of_teacher = [one for batch in batches[2:4] for one in batch]
     for rollout in of_teacher:
         assert rollout.mixture == Mixture.teacher_only()
         check_rollout(rollout, teacher, theta, tolerance=1e-5)
@@ -91,7 +92,7 @@ def test_the_first_evaluation_measures_the_teacher_too(pair: tuple[str, str], tm
     scores = np.array([digits(rollout.text) - 0.35 for rollout in of_teacher])
     wanted = {"eval_mixture/reward_teacher": scores.mean(), "eval_accepted/teacher": (scores > 0).mean()}
     for number, log in enumerate(evaluations(trainer)):
-        student = [one for batch in batches[2 + 2 * number :][:2] for one in batch]
+        student = [one for batch in batches[4 * number :][:2] for one in batch]
         assert all(rollout.mixture.is_theta_only for rollout in student)
         lengths = [len(rollout.completion_ids) for rollout in student]
         wanted |= {

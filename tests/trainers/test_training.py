@@ -232,9 +232,9 @@ def test_two_rounds_on_two_ranks(two_ranks: dict[str, list[dict[str, Any]]]) -> 
 
 
 def test_the_teacher_is_measured_on_both_ranks(two_ranks: dict[str, list[dict[str, Any]]]) -> None:
-    """Each rank samples two of the four prompts, first from the teacher, then from the student; both log all four."""
+    """Each rank samples two of the four prompts, first from the student, then from the teacher; both log all four."""
     ranks = two_ranks["evaluation"]
-    halves = {"teacher": 2, "student": 3}  # the batch of each rank that it samples, after two of training
+    halves = {"student": 2, "teacher": 3}  # the batch of each rank that it samples, after two of training
     prompts, scores = (
         {
             half: [row[key] for rank in ranks for row in rank["generations"][place]["rows"]]
