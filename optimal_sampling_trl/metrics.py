@@ -53,7 +53,9 @@ ACCEPTED_PROMPTS = "accepted/prompts"
 GROUPS_WITH_SIGNAL = "mixture/groups_with_signal"
 """Share of the groups whose rewards differ, and which therefore have advantages other than 0."""
 GROUPS_IN_NEED = "mixture/groups_in_need"
-"""Share of the groups that got rows of the mixture, as none of the student's own rows reached `mixture_below`."""
+"""Share of the groups that got rows of the mixture in a second round, by the student's own rows of the first."""
+OWN_SUCCESS = "mixture/own_success"
+"""Share of a prompt's own rows that reached `alpha_by_success`, by which its mixture was annealed; the mean of all."""
 TOKENS_PER_SECOND = "mixture/tokens_per_second"
 """Sampled tokens of all processes, by the seconds of the slowest."""
 LOG_THETA_DIFFERENCE = "engine/log_theta_difference"
@@ -148,6 +150,17 @@ def of_groups(rewards: Float[Tensor, "G N"]) -> dict[str, float]:
     """Count the groups of N completions whose rewards differ; NaN stands where no function could score one."""
     largest, smallest = rewards.nan_to_num(nan=-torch.inf).amax(1), rewards.nan_to_num(nan=torch.inf).amin(1)
     return {GROUPS_WITH_SIGNAL: float((largest > smallest).float().mean())}
+
+
+def of_own_rows(shares: Float[Tensor, "P G"], by_success: bool) -> dict[str, float]:
+    """Summarise what the student's own rows of the first round led to.
+
+    Args:
+        shares: how near the student the second round of each of G groups of P processes is sampled; 1 is the student.
+        by_success: True where they are shares of successes.
+    """
+    success = {OWN_SUCCESS: float(shares.mean())} if by_success else {}
+    return {GROUPS_IN_NEED: float((shares < 1).double().mean()), **success}
 
 
 def of_acceptance(

@@ -136,6 +136,14 @@ class GeneratorArguments(SamplerArguments):
             "help": "Reward that one of the student's own completions reaches, or its group gets rows of the mixture."
         },
     )
+    alpha_by_success: float | None = field(
+        default=None,
+        metadata={
+            "help": "Reward that counts as a success: by the share of the student's own completions of a prompt that "
+            "reach it the mixture is annealed to the student. With `--alpha_method fixed --fixed_alpha 1` alpha is "
+            "1 - that share."
+        },
+    )
     teacher_refresh: str = field(
         default=OptimalSamplingGenerator.teacher_refresh,
         metadata={
@@ -181,6 +189,7 @@ class GeneratorArguments(SamplerArguments):
             theta_system_prompt=self.theta_system_prompt,
             system_message=self.system_message,
             mixture_below=self.mixture_below,
+            alpha_by_success=self.alpha_by_success,
             teacher_refresh=self.teacher_refresh,
             teacher_adapter=self.teacher_adapter,
             backend=self.backend,

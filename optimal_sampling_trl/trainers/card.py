@@ -92,6 +92,7 @@ def card_facts(trainer: Any) -> dict[str, Any]:
         "annealed to the student over": None if generator.schedule is None else f"{generator.schedule:g} of training",
         "completions of the student alone": f"{alone} of {group}",
         "mixture only where none of these has a reward of": generator.mixture_below,
+        "mixture annealed by the share of these with a reward of": generator.alpha_by_success,
         "teacher's system prompt": generator.teacher_system_prompt,
         "student's system prompt": generator.theta_system_prompt,
         "loss": ", ".join(f"{name}={value!r}" for name, value in loss.items() if value is not None),

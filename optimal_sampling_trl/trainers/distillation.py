@@ -184,10 +184,9 @@ class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
     def _check_settings(self) -> None:
         super()._check_settings()
         self._check_read()
-        if self.generator.mixture_below is not None:
+        if (setting := self.generator.two_rounds) is not None:
             raise ValueError(
-                f"`mixture_below` is {self.generator.mixture_below}, and distillation has no rewards to compare with "
-                "it. Drop it, or use GRPO, RLOO or RAFT."
+                f"{setting}, and distillation has no rewards to compare with it. Drop it, or use GRPO, RLOO or RAFT."
             )
         if self.loss == "divergence" and self.generator.is_own_teacher:
             raise ValueError(

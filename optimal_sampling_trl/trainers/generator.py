@@ -23,6 +23,8 @@ ELSEWHERE = {
     **{name: f"mixture=Mixture({name}=...)" for name in FIELDS},
 }
 """Words for the teacher and the mixture in other interfaces, and what is to be written here."""
+TWO_ROUNDS = ("mixture_below", "alpha_by_success")
+"""Settings by which a batch is sampled in two rounds, each a reward."""
 REFRESH = ("step", "never")
 """Times at which a teacher that is the student becomes as new as the student."""
 
@@ -41,6 +43,9 @@ class OptimalSamplingGenerator:
         mixture_below: a reward: a group gets rows of the mixture only where none of the student's own rows, which are
             sampled and scored first, reaches it; elsewhere the student samples the others as well. None gives rows of
             the mixture to each group. For GRPO, RLOO and RAFT (docs/teacher_prompts.md).
+        alpha_by_success: a reward that counts as a success: the student's own rows of a group are sampled and scored
+            first, and by the share of them that reach it the mixture of the others is annealed to the student. With
+            `Mixture("fixed", fixed_alpha=1.0)` their α is 1 − that share. None does not look. For GRPO, RLOO and RAFT.
         schedule: share of training, in (0, 1], over which the mixture is annealed to the student (linear in ε and
             alpha_min for `trust_region`, in the range of α otherwise); None keeps it. It follows the trainer's step,
             so a resumed run goes on where it was.
@@ -87,6 +92,7 @@ class OptimalSamplingGenerator:
     teacher_adapter: bool = True
     mixture_below: float | None = None
     entropy_quantile: float | None = None
+    alpha_by_success: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.mixture, Mixture):
@@ -100,8 +106,7 @@ class OptimalSamplingGenerator:
         check_dense("OptimalSamplingGenerator", self.dense)
         if self.theta_fraction is not None:
             check_number("OptimalSamplingGenerator", "theta_fraction", self.theta_fraction, 0.0, 1.0)
-        if self.mixture_below is not None:
-            check_number("OptimalSamplingGenerator", "mixture_below", self.mixture_below, float("-inf"))
+        self._check_two_rounds()
         if self.schedule is not None:
             check_number("OptimalSamplingGenerator", "schedule", self.schedule, 0.0, 1.0)
             if self.schedule == 0:
@@ -111,6 +116,22 @@ class OptimalSamplingGenerator:
         if self.backend not in BACKENDS:
             raise ValueError(unknown_option("backend", self.backend, BACKENDS))
         self._check_own_teacher()
+
+    def _check_two_rounds(self) -> None:
+        for name in TWO_ROUNDS:
+            if getattr(self, name) is not None:
+                check_number("OptimalSamplingGenerator", name, getattr(self, name), float("-inf"))
+        if self.alpha_by_success is not None and self.mixture_below is not None:
+            raise ValueError(
+                f"`alpha_by_success` is {self.alpha_by_success} and `mixture_below` {self.mixture_below}, with which "
+                "the mixture has rows only where the student had no success, so that there is nothing to anneal by. "
+                "Drop one of the two."
+            )
+        if self.alpha_by_success is not None and self.entropy_quantile is not None:
+            raise ValueError(
+                f"`alpha_by_success` is {self.alpha_by_success} and `entropy_quantile` {self.entropy_quantile}, which "
+                "reads the entropies from an α that nothing else lowers. Drop one of the two."
+            )
 
     def _check_own_teacher(self) -> None:
         check_choice("teacher_refresh", self.teacher_refresh, REFRESH)
@@ -133,6 +154,12 @@ class OptimalSamplingGenerator:
                     f"`engine_arguments` has `{name}`, which says how a teacher is loaded, and `teacher` is "
                     "'student', which is loaded already. Drop it."
                 )
+
+    @property
+    def two_rounds(self) -> str | None:
+        """Words for the setting by which the student's own rows are sampled and scored first; None where none is."""
+        given = [f"`{name}` is {getattr(self, name)}" for name in TWO_ROUNDS if getattr(self, name) is not None]
+        return given[0] if given else None
 
     @property
     def is_own_teacher(self) -> bool:

@@ -61,7 +61,7 @@ class RewardedTrainer(TwoRounds, DenseTermTrainer):
         self._log_rewards()
         if not self.model.training:
             self._evaluated.append(self.rewards)
-        elif self.generator.mixture_below is None:  # else the mixture's are for prompts where the student fails
+        elif self.generator.two_rounds is None:  # else the mixture's are for prompts where the student fails
             self._tell(self._overtaking.add(self.rewards, self._theta_rows()))
         return rewards
 

@@ -56,11 +56,11 @@ class SeveralTurns(PromptReader):
                 f"`{maker}` was passed and `max_completion_length` is None; wanted the most tokens of all turns of a "
                 "completion together, those of tools included. Set it."
             )
-        if self.generator.mixture_below is not None:
+        if (setting := self.generator.two_rounds) is not None:
             for name in self._row_makers():
                 raise ValueError(
-                    f"`{name}` was passed and `mixture_below` is {self.generator.mixture_below}: an environment "
-                    "belongs to a row of the whole batch, which is then sampled in two parts. Drop one of the two."
+                    f"`{name}` was passed and {setting}: an environment belongs to a row of the whole batch, which is "
+                    "then sampled in two parts. Drop one of the two."
                 )
 
     def _row_makers(self) -> list[str]:

@@ -1,5 +1,7 @@
-"""Rows of the mixture only where they are needed: the student's own rows of a group are sampled and scored first.
+"""Rows of the mixture by what the student can do alone: its own rows of a group are sampled and scored first.
 
+With `mixture_below` the others are the mixture's where none of these is good enough, and the student's elsewhere. With
+`alpha_by_success` they are sampled from the mixture annealed to the student by the share of these that are.
 A batch takes two calls of the engine, each as long as its longest completion. Reward functions run once for each
 completion, in two calls a batch: the first reads the student's own rows of each group, the second all others. A
 function that compares the completions of a group sees only a part of it at a time.
@@ -33,28 +35,28 @@ class Round(NamedTuple):
 
 
 class TwoRounds(MixtureTrainer):
-    """Base of the trainers with rewards: samples a batch in two rounds where the generator has `mixture_below`."""
+    """Base of the trainers with rewards: samples a batch in two rounds where the generator asks for it."""
 
     _first_rewards: Tensor | None = None
     """Of the first round, all processes' (rows, functions), until the second is scored."""
 
     def _check_settings(self) -> None:
         super()._check_settings()
-        below = self.generator.mixture_below
-        if below is None:
+        setting = self.generator.two_rounds
+        if setting is None:
             return
         group, alone = self.args.num_generations, self._theta_count()
         rows = self.args.per_device_train_batch_size * self.args.steps_per_generation
         if group < 2 or not 0 < alone < group:
             raise ValueError(
-                f"`mixture_below` is {below}, and of a group of {group} the student samples {alone} alone; wanted "
-                "some of each kind: the first are looked at, the others follow. Set `theta_fraction`, and "
-                "`num_generations` to at least 2."
+                f"{setting}, and of a group of {group} the student samples {alone} alone; wanted some of each kind: "
+                "the first are looked at, the others follow. Set `theta_fraction`, and `num_generations` to at least "
+                "2."
             )
         if rows % group:
             raise ValueError(
-                f"`mixture_below` is {below}, and a process samples {rows} completions at a time, no whole number of "
-                f"groups of {group}: a group's first rows would be scored in another process. Set "
+                f"{setting}, and a process samples {rows} completions at a time, no whole number of groups of "
+                f"{group}: a group's first rows would be scored in another process. Set "
                 "`per_device_train_batch_size` times `steps_per_generation` to a multiple of `num_generations`."
             )
 
@@ -63,9 +65,9 @@ class TwoRounds(MixtureTrainer):
         try:
             return super()._generate_and_score_completions(inputs)
         finally:
-            if self.vllm_generation.plan.chosen is not None:
+            if self.vllm_generation.plan.annealed is not None:
                 self._first_rewards = None
-                self._choose(None)
+                self._anneal(None)
 
     def _generate(self, prompts: list[Any]) -> Any:
         """Sample as TRL does, the rows that the student samples alone first, and score these.
@@ -73,27 +75,25 @@ class TwoRounds(MixtureTrainer):
         Returns:
             what TRL's returns of all rows.
         """
-        below = self.generator.mixture_below
-        if below is None or not self.model.training:
+        if self.generator.two_rounds is None or not self.model.training:
             return super()._generate(prompts)
         first, second = self._rounds(len(prompts))
         if not second:  # once `mixture_weight_steps` are over, all rows are the student's
             return super()._generate(prompts)
         processes = self.accelerator.num_processes
-        one = self._sample_round(prompts, first, [False] * (len(first) * processes))
+        one = self._sample_round(prompts, first, [1.0] * (len(first) * processes))
         self._first_rewards = self._score(first, one.output)
-        needed = self._groups_in_need(self._first_rewards, below)  # (groups of all processes,)
-        share = needed.view(processes, -1)
-        later = len(second) // share.shape[1]  # of each group
-        other = self._sample_round(prompts, second, share.repeat_interleave(later, 1).flatten().tolist())
+        by_group = self._shares(self._first_rewards).view(processes, -1)
+        shares = by_group.repeat_interleave(len(second) // by_group.shape[1], 1)  # of the second round's rows
+        other = self._sample_round(prompts, second, shares.flatten().tolist())
         engine = self.vllm_generation
         engine.turns = interleave(one.turns, other.turns, first, second)
         engine.seconds = one.seconds + other.seconds
         self._merge_numbers(len(first) / len(prompts))
-        chosen = torch.zeros(processes, len(prompts), dtype=torch.bool)
-        chosen[:, second] = share.repeat_interleave(later, 1)
-        self._choose(chosen.flatten().tolist())
-        self._append_metrics({metrics.GROUPS_IN_NEED: float(needed.float().mean())})
+        of_all = by_group.new_ones(processes, len(prompts))
+        of_all[:, second] = shares
+        self._anneal(of_all.flatten().tolist())
+        self._append_metrics(metrics.of_own_rows(by_group, self.generator.alpha_by_success is not None))
         return tuple(interleave(*parts, first, second) for parts in zip(one.output, other.output, strict=True))
 
     def _rounds(self, rows: int) -> tuple[list[int], list[int]]:
@@ -101,15 +101,15 @@ class TwoRounds(MixtureTrainer):
         group, alone = self._group_size(), self._theta_count()
         return [i for i in range(rows) if i % group < alone], [i for i in range(rows) if i % group >= alone]
 
-    def _choose(self, mixed: Sequence[bool] | None) -> None:
-        """Let the mixture sample these rows of all processes in the next call; None leaves it to the plan."""
-        self.vllm_generation.plan = replace(self.vllm_generation.plan, chosen=mixed)
+    def _anneal(self, shares: Sequence[float] | None) -> None:
+        """Anneal the mixture of each row of all processes in the next call; None leaves it to the plan."""
+        self.vllm_generation.plan = replace(self.vllm_generation.plan, annealed=shares)
 
-    def _sample_round(self, prompts: list[Any], rows: list[int], mixed: Sequence[bool]) -> Round:
-        """Sample some rows of this process; `mixed` is True for each row of all processes that the mixture samples."""
+    def _sample_round(self, prompts: list[Any], rows: list[int], shares: Sequence[float]) -> Round:
+        """Sample some rows of this process; `shares` say how near the student each row of all processes is sampled."""
         engine = self.vllm_generation
         of_teacher = engine.teacher_prompts
-        self._choose(mixed)
+        self._anneal(shares)
         engine.teacher_prompts = None if of_teacher is None else [of_teacher[row] for row in rows]
         output = super()._generate([prompts[row] for row in rows])
         engine.teacher_prompts = of_teacher
@@ -121,10 +121,17 @@ class TwoRounds(MixtureTrainer):
         completions = output[3 if len(output) > 3 else 2]  # GRPO's, RLOO's
         return super()._calculate_rewards(inputs, [one["prompt"] for one in inputs], completions, output[1])
 
-    def _groups_in_need(self, rewards: Tensor, below: float) -> Tensor:
-        """Return True for each group (groups,) none of whose first rows has a reward of at least `below`."""
-        found = self._totals(rewards).view(-1, self._theta_count()) >= below
-        return ~found.any(dim=1).cpu()
+    def _shares(self, rewards: Tensor) -> Tensor:
+        """Return how near the student the other rows of each group (groups,) are sampled, by those of the first round.
+
+        1 is the student alone, 0 the mixture as it is. A row that no function could score is no success.
+        """
+        totals = self._totals(rewards).view(-1, self._theta_count()).cpu()
+        below, success = self.generator.mixture_below, self.generator.alpha_by_success
+        if success is not None:
+            return (totals >= success).double().mean(dim=1)
+        assert below is not None
+        return (totals >= below).any(dim=1).double()
 
     def _totals(self, rewards: Tensor) -> Tensor:
         """Return the total reward of each row; NaN where no function could score it, as in TRL."""

@@ -207,6 +207,38 @@ def check_batch(
         check_rollout(rollout, teacher, theta, tolerance=tolerance, has_teacher=has_teacher)
 
 
+def check_successes(
+    trainer: Any, pair: tuple[str, str], mixtures: Sequence[Mixture], tolerance: float
+) -> list[list[float]]:
+    """Hold the batches of a trainer with `alpha_by_success` and our reward against the successes and the oracle.
+
+    Args:
+        mixtures: what each batch is sampled from where the student has no success.
+
+    Returns:
+        for each batch the share of the own rows of each group that are right, counted from the texts.
+    """
+    teacher, theta, counted = load(pair[0]), load(pair[1]), list[list[float]]()
+    size, own = trainer._group_size(), trainer._theta_count()
+    decode, enough = trainer.processing_class.decode, trainer.generator.alpha_by_success
+    batches = zip(trainer.weights, trainer.generations, mixtures, strict=True)
+    for weights, (_, output, rollouts), mixture in batches:
+        theta.load_state_dict(weights, strict=False)
+        right = [digits(decode(one.completion_ids, skip_special_tokens=True)) >= enough for one in rollouts]
+        shares = [sum(right[start : start + own]) / own for start in range(0, len(rollouts), size)]
+        for row, rollout in enumerate(rollouts):
+            share = 1.0 if row % size < own else shares[row // size]
+            assert rollout.mixture == (Mixture.theta_only() if share == 1 else mixture.anneal(share))
+            assert bool(output["mixture_rows"][row]) == (share < 1)
+            check_rollout(rollout, teacher, theta, tolerance=tolerance)
+            if mixture.method == "fixed":
+                assert (rollout.alpha - mixture.fixed_alpha * (1 - share)).abs().max() < 1e-6
+            if share == 1:  # the student's own sample, and recorded as one
+                assert (rollout.log_q - rollout.log_theta).abs().max() < 1e-5
+        counted.append(shares)
+    return counted
+
+
 def check_turns(trainer: Any, pair: tuple[str, str], tolerance: float) -> None:
     """Hold every turn of each batch against the oracle with the weights of its moment; some row has a second turn."""
     teacher, theta, later = load(pair[0]), load(pair[1]), 0

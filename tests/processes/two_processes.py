@@ -3,8 +3,9 @@
 Trains a few steps of each kind and writes what this rank saw to FOLDER/<kind>-<rank>.json: a run is judged by these
 files, since torch may abort at exit after all work was done. A rank has six rows of groups of four: the second spans.
 `two_prompts_server` and `two_prompts_engine` sample where both ranks' prompts go to one engine; there, and in
-`two_prompts`, every other row has a prompt of the teacher's own. In `two_rounds` a rank has two whole groups. In
-`evaluation` the teacher and the student each sample four prompts after the last step.
+`two_prompts`, every other row has a prompt of the teacher's own. In `two_rounds` and `by_success` a rank has two whole
+groups; in the second both ranks' prompts go to one engine. In `evaluation` the teacher and the student each sample four
+prompts after the last step.
 On GPUs each rank trains on its own; with `--backend vllm` it has an engine, or a share of one
 (`--tensor-parallel-size`). With `--server URL` a server of the pair samples, and where one process trains, all rows
 of a batch are its own.
@@ -46,12 +47,13 @@ CASES = {
     "dense_term": Case("raft", {"accept": 2.0, "dense_coefficient": 1.0, "dense_top_k": 40}),
     "two_prompts": Case("raft"),
     "two_rounds": Case("grpo", {"per_device_train_batch_size": 4}),
+    "by_success": Case("rloo", {"per_device_train_batch_size": 4, "vllm_mode": "server"}, LocalServer),
     "evaluation": Case("raft", {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2}),
     "two_prompts_server": Case("sampled_token", {"vllm_mode": "server"}, LocalServer),
     "two_prompts_engine": Case("grpo", {"vllm_tensor_parallel_size": 2}, LocalTensorParallel),
 }
 BELOW = 0.35
-"""The reward that a group's own rows have to reach, in `two_rounds`."""
+"""The reward that a group's own rows have to reach, in `two_rounds` and `by_success`."""
 SYSTEM_PROMPT = "sort"
 """The teacher's, in the cases of two prompts."""
 
@@ -94,6 +96,8 @@ def worst_error(trainer: Any, args: argparse.Namespace) -> float:
         mixed_rows = own["mixture_rows"].tolist()
         for (prompt, ids, records), mixed, sampled in zip(rows_of(own), mixed_rows, rollouts, strict=True):
             of_mixture = Mixture() if training else Mixture.teacher_only()  # an evaluation has the teacher's rows, too
+            if trainer.generator.alpha_by_success is not None:
+                of_mixture = sampled.mixture  # which the test holds against the group's successes
             mixture = of_mixture if mixed else Mixture.theta_only()
             on_host = {name: record.cpu() for name, record in records.items()}
             rollout = Rollout(
@@ -111,6 +115,8 @@ def build(name: str, args: argparse.Namespace) -> Any:
     pair, engine = (args.teacher, args.student), case.engine
     if name == "two_rounds":
         given["generator"] |= {"mixture_below": BELOW}
+    if name == "by_success":
+        given["generator"] |= {"alpha_by_success": BELOW, "mixture": Mixture("fixed", fixed_alpha=1.0)}
     if name.startswith("two_prompts"):
         data = Dataset.from_dict({"prompt": PROMPTS, "teacher_prompt": TEACHER_PROMPTS})
         given["trainer"] = {"train_dataset": data}

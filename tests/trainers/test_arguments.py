@@ -40,6 +40,13 @@ def test_flags_of_a_teacher_that_is_the_student() -> None:
         assert arguments.generator() == OptimalSamplingGenerator("student", **settings)  # type: ignore[arg-type]
 
 
+def test_flags_of_two_rounds() -> None:
+    for name in ("mixture_below", "alpha_by_success"):
+        flags = f"--teacher large --{name} 0.5"
+        (arguments,) = TrlParser((GeneratorArguments,)).parse_args_and_config(flags.split())
+        assert arguments.generator() == OptimalSamplingGenerator("large", **{name: 0.5})  # type: ignore[arg-type]
+
+
 def test_flags_reach_the_mixture() -> None:
     flags = (
         "--teacher large --alpha_method fixed --alpha_min 0.2 --alpha_max 0.7 --fixed_alpha 0.3 --theta_fraction 0.25 "

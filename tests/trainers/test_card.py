@@ -57,6 +57,11 @@ def test_a_card_tells_the_gate_and_the_share_that_training_began_with(pair: tupl
     assert "baseline='own', mixture_weight_steps=3" in facts["loss"]
 
 
+def test_a_card_tells_what_alpha_follows(pair: tuple[str, str], tmp_path: Path) -> None:
+    facts = card_facts(make_trainer("rloo", pair, tmp_path, generator={"alpha_by_success": 0.5}))
+    assert facts["mixture annealed by the share of these with a reward of"] == 0.5
+
+
 def test_a_configuration_of_trls_gets_our_default_named(pair: tuple[str, str], tmp_path: Path) -> None:
     for kind, loss in (("grpo", "positive_only='all', correction='none'"), ("raft", "completion_weight='accepted'")):
         trainer = make_trainer(kind, pair, tmp_path, config=trl.GRPOConfig, num_generations=4)

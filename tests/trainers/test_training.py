@@ -78,7 +78,7 @@ def test_the_score_rises(trained_pair: tuple[str, str], before: float, tmp_path:
 
 TWO = ("grpo", "rloo", "divergence", "raft")
 CASES = (
-    *("self_normalise", "dense_term", "two_rounds", "evaluation", "two_prompts", "two_prompts_server"),
+    *("self_normalise", "dense_term", "two_rounds", "by_success", "evaluation", "two_prompts", "two_prompts_server"),
     "two_prompts_engine",
 )
 """Of `processes/two_processes.py`."""
@@ -188,7 +188,7 @@ def test_the_dense_term_is_a_mean_over_the_tokens_of_both_ranks(two_ranks: dict[
             assert log["loss"] == pytest.approx(log["dense/kl_theta_teacher"], rel=1e-4, abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", CASES[4:])
+@pytest.mark.parametrize("kind", CASES[5:])
 def test_two_prompts_of_both_ranks(two_ranks: dict[str, list[dict[str, Any]]], kind: str) -> None:
     """Each rank's rows come back with the teacher's prompt of that row, and the records of a teacher that read it.
 
@@ -255,3 +255,24 @@ def test_the_teacher_is_measured_on_both_ranks(two_ranks: dict[str, list[dict[st
         assert len(rank["generations"]) == 4
         (log,) = rank["evaluations"]
         assert {name: log[name] for name in wanted} == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+
+
+def test_alpha_follows_the_successes_on_two_ranks(two_ranks: dict[str, list[dict[str, Any]]]) -> None:
+    """Each rank's groups are sampled at 1 − the share of their own first rows that are right; the log is of both."""
+    ranks, seen = two_ranks["by_success"], set[float]()
+    for step in range(2):
+        shares = []
+        for rank in ranks:
+            rows = rank["generations"][step]["rows"]
+            for start in (0, 4):
+                group = rows[start : start + 4]
+                shares.append(sum(row["reward"] >= BELOW for row in group[:2]) / 2)
+                assert [row["mixed"] for row in group] == [False, False, shares[-1] < 1, shares[-1] < 1]
+                alphas = [alpha for row in group[2:] for alpha in row["alpha"]]
+                assert alphas == pytest.approx([1 - shares[-1]] * len(alphas))
+        seen |= set(shares)
+        for rank in ranks:
+            assert rank["worst"] < 2e-5
+            assert rank["log"][step]["mixture/own_success"] == pytest.approx(np.mean(shares))
+            assert rank["log"][step]["mixture/groups_in_need"] == pytest.approx(np.mean([one < 1 for one in shares]))
+    assert {0.0, 0.5} <= seen

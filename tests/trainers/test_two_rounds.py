@@ -1,4 +1,4 @@
-"""Rows of the mixture only for groups whose own rows found nothing: who sampled, who scored, and how often."""
+"""Rows of the mixture by what a group's own rows found: who sampled, at which α, who scored, and how often."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ import pytest
 from datasets import Dataset
 
 from helpers.oracle import check_rollout
-from helpers.training import PROMPTS, TEACHER_PROMPTS, Watch, load, make_trainer, make_untrained_pair
+from helpers.training import (
+    PROMPTS,
+    TEACHER_PROMPTS,
+    Watch,
+    check_successes,
+    load,
+    make_trainer,
+    make_untrained_pair,
+)
+from optimal_sampling_trl import Mixture
 from optimal_sampling_trl.trainers.overtaking import LEAST
 from optimal_sampling_trl.trainers.two_rounds import interleave, merge_numbers
 
@@ -72,6 +81,48 @@ def test_the_mixture_samples_where_the_student_found_nothing(pair: tuple[str, st
     assert [len(call) for call in verifier.calls] == [4, 12] * 2
     logs = [entry for entry in trainer.state.log_history if "mixture/groups_in_need" in entry]
     assert 0 < sum(log["mixture/groups_in_need"] for log in logs) < len(logs)
+
+
+ENOUGH = 0.35
+"""The reward that is a success where α follows the successes."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "mixture", "further"),
+    [
+        ("grpo", Mixture("fixed", fixed_alpha=1.0), {}),
+        ("rloo", Mixture("fixed", fixed_alpha=0.5, form="arithmetic"), {"schedule": 1.0}),
+        ("raft", Mixture(), {}),
+        ("grpo", Mixture("trust_region", epsilon=0.2), {}),
+    ],
+)
+def test_the_mixture_is_annealed_by_the_students_successes(
+    pair: tuple[str, str], tmp_path: Path, kind: str, mixture: Mixture, further: dict[str, Any]
+) -> None:
+    """By the share of the group's own rows that the reward counts, on top of a schedule; of fixed 1, α is 1 − share.
+
+    Where all of them are right the other rows are the student's samples, and are recorded as such.
+    """
+    given = {"mixture": mixture, "alpha_by_success": ENOUGH, "theta_fraction": 0.5} | further
+    settings = {"num_generations": 6, "gradient_accumulation_steps": 12, "max_steps": 2}
+    trainer = make_trainer(kind, pair, tmp_path, mixin=Watch, generator=given, **settings)
+    trainer.train()
+    mixtures = [mixture.anneal(step / 2) if "schedule" in further else mixture for step in range(2)]
+    shares = check_successes(trainer, pair, mixtures, 1e-4)
+    assert {share for batch in shares for share in batch} == {0.0, 1 / 3, 2 / 3, 1.0}, "the test says too little"
+    logs = [entry for entry in trainer.state.log_history if "mixture/own_success" in entry]
+    for entry, batch in zip(logs, shares, strict=True):
+        assert entry["mixture/own_success"] == pytest.approx(sum(batch) / len(batch))
+        assert entry["mixture/groups_in_need"] == pytest.approx(sum(share < 1 for share in batch) / len(batch))
+
+
+def test_a_completion_that_nobody_scores_is_no_success(pair: tuple[str, str], tmp_path: Path) -> None:
+    def silent(completions: Sequence[str], **_: Any) -> list[float | None]:
+        return [None] * len(completions)
+
+    given = {"mixture_below": None, "alpha_by_success": -1.0, "mixture": Mixture("fixed", fixed_alpha=1.0)}
+    for _, _, rollouts in train("grpo", pair, tmp_path, silent, max_steps=1, **given).generations:
+        assert {float(alpha) for one in rollouts for alpha in one.alpha} == {0.0, 1.0}
 
 
 def test_trls_table_and_lengths_are_those_of_one_round(pair: tuple[str, str], tmp_path: Path) -> None:
@@ -157,6 +208,9 @@ def test_an_evaluation_samples_once(pair: tuple[str, str], tmp_path: Path) -> No
     assert not any(output["mixture_rows"].any() for _, output, _ in trainer.generations)
 
 
+BY_SUCCESS: dict[str, Any] = {"mixture_below": None, "alpha_by_success": 1.0}
+
+
 @pytest.mark.parametrize(
     ("kind", "given", "settings", "words"),
     [
@@ -167,6 +221,17 @@ def test_an_evaluation_samples_once(pair: tuple[str, str], tmp_path: Path) -> No
         ("grpo", {}, {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 2, "num_generations": 4}, "4"),
         ("sampled_token", {}, {}, "distillation has no rewards to compare with it"),
         ("grpo", {"mixture_below": "1"}, {}, "`mixture_below`"),
+        ("grpo", BY_SUCCESS | {"theta_fraction": 0.0}, {}, "`alpha_by_success` is 1.0, and of a group of 4 the stu"),
+        ("raft", BY_SUCCESS, {"num_generations": 1}, "`alpha_by_success` is 1.0, and of a group of 1 the student sam"),
+        ("sampled_token", BY_SUCCESS, {}, "`alpha_by_success` is 1.0, and distillation has no rewards"),
+        ("grpo", BY_SUCCESS | {"alpha_by_success": True}, {}, "`alpha_by_success` is True; wanted a finite number"),
+        ("grpo", {"alpha_by_success": 1.0}, {}, "`alpha_by_success` is 1.0 and `mixture_below` 1.0, with which the m"),
+        (
+            "grpo",
+            BY_SUCCESS | {"mixture": Mixture("entropy_gate"), "entropy_quantile": 0.9},
+            {},
+            "`alpha_by_success` is 1.0 and `entropy_quantile` 0.9",
+        ),
     ],
 )
 def test_what_is_refused(

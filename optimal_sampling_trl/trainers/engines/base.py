@@ -41,8 +41,8 @@ class MixturePlan:
         step: number of updates so far; rows that do not divide evenly among the processes rotate with it.
         dense: the dense records that each completion shall carry.
         teacher_prompts: whether rows have a prompt of the teacher's own.
-        chosen: for each row of all processes in the next call, whether the mixture samples it; None leaves that to
-            `theta_count`.
+        annealed: for each row of all processes in the next call, the share of the way from the mixture to the student
+            alone, in [0, 1]; None leaves to `theta_count` which rows are the student's.
         entropy_scale: the scale of the entropy gate, None for the mixture's own.
         evaluation_reads_teacher: whether an evaluation reads the recorded log t, which it does not have otherwise.
         will_evaluate_alone: whether the trainer is set to evaluate, and no evaluation needs the teacher.
@@ -57,7 +57,7 @@ class MixturePlan:
     step: Callable[[], int] = lambda: 0
     dense: Callable[[], Dense | None] = lambda: None
     teacher_prompts: bool = False
-    chosen: Sequence[bool] | None = None
+    annealed: Sequence[float] | None = None
     entropy_scale: Callable[[], float | None] = lambda: None
     evaluation_reads_teacher: bool = False
     will_evaluate_alone: bool = False
@@ -86,9 +86,10 @@ class MixturePlan:
         if not self.training():
             return [Mixture.theta_only()] * rows
         mixture = self.generator.current_mixture(self.progress(), self.entropy_scale())
-        share, places = rows // processes, range(first, first + rows)
-        mixed = [not self._is_of_theta(row, share) if self.chosen is None else self.chosen[row] for row in places]
-        return [mixture if is_mixed else Mixture.theta_only() for is_mixed in mixed]
+        of_process, places = rows // processes, range(first, first + rows)
+        if self.annealed is None:
+            return [mixture.anneal(float(self._is_of_theta(row, of_process))) for row in places]
+        return [mixture.anneal(self.annealed[row]) for row in places]
 
     def _is_of_theta(self, row: int, share: int) -> bool:
         """Return True for a row of the batch that the student samples alone.

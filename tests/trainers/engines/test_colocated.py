@@ -22,7 +22,17 @@ from helpers.models import copy_with, make_model, publish
 from helpers.oracle import check_rollout
 from helpers.speakers import PROMPTS as CHATS
 from helpers.speakers import add, repeat
-from helpers.training import TEXTS, Watch, check_turns, digits, load, make_untrained_pair, one_batch, train_and_check
+from helpers.training import (
+    TEXTS,
+    Watch,
+    check_successes,
+    check_turns,
+    digits,
+    load,
+    make_untrained_pair,
+    one_batch,
+    train_and_check,
+)
 from helpers.training import make_trainer as build_trainer
 from optimal_sampling_trl import Mixture
 from optimal_sampling_trl.backends.vllm.backend import VLLMBackend
@@ -119,6 +129,17 @@ def test_the_teacher_samples_alone_in_the_first_evaluation(pair: tuple[str, str]
     logs = [entry for entry in trainer.state.log_history if "eval_reward" in entry]
     wanted = sum(digits(rollout.text) for rollout in trainer.generations[2][2]) / 4
     assert [log["eval_mixture/reward_teacher"] for log in logs] == pytest.approx([wanted] * 2)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+def test_alpha_follows_the_successes(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
+    """Each prompt has a mixture of its own in one batch of the engine."""
+    mixture = Mixture("fixed", fixed_alpha=1.0)
+    chosen = ENGINE | {"alpha_by_success": 0.25, "mixture": mixture}
+    trainer = make_trainer(kind, pair, tmp_path, generator=chosen, mixin=Watch, gradient_accumulation_steps=8)
+    trainer.train()
+    shares = check_successes(trainer, pair, [mixture] * 3, TOLERANCE)
+    assert len({share for batch in shares for share in batch}) > 1, "the test says too little"
 
 
 def test_runs_that_start_at_once_have_ports_of_their_own(

