@@ -71,8 +71,10 @@ PRESETS = {
     "logit-fusion": Preset(
         "Logit Fusion",
         "https://github.com/juzhengz/logit-fusion",
-        "juzhengz/logit-fusion@404082a: scripts/run_logit_fusion_dapo.sh (α 0.5, linear; clip 0.2 and 0.28; ratios "
-        "per token), trl/trainer/grpo_config.py (importance_sampling_cap 3.0)",
+        "a blog of 25 February 2026 without an arXiv number; juzhengz/logit-fusion@404082a: "
+        "scripts/run_logit_fusion_dapo.sh:10-11 and 34-36 (α 0.5, linear), :52-60 (loss, clip, ratio θ/q of each "
+        "token), trl/trainer/grpo_config.py (`logit_fusion_is_ratio_clip_max` 3.0), trl/trainer/grpo_trainer.py "
+        "(`LogitsFusionProcessor`, `_get_logit_fusion_alpha`, `_get_difficulty_alpha_scales`, `_compute_loss`)",
         "GRPOConfig",
         {
             "positive_only": "none",
@@ -85,8 +87,11 @@ PRESETS = {
             "beta": 0.0,
         },
         {"theta_fraction": 0.0, "schedule": 1.0},
-        "The source anneals over 5 000 steps whatever the length of the run, here over the whole run. Its α by the "
-        "difficulty of a prompt is left out.",
+        "The source anneals over 5 000 steps whatever the length of the run, here over the whole run. While α is "
+        "above 0 it cuts the ratio θ/q off at 3 in place of its clip, and a token above 3 has no gradient; here its "
+        "weight is 3. A variant, which no launcher of the source switches on, multiplies α by (d - 1)/9, of a "
+        "difficulty d from 1 to 10 that the data set has in a column. The generator's `alpha_by_success` multiplies "
+        "it by 1 less the share of the student's own completions of the prompt that succeed; the preset sets neither.",
     ),
     "trb": Preset(
         "TRB",
@@ -101,8 +106,9 @@ PRESETS = {
     "minillm": Preset(
         "MiniLLM",
         "https://arxiv.org/abs/2306.08543",
-        "microsoft/LMOps: minillm/scripts/gpt2/minillm/train_base_xl.sh (α 0.2, single-step term), "
-        "minillm/minillm/sampler.py (w = θ/q per token), minillm/minillm/losses.py (`_reg_loss`)",
+        "microsoft/LMOps@4f2a9de: minillm/scripts/gpt2/minillm/train_base_xl.sh:75-76 (single-step term, α 0.2), "
+        "minillm/minillm/sampler.py:112-115 (q, and w = θ/q per token), minillm/minillm/losses.py:98-108 and 169-173 "
+        "(`_reg_loss`)",
         "DistillationConfig",
         {"loss": "divergence", "beta": 1.0, "correction": "none"},
         {"theta_fraction": 0.0},
