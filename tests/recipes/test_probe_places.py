@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 import probe_places
 from digit_tasks import Task
+from helpers.paths import ROOT
 from helpers.training import make_untrained_pair
 from runs import read_runs
 
@@ -51,3 +53,12 @@ def test_a_place_is_probed(tmp_path: Path) -> None:
 def test_ranks_are_what_is_correlated() -> None:
     table = [{"gain": gain, "x": x} for gain, x in ((1.0, 10.0), (2.0, 1000.0), (3.0, 11.0), (9.0, 1001.0))]
     assert probe_places.correlate(table, "x") == pytest.approx(0.8)
+
+
+def test_the_document_has_the_correlations_of_the_stored_numbers() -> None:
+    stored = probe_places.RUNS.with_name("probe_places.jsonl").read_text().splitlines()
+    table = [json.loads(line) for line in stored]
+    lines = (ROOT / "docs" / "probe.md").read_text().replace("*", "").splitlines()
+    for number in probe_places.NUMBERS:
+        found = [f"{probe_places.correlate(some, number):.2f}" for some in (table[::2], table[1::2], table)]
+        assert f"| {number} | {' | '.join(found)} |" in lines

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from ...options import check_whole
-from ...probe import probe, probe_page, probe_text
+from ...probe import probe, probe_json, probe_page, probe_text
 from ...trainers import SamplerArguments
 from ..parser import Parser
 from ..training import RewardArguments, load_data
@@ -25,7 +25,10 @@ class ProbeArguments(RewardArguments):
     temperature: float = field(default=1.0, metadata={"help": "Acts on both models before alpha is solved."})
     accept: float | None = field(default=None, metadata={"help": "Smallest reward that counts; default: any above 0."})
     seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
-    output: str | None = field(default=None, metadata={"help": "File for the numbers as a page.", "aliases": ["-o"]})
+    output: str | None = field(
+        default=None,
+        metadata={"help": "File for the numbers: JSON where its name ends so, else a page.", "aliases": ["-o"]},
+    )
 
 
 def run(words: Sequence[str]) -> None:
@@ -56,6 +59,7 @@ def run(words: Sequence[str]) -> None:
         )
     print(probe_text(found))
     if script.output:
-        Path(script.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(script.output).write_text(probe_page(found), encoding="utf-8")
-        print(f"The page is {script.output}.")
+        path = Path(script.output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text((probe_json if path.suffix == ".json" else probe_page)(found), encoding="utf-8")
+        print(f"The numbers are in {path}.")
