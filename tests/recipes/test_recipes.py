@@ -5,7 +5,6 @@ A script `engine.py` of a folder is run by `test_engine` of that folder's file i
 
 from __future__ import annotations
 
-import json
 import re
 import runpy
 import sys
@@ -19,7 +18,7 @@ import yaml
 from trl import TrlParser
 
 from helpers.paths import RECIPES
-from helpers.recipes import FOUND, HOME, TRAINING, need_vllm, run
+from helpers.recipes import FOUND, HOME, TRAINING, need_vllm, run, stated_dependencies
 from optimal_sampling_trl.cli.main import commands
 from optimal_sampling_trl.trainers.arguments import GeneratorArguments
 
@@ -169,9 +168,8 @@ NEEDED_FOR = {
 def test_the_dependencies_at_its_head_are_complete(script: str) -> None:
     """PEP 723: what the script and the recipes that it imports name is installed by its header alone."""
     text = (RECIPES / script).read_text()
-    head = re.match(r"# /// script\n# dependencies = (\[.*\])\n# ///\n", text)
-    assert head, f"{script} does not open with its dependencies"
-    stated = json.loads(head.group(1))
+    stated = stated_dependencies(text)
+    assert stated, f"{script} does not open with its dependencies"
     names = {re.split(r"[<>=]", each)[0] for each in stated}
     read, todo = {}, [script]
     while todo:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,9 +15,10 @@ from transformers import AutoModelForCausalLM
 import headline
 import pair as embedded
 import past_the_teacher_tables
+import qwen3
 import real_pictures
-from helpers.paths import RECIPES
-from helpers.recipes import run, run_failing
+from helpers.paths import RECIPES, ROOT
+from helpers.recipes import run, run_failing, stated_dependencies
 from real_cells import chosen, whole
 from real_tables import stored
 from runs import read_runs, run_all, take_card
@@ -191,6 +193,20 @@ def test_qwen3(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     assert [(line["arm"], line["steps"], line["shapes"]) for line in lines] == [("trb", 1, True), ("mentor", 1, True)]
     assert all(0 <= line[moment] <= 1 for line in lines for moment in ("before", "after"))
+
+
+def test_qwen3_is_pinned() -> None:
+    """Every package but this one has a version, those of constraints.txt where it names it; each model a commit."""
+    stated = stated_dependencies((RECIPES / "studies" / "qwen3.py").read_text())
+    fixed = set((ROOT / "constraints.txt").read_text().split())
+    others = [
+        one for one in stated if not one.startswith(("optimal-sampling-trl", "torch==", "vllm==", "math-verify=="))
+    ]
+    assert len(others) == 5
+    assert set(others) <= fixed
+    assert all("==" in one for one in stated[1:])
+    for pinned in (qwen3.TEACHER, qwen3.STUDENT, qwen3.TRAIN, qwen3.TEST):
+        assert re.fullmatch("[0-9a-f]{40}", pinned.revision), pinned
 
 
 def test_recover(tmp_path: Path) -> None:
