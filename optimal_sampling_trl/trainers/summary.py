@@ -39,7 +39,9 @@ def _share(trainer: Any) -> str:
     generator = trainer.generator
     share = 1 - trainer._theta_count() / trainer._group_size()
     annealed = "" if generator.schedule is None else f", annealed over {generator.schedule:g} of training"
-    return f"{share:.0%} of the completions from the mixture ({_words(generator.mixture)}{annealed})"
+    annealed += "" if generator.alpha_by_success is None else ", annealed by the student's successes"
+    most = "" if generator.two_rounds is None else "up to "
+    return f"{most}{share:.0%} of the completions from the mixture ({_words(generator.mixture)}{annealed})"
 
 
 def _words(mixture: Mixture) -> str:

@@ -16,11 +16,18 @@ from optimal_sampling_trl.trainers.summary import describe
 WANTED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "grpo": (
         {},
-        ["50% of the completions from the mixture (kl_symmetry, α in [0, 1])", "a positive advantage alone count"],
+        ["; 50% of the completions from the mixture (kl_symmetry, α in [0, 1])", "a positive advantage alone count"],
     ),
     "rloo": (
-        {"positive_only": "none", "correction": "sequence_truncate"},
-        ["all completions count, weighted by sequence_truncate"],
+        {
+            "positive_only": "none",
+            "correction": "sequence_truncate",
+            "generator": {"mixture": Mixture("fixed", fixed_alpha=1.0), "alpha_by_success": 1.0},
+        },
+        [
+            "; up to 50% of the completions from the mixture (α = 1, annealed by the student's successes); ",
+            "all completions count, weighted by sequence_truncate",
+        ],
     ),
     "raft": ({}, ["100% of the completions from", "that the reward accepts are imitated"]),
     "divergence": ({"generator": {"schedule": 0.5}}, ["annealed over 0.5 of training", "loss 'divergence'"]),
