@@ -4,8 +4,8 @@ Trains a few steps of each kind and writes what this rank saw to FOLDER/<kind>-<
 files, since torch may abort at exit after all work was done. A rank has six rows of groups of four: the second spans.
 `two_prompts_server` and `two_prompts_engine` sample where both ranks' prompts go to one engine; there, and in
 `two_prompts`, every other row has a prompt of the teacher's own. In `two_rounds` and `by_success` a rank has two whole
-groups; in the second both ranks' prompts go to one engine. In `evaluation` the teacher and the student each sample four
-prompts after the last step.
+groups; in the second both ranks' prompts go to one engine. In `evaluation` the teacher and the student each sample
+four prompts after the last step.
 On GPUs each rank trains on its own; with `--backend vllm` it has an engine, or a share of one
 (`--tensor-parallel-size`). With `--server URL` a server of the pair samples, and where one process trains, all rows
 of a batch are its own.
