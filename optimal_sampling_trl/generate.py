@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .backends import GPU_MEMORY_UTILIZATION, Backend, make_backend
-from .mixture import Mixture
+from .mixture import SWAP, Mixture
 from .options import check_whole, suggest_arguments
 from .output import OptimalSamplingOutput
 from .pairing import NamedWeights, Prompt, check_system_prompts, encode, reads_two_prompts, warn_of_templates
@@ -37,9 +37,10 @@ class OptimalSamplingV1:
         model_teacher: the teacher: a folder, a model id, (with the transformers backend) a loaded model, or
             `"student"`: the student itself, in memory once, with another prompt; `load_theta` then replaces both.
         model_theta: the student, likewise.
-        alpha_method, fixed_alpha, alpha_max, epsilon, form, entropy_scale: the mixture; see `Mixture`.
+        alpha_method, fixed_alpha, alpha_max, epsilon, form, entropy_scale, swap_top_k: the mixture; see `Mixture`.
         alpha_min: likewise; None is 0.5 for the methods that balance the two models, so that samples lean towards the
-            teacher, and 0 for `trust_region` and `fixed`, whose budget or constant a floor would override.
+            teacher, and 0 for `trust_region`, `fixed` and `top_k_swap`, whose budget, constant or K a floor would
+            override.
         teacher_system_prompt: put before each prompt for the teacher.
         theta_system_prompt: put before each prompt for the student; where it differs from the teacher's, the two read
             different prompts.
@@ -82,6 +83,7 @@ class OptimalSamplingV1:
         form: str = Mixture.form,
         system_message: str = "refuse",
         entropy_scale: float = Mixture.entropy_scale,
+        swap_top_k: int = Mixture.swap_top_k,
         **engine_arguments: Any,
     ) -> None:
         for old, new in OLD_NAMES.items():
@@ -93,8 +95,10 @@ class OptimalSamplingV1:
                 f"OptimalSamplingV1: `{missing}` is missing; wanted a folder, a model id or a loaded model."
             )
         if alpha_min is None:
-            alpha_min = 0.0 if alpha_method in ("trust_region", "fixed") else 0.5
-        self.mixture = Mixture(alpha_method, alpha_min, alpha_max, fixed_alpha, epsilon, form, entropy_scale)
+            alpha_min = 0.0 if alpha_method in ("trust_region", "fixed", SWAP) else 0.5
+        self.mixture = Mixture(
+            alpha_method, alpha_min, alpha_max, fixed_alpha, epsilon, form, entropy_scale, swap_top_k
+        )
         self.system_message = system_message
         self.teacher_system_prompt = teacher_system_prompt
         self.theta_system_prompt = theta_system_prompt

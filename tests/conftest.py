@@ -40,6 +40,8 @@ SHAPED = [
         "mixture.settings",
         "mixture.mixing",
         "mixture.arithmetic",
+        "mixture.folding",
+        "mixture.swap",
         "mixture.solver",
         "mixture.reference",
         "rollouts.rollout",

@@ -23,6 +23,8 @@ Var_q[ℓ] ≥ 0. Each method asks for one α in each row:
 - `entropy_gate`: α = min(1, H(θ)/γ) with γ = `entropy_scale`: the teacher enters where the student is unsure
   (MENTOR, arXiv:2510.04140, which mixes arithmetically).
 
+- `top_k_swap`: α = 1 − θ(S), where S are the teacher's K = `swap_top_k` likeliest tokens (below).
+
 A root is clamped to [alpha_min, alpha_max]. Where θ and t are the same distribution (their Jeffreys divergence,
 E_t[ℓ] − E_θ[ℓ], is below 1e-9 nats, under which α would be rounding noise) every α is a solution of the first two: the
 middle of the range is taken. α = 0 is the student alone and α = 1 the teacher alone, exactly. In between, a token
@@ -37,12 +39,29 @@ MiniLLM (arXiv:2306.08543) and MENTOR (arXiv:2510.04140) sample from. Its method
   infinite for any α > 0 where the teacher has a token that the student has not.
 - `entropy`, `fixed`, `entropy_gate`: as above.
 - `ess_balance` is refused: Σ(θ²-t²)/q = 2Σ(θ-t) = 0 at α = 1/2, whatever the models.
+
+The method `top_k_swap` has a q of its own. The student draws a token, which is kept where it is in S; otherwise the
+teacher draws another one in its place (SKD, arXiv:2410.11325). So q(v) = θ(v)·1[v ∈ S] + α·t(v), where α = 1 − θ(S) is
+the probability that a token is swapped. A token that ties with the K-th is in S, one that the teacher rules out never
+is; where K is the vocabulary or more, S is all that the teacher has. q has no token that the teacher has not.
 """
 
 from __future__ import annotations
 
-from .mixing import blend, fold_eos, has_kernels, log_distributions, mix, mix_at
-from .settings import CERTAIN_LOGIT, CHOICES, FIELDS, FORMS, METHODS, SAME_DIVERGENCE, Mixture, MixtureRows, precision
+from .folding import fold_eos
+from .mixing import blend, has_kernels, log_distributions, mix, mix_at
+from .settings import (
+    CERTAIN_LOGIT,
+    CHOICES,
+    FIELDS,
+    FORMS,
+    METHODS,
+    SAME_DIVERGENCE,
+    SWAP,
+    Mixture,
+    MixtureRows,
+    precision,
+)
 from .solver import solve_alpha
 
 __all__ = [
@@ -52,6 +71,7 @@ __all__ = [
     "FORMS",
     "METHODS",
     "SAME_DIVERGENCE",
+    "SWAP",
     "Mixture",
     "MixtureRows",
     "blend",

@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .mixing import fold_eos, has_kernels
+from .folding import fold_eos
+from .mixing import has_kernels
 
 AT_ONCE = 1 << 24
 """The number of logits that torch measures at a time: 64 MiB in float32, of which a few copies are held."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from .arithmetic import log_average
 from .settings import FORMS, Mixture, MixtureRows, precision
 from .solver import solve_alpha
+from .swap import likeliest, swaps
 
 
 def mix(
@@ -137,47 +138,29 @@ def mix_at(
 
     Divided by the temperature T they are log q up to a constant of the row, as an engine's sampler expects them. In
     the geometric form that is `blend`. In the arithmetic form it is T·(log q + (1-α)·log Σe^(θ/T) + α·log Σe^(t/T)):
-    the constant makes the logits continuous in α, whose ends are one model's row, exactly.
+    the constant makes the logits continuous in α, whose ends are one model's row, exactly. Of `top_k_swap` it is the
+    same, but for the ends: a token of the student's is as it was where nothing is swapped.
 
     Args:
         theta: the student's raw logits, or log-probabilities, over the common vocabulary.
         teacher: the teacher's, likewise.
         alpha: the weight of the teacher.
-        rows: the forms of the rows; the rest is not read.
+        rows: the forms of the rows, and what `top_k_swap` reads; the rest is not read.
         temperature: above 0; one for all rows, or one for each.
     """
     geometric = blend(theta, teacher, alpha)
-    if not rows.methods("arithmetic"):
+    if not rows.methods("arithmetic") and not rows.most_swapped:
         return geometric
     scale = temperature[:, None].to(theta.dtype) if isinstance(temperature, Tensor) else temperature
     weight = alpha[:, None].to(theta.dtype)
     theta_sum, teacher_sum = ((row / scale).logsumexp(-1, keepdim=True) for row in (theta, teacher))
-    log_q = log_average(theta / scale - theta_sum, teacher / scale - teacher_sum, alpha)
+    log_theta, log_teacher = theta / scale - theta_sum, teacher / scale - teacher_sum
+    log_q = log_average(log_theta, log_teacher, alpha)
+    is_blended = (weight == 0) | (weight == 1) | (rows.form == FORMS.index("geometric"))[:, None]
+    if rows.most_swapped:
+        kept = log_theta.masked_fill(~likeliest(teacher, rows), -torch.inf)
+        is_swapped = swaps(rows)[:, None]
+        log_q = torch.where(is_swapped, torch.logaddexp(kept, weight.log() + log_teacher), log_q)
+        is_blended &= ~is_swapped
     average = scale * (log_q + (1 - weight) * theta_sum + weight * teacher_sum)
-    at_end = (weight == 0) | (weight == 1) | (rows.form == FORMS.index("geometric"))[:, None]
-    return torch.where(at_end, geometric, average)
-
-
-def fold_eos(teacher_logits: Float[Tensor, "N V"], teacher_eos: Sequence[int], theta_eos: int) -> Float[Tensor, "N V"]:
-    """Move the mass of the teacher's end-of-sequence tokens to the student's.
-
-    Models of one family may end with different tokens (Qwen3 and Qwen3-Base). Unfolded, the two distributions never
-    agree that a sequence is over. The function acts on raw logits, before the temperature.
-
-    Args:
-        teacher_logits: the teacher's raw logits.
-        teacher_eos: the teacher's end-of-sequence ids that the student does not end with.
-        theta_eos: the student's end-of-sequence id, which takes their mass.
-
-    Returns:
-        The folded logits, -inf at `teacher_eos`; the given tensor itself where `teacher_eos` is empty.
-    """
-    if not teacher_eos:
-        return teacher_logits
-    folded = teacher_logits.clone()
-    # Columns one by one: a list of them would be copied to the device, and a step would wait.
-    ends = torch.stack([teacher_logits[:, id] for id in (theta_eos, *teacher_eos)], dim=-1)
-    folded[:, theta_eos] = torch.logsumexp(ends, dim=-1)
-    for id in teacher_eos:
-        folded[:, id] = -torch.inf
-    return folded
+    return torch.where(is_blended, geometric, average)

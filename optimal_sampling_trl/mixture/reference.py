@@ -86,6 +86,8 @@ def _reference_row(
 ) -> tuple[float, Float[Tensor, " V"]]:
     if log_theta.isnan().any() or log_teacher.isnan().any():
         return float("nan"), torch.full_like(log_theta, torch.nan)
+    if mixture.method == "top_k_swap":
+        return _swapped(log_theta, log_teacher, mixture.swap_top_k)
     alpha = _reference_alpha(log_theta, log_teacher, mixture)
     if alpha == 0.0:
         return 0.0, log_theta
@@ -93,6 +95,20 @@ def _reference_row(
         return 1.0, log_teacher
     log_q = _log_mixture(log_theta, log_teacher, alpha, mixture.form)
     return (float("nan") if log_q.isnan().any() else alpha), log_q
+
+
+def _swapped(
+    log_theta: Float[Tensor, " V"], log_teacher: Float[Tensor, " V"], K: int
+) -> tuple[float, Float[Tensor, " V"]]:
+    """Return the probability that a token of the student is swapped, and log q.
+
+    A token is kept where the teacher has it and fewer than K tokens are likelier.
+    """
+    likelier = torch.searchsorted(log_teacher.neg().sort().values, log_teacher.neg())
+    kept = (likelier < K) & (log_teacher > -torch.inf)
+    swapped = min(math.fsum(log_theta[~kept].exp().tolist()), 1.0)
+    log_drawn = log_teacher + (math.log(swapped) if swapped > 0 else -math.inf)
+    return swapped, torch.where(kept, torch.logaddexp(log_theta, log_drawn), log_drawn)
 
 
 def _log_mixture(

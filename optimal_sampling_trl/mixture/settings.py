@@ -10,13 +10,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..options import check_number, suggest_arguments, unknown_option
+from ..options import check_number, check_whole, suggest_arguments, unknown_option
 from .presets import published
 
-METHODS = ("kl_symmetry", "ess_balance", "trust_region", "entropy", "fixed", "entropy_gate")
+METHODS = ("kl_symmetry", "ess_balance", "trust_region", "entropy", "fixed", "entropy_gate", "top_k_swap")
+SWAP = "top_k_swap"
+"""The method that says what q is, and not α alone."""
 FORMS = ("geometric", "arithmetic")
 CHOICES = {"method": METHODS, "form": FORMS}
 """The fields of a mixture whose value is a word, with the words that each may have."""
+MOST_SWAPPED = 1 << 24
+"""The largest K of `top_k_swap`, beyond any vocabulary: an engine's tables hold it in float32."""
 SAME_DIVERGENCE = 1e-9
 """Jeffreys divergence, in nats, below which two rows count as the same distribution."""
 CERTAIN_LOGIT = 1e4
@@ -41,10 +45,12 @@ class Mixture:
         form: `geometric` for q ∝ θ^(1-α) t^α, `arithmetic` for q = (1-α)θ + αt.
         entropy_scale: the entropy H(θ), in nats and above 0, from which on α of the method `entropy_gate` is 1; no
             other method reads it.
+        swap_top_k: K of the method `top_k_swap`: a token of the student is kept where it is among the teacher's K
+            likeliest, with all that tie with the K-th; no other method reads it.
 
     Raises:
-        ValueError: on a method or form that does not exist, a number outside of its range, or `ess_balance` of the
-            arithmetic form, whose α is 1/2 whatever the models.
+        ValueError: on a method or form that does not exist, a number outside of its range, `ess_balance` of the
+            arithmetic form, whose α is 1/2 whatever the models, or a form or bounds of α beside `top_k_swap`.
 
     Example:
         ```python
@@ -53,6 +59,7 @@ class Mixture:
         Mixture(alpha_min=0.5)  # leaning towards the teacher
         Mixture("fixed", fixed_alpha=0.2, form="arithmetic")  # each token is the teacher's with probability 0.2
         Mixture("entropy_gate", entropy_scale=1.5, form="arithmetic")  # the teacher helps where the student is unsure
+        Mixture("top_k_swap", swap_top_k=25)  # the teacher draws anew what it would not have among its likeliest 25
         ```
     """
 
@@ -63,6 +70,7 @@ class Mixture:
     epsilon: float = 0.05
     form: str = "geometric"
     entropy_scale: float = 1.0
+    swap_top_k: int = 25
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
@@ -92,6 +100,23 @@ class Mixture:
                 f"Mixture: `fixed_alpha` is {self.fixed_alpha}, outside of [alpha_min, alpha_max] = "
                 f"[{self.alpha_min}, {self.alpha_max}], to which every α is clamped. Widen the range."
             )
+        check_whole("Mixture", "swap_top_k", self.swap_top_k, 1, high=MOST_SWAPPED)
+        if self.method == SWAP:
+            self._check_swap()
+
+    def _check_swap(self) -> None:
+        """Refuse what `top_k_swap` cannot have: its q is of no form, and follows from K alone."""
+        if self.form != "geometric":
+            raise ValueError(
+                f"Mixture: `method` is {SWAP!r} and `form` is {self.form!r}; wanted none, since q = θ·1[S] + α·t is a "
+                "form of its own. Drop `form`."
+            )
+        if (self.alpha_min, self.alpha_max) != (0, 1):
+            raise ValueError(
+                f"Mixture: `method` is {SWAP!r} with `alpha_min` {self.alpha_min} and `alpha_max` {self.alpha_max}; "
+                "wanted 0 and 1, since its α is what the student has outside of the teacher's K likeliest tokens, and "
+                "bounds would leave no distribution. Drop them; `swap_top_k` says how much is swapped."
+            )
 
     @classmethod
     def theta_only(cls) -> Mixture:
@@ -105,13 +130,13 @@ class Mixture:
 
     @classmethod
     def preset(cls, name: str) -> Mixture:
-        """Return a mixture that others have published: `mentor`, `logit-fusion`, `trb` or `minillm`.
+        """Return a mixture that others have published: `mentor`, `logit-fusion`, `trb`, `minillm` or `skd`.
 
         docs/presets.md has their settings and sources. The field `preset` of a trainer's configuration sets the
         mixture and everything else that the publication sets.
 
         Raises:
-            ValueError: on another name; on `skd` with the reason.
+            ValueError: on another name.
         """
         return cls(**published(name))
 
@@ -131,9 +156,14 @@ class Mixture:
             share: 0 is this mixture, 1 the student alone.
 
         Raises:
-            ValueError: where `share` is no number in [0, 1].
+            ValueError: where `share` is no number in [0, 1], or on `top_k_swap`, whose α has no range.
         """
         check_number("Mixture.anneal", "share", share, 0.0, 1.0)
+        if self.method == SWAP:
+            raise ValueError(
+                f"Mixture.anneal: `method` is {SWAP!r}, whose α has no range to shrink; wanted another method. "
+                "Keep the mixture as it is, or change `swap_top_k`."
+            )
         if share == 1.0:
             return Mixture.theta_only()
         rest = 1.0 - share
@@ -175,11 +205,13 @@ FIELDS = tuple(field.name for field in fields(Mixture))
 class MixtureRows(NamedTuple):
     """The mixtures of N rows: one column per field, on the device that solves them.
 
-    `present` holds the pairs of form and method that occur. It is kept on the host, so that no other pair is computed
-    and nothing is read back from the device.
+    `present` holds the pairs of form and method that occur, and `most_swapped` the largest K of a row of `top_k_swap`,
+    0 where there is none. Both are kept on the host, so that nothing else is computed and nothing is read back from
+    the device.
     """
 
     present: frozenset[tuple[str, str]]
+    most_swapped: int
     method: Int[Tensor, " N"] | Float[Tensor, " N"]
     alpha_min: Float[Tensor, " N"]
     alpha_max: Float[Tensor, " N"]
@@ -187,6 +219,7 @@ class MixtureRows(NamedTuple):
     epsilon: Float[Tensor, " N"]
     form: Int[Tensor, " N"] | Float[Tensor, " N"]
     entropy_scale: Float[Tensor, " N"]
+    swap_top_k: Float[Tensor, " N"]
 
     @classmethod
     def of(cls, mixtures: Sequence[Mixture], device: torch.device | str = "cpu") -> MixtureRows:
@@ -194,18 +227,23 @@ class MixtureRows(NamedTuple):
         numbers = torch.tensor([mixture.numbers() for mixture in mixtures], dtype=precision(device))
         rows = cls.from_table(numbers.reshape(len(mixtures), len(FIELDS)).to(device))
         present = frozenset((mixture.form, mixture.method) for mixture in mixtures)
-        return rows._replace(present=present, method=rows.method.long(), form=rows.form.long())
+        most = max((mixture.swap_top_k for mixture in mixtures if mixture.method == SWAP), default=0)
+        return rows._replace(present=present, most_swapped=most, method=rows.method.long(), form=rows.form.long())
 
     @classmethod
-    def from_table(cls, numbers: Float[Tensor, "N F"], forms: Collection[str] = FORMS) -> MixtureRows:
-        """Return the rows of a table of `Mixture.numbers`; any method may be present.
+    def from_table(
+        cls, numbers: Float[Tensor, "N F"], forms: Collection[str] = FORMS, most_swapped: int = 0
+    ) -> MixtureRows:
+        """Return the rows of a table of `Mixture.numbers`; any other method than `top_k_swap` may be present.
 
         Args:
             numbers: a row for each mixture, a column for each of `FIELDS`.
             forms: the forms that may be present.
+            most_swapped: the largest K of a row of `top_k_swap`; 0 where there is none.
         """
-        present = frozenset((form, method) for form in forms for method in METHODS)
-        return cls(present, **dict(zip(FIELDS, numbers.unbind(1), strict=True)))
+        methods = [method for method in METHODS if most_swapped or method != SWAP]
+        present = frozenset((form, method) for form in forms for method in methods)
+        return cls(present, most_swapped, **dict(zip(FIELDS, numbers.unbind(1), strict=True)))
 
     def methods(self, form: str) -> frozenset[str]:
         """Return the methods that occur in the rows of a form."""

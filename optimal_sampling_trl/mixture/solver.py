@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .arithmetic import first_alpha, is_unbounded, kl_and_slope, symmetric_alpha
 from .settings import FORMS, METHODS, SAME_DIVERGENCE, MixtureRows
+from .swap import swapped_mass, swaps
 
 SOLVER_STEPS = 48
 """The most passes over a row. The solver needs 4 to 8; bisection from 1 to 1e-9 would need 30."""
@@ -43,6 +44,8 @@ def solve_alpha(
     if "entropy_gate" in rows.methods("geometric") | rows.methods("arithmetic"):
         gate = torch.special.entr(log_theta.exp()).sum(-1) / rows.entropy_scale
         alpha = torch.where(rows.method == METHODS.index("entropy_gate"), gate, alpha)
+    if rows.most_swapped:
+        alpha = torch.where(swaps(rows), swapped_mass(log_theta, log_teacher, rows), alpha)
     if rows.methods("geometric") & _RESIDUALS.keys():
         family = _Family(log_theta.masked_fill(~support, -torch.inf), log_ratio)
         alpha = _solve_geometric(family, rows, alpha, middle)
@@ -63,7 +66,7 @@ def _unsolvable(
     """Return the rows that have a NaN, or no token with mass under q."""
     broken = log_theta.isnan().any(-1) | log_teacher.isnan().any(-1)
     nowhere = ~support.any(-1) & (alpha != 0) & (alpha != 1)
-    return broken | (nowhere & (rows.form == FORMS.index("geometric")))
+    return broken | (nowhere & (rows.form == FORMS.index("geometric")) & ~swaps(rows))
 
 
 class _Moments(NamedTuple):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from ..mixture import SWAP
+
 if TYPE_CHECKING:
     from .folder import RolloutFolder
 
@@ -20,7 +22,7 @@ COLUMNS = {
     "text": "the completion without special tokens",
     "finish_reason": "`stop` (an end-of-sequence token or a stop text) or `length`",
     "mixture": "how alpha was chosen: method, alpha_min, alpha_max, fixed_alpha, epsilon (nats a token), form, "
-    "entropy_scale (nats)",
+    "entropy_scale (nats), swap_top_k",
     "temperature": "the sampling temperature",
     "prompt_index": "number of the prompt in the data set that was given, from 0",
     "sample": "number of the completion of that prompt, from 0",
@@ -54,7 +56,12 @@ tags:
 Completions sampled token by token from the mixture {q} of a student θ and a teacher t, where α
 is solved at each token, with the record of how each token was drawn.
 """
-FORMULAS = {"geometric": "q(v) ∝ θ(v)^(1-α) · t(v)^α", "arithmetic": "q(v) = (1-α) · θ(v) + α · t(v)"}
+FORMULAS = {
+    "geometric": "q(v) ∝ θ(v)^(1-α) · t(v)^α",
+    "arithmetic": "q(v) = (1-α) · θ(v) + α · t(v)",
+    SWAP: "q(v) = θ(v) · 1[v ∈ S] + α · t(v)",
+}
+"""The formula of q, by the form of the mixture, or by its method where that has a form of its own."""
 LOAD = """## Loading
 
 ```python
@@ -88,7 +95,7 @@ def make_card(store: RolloutFolder, run: dict[str, Any]) -> str:
     }
     return "\n".join(
         [
-            HEAD.format(q=FORMULAS[settings.get("mixture.form", "geometric")]),
+            HEAD.format(q=FORMULAS[SWAP if method == SWAP else settings.get("mixture.form", "geometric")]),
             _table(("", ""), facts),
             "## Columns\n",
             _table(("column", "what it is"), {f"`{name}`": text for name, text in _columns(settings).items()}),

@@ -72,6 +72,7 @@ def features(dense: Iterable[str] = ()) -> Features:
 
     ids, record = List(Value("int64")), List(Value("float32"))
     mixture = {name: Value("string" if name in CHOICES else "float64") for name in FIELDS}
+    mixture["swap_top_k"] = Value("int64")
     return Features(
         {
             **{name: ids for name in ("prompt_ids", "theta_prompt_ids", "completion_ids")},

@@ -44,6 +44,10 @@ class SamplerArguments:
         default=Mixture.entropy_scale,
         metadata={"help": "Entropy of the student, in nats, from which on alpha of the method 'entropy_gate' is 1."},
     )
+    swap_top_k: int = field(
+        default=Mixture.swap_top_k,
+        metadata={"help": "Likeliest tokens of the teacher among which 'top_k_swap' keeps the student's token."},
+    )
     teacher_system_prompt: str | None = field(default=None, metadata={"help": "System prompt of the teacher."})
     theta_system_prompt: str | None = field(default=None, metadata={"help": "System prompt of the student."})
     system_message: str = field(
@@ -113,6 +117,7 @@ class SamplerArguments:
             backend=self.backend,
             form=self.mixture_form,
             entropy_scale=self.entropy_scale,
+            swap_top_k=self.swap_top_k,
             **self.engine(),
         )
 
@@ -178,6 +183,7 @@ class GeneratorArguments(SamplerArguments):
             self.mixture_epsilon,
             self.mixture_form,
             self.entropy_scale,
+            self.swap_top_k,
         )
         return OptimalSamplingGenerator(
             teacher=self.check_teacher(),

@@ -10,6 +10,7 @@ from typing import Any
 
 from .. import __version__
 from ..files import write_atomically
+from ..mixture import SWAP
 from .engines.live import LiveGeneration
 
 TAG = "optimal-sampling-trl"
@@ -77,14 +78,15 @@ def card_facts(trainer: Any) -> dict[str, Any]:
         trainer: a `MixtureTrainer`.
     """
     generator, mixture, args = trainer.generator, trainer.generator.mixture, trainer.args
-    group, gated = trainer._group_size(), mixture.method == "entropy_gate"
+    group, gated, swapped = trainer._group_size(), mixture.method == "entropy_gate", mixture.method == SWAP
     alone = generator.theta_count(group, trainer.default_theta_fraction)  # as set: it may grow while training runs
     loss = {name: trainer._setting(name) for name in LOSS_FIELDS if hasattr(trainer.config_class, name)}
     facts: dict[str, Any] = {
         "trainer": trainer._name,
         "teacher": model_name(generator.teacher),
         "student": model_name(trainer.model),
-        "mixture": f"{mixture.method}, {mixture.form}",
+        "mixture": SWAP if swapped else f"{mixture.method}, {mixture.form}",
+        "likeliest tokens of the teacher that the student may draw": mixture.swap_top_k if swapped else None,
         "α": f"{mixture.alpha_min:g} to {mixture.alpha_max:g}" if mixture.method != "fixed" else mixture.fixed_alpha,
         "budget of KL(q‖θ), nats a token": mixture.epsilon if mixture.method == "trust_region" else None,
         "entropy of the student where α is 1, nats": mixture.entropy_scale if gated else None,

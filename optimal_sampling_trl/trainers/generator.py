@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..backends import BACKENDS
 from ..backends.transformers.backend import ENGINE_OPTIONS
-from ..mixture import FIELDS, Mixture
+from ..mixture import FIELDS, SWAP, Mixture
 from ..options import check_choice, check_flag, check_number, shown, suggest_arguments, unknown_option
 from ..pairing import MODEL_OPTIONS, STUDENT, check_system_prompts, is_student, reads_two_prompts
 from ..rollouts.dense import Dense, check_dense
@@ -111,6 +111,11 @@ class OptimalSamplingGenerator:
             check_number("OptimalSamplingGenerator", "schedule", self.schedule, 0.0, 1.0)
             if self.schedule == 0:
                 raise ValueError("`schedule` is 0; wanted a share of training above 0, or None to keep the mixture.")
+            if self.mixture.method == SWAP:
+                raise ValueError(
+                    f"`schedule` is {self.schedule} with the method {SWAP!r}, whose α has no range to shrink; wanted "
+                    "None, or another method. Drop `schedule`."
+                )
         if self.entropy_quantile is not None:
             self._check_entropy_quantile()
         if self.backend not in BACKENDS:

@@ -115,6 +115,22 @@ PRESETS = {
         "This is the single-step term of the source's loss, which has no weight in its code. Its policy gradient of "
         "the later tokens, with the ratios θ/q, and its language-modelling loss on other texts are left out.",
     ),
+    "skd": Preset(
+        "SKD",
+        "https://arxiv.org/abs/2410.11325",
+        "google-research/google-research: speculative_kd/config/kd_train.yaml (K 25, forward KL, all completions "
+        "swapped), speculative_kd/train/ddp_skd.py (the loss, over the vocabulary), "
+        "speculative_kd/transformers/utils.py (`_speculative_kd_sampling`)",
+        "DistillationConfig",
+        {"loss": "divergence", "beta": 0.0, "correction": "none"},
+        {"theta_fraction": 0.0},
+        "The source's configuration has temperature 0.5 and top_p 0.5 for the student, 0.2 and 0.5 for the teacher, "
+        "and a loss at temperature 1; here both models and the loss have one `temperature`, and top_p cuts q. It "
+        "takes the K likeliest from what top_p leaves of the teacher, here they are of its whole row. As its code "
+        "reads, a second draw of the student is looked up among them and the first one is kept; here it is the token "
+        "itself, as in the paper. Its K that falls within a completion (`expected_seq_len`, off in its "
+        "configuration) is left out.",
+    ),
 }
 """The presets by name."""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..mixture import Mixture
+from ..mixture import SWAP, Mixture
 
 POSITIVE = {
     "all": "completions with a positive advantage alone count",
@@ -47,6 +47,8 @@ def _share(trainer: Any) -> str:
 def _words(mixture: Mixture) -> str:
     if mixture.method == "fixed":
         return f"α = {mixture.fixed_alpha:g}"
+    if mixture.method == SWAP:
+        return f"{SWAP}, K = {mixture.swap_top_k}"
     budget = f", ε = {mixture.epsilon:g}" if mixture.method == "trust_region" else ""
     return f"{mixture.method}{budget}, α in [{mixture.alpha_min:g}, {mixture.alpha_max:g}]"
 

@@ -41,6 +41,7 @@ function fact(parent, label, text) {
   parent.append(span);
 }
 function mixtureText(m) {
+  if (m.method === "top_k_swap") return `top_k_swap, K = ${m.swap_top_k}`;
   const form = m.form === "arithmetic" ? "arithmetic " : "";
   if (m.method === "fixed") return `${form}fixed, α = ${m.fixed_alpha}`;
   const range = `${form}${m.method}, α in [${m.alpha_min}, ${m.alpha_max}]`;

@@ -33,9 +33,9 @@ from optimal_sampling_trl.mixture import (
     METHODS,
     Mixture,
     MixtureRows,
-    blend,
     dense,
     log_distributions,
+    mix_at,
     solve_alpha,
 )
 from optimal_sampling_trl.mixture.kernels.dense import measure_rows
@@ -181,7 +181,7 @@ def time_torch(method: str, sets: list) -> float:
 
     def mix_in_torch(theta: Tensor, teacher: Tensor) -> Tensor:
         log_theta, log_teacher = log_distributions(theta, teacher)
-        return blend(log_theta, log_teacher, solve_alpha(log_theta, log_teacher, columns))
+        return mix_at(log_theta, log_teacher, solve_alpha(log_theta, log_teacher, columns), columns)
 
     return median_ms(mix_in_torch, sets, 2)
 

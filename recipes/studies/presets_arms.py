@@ -29,6 +29,7 @@ MEANINGS: dict[tuple[str, Any], dict[str, float]] = {
 DISTILLED = {"loss": "divergence", "beta": 1.0, "correction": "none"}
 SIZES = {"mentor": 12}
 NAMES = {"mentor": "MENTOR", "logit-fusion": "Logit Fusion", "trb": "TRB", "minillm": "MiniLLM"}
+"""The presets that are compared."""
 
 
 def arm_of(name: str, steps: int) -> Arm:
@@ -62,7 +63,7 @@ def arm_of(name: str, steps: int) -> Arm:
 def arms_of(steps: int) -> dict[str, Arm]:
     """Every arm of the stack in a training of `steps` updates: the presets, our defaults, and the rest."""
     return {
-        **{NAMES[name]: arm_of(name, steps) for name in PRESETS},
+        **{NAMES[name]: arm_of(name, steps) for name in NAMES},
         "RAFT, mixture (default)": Arm(RAFT, theta_fraction=0.0, tries=LARGE),
         "GRPO, half mixture (default)": Arm(DEFAULT, tries=MIDDLE),
         "Distillation, mixture": Arm(KL, theta_fraction=0.0, tries=LARGE),
@@ -71,7 +72,7 @@ def arms_of(steps: int) -> dict[str, Arm]:
         "GRPO": Arm(OWN, ALONE, tries=SMALL),
         **{
             f"RAFT, {NAMES[name]}'s mixture": Arm(RAFT, arm_of(name, steps).mixture, 0.0, tries=LARGE)
-            for name in PRESETS
+            for name in NAMES
         },
     }
 

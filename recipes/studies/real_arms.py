@@ -86,7 +86,7 @@ PUBLISHED = {
         {"preset": name},
         size=SIZES.get(name, GROUP),
     )
-    for name, preset in PRESETS.items()
+    for name, preset in ((name, PRESETS[name]) for name in NAMES)
 }
 """Published mixtures, each by its preset."""
 ARMS = (

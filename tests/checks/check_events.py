@@ -45,7 +45,14 @@ FAMILIES = {
     "Granite": ("granite", "granite"),
     "Qwen3-MoE": ("qwen3_moe", "qwen3"),
 }
-MIXTURES = (Mixture(), Mixture.theta_only(), Mixture.teacher_only(), Mixture("trust_region"), Mixture("entropy"))
+MIXTURES = (
+    Mixture(),
+    Mixture.theta_only(),
+    Mixture.teacher_only(),
+    Mixture("trust_region"),
+    Mixture("entropy"),
+    Mixture("top_k_swap", swap_top_k=60),
+)
 SMALL = {"enable_chunked_prefill": True, "max_num_batched_tokens": 64, "block_size": 32}
 EVENTS: dict[str, dict[str, Any]] = {
     "prefix cache hit": {"enable_prefix_caching": True, "block_size": 32},

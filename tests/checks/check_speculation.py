@@ -61,6 +61,7 @@ MIXTURES = {
     "theta": Mixture.theta_only(),
     "teacher": Mixture.teacher_only(),
     "fixed arithmetic": Mixture("fixed", fixed_alpha=0.3, form="arithmetic"),
+    "top_k_swap": Mixture("top_k_swap", swap_top_k=3),
 }
 DEVICE = "cuda" if ON_A_GPU else "cpu"
 CASES = [
@@ -69,6 +70,8 @@ CASES = [
     ("theta", {}),
     ("teacher", {}),
     ("fixed arithmetic", {}),
+    ("top_k_swap", {}),
+    ("top_k_swap", {"top_k": 4, "temperature": 0.7}),
     ("kl_symmetry", {"temperature": 0.7}),
     ("kl_symmetry", {"top_k": 3}),
     ("trust_region", {"top_p": 0.8, "temperature": 1.3}),

@@ -73,6 +73,15 @@ def rows_of_q(pair: tuple[str, str], mixture: Mixture) -> tuple[Tensor, Tensor, 
     return alpha, log_q.exp(), logits[1], logits[0]
 
 
+def shifted(mixture: Mixture, alpha: Tensor, q: Tensor, of_theta: Tensor, of_teacher: Tensor) -> Tensor:
+    """q (V, V) at α − 0.05."""
+    if mixture.method == "top_k_swap":
+        less = (q - 0.05 * (of_teacher / TEMPERATURE).softmax(1)).clamp(min=0)
+        return less / less.sum(1, keepdim=True)
+    weight = (alpha - 0.05)[:, None]
+    return (((1 - weight) * of_theta + weight * of_teacher) / TEMPERATURE).softmax(1)
+
+
 def walk(backend: Any, mixture: Mixture, requests: int, first_seed: int = 0, length: int = LENGTH) -> Tensor:
     """The tokens (requests, 1 + length) of completions with a seed each; the first is the prompt's last."""
     asked = [
@@ -160,8 +169,7 @@ def table(engines: list[str], tokens: int) -> Iterator[str]:
                 seconds = time.perf_counter() - began
                 assert torch.equal(walks[3:9], walk(backend, mixture, 6, first_seed=3)), "seeds do not reproduce"
                 found = judge(walks, q)
-                weight = (alpha - 0.05)[:, None]
-                wrong = (((1 - weight) * of_theta + weight * of_teacher) / TEMPERATURE).softmax(1)
+                wrong = shifted(mixture, alpha, q, of_theta, of_teacher)
                 yield (
                     f"| {name} | `{method}` | {walks[:, 1:].numel():,} | {found['q'].statistic:,.0f}, "
                     f"{found['q'].freedom:,} | " + " | ".join(f"{chi.p:.3f}" for chi in found.values()) + " | "

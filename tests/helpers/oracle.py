@@ -91,10 +91,12 @@ def expected_records(
     if sampling is not None and not sampling.keeps_all:
         weight = alpha[:, None]
         mixed = (1 - weight) * of_theta + weight * of_teacher
-        if rollout.mixture.form == "arithmetic":
+        is_swap = rollout.mixture.method == "top_k_swap"
+        if is_swap or rollout.mixture.form == "arithmetic":
             sums = ((row / T).logsumexp(1, keepdim=True) for row in (of_theta, of_teacher))
             mixed = T * (log_q + sum(part * each for part, each in zip((1 - weight, weight), sums)))
-        mixed = torch.where(weight == 0, of_theta, torch.where(weight == 1, of_teacher, mixed))  # 0·(-inf) is NaN
+        if not is_swap:
+            mixed = torch.where(weight == 0, of_theta, torch.where(weight == 1, of_teacher, mixed))  # 0·(-inf) is NaN
         past = [{*rollout.prompt_ids, *rollout.completion_ids[:t]} for t in range(len(mixed))]
         log_q = torch.stack([truncate(row, seen, sampling) for row, seen in zip(mixed, past)])
     drawn = torch.tensor(rollout.completion_ids)[:, None]

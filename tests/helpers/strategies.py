@@ -9,11 +9,13 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from optimal_sampling_trl.mixture import FORMS, METHODS, Mixture
+from optimal_sampling_trl.mixture import FORMS, METHODS, SWAP, Mixture
 from optimal_sampling_trl.rollouts.dense import SCALARS
 from optimal_sampling_trl.rollouts.rollout import RECORDS, Rollout
 
 ROOTS = ("kl_symmetry", "ess_balance", "trust_region")
+RANGED = tuple(method for method in METHODS if method != SWAP)
+"""The methods that have both forms, and bounds of α."""
 ADVERSARIAL = ("equal", "shifted", "near", "one_hot", "one_token", "gaps", "masked", "disjoint")
 BROKEN = ("nan", "plus_inf", "all_masked")
 EDGES = (0.0, -0.0, 1e-45, -1e-38, 3.4028234663852886e38, -math.inf, math.inf, -1e-7, -103.97)
@@ -66,6 +68,9 @@ seeds = st.integers(0, 2**32 - 1)
 
 @st.composite
 def mixtures(draw: st.DrawFn, methods: tuple[str, ...] = METHODS, forms: tuple[str, ...] = FORMS) -> Mixture:
+    if SWAP in methods and draw(st.integers(0, len(methods) - 1)) == 0:
+        return Mixture(SWAP, swap_top_k=draw(st.integers(1, 10)))
+    methods = tuple(one for one in methods if one != SWAP)
     form = draw(st.sampled_from(forms))
     method = draw(st.sampled_from([one for one in methods if (form, one) != ("arithmetic", "ess_balance")]))
     alpha_min, alpha_max = sorted((draw(share), draw(share))) if draw(st.booleans()) else (0.0, 1.0)

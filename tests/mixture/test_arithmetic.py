@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.strategies import inside, kl, random_pair
+from helpers.strategies import RANGED, inside, kl, random_pair
 from optimal_sampling_trl.mixture import (
-    METHODS,
     Mixture,
     MixtureRows,
     log_distributions,
@@ -21,7 +20,7 @@ from optimal_sampling_trl.mixture import (
 )
 from optimal_sampling_trl.mixture.reference import reference
 
-ARITHMETIC = [Mixture(method, form="arithmetic") for method in METHODS if method != "ess_balance"]
+ARITHMETIC = [Mixture(method, form="arithmetic") for method in RANGED if method != "ess_balance"]
 LOG_HALVES, LOG_FIFTHS = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.8, 0.2]]).log()
 BY_HAND = {
     # θ = (1/2, 1/2) and t = (4/5, 1/5): Eθ[ℓ] = log(8/5 · 2/5)/2 and Et[ℓ] = log(8/5)·4/5 + log(2/5)/5

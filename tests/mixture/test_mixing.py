@@ -1,4 +1,4 @@
-"""`mix`, `blend` and `fold_eos`: rows against the float64 reference, ends, broken rows, padding, and refusals.
+"""`mix` and `blend`: rows against the float64 reference, ends, broken rows, padding, and refusals.
 
 Both `mix` and `reference` turn the same values into float64 first, so that bfloat16 logits get float32's tolerances:
 α within 1e-5 and log q within 1e-5 plus float32's own rounding of it (6e-8 of its size).
@@ -22,6 +22,7 @@ from torch import Tensor
 from helpers.strategies import (
     ADVERSARIAL,
     BROKEN,
+    RANGED,
     ROOTS,
     Pair,
     inside,
@@ -37,7 +38,6 @@ from optimal_sampling_trl.mixture import (
     Mixture,
     MixtureRows,
     blend,
-    fold_eos,
     log_distributions,
     mix,
 )
@@ -46,7 +46,7 @@ from optimal_sampling_trl.mixture.reference import reference
 ALPHA_TOLERANCE = 1e-5
 LOG_Q_TOLERANCE = 1e-5
 FLOAT32_ROUNDING = 6e-8
-ARITHMETIC = [Mixture(method, form="arithmetic") for method in METHODS if method != "ess_balance"]
+ARITHMETIC = [Mixture(method, form="arithmetic") for method in RANGED if method != "ess_balance"]
 ENDS = [Mixture.theta_only(), Mixture.teacher_only()]
 RESIDUAL_TOLERANCE = 1e-12
 """Of the largest |ℓ|, log θ or log t of the row (at least 1): what float64 leaves of a sum that should be 0."""
@@ -147,14 +147,14 @@ def test_no_rows(method: str) -> None:
 
 
 def test_one_token_is_certain() -> None:
-    rows = [Mixture(method, alpha_min=0.2, alpha_max=0.8) for method in METHODS]
+    rows = [Mixture(method, alpha_min=0.2, alpha_max=0.8) for method in RANGED]
     alpha, log_q = mix(*random_pair(len(rows), 1), rows)
     assert alpha.tolist() == pytest.approx([0.5, 0.5, 0.8, 0.5, 0.5, 0.2])
     assert log_q.abs().max() == 0
 
 
 @settings(max_examples=60)
-@given(pairs(kinds=("random", "masked", "gaps"), scale=5.0), temperatures, st.sampled_from(METHODS))
+@given(pairs(kinds=("random", "masked", "gaps"), scale=5.0), temperatures, st.sampled_from(RANGED))
 def test_the_ends_are_one_model_exactly(pair: Pair, temperature: float, method: str) -> None:
     for row, end, other in ((pair.theta, 0.0, pair.teacher), (pair.teacher, 1.0, pair.theta)):
         sides = (row, other) if end == 0.0 else (other, row)
@@ -196,7 +196,7 @@ def test_rows_do_not_see_each_other() -> None:
 def test_blended_raw_logits_are_the_mixture_at_the_temperature(temperature: float) -> None:
     """θ^((1-α)/T)·t^(α/T) is q: an engine may mix before and divide by the temperature after."""
     theta, teacher = random_pair(20, 9)
-    for method in METHODS:
+    for method in RANGED:
         alpha, log_q = mix(theta, teacher, Mixture(method), temperature)
         blended = blend(theta.double(), teacher.double(), alpha)
         assert (torch.log_softmax(blended / temperature, -1) - log_q).abs().max() < 2e-6
@@ -265,43 +265,6 @@ def test_a_token_without_mass_under_one_model_takes_no_part() -> None:
     inner = (alpha > 0) & (alpha < 1)
     assert inner.any()
     assert (log_q[:, shared].exp() * ratio).sum(-1)[inner].abs().max() < 1e-6
-
-
-@settings(max_examples=60)
-@given(pairs(kinds=("random", "masked", "shifted"), scale=5.0), st.data())
-def test_folding_keeps_the_mass(pair: Pair, data: st.DataObject) -> None:
-    teacher = torch.cat([pair.teacher.float(), torch.zeros(len(pair.teacher), 2)], 1)
-    V = teacher.shape[1]
-    theta_eos, *folded = data.draw(st.permutations(range(V)))[: data.draw(st.integers(2, min(V, 4)))]
-    before = teacher.clone()
-    result = fold_eos(teacher, folded, theta_eos)
-    assert torch.equal(teacher, before)  # not in place
-    # float32's rounding of a logit of 128 is 8e-6
-    p, q = before.double().softmax(-1), result.double().softmax(-1)
-    assert (q[:, theta_eos] - p[:, [theta_eos, *folded]].sum(-1)).abs().max() < 1e-5
-    assert bool((result[:, folded] == -torch.inf).all())
-    rest = [token for token in range(V) if token not in (theta_eos, *folded)]
-    assert torch.equal(result[:, rest], before[:, rest])
-    assert bool(((q - p)[:, rest].abs() < 1e-5).all())
-    assert (fold_eos(teacher, folded[::-1], theta_eos).double().softmax(-1) - q).abs().max() < 1e-5
-
-
-def test_folding_comes_before_the_temperature() -> None:
-    teacher = torch.log(torch.tensor([[0.1, 0.2, 0.3, 0.4]]))
-    folded = fold_eos(teacher, [3], 1)
-    assert folded.exp()[0].tolist() == pytest.approx([0.1, 0.6, 0.3, 0.0])
-    _, log_teacher = log_distributions(teacher, folded, 0.5)
-    squares = [0.01, 0.36, 0.09, 0.0]  # of the folded mass, not 0.2² + 0.4²
-    assert log_teacher.exp()[0].tolist() == pytest.approx([square / sum(squares) for square in squares])
-
-
-def test_folding_nothing_and_masked_endings() -> None:
-    teacher = torch.tensor([[1.0, -torch.inf, 2.0, -torch.inf]]).bfloat16()
-    assert fold_eos(teacher, [], 1) is teacher
-    folded = fold_eos(teacher, [3], 1)
-    assert torch.equal(folded, teacher)
-    assert folded.dtype == torch.bfloat16
-    assert fold_eos(teacher, (2,), 1)[0].tolist() == [1.0, 2.0, -math.inf, -math.inf]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from helpers.strategies import mixtures
+from helpers.strategies import RANGED, mixtures
 from optimal_sampling_trl.mixture import CHOICES, FIELDS, FORMS, METHODS, Mixture, MixtureRows
 
 
@@ -41,6 +41,18 @@ from optimal_sampling_trl.mixture import CHOICES, FIELDS, FORMS, METHODS, Mixtur
             r"`alpha_min` is 0\.8 and `alpha_max` is 0\.2; wanted alpha_min <= alpha_max\. Lower the first or raise",
         ),
         (
+            {"method": "top_k_swap", "form": "arithmetic"},
+            r"`method` is 'top_k_swap' and `form` is 'arithmetic'; wanted none, .*of its own\. Drop `form`",
+        ),
+        (
+            {"method": "top_k_swap", "alpha_min": 0.1},
+            r"'top_k_swap' with `alpha_min` 0\.1 and `alpha_max` 1\.0; wanted 0 and 1, .*`swap_top_k` says how much",
+        ),
+        ({"method": "top_k_swap", "alpha_max": 0.0}, r"with `alpha_min` 0\.0 and `alpha_max` 0\.0; wanted 0 and 1"),
+        ({"swap_top_k": 0}, r"Mixture: `swap_top_k` is 0; wanted a whole number from 1 to 16777216"),
+        ({"swap_top_k": 2.5}, r"Mixture: `swap_top_k` is 2\.5; wanted a whole number"),
+        ({"swap_top_k": True}, r"Mixture: `swap_top_k` is True; wanted a whole number"),
+        (
             {"method": "fixed", "alpha_min": 0.6},
             r"`fixed_alpha` is 0\.5, outside of \[alpha_min, alpha_max\] = \[0\.6, 1\.0\].*Widen the range",
         ),
@@ -63,7 +75,8 @@ def test_mixture_is_frozen_and_accepts_whole_numbers() -> None:
 def test_mixture_as_values_and_back(mixture: Mixture) -> None:
     values = mixture.to_dict()
     assert Mixture.from_dict(values) == mixture
-    assert set(values) == {"method", "alpha_min", "alpha_max", "fixed_alpha", "epsilon", "form", "entropy_scale"}
+    names = {"method", "alpha_min", "alpha_max", "fixed_alpha", "epsilon", "form", "entropy_scale", "swap_top_k"}
+    assert set(values) == names
     columns = MixtureRows.of([mixture])
     assert METHODS[int(columns.method)] == mixture.method
     assert FORMS[int(columns.form)] == mixture.form
@@ -90,7 +103,7 @@ def test_theta_only_and_teacher_only() -> None:
     assert (Mixture.teacher_only().alpha_min, Mixture.teacher_only().alpha_max) == (1.0, 1.0)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RANGED)
 def test_anneal_is_linear_and_ends_at_the_student(method: str) -> None:
     mixture = Mixture(method, alpha_min=0.3, alpha_max=0.8, fixed_alpha=0.6, epsilon=0.4)
     assert mixture.anneal(0.0) == mixture
@@ -118,12 +131,21 @@ def test_anneal_refuses_what_is_no_share(gone: Any) -> None:
         Mixture().anneal(gone)
 
 
+def test_a_swap_is_not_annealed() -> None:
+    with pytest.raises(ValueError, match=r"anneal: `method` is 'top_k_swap', whose α has no range.*or change"):
+        Mixture("top_k_swap").anneal(0.5)
+
+
 def test_the_order_of_the_fields_is_that_of_every_table() -> None:
-    assert MixtureRows._fields == ("present", *FIELDS)
-    mixtures = [Mixture(method, 0.1, 0.9, 0.3, 0.2) for method in METHODS]
+    assert MixtureRows._fields == ("present", "most_swapped", *FIELDS)
+    mixtures = [*(Mixture(method, 0.1, 0.9, 0.3, 0.2) for method in RANGED), Mixture("top_k_swap", swap_top_k=7)]
     rows, table = MixtureRows.of(mixtures), torch.tensor([mixture.numbers() for mixture in mixtures])
-    for name, column, want in zip(FIELDS, MixtureRows.from_table(table)[1:], rows[1:], strict=True):
+    for name, column, want in zip(FIELDS, MixtureRows.from_table(table)[2:], rows[2:], strict=True):
         assert torch.equal(column, want.float()), name
     assert rows.present == {("geometric", method) for method in METHODS}
     assert rows.methods("geometric") == frozenset(METHODS)
     assert not rows.methods("arithmetic")
+    assert rows.most_swapped == 7
+    assert MixtureRows.from_table(table, most_swapped=7).methods("geometric") == frozenset(METHODS)
+    assert MixtureRows.from_table(table[:-1]).methods("geometric") == frozenset(RANGED)
+    assert MixtureRows.of([Mixture(swap_top_k=9), Mixture("fixed", swap_top_k=9)]).most_swapped == 0

@@ -11,10 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from helpers.strategies import ROOTS, Pair, inside, kl, pairs, random_pair, share
+from helpers.strategies import RANGED, ROOTS, Pair, inside, kl, pairs, random_pair, share
 from optimal_sampling_trl.mixture import (
     FORMS,
-    METHODS,
     SAME_DIVERGENCE,
     Mixture,
     MixtureRows,
@@ -29,8 +28,8 @@ LOG_Q_TOLERANCE = 1e-5
 
 
 def test_same_distribution_takes_the_middle_of_the_range() -> None:
-    theta, _ = random_pair(len(METHODS), 6)
-    rows = [Mixture(method, 0.1, 0.5, 0.3, entropy_scale=1e-3) for method in METHODS]
+    theta, _ = random_pair(len(RANGED), 6)
+    rows = [Mixture(method, 0.1, 0.5, 0.3, entropy_scale=1e-3) for method in RANGED]
     alpha, log_q = mix(theta, theta.clone(), rows)
     wanted = {
         "kl_symmetry": 0.3,
@@ -40,7 +39,7 @@ def test_same_distribution_takes_the_middle_of_the_range() -> None:
         "fixed": 0.3,
         "entropy_gate": 0.5,
     }
-    assert alpha.tolist() == pytest.approx([wanted[method] for method in METHODS])
+    assert alpha.tolist() == pytest.approx([wanted[method] for method in RANGED])
     assert (log_q - torch.log_softmax(theta, -1)).abs().max() < 1e-6
 
 
@@ -127,7 +126,7 @@ def test_teacher_and_student_change_places(pair: Pair, method: str, one: float, 
     assert (log_q - swapped_log_q).abs().max() < LOG_Q_TOLERANCE
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RANGED)
 def test_a_root_outside_of_the_range_is_its_nearer_end(method: str) -> None:
     pair = random_pair(20, 9)
     free = mix(*pair, Mixture(method))[0]

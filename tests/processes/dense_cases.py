@@ -26,7 +26,7 @@ SMALL = 64
 """Logits a program in these tests: small rows are in several chunks then, and chunks in several groups."""
 WIDTHS = [(300, 317), (65, 64)] + ([(151_936, 152_064), (152_064, 151_936)] if GPU else [])
 ENDS = [Mixture.theta_only(), Mixture.teacher_only()]
-FORMS = [Mixture(form=form) for form in ("geometric", "arithmetic")]
+FORMS = [*(Mixture(form=form) for form in ("geometric", "arithmetic")), Mixture("top_k_swap", swap_top_k=5)]
 
 
 def kernels(pair: Pair, mixed: Tensor | None, temperature: Tensor, top_k: int = 0, **more: Any) -> Measured:

@@ -20,7 +20,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers.models import make_tokenizer
-from helpers.strategies import BROKEN, ROOTS, Pair, inside, make_row, mixtures, pairs, random_pair, temperatures
+from helpers.strategies import (
+    BROKEN,
+    RANGED,
+    ROOTS,
+    Pair,
+    inside,
+    make_row,
+    mixtures,
+    pairs,
+    random_pair,
+    temperatures,
+)
 from optimal_sampling_trl.backends.transformers import decoding
 from optimal_sampling_trl.mixture import (
     FORMS,
@@ -45,7 +56,8 @@ SMALL = 64
 WIDTHS = [(300, 317), (317, 300), (64, 64), (65, 65)] + ([(151_936, 152_064), (152_064, 151_936)] if GPU else [])
 ALPHA_TOLERANCE = 1e-4
 VARIATION_TOLERANCE = 1e-5
-ARITHMETIC = [Mixture(method, form="arithmetic") for method in METHODS if method != "ess_balance"]
+ARITHMETIC = [Mixture(method, form="arithmetic") for method in RANGED if method != "ess_balance"]
+SWAPS = [Mixture("top_k_swap", swap_top_k=K) for K in (1, 3, 60, 1000)]
 ENDS = [Mixture.theta_only(), Mixture.teacher_only()]
 
 
@@ -93,10 +105,10 @@ def assert_logits(
     want = mix_at(theta, teacher, alpha, row, temperature)
     both = want.isfinite()
     size = theta.abs().masked_fill(~theta.isfinite(), 0) + teacher.abs().masked_fill(~teacher.isfinite(), 0) + 1
-    if row.methods("arithmetic"):
+    if row.methods("arithmetic") or row.most_swapped:
         size = size + size.amax() + temperature
     assert bool(((logits.double() - want)[both].abs() <= 4e-7 * size[both]).all())
-    if float(alpha) in (0.0, 1.0):
+    if float(alpha) in (0.0, 1.0) and not row.most_swapped:
         assert torch.equal(logits.double(), want)
 
 
@@ -112,7 +124,7 @@ def test_every_row_meets_the_reference(pair: Pair, data: st.DataObject) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("V_theta", "V_teacher"), WIDTHS)
 def test_every_method_at_once_in_wide_rows(V_theta: int, V_teacher: int, dtype: torch.dtype) -> None:
-    rows = [*map(Mixture, METHODS), *ARITHMETIC]
+    rows = [*map(Mixture, METHODS), *ARITHMETIC, *SWAPS]
     base, noise = random_pair(len(rows), max(V_theta, V_teacher), scale=3.0)
     pair = Pair((0.7 * base + noise / 2)[:, :V_theta].to(dtype), base[:, :V_teacher].to(dtype))
     for temperature in (1.0, 0.3, 2.0):
@@ -204,7 +216,7 @@ def test_the_sums_normalise_the_rows() -> None:
 
 
 @pytest.mark.parametrize("folded", [(7,), (299, 0, 130)])
-@pytest.mark.parametrize("mixture", [*map(Mixture, METHODS), *ARITHMETIC])
+@pytest.mark.parametrize("mixture", [*map(Mixture, METHODS), *ARITHMETIC, *SWAPS[:2]])
 def test_endings_are_folded_before_the_temperature(mixture: Mixture, folded: tuple[int, ...]) -> None:
     theta, teacher = random_pair(4, 300)
     teacher[0, list(folded)] = 9.0
@@ -357,7 +369,7 @@ def test_a_grammar_that_leaves_the_student_no_token() -> None:
 
 def test_the_transformers_backend_draws_the_same_by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole steps of a batch: tokens of seeded and greedy rows, and each record."""
-    methods = [*METHODS, "kl_symmetry", "kl_symmetry"]
+    methods = [*METHODS, "kl_symmetry"]
     settings = [
         Sampling(temperature=t, seed=n, top_k=40) for n, t in enumerate((1.0, 0.7, 1.3, 1.0, 2.0, 0.5, 0.0, 1.0))
     ]
@@ -393,3 +405,65 @@ def test_the_gate_opens_with_the_entropy_of_the_student(form: str) -> None:
         got = run(Pair(theta, teacher), rows, [temperature] * 8)
         assert_rows(Pair(theta, teacher), rows, [temperature] * 8, got)
         assert 0 < float(got.alpha[2]) < 1 == float(got.alpha[3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["near", "peaked apart", "grammar", "one_hot", "gaps", "masked", "disjoint"])
+def test_swapped_rows(kind: str, dtype: torch.dtype) -> None:
+    """Ties at the K-th logit (bfloat16, gaps), tokens without mass, and nearly all or nothing outside of S."""
+    generator = torch.Generator().manual_seed(3)
+    rows = [Mixture("top_k_swap", swap_top_k=K) for K in (1, 2, 25, 199, 200, 10_000)]
+    pair = Pair(*(torch.stack(side).to(dtype) for side in zip(*(wide_row(kind, 200, 1.0, generator) for _ in rows))))
+    for temperature in (1.0, 0.3, 2.0):
+        got = run(pair, rows, [temperature] * len(rows))
+        assert_rows(pair, rows, [temperature] * len(rows), got)
+        constant = (1 - got.alpha) * got.theta_sum + got.alpha * got.teacher_sum
+        assert ((got.logits / temperature).logsumexp(-1) - constant).abs().max() < 1e-4  # Σq is 1 as it is written
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_ending_that_is_the_kth_likeliest_is_kept(dtype: torch.dtype) -> None:
+    """Its logit is a sum that no float type holds exactly: the bound and the kernels must see the same number."""
+    theta, teacher = (side.to(dtype) for side in random_pair(40, 130, scale=0.2))
+    teacher[:, :3] = 10.0  # likelier than the ending
+    teacher[:, [100, 7, 30]] = 5.0 + torch.rand(40, 3, generator=torch.Generator().manual_seed(1)).to(dtype)
+    got = run(Pair(theta, teacher), [Mixture("top_k_swap", swap_top_k=4)] * 40, stop=(100,), folded=(7, 30))
+    p = theta.double().softmax(-1)
+    assert torch.allclose(got.alpha.double(), 1 - p[:, [0, 1, 2, 100]].sum(-1), atol=1e-5)
+
+
+def test_swapped_rows_share_a_batch() -> None:
+    """A row does not depend on its neighbours, which choose between builds of the kernels."""
+    theta, teacher = random_pair(9, 200)
+    rows = [*SWAPS[:2], Mixture(), ARITHMETIC[0], SWAPS[2], Mixture("ess_balance"), ARITHMETIC[1], *ENDS]
+    together = run(Pair(theta, teacher), rows)
+    for n, mixture in enumerate(rows):
+        alone = run(Pair(theta[n : n + 1], teacher[n : n + 1]), [mixture])
+        assert torch.allclose(alone.alpha, together.alpha[n : n + 1], rtol=0, atol=1e-6)
+        assert torch.allclose(alone.logits, together.logits[n : n + 1], rtol=0, atol=1e-5)
+
+
+def test_a_grammar_holds_where_a_token_is_swapped() -> None:
+    theta, teacher = random_pair(3, 130)
+    ruled_out = torch.rand(3, 130, generator=torch.Generator().manual_seed(0)) < 0.7
+    pair = Pair(theta, teacher.masked_fill(ruled_out, -torch.inf))
+    rows = [Mixture("top_k_swap", swap_top_k=K) for K in (5, 25, 130)]
+    got = run(pair, rows, masked=torch.tensor([True, False, True], device=DEVICE))
+    assert_rows(pair, rows, [1.0] * 3, got)
+    assert torch.equal(got.logits.isneginf(), ruled_out)
+
+
+@pytest.mark.skipif(not GPU, reason="a CUDA graph needs a GPU")
+def test_a_graph_swaps_other_logits() -> None:
+    """The K-th largest logit is found on the device: a capture would refuse to wait."""
+    theta, teacher = (side.to(DEVICE) for side in random_pair(4, 5000))
+    rows = MixtureRows.of([*SWAPS[1:], Mixture()], DEVICE)
+    mix_logits(theta, teacher, rows, stop=(3,), folded=(5,))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = mix_logits(theta, teacher, rows, stop=(3,), folded=(5,))
+    for side, new in zip((theta, teacher), random_pair(4, 5000, seed=1)):
+        side.copy_(new)
+    graph.replay()
+    for got, want in zip(out, mix_logits(theta, teacher, rows, stop=(3,), folded=(5,))):
+        assert torch.equal(got, want)

@@ -57,6 +57,9 @@ def test_flags_reach_the_mixture() -> None:
     assert opened.generator() == OptimalSamplingGenerator(
         "large", Mixture("entropy_gate", entropy_scale=1.5), entropy_quantile=0.9
     )
+    swap = "--teacher large --alpha_method top_k_swap --swap_top_k 7"
+    (swapped,) = TrlParser((GeneratorArguments,)).parse_args_and_config(swap.split())
+    assert swapped.generator() == OptimalSamplingGenerator("large", Mixture("top_k_swap", swap_top_k=7))
     (arguments,) = TrlParser((GeneratorArguments,)).parse_args_and_config(flags.split())
     wanted = OptimalSamplingGenerator("large", Mixture("fixed", 0.2, 0.7, 0.3, form="arithmetic"), theta_fraction=0.25)
     assert arguments.generator() == wanted

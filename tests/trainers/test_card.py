@@ -62,6 +62,16 @@ def test_a_card_tells_what_alpha_follows(pair: tuple[str, str], tmp_path: Path) 
     assert facts["mixture annealed by the share of these with a reward of"] == 0.5
 
 
+def test_a_card_tells_how_many_likeliest_tokens_are_kept(pair: tuple[str, str], tmp_path: Path) -> None:
+    trainer = make_trainer("divergence", pair, tmp_path, generator={"mixture": Mixture("top_k_swap", swap_top_k=7)})
+    facts = card_facts(trainer)
+    assert facts["mixture"] == "top_k_swap"
+    assert facts["likeliest tokens of the teacher that the student may draw"] == 7
+    assert "likeliest tokens of the teacher that the student may draw" not in card_facts(
+        make_trainer("divergence", pair, tmp_path)
+    )
+
+
 def test_a_configuration_of_trls_gets_our_default_named(pair: tuple[str, str], tmp_path: Path) -> None:
     for kind, loss in (("grpo", "positive_only='all', correction='none'"), ("raft", "completion_weight='accepted'")):
         trainer = make_trainer(kind, pair, tmp_path, config=trl.GRPOConfig, num_generations=4)

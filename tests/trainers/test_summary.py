@@ -29,7 +29,10 @@ WANTED: dict[str, tuple[dict[str, Any], list[str]]] = {
             "all completions count, weighted by sequence_truncate",
         ],
     ),
-    "raft": ({}, ["100% of the completions from", "that the reward accepts are imitated"]),
+    "raft": (
+        {"generator": {"mixture": Mixture("top_k_swap", swap_top_k=7)}},
+        ["100% of the completions from the mixture (top_k_swap, K = 7)", "that the reward accepts are imitated"],
+    ),
     "divergence": ({"generator": {"schedule": 0.5}}, ["annealed over 0.5 of training", "loss 'divergence'"]),
     "sampled_token": (
         {"generator": {"mixture": Mixture("trust_region", epsilon=0.1)}},

@@ -84,7 +84,11 @@ def fields_of(kind: type, **known: Any) -> st.SearchStrategy[dict[str, Any]]:
     return st.fixed_dictionaries({}, optional={name: st.one_of(ANYTHING, *known.get(name, ())) for name in names})
 
 
-METHODS = (st.sampled_from(["kl_symmetry", "ess_balance", "trust_region", "entropy", "fixed", "entropy_gate"]),)
+METHODS = (
+    st.sampled_from(
+        ["kl_symmetry", "ess_balance", "trust_region", "entropy", "fixed", "entropy_gate", "top_k_swap"],
+    ),
+)
 SHARE = (st.floats(0, 1),)
 
 

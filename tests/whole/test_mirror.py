@@ -56,6 +56,7 @@ ELSEWHERE = {
     "mixture/kernels/scalars.py": ("mixture/test_kernels.py", "as a part of dense records"),
     "mixture/kernels/steps.py": ("mixture/test_kernels.py", "the kernels as a whole against the reference"),
     "mixture/kernels/sums.py": ("mixture/test_kernels.py", "the kernels as a whole against the reference"),
+    "mixture/kernels/swap.py": ("mixture/test_kernels.py", "the method `top_k_swap` in those tests"),
     "mixture/kernels/launch.py": ("mixture/test_kernels.py", "compiled or interpreted, in a process of its own"),
     "pairing/pair.py": ("pairing/test_pairing.py", "what two models must share"),
     "pairing/prompts.py": ("pairing/test_pairing.py", "the prompts of a pair"),

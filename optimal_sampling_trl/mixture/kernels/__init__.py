@@ -2,5 +2,6 @@
 `dense.measure_rows` are the doors.
 
 `layout` names the slots that the launches share; `sums` reads and sums a row. `nodes`, `steps` and `blend` are the
-launches of the mixture in their order, `scalars` and `likeliest` those of dense records.
+launches of the mixture in their order, `average` and `swap` what two kinds of rows need in them, `scalars` and
+`likeliest` those of dense records.
 """

@@ -136,6 +136,12 @@ def average(s, t, alpha, theta_sum, teacher_sum, inverse):
     exact = alpha.to(tl.float64)
     of_theta = tl.log(1.0 - exact).to(tl.float32) + (s * inverse - theta_sum)
     of_teacher = tl.log(exact).to(tl.float32) + (t * inverse - teacher_sum)
+    return log_sum_to_logits(of_theta, of_teacher, alpha, theta_sum, teacher_sum, inverse)
+
+
+@triton.jit
+def log_sum_to_logits(of_theta, of_teacher, alpha, theta_sum, teacher_sum, inverse):
+    """Return the raw logits of q from the logarithms of its two terms."""
     top, low = tl.maximum(of_theta, of_teacher), tl.minimum(of_theta, of_teacher)
     log_q = top + tl.log(1.0 + tl.exp(low - tl.where(top == NOWHERE, 0.0, top)))
     return (log_q + ((1 - alpha) * theta_sum + alpha * teacher_sum)) / inverse

@@ -7,8 +7,19 @@ import triton.language as tl
 
 from ..settings import CERTAIN_LOGIT
 from .average import average
-from .layout import NOWHERE, ROW_ALPHA, ROW_ARITHMETIC, ROW_INVERSE_TEMPERATURE, ROW_MASKED, ROW_SLOTS
+from .layout import (
+    NOWHERE,
+    ROW_ALPHA,
+    ROW_ARITHMETIC,
+    ROW_BOUND,
+    ROW_INVERSE_TEMPERATURE,
+    ROW_MASKED,
+    ROW_METHOD,
+    ROW_SLOTS,
+    TOP_K_SWAP,
+)
 from .sums import fold_endings, load_tile
+from .swap import swap
 
 CERTAIN = tl.constexpr(CERTAIN_LOGIT)
 
@@ -17,14 +28,16 @@ CERTAIN = tl.constexpr(CERTAIN_LOGIT)
 def blend(
     theta, teacher, theta_stride, teacher_stride, endings, V, chunk, chunks, rows, theta_sum, teacher_sum, alphas, out,
     V_teacher, out_chunks,
-    ARITHMETIC: tl.constexpr, STOP: tl.constexpr, FOLDED: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+    ARITHMETIC: tl.constexpr, SWAPPED: tl.constexpr, STOP: tl.constexpr, FOLDED: tl.constexpr, OUTER: tl.constexpr,
+    INNER: tl.constexpr,
 ):  # fmt: skip
     """Write (1-α)·θ + α·t of one chunk of the teacher's V, and the row's α with the first chunk.
 
-    If `ARITHMETIC`, rows of the arithmetic form take `average` instead. Only they read the two sums.
+    If `ARITHMETIC`, rows of the arithmetic form take `average` instead, and if `SWAPPED`, those of `top_k_swap` take
+    `swap`. Only they read the two sums.
 
-    At α = 0 and α = 1 the result is one model's row. Beyond the common V it is -inf. In a row without a solution,
-    whose α is NaN, it is 0, and `CERTAIN` at the student's ending if `STOP` says that there is one.
+    At α = 0 and α = 1 the result is one model's row, but for `top_k_swap`. Beyond the common V it is -inf. In a row
+    without a solution, whose α is NaN, it is 0, and `CERTAIN` at the student's ending if `STOP` says there is one.
     """
     row, piece = (tl.program_id(0) // out_chunks).to(tl.int64), tl.program_id(0) % out_chunks
     theta += row * theta_stride
@@ -42,6 +55,12 @@ def blend(
             if tl.load(rows + ROW_ARITHMETIC) != 0:
                 mixed = average(s, t, alpha, tl.load(theta_sum + row), tl.load(teacher_sum + row), inverse)
         mixed = tl.where(alpha == 0, s, tl.where(alpha == 1, t, mixed))  # 0·(-inf) is NaN
+        if SWAPPED:  # noqa: SIM102  (this one is settled when the kernel is compiled)
+            if tl.load(rows + ROW_METHOD) == TOP_K_SWAP:
+                mixed = swap(
+                    s, t, alpha, tl.load(rows + ROW_BOUND).to(tl.float32), tl.load(theta_sum + row),
+                    tl.load(teacher_sum + row), tl.load(rows + ROW_INVERSE_TEMPERATURE).to(tl.float32),
+                )  # fmt: skip
         if masked != 0:
             mixed = tl.where(t == NOWHERE, NOWHERE, mixed)
         if alpha != alpha:

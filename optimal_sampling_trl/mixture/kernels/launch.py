@@ -15,7 +15,8 @@ that even one row alone fills a chip:
    after the first. Rows still unsolved after the last launch are finished by one program each.
 3. `blend.blend` writes the blended logits.
 
-`average` holds what the arithmetic form needs. Batches without such a row run kernels compiled without it.
+`average` holds what the arithmetic form needs, `swap` what `top_k_swap` does. Batches without such a row run kernels
+compiled without it.
 
 The sums are float32, and joined in float64. Differences that float32 would ruin are computed directly: x is the
 difference of the logits themselves, less that of the two largest, and the terms of S_0(p') - S_0(p) are summed as
@@ -33,7 +34,9 @@ import triton
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..folding import fold_eos
 from ..settings import FIELDS, MixtureRows
+from ..swap import kth_largest
 from .blend import blend
 from .layout import CHUNK_SLOTS, LANES, ROW_SLOTS
 from .nodes import begin
@@ -106,6 +109,10 @@ def mix_logits(
     )
     if not N:
         return mixed
+    bound = None
+    if rows.most_swapped:  # S is of the folded logits, which the bound and the kernels must see alike
+        teacher, folded = _fold(teacher[:, :V], stop, folded), ()
+        bound = kth_largest(teacher, rows)
     outer, inner, chunk, chunks = cut_rows(theta, teacher, chunk, warps)
     out_chunks = triton.cdiv(V_teacher, chunk)
     parts = torch.empty(N, chunks, CHUNK_SLOTS.value, dtype=torch.float32, device=device)
@@ -114,8 +121,9 @@ def mix_logits(
     endings = endings_on(device, stop, folded)
     logits = (theta, teacher, theta.stride(0), teacher.stride(0), endings, V, chunk, chunks)
     shapes = {"FOLDED": len(folded) if stop else 0, "OUTER": outer, "INNER": inner, "num_warps": warps}
-    arithmetic = bool(rows.methods("arithmetic"))
-    columns = {name: getattr(rows, name) for name in FIELDS} | {"temperature": temperature, "masked": masked}
+    arithmetic, swapped = bool(rows.methods("arithmetic")), bound is not None
+    columns = {name: getattr(rows, name) for name in FIELDS if name != "swap_top_k"}
+    columns |= {"bound": bound, "temperature": temperature, "masked": masked}
     columns["form"] = rows.form if arithmetic else None
     strides = {f"{name}_stride": 0 if column is None else column.stride(0) for name, column in columns.items()}
     sums = {"theta_sum": mixed.theta_sum, "teacher_sum": mixed.teacher_sum}
@@ -123,11 +131,16 @@ def mix_logits(
     for number in range(1, 1 + STEPS):
         step[(N * chunks,)](*logits, parts, state, arrived[number], number == STEPS, ARITHMETIC=arithmetic, **shapes)
     shapes |= {"OUTER": outer * inner // min(inner, 4), "INNER": min(inner, 4)}  # it writes float32, 4 in 16 bytes
-    read = (mixed.theta_sum, mixed.teacher_sum) if arithmetic else (None, None)
-    blend[(N * out_chunks,)](
-        *logits, state, *read, mixed.alpha, mixed.logits, V_teacher, out_chunks, arithmetic, bool(stop), **shapes
-    )
+    read = (mixed.theta_sum, mixed.teacher_sum) if arithmetic or swapped else (None, None)
+    out = (mixed.alpha, mixed.logits, V_teacher, out_chunks)
+    blend[(N * out_chunks,)](*logits, state, *read, *out, arithmetic, swapped, bool(stop), **shapes)
     return mixed
+
+
+def _fold(teacher: Tensor, stop: Sequence[int], folded: Sequence[int]) -> Tensor:
+    """Return the teacher's logits with the endings folded, the given ones where there are none."""
+    ids = [id for id in folded if id < teacher.shape[1]]
+    return fold_eos(teacher.float(), ids, stop[0]) if stop and ids else teacher
 
 
 class Cut(NamedTuple):

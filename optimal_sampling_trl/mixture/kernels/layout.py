@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from ..settings import FORMS, METHODS, SAME_DIVERGENCE
+from ..settings import FORMS, METHODS, SAME_DIVERGENCE, SWAP
 
 NOWHERE = tl.constexpr(float("-inf"))
 """The logit of a token without mass."""
@@ -27,6 +27,7 @@ TRUST_REGION = tl.constexpr(METHODS.index("trust_region"))
 ENTROPY = tl.constexpr(METHODS.index("entropy"))
 """The methods before this one are equations in α."""
 ENTROPY_GATE = tl.constexpr(METHODS.index("entropy_gate"))
+TOP_K_SWAP = tl.constexpr(METHODS.index(SWAP))
 ARITHMETIC_TRUST_REGION = tl.constexpr(len(METHODS))
 """Stands for `TRUST_REGION` in a row of the arithmetic form, whose equation differs."""
 FORM_ARITHMETIC = tl.constexpr(FORMS.index("arithmetic"))
@@ -65,6 +66,8 @@ ROW_END_UNTRIED = tl.constexpr(17)
 """1 until a step beyond alpha_min or alpha_max has tried that end, then 0."""
 ROW_ARITHMETIC = tl.constexpr(18)
 """1 in a row of the arithmetic form, else 0; written where some row may be of it."""
+ROW_BOUND = tl.constexpr(19)
+"""The teacher's K-th largest raw logit, of which `swap` has the use; written where some row may be of that method."""
 
 # A chunk, float32: written by its program, joined by the last program of its row.
 CHUNK_SLOTS = tl.constexpr(16)
@@ -85,6 +88,7 @@ NODE_MAX_BOTH = tl.constexpr(15)
 # and of any other row, for its entropies: the number of the largest terms, and Σe^u and Σu·2^u of the others.
 ENTROPY_THETA = tl.constexpr(0)
 ENTROPY_TEACHER = tl.constexpr(3)
+# (In a row of `top_k_swap` NODE_ONLY_THETA is Σe^s over the tokens outside of S.)
 # In `step`: S_0 to S_3 at the powers p and q,
 STEP_P = tl.constexpr(0)
 STEP_Q = tl.constexpr(4)

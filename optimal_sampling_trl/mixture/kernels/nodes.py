@@ -7,7 +7,8 @@ its derivatives are known there, and a method's equation is a cubic between the 
 the cubic is exact enough the guess stands, and the row is done; `steps` refines the others.
 
 A row whose α is known before it is read (`fixed`, or alpha_min = alpha_max) and a row of the methods `entropy` and
-`entropy_gate` sum Σe^u and Σue^u of each model instead, which give its normaliser and its entropy.
+`entropy_gate` sum Σe^u and Σue^u of each model instead, which give its normaliser and its entropy. A row of
+`top_k_swap` does, too, and sums what the student has outside of S.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from .layout import (
     ROW_ALPHA_MAX,
     ROW_ALPHA_MIN,
     ROW_ARITHMETIC,
+    ROW_BOUND,
     ROW_BRACKET_HIGH,
     ROW_BRACKET_LOW,
     ROW_C,
@@ -59,22 +61,24 @@ from .layout import (
     ROW_SUM_THETA,
     ROW_TOP_THETA,
     SAME,
+    TOP_K_SWAP,
     TRUST_REGION,
 )
 from .sums import fold_endings, growth, is_last, load_tile, log1p, log_quotient, store_sums, take
+from .swap import is_likely
 
 
 @triton.jit
 def begin(
     theta, teacher, theta_stride, teacher_stride, endings, V, chunk, chunks, method, alpha_min, alpha_max, fixed_alpha,
-    epsilon, form, entropy_scale, temperature, masked, method_stride, alpha_min_stride, alpha_max_stride,
-    fixed_alpha_stride, epsilon_stride, form_stride, entropy_scale_stride, temperature_stride, masked_stride, parts,
-    rows, arrived, theta_sum, teacher_sum,
+    epsilon, form, entropy_scale, bound, temperature, masked, method_stride, alpha_min_stride, alpha_max_stride,
+    fixed_alpha_stride, epsilon_stride, form_stride, entropy_scale_stride, bound_stride, temperature_stride,
+    masked_stride, parts, rows, arrived, theta_sum, teacher_sum,
     FOLDED: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """Sum one chunk of a row; the last program of the row writes its `ROW_*` slots and the two normalisers.
 
-    `form` is None where every row is geometric.
+    `form` is None where every row is geometric, and `bound` where none is of `top_k_swap`.
     """
     row, piece = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
     chosen = tl.load(method + row * method_stride).to(tl.int32)
@@ -84,10 +88,13 @@ def begin(
     if temperature is not None:
         inverse = 1.0 / tl.load(temperature + row * temperature_stride).to(tl.float64)
     root = (low < high) & (chosen < ENTROPY)
+    least = tl.full((), 0.0, tl.float32)
+    if bound is not None:
+        least = tl.load(bound + row * bound_stride).to(tl.float32)
     parts += row * chunks * CHUNK_SLOTS
     _sum_chunk(
         theta + row * theta_stride, teacher + row * teacher_stride, endings, piece * chunk, V, chunk,
-        inverse.to(tl.float32), root, parts + piece * CHUNK_SLOTS, FOLDED, OUTER, INNER,
+        inverse.to(tl.float32), root, least, parts + piece * CHUNK_SLOTS, bound is not None, FOLDED, OUTER, INNER,
     )  # fmt: skip
     if is_last(arrived + row, chunks):
         rows += row * ROW_SLOTS
@@ -108,18 +115,23 @@ def begin(
         tl.store(rows + ROW_EPSILON, budget)
         tl.store(rows + ROW_INVERSE_TEMPERATURE, inverse)
         tl.store(rows + ROW_MASKED, mask)
+        if bound is not None:
+            tl.store(rows + ROW_BOUND, least.to(tl.float64))
         _start(
             parts, rows, theta_sum + row, teacher_sum + row, chunks, chosen, low, high, fixed, budget, scale, inverse,
-            root, mask, is_average, form is not None,
+            root, mask, is_average, form is not None, bound is not None,
         )  # fmt: skip
 
 
 @triton.jit
 def _sum_chunk(
-    theta, teacher, endings, first, V, chunk, inverse, root, part,
-    FOLDED: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+    theta, teacher, endings, first, V, chunk, inverse, root, least, part,
+    SWAPPED: tl.constexpr, FOLDED: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """Store the sums of one chunk, relative to its largest logits: those at the nodes if `root`, else of entropies."""
+    """Store the sums of one chunk, relative to its largest logits: those at the nodes if `root`, else of entropies.
+
+    If `SWAPPED`, beside the latter is what the student has on tokens whose logit under the teacher is below `least`.
+    """
     folded = fold_endings(teacher, endings, V, FOLDED)
     last = tl.minimum(first + chunk, V)
     nothing = tl.full((OUTER,), NOWHERE, tl.float32)
@@ -171,6 +183,8 @@ def _sum_chunk(
             b0 += tl.sum(tl.where(v == 0.0, 1.0, 0.0), 1)
             b1 += tl.sum(tl.where(v == 0.0, 0.0, b), 1)
             b2 += tl.sum(tl.where(v == NOWHERE, 0.0, b * v), 1)
+            if SWAPPED:
+                only_theta += tl.sum(tl.where(is_likely(t, least), 0.0, a), 1)
     store_sums(
         part,
         a0, a1, a2,  # NODE_THETA, or ENTROPY_THETA
@@ -187,7 +201,7 @@ def _sum_chunk(
 @triton.jit
 def _start(
     parts, rows, theta_sum, teacher_sum, chunks, method, low, high, fixed, epsilon, scale, inverse, root, mask,
-    is_average, ARITHMETIC: tl.constexpr,
+    is_average, ARITHMETIC: tl.constexpr, SWAPPED: tl.constexpr,
 ):  # fmt: skip
     """Join the chunks of a row and store its normalisers, its α or a guess of it, and the state of the search."""
     max_theta, max_teacher = (
@@ -221,6 +235,10 @@ def _start(
             alpha = tl.minimum(tl.maximum(share, low), high)
         if (method == ENTROPY_GATE) & (low < high):
             alpha = tl.minimum(tl.maximum(entropy_theta / scale, low), high)
+        if SWAPPED:  # noqa: SIM102  (this one is settled when the kernel is compiled)
+            if method == TOP_K_SWAP:
+                outside = tl.sum(take(parts, NODE_ONLY_THETA, chunks, 0.0) * tl.exp(down))
+                alpha = tl.minimum(outside / whole_theta, high)
     sum_theta, sum_teacher = tl.log(whole_theta) + top_theta * inverse, tl.log(whole_teacher) + top_teacher * inverse
     finite = (tl.abs(sum_theta) < float("inf")) & (tl.abs(sum_teacher) < float("inf"))
     # Under a grammar α = 0 needs a common token, too: what the teacher rules out is ruled out.
@@ -228,6 +246,8 @@ def _start(
     solvable = finite & (common | ((root == 0) & ((alpha == 0) | (alpha == 1)) & is_free))
     if ARITHMETIC:
         solvable |= finite & is_average & is_free
+    if SWAPPED:
+        solvable |= finite & (method == TOP_K_SWAP) & is_free
     tl.store(rows + ROW_ALPHA, tl.where(solvable, alpha, float("nan")))
     tl.store(rows + ROW_DONE, tl.where(done | (solvable == 0), 1.0, 0.0).to(tl.float64))
     tl.store(rows + ROW_TOP_THETA, top_theta)

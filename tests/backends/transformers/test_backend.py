@@ -45,6 +45,7 @@ MIXTURES = {
     "entropy": Mixture("entropy"),
     "fixed": Mixture("fixed", fixed_alpha=0.7),
     "entropy_gate": Mixture("entropy_gate", entropy_scale=8.0),
+    "top_k_swap": Mixture("top_k_swap", swap_top_k=90),
     "clamped": Mixture(alpha_min=0.7, alpha_max=0.9),
     "theta": Mixture.theta_only(),
     "teacher": Mixture.teacher_only(),
@@ -165,6 +166,7 @@ ARITHMETIC = (
     Mixture(alpha_min=0.3, alpha_max=0.3, form="arithmetic"),
     Mixture("fixed", alpha_min=1.0, fixed_alpha=1.0, form="arithmetic"),
 )
+SWAPS = tuple(Mixture("top_k_swap", swap_top_k=K) for K in (1, 25, 200, 1000))
 
 
 @pytest.mark.parametrize(
@@ -179,6 +181,20 @@ def test_the_arithmetic_form_beside_the_geometric(pair: Pair, settings: dict[str
     rollouts = pair.backend.generate(requests)
     pair.check(rollouts, requests)
     assert rollouts[-1].completion_ids == pair.backend.generate(requests[-1:])[0].completion_ids
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"temperature": 0.4}, {"temperature": 0}, {"top_k": 20, "top_p": 0.9}, {"repetition_penalty": 1.4}],
+    ids=lambda settings: "-".join(map(str, settings)),
+)
+def test_swapped_tokens_beside_others(pair: Pair, settings: dict[str, Any]) -> None:
+    requests = [ask(TEXTS[i % 6], one, **{"seed": i} | settings) for i, one in enumerate((*SWAPS, Mixture(), *SWAPS))]
+    rollouts = pair.backend.generate(requests)
+    pair.check(rollouts, requests)
+    assert 0.1 < float(rollouts[1].alpha.mean()) < 1  # the student's own would be 0
+    assert bool((rollouts[3].alpha == 0).all())  # more than the vocabulary: the teacher has every token
+    assert rollouts[3].completion_ids[0] in range(288)
 
 
 @pytest.mark.parametrize("name", PAIRS)

@@ -39,6 +39,7 @@ MIXTURES = {
     "arithmetic trust_region": Mixture("trust_region", form="arithmetic"),
     "arithmetic fixed": Mixture("fixed", fixed_alpha=0.2, form="arithmetic"),
     "arithmetic entropy_gate": Mixture("entropy_gate", entropy_scale=8.0, form="arithmetic"),
+    "top_k_swap": Mixture("top_k_swap", swap_top_k=90),
 }
 
 
@@ -99,7 +100,9 @@ def test_a_method_alone(backend: Any, oracle: Oracle, name: str) -> None:
 def test_truncation_and_penalty(backend: Any, oracle: Oracle, settings: dict[str, Any]) -> None:
     mixtures = (Mixture(), Mixture.theta_only(), Mixture.teacher_only(), Mixture("trust_region"))
     mixtures += (Mixture(form="arithmetic"), Mixture("fixed", fixed_alpha=0.2, form="arithmetic"))
-    requests = with_wishes([request(TEXTS[i], mixture, seed=i, **settings) for i, mixture in enumerate(mixtures)])
+    mixtures += (Mixture("top_k_swap", swap_top_k=90),)
+    requests = [request(TEXTS[i % 6], mixture, seed=i, **settings) for i, mixture in enumerate(mixtures)]
+    requests = with_wishes(requests)
     oracle.check(backend.generate(requests), requests)
 
 
@@ -119,7 +122,9 @@ def test_greedy_takes_the_mixtures_likeliest_token(backend: Any, oracle: Oracle)
 def test_alone_and_in_a_batch_are_equal(backend: Any) -> None:
     mixtures = list(MIXTURES.values())
     requests = [
-        request(TEXTS[i % 6], mixtures[i % 12], seed=100 + i, temperature=0.5 + i / 20, top_k=0 if i % 2 else 50)
+        request(
+            TEXTS[i % 6], mixtures[i % len(mixtures)], seed=100 + i, temperature=0.5 + i / 20, top_k=0 if i % 2 else 50
+        )
         for i in range(24)
     ]
     together = backend.generate(requests)

@@ -46,6 +46,7 @@ MIXTURES = (
     Mixture("trust_region", epsilon=0.02, form="arithmetic"),
     Mixture("fixed", fixed_alpha=0.3, form="arithmetic"),
     Mixture("entropy_gate", entropy_scale=8.0, form="arithmetic"),
+    Mixture("top_k_swap", swap_top_k=60),
 )
 SIZES = [1, 2, 4, 8, 16, 24, 32, 48, 64]
 

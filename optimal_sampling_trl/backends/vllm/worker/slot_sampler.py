@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 
-from ....mixture import FIELDS, FORMS, Mixture, MixtureRows
+from ....mixture import FIELDS, FORMS, SWAP, Mixture, MixtureRows
 from ....mixture.kernels.launch import mix_logits
 from ....rollouts.dense import Dense
 from ..wire import RECORD, dense_of, mixture_of
@@ -51,6 +51,8 @@ class SlotSampler:
         self.table = torch.empty(slots, len(SLOT_COLUMNS), device=device)
         self.has_changed = True
         self.wanted_np, self.masked_np, self.arithmetic_np = (np.zeros(slots, dtype=bool) for _ in range(3))
+        self.swapped_np = np.zeros(slots, dtype=np.int64)
+        """K of the slots of `top_k_swap`, 0 of the others."""
         self.dense: list[Dense | None] = [None] * slots
         self.grouped: bytes | None = None
         """The slots of the step that `groups` are of; None where a request has come since."""
@@ -70,6 +72,7 @@ class SlotSampler:
         self.wanted.np[slot] = self.wanted_np[slot] = bool((params.extra_args or {}).get(RECORD))
         self.masked_np[slot] = params.structured_outputs is not None
         self.arithmetic_np[slot] = mixture.form == "arithmetic"
+        self.swapped_np[slot] = mixture.swap_top_k if mixture.method == SWAP else 0
         self.dense[slot] = dense_of(params.extra_args) if self.wanted_np[slot] else None
         self.grouped = None
         if self.wanted_np[slot]:  # a record's columns need none of the likeliest tokens
@@ -106,7 +109,8 @@ class SlotSampler:
         """
         table = self.table[slots]
         forms = FORMS if self.arithmetic_np[slots_np].any() else ("geometric",)
-        rows, temperature = MixtureRows.from_table(table[:, :-1], forms), table[:, -1]
+        most_swapped = int(self.swapped_np[slots_np].max(initial=0))
+        rows, temperature = MixtureRows.from_table(table[:, :-1], forms, most_swapped), table[:, -1]
         masked = self._masked(slots_np, slots.device)
         ending = self.model.ending
         found = mix_logits(theta, logits, rows, temperature, masked, ending.stop, ending.folded)
