@@ -25,6 +25,7 @@ from transformers import (
 
 from helpers.models import EOS, FAMILIES, PAD, make_model, make_tokenizer, publish
 from helpers.oracle import check_rollout, check_rollouts, expected_records, with_wishes
+from helpers.strategies import RANGED
 from optimal_sampling_trl.backends import make_backend
 from optimal_sampling_trl.backends.transformers import TransformersBackend, decoding, dense
 from optimal_sampling_trl.backends.transformers.decoding import Rows
@@ -791,7 +792,7 @@ def test_tokens_are_drawn_from_q(pair: Pair, name: str) -> None:
     assert p_value(counts, q) > FALSE_ALARM / len(DRAWS)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RANGED)
 def test_the_chi_square_sees_a_wrong_alpha(pair: Pair, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same test on half the draws, with α 0.1 beside the solution, fails by far more than it may."""
     solve = decoding.solve_alpha
@@ -804,6 +805,16 @@ def test_the_chi_square_sees_a_wrong_alpha(pair: Pair, method: str, monkeypatch:
     torch.manual_seed(0)
     request = ask("chi", MIXTURES[method], "a prompt of its own", max_tokens=1, **COLD)
     assert p_value(*first_tokens(pair, [request] * 10_000)) < FALSE_ALARM**3
+
+
+def test_the_chi_square_sees_another_set_of_likeliest_tokens(pair: Pair) -> None:
+    """Half the draws of one K against q of the other K fail by far more than they may."""
+    requests = [
+        ask("chi", Mixture("top_k_swap", swap_top_k=K), "a prompt of its own", max_tokens=1, **COLD) for K in (90, 60)
+    ]
+    counts, _ = first_tokens(pair, requests[:1] * 10_000)
+    _, q = first_tokens(pair, requests[1:])
+    assert p_value(counts, q) < FALSE_ALARM**3
 
 
 def test_the_weights_average_to_one(pair: Pair) -> None:
