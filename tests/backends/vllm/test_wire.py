@@ -127,6 +127,9 @@ def test_a_mixture_travels_flat_and_comes_back() -> None:
     assert wire.wants_record(SimpleNamespace(extra_args=extra))  # type: ignore[arg-type]
     assert not wire.wants_record(SimpleNamespace(extra_args=None))  # type: ignore[arg-type]
     assert wire.mixture_of(None, Mixture("entropy").to_dict()) == Mixture("entropy")
+    swap = Mixture("top_k_swap", swap_top_k=7)
+    extra = json.loads(json.dumps(wire.extra_arguments(replace(REQUEST, mixture=swap))))
+    assert wire.mixture_of(extra, Mixture().to_dict()) == swap
 
 
 def test_the_students_prompt_travels_where_it_is_another() -> None:

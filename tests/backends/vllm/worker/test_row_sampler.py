@@ -48,6 +48,24 @@ def test_rows_without_a_common_token(mixtures: list[Mixture]) -> None:
     assert set(log_q.argmax(-1)[mixed.alpha.isnan()].tolist()) <= {ENDING.stop[0]}
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_where_a_student_has_nothing_that_the_teacher_has_all_is_swapped(masked: bool) -> None:
+    mixed = step(*APART, [Mixture("top_k_swap", swap_top_k=2)], masked=masked)
+    assert mixed.alpha.tolist() == [1.0]
+    assert torch.allclose(mixed.logits.log_softmax(-1), APART[1].log_softmax(-1))
+
+
+def test_the_folded_end_is_among_the_likeliest_where_its_whole_mass_is() -> None:
+    theta, teacher = torch.zeros(1, 4), torch.tensor([[1.0, 0.9, 0.8, 0.9]])
+    folding = Ending((3,), (2,))
+    for ending, kept in ((ENDING, 0), (folding, 3)):
+        mixed = step(theta, teacher, [Mixture("top_k_swap", swap_top_k=1)], ending=ending)
+        assert mixed.alpha.tolist() == [0.75]
+        t = ending.fold(teacher).softmax(-1)[0]
+        wanted = 0.75 * t + 0.25 * (torch.arange(4) == kept)
+        assert torch.allclose(mixed.logits.softmax(-1)[0], wanted, atol=1e-6)
+
+
 def test_a_grammar_that_leaves_the_student_no_token() -> None:
     mixed = step(*APART, ENDS, masked=True)
     assert mixed.alpha.isnan().tolist() == [True, False, True]
