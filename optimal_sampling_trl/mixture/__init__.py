@@ -22,7 +22,6 @@ Var_q[ℓ] ≥ 0. Each method asks for one α in each row:
 - `fixed`: α = fixed_alpha.
 - `entropy_gate`: α = min(1, H(θ)/γ) with γ = `entropy_scale`: the teacher enters where the student is unsure
   (MENTOR, arXiv:2510.04140, which mixes arithmetically).
-
 - `top_k_swap`: α = 1 − θ(S), where S are the teacher's K = `swap_top_k` likeliest tokens (below).
 
 A root is clamped to [alpha_min, alpha_max]. Where θ and t are the same distribution (their Jeffreys divergence,

@@ -34,7 +34,7 @@ from trl.generation.vllm_client import VLLMClient
 
 from helpers.engines import TEXTS, TOLERANCE, Oracle, request
 from helpers.models import make_model, make_tokenizer
-from helpers.oracle import expected_records
+from helpers.oracle import expected_records, on_the_edge
 from helpers.servers import MIXED, Server
 from optimal_sampling_trl.backends.vllm.server.client import FusedServer
 from optimal_sampling_trl.rollouts.request import Request
@@ -110,9 +110,11 @@ def worst_errors(
         expected, _ = expected_records(
             rollout, oracle.models["teacher"], oracle.models["theta"], oracle.ending, sampling
         )
+        edge = on_the_edge(rollout, oracle.models["teacher"], oracle.models["theta"], oracle.ending, bound)
         for name in RECORDS:
             if not (cut and name == "log_q"):
                 error = (getattr(rollout, name).double() - expected[name].cpu()).abs().nan_to_num(nan=torch.inf)
+                error = error.masked_fill(edge, 0.0) if name in ("alpha", "log_q") else error
                 worst[name] = max(worst[name], float(error.max()))
     largest = max(worst.values())
     words = ", ".join(f"{name} {error:.1e}" for name, error in worst.items())

@@ -104,6 +104,26 @@ def expected_records(
     return {"alpha": alpha} | {name: row.gather(1, drawn)[:, 0] for name, row in rows.items()}, log_q
 
 
+def on_the_edge(
+    rollout: Rollout,
+    teacher: PreTrainedModel,
+    theta: PreTrainedModel,
+    ending: Ending | None = None,
+    tolerance: float = 1e-4,
+) -> Tensor:
+    """Tokens (T,) at which rounding may decide what is among the K likeliest: q is another one on either side.
+
+    Args:
+        tolerance: how far the logits of two engines may lie apart.
+    """
+    mixture, nowhere = rollout.mixture, torch.zeros(len(rollout.completion_ids), dtype=torch.bool)
+    if mixture.method != "top_k_swap":
+        return nowhere
+    _, logits = pair_logits(rollout, teacher, theta, ending)
+    ordered = logits.sort(1, descending=True).values[:, mixture.swap_top_k - 1 :]
+    return ordered[:, 0] - ordered[:, 1] <= 2 * tolerance if ordered.shape[1] > 1 else nowhere
+
+
 def check_rollout(
     rollout: Rollout,
     teacher_model: PreTrainedModel,
@@ -128,12 +148,15 @@ def check_rollout(
     if not rollout.completion_ids:
         raise AssertionError("The rollout has no tokens: there is nothing to check.")
     expected, log_q = expected_records(rollout, teacher_model, theta_model, ending, sampling)
+    edge = on_the_edge(rollout, teacher_model, theta_model, ending, tolerance)
     worst = {}
     if not has_teacher:
         assert bool(rollout.log_teacher.isnan().all()), f"log t is {rollout.log_teacher}; nobody asked for it."
     for name in RECORDS if has_teacher else RECORDS[:-1]:
         got, wanted = getattr(rollout, name).double(), expected[name]
         error = (got - wanted).abs().masked_fill(got == wanted, 0.0).nan_to_num(nan=torch.inf)
+        if name in ("alpha", "log_q"):
+            error = error.masked_fill(edge, 0.0)
         token = int(error.argmax())
         worst[name] = float(error[token])
         if worst[name] > tolerance:
@@ -144,7 +167,7 @@ def check_rollout(
             )
     if rollout.temperature == 0:
         chosen = log_q.gather(1, torch.tensor(rollout.completion_ids)[:, None].to(log_q.device))[:, 0]
-        if not bool((log_q.max(1).values - chosen <= 2 * tolerance).all()):
+        if not bool(((log_q.max(1).values - chosen <= 2 * tolerance) | edge.to(log_q.device)).all()):
             likeliest = log_q.argmax(1).tolist()
             raise AssertionError(f"Temperature 0 gave {rollout.completion_ids}; likeliest are {likeliest}.")
     return worst
@@ -172,9 +195,10 @@ def check_dense(
     expected = reference_dense(*logits, rollout.mixture, T)
     assert tuple(dense.scalars) == wish.scalars
     close = {"rtol": tolerance, "atol": tolerance}
+    clear = ~on_the_edge(rollout, teacher_model, theta_model, ending, tolerance)
     for name, got in dense.scalars.items():
         torch.testing.assert_close(
-            got.double(), expected[name], **close, msg=lambda text, name=name: f"{name}: {text}"
+            got.double()[clear], expected[name][clear], **close, msg=lambda text, name=name: f"{name}: {text}"
         )
     assert dense.ids.shape == (len(rollout.completion_ids), 2 * k)
     rows = [(row / T).log_softmax(1) for row in logits]

@@ -29,7 +29,7 @@ MIXED = [
     {"mixture": Mixture("entropy"), "min_p": 0.02, "ignore_eos": False},
     {"mixture": Mixture("entropy_gate", entropy_scale=8.0, form="arithmetic")},
     {"mixture": Mixture("ess_balance", alpha_min=0.2, alpha_max=0.6), "max_tokens": 1},
-    {"mixture": Mixture("top_k_swap", swap_top_k=90), "top_p": 0.9},
+    {"mixture": Mixture("top_k_swap", swap_top_k=2), "top_p": 0.9},
 ]
 """Settings of requests that one batch may hold."""
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from helpers.engines import NOISE, runner_of, start
 from helpers.models import make_model, make_tokenizer
-from helpers.oracle import expected_records, with_wishes
+from helpers.oracle import expected_records, on_the_edge, with_wishes
 from optimal_sampling_trl.mixture import Mixture
 from optimal_sampling_trl.pairing import Ending
 from optimal_sampling_trl.rollouts.request import Request, Sampling
@@ -46,7 +46,8 @@ MIXTURES = (
     Mixture("trust_region", epsilon=0.02, form="arithmetic"),
     Mixture("fixed", fixed_alpha=0.3, form="arithmetic"),
     Mixture("entropy_gate", entropy_scale=8.0, form="arithmetic"),
-    Mixture("top_k_swap", swap_top_k=60),
+    Mixture("top_k_swap", swap_top_k=1),
+    Mixture("top_k_swap", swap_top_k=3),
 )
 SIZES = [1, 2, 4, 8, 16, 24, 32, 48, 64]
 
@@ -74,11 +75,14 @@ class Judge:
     def check(self, rollouts: Sequence[Rollout], what: str = "", records: Sequence[str] = RECORDS) -> None:
         """Every token of every rollout: the mean and the largest error of each record."""
         errors: dict[str, list[torch.Tensor]] = {name: [] for name in records}
-        for rollout in rollouts:
-            expected, _ = expected_records(rollout, self.teacher, self.theta, Ending((256,), ()))
-            for name in records:
-                errors[name].append((getattr(rollout, name).double() - expected[name].cpu()).abs())
         mean, worst = NOISE[self.dtype]
+        for rollout in rollouts:
+            models = self.teacher, self.theta, Ending((256,), ())
+            expected, _ = expected_records(rollout, *models)
+            clear = ~on_the_edge(rollout, *models, tolerance=4 * mean)
+            for name in records:
+                error = (getattr(rollout, name).double() - expected[name].cpu()).abs()
+                errors[name].append(error[clear] if name in ("alpha", "log_q") else error)
         table = {name: torch.cat(parts) for name, parts in errors.items()}
         print(
             f"{what} {str(self.dtype)[6:]}, {len(table['alpha'])} tokens:",
