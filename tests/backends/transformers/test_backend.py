@@ -315,6 +315,7 @@ def test_settings_of_a_row_are_its_own(pair: Pair) -> None:
         {"repetition_penalty": 0.7, "max_tokens": 3},
         {"repetition_penalty": 1.5, "top_p": 0.5, "max_tokens": 11},
         {"top_k": 5, "temperature": 1.3},
+        {"top_p": 0.8, "temperature": 0.7},
     ]
     requests = [
         ask(TEXTS[i % 6], mixture, seed=i, **setting)
@@ -474,14 +475,14 @@ def test_stop_texts(pair: Pair, stops: int) -> None:
 def test_rows_that_ended_leave_the_batch(pair: Pair, batches: list[int]) -> None:
     requests = [
         ask(TEXTS[i % 6], mixture, seed=i, max_tokens=length, ignore_eos=True)
-        for i, (length, mixture) in enumerate(zip((1, 9, 3, 14, 2, 6, 3, 1, 5), MIXTURES.values(), strict=True))
+        for i, (length, mixture) in enumerate(zip((1, 9, 3, 14, 2, 6, 3, 1, 5, 4), MIXTURES.values(), strict=True))
     ]
     requests = with_wishes(requests)
     together = pair.backend.generate(requests)
     rows = batches[2::2]
     assert batches[0] == len({tuple(request.prompt_ids) for request in requests}) == 5  # equal prompts are read once
     assert rows == sorted(rows, reverse=True)
-    assert (rows[0], rows[-1]) == (9, 1)
+    assert (rows[0], rows[-1]) == (10, 1)
     assert len(rows) == 13
     pair.check(together, requests)
     for request, rollout in zip(requests, together):
