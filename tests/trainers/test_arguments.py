@@ -17,7 +17,7 @@ def test_without_flags_the_generator_is_the_default() -> None:
     assert flags.generator() == OptimalSamplingGenerator("large")
 
 
-@pytest.mark.parametrize("method", ["kl_symmetry", "trust_region"])
+@pytest.mark.parametrize("method", ["kl_symmetry", "trust_region", "top_k_swap"])
 def test_without_flags_the_sampler_is_the_default(tmp_path: Path, method: str) -> None:
     """One mixture under one name: the same call samples the same from Python and from `recipes/sample.py`."""
     for seed, name in enumerate(("large", "small")):
