@@ -156,16 +156,16 @@ class Mixture:
             share: 0 is this mixture, 1 the student alone.
 
         Raises:
-            ValueError: where `share` is no number in [0, 1], or on `top_k_swap`, whose α has no range.
+            ValueError: where `share` is no number in [0, 1], or lies between with `top_k_swap`, whose α has no range.
         """
         check_number("Mixture.anneal", "share", share, 0.0, 1.0)
+        if share in (0, 1):
+            return Mixture.theta_only() if share else self
         if self.method == SWAP:
             raise ValueError(
-                f"Mixture.anneal: `method` is {SWAP!r}, whose α has no range to shrink; wanted another method. "
-                "Keep the mixture as it is, or change `swap_top_k`."
+                f"Mixture.anneal: `method` is {SWAP!r}, whose α has no range to shrink; wanted a `share` of 0 or 1, "
+                "or another method. Keep the mixture as it is, or change `swap_top_k`."
             )
-        if share == 1.0:
-            return Mixture.theta_only()
         rest = 1.0 - share
         if self.method == "trust_region":  # alpha_min overrules the budget, so it shrinks with it
             return replace(self, epsilon=self.epsilon * rest, alpha_min=self.alpha_min * rest)

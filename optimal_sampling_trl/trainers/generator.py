@@ -111,10 +111,11 @@ class OptimalSamplingGenerator:
             check_number("OptimalSamplingGenerator", "schedule", self.schedule, 0.0, 1.0)
             if self.schedule == 0:
                 raise ValueError("`schedule` is 0; wanted a share of training above 0, or None to keep the mixture.")
-            if self.mixture.method == SWAP:
+        for name in ("schedule", "alpha_by_success"):
+            if getattr(self, name) is not None and self.mixture.method == SWAP:
                 raise ValueError(
-                    f"`schedule` is {self.schedule} with the method {SWAP!r}, whose α has no range to shrink; wanted "
-                    "None, or another method. Drop `schedule`."
+                    f"`{name}` is {getattr(self, name)} with the method {SWAP!r}, whose α has no range to shrink; "
+                    f"wanted None, or another method. Drop `{name}`."
                 )
         if self.entropy_quantile is not None:
             self._check_entropy_quantile()

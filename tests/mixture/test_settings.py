@@ -134,6 +134,8 @@ def test_anneal_refuses_what_is_no_share(gone: Any) -> None:
 def test_a_swap_is_not_annealed() -> None:
     with pytest.raises(ValueError, match=r"anneal: `method` is 'top_k_swap', whose α has no range.*or change"):
         Mixture("top_k_swap").anneal(0.5)
+    assert Mixture("top_k_swap").anneal(0.0) == Mixture("top_k_swap")
+    assert Mixture("top_k_swap").anneal(1.0) == Mixture.theta_only()
 
 
 def test_the_order_of_the_fields_is_that_of_every_table() -> None:

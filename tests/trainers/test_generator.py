@@ -83,6 +83,10 @@ def test_a_resumed_run_goes_on_where_it_was(pair: tuple[str, str], tmp_path: Pat
             {"teacher": "t", "schedule": 0.5, "mixture": Mixture("top_k_swap")},
             r"`schedule` is 0\.5 with the method 'top_k_swap', whose α has no range to shrink; wanted None.*Drop",
         ),
+        (
+            {"teacher": "t", "alpha_by_success": 0.5, "mixture": Mixture("top_k_swap")},
+            r"`alpha_by_success` is 0\.5 with the method 'top_k_swap', .*Drop `alpha_by_success`",
+        ),
         ({"teacher": "t", "dense": ("overlap",)}, r"`dense` is \('overlap',\); wanted None or a `Dense`"),
         ({"teacher": "t", "entropy_quantile": 1.5}, r"`entropy_quantile` is 1\.5; wanted a number in \[0, 1\]"),
         ({"teacher": "t", "entropy_quantile": 1}, r"`entropy_quantile` is 1; wanted a share between 0 and 1, or None"),
