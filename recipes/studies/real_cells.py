@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from math import hypot, inf, sqrt
 from statistics import mean, median
@@ -106,3 +107,13 @@ def equal(runs: list[Line], share: float) -> list[float]:
         (x0, y0), (x1, y1) = ((point[0], point[RIGHT]) for point in points[max(after - 1, 0) : after + 1][-2:])
         found.append(y0 + (y1 - y0) * min((at - x0) / (x1 - x0), 1.0))
     return found
+
+
+Column = Callable[[list[Line]], str]
+"""A cell for the runs of an arm at one rate."""
+CLOSING: dict[str, Column] = {
+    "greedy": partial(average, name="greedy"),
+    "pass@8": partial(average, name="any_right"),
+    "entropy": partial(average, name="entropy"),
+}
+"""Measurements at the end beside right samples; the entropy in nats a token."""

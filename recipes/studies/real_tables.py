@@ -14,7 +14,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from math import hypot, inf, isclose
+from math import hypot, inf
 from pathlib import Path
 from statistics import mean
 from types import MappingProxyType
@@ -25,8 +25,9 @@ sys.path.append(str(Path(__file__).parents[1]))  # the recipes that a study shar
 from horizon_report import short, spread
 from informed_arms import STUDY
 from presets_report import error
-from real_arms import ARMS
 from real_cells import (
+    CLOSING,
+    Column,
     above,
     alone,
     average,
@@ -39,11 +40,11 @@ from real_cells import (
     mean_end,
     of_teacher,
     rate,
-    usual,
     whole,
 )
 from real_draws import draws, teachers
-from real_text_report import gain, shown_right
+from real_rates import rates
+from real_text_report import gain
 from runs import Line, one_each, read_runs
 
 RESULTS = Path(__file__).parent / "results"
@@ -51,14 +52,8 @@ SECONDS = "real_seconds"
 """File of a run of each arm alone on a card, whose student is the teacher: it tells the seconds."""
 EARLY = 14_400
 """Completions at which the published mixtures are compared early: the last measurement is after 224 updates or 240."""
-Column = Callable[[list[Line]], str]
-"""A cell for the runs of an arm at one rate."""
-CLOSING: dict[str, Column] = {
-    "greedy": partial(average, name="greedy"),
-    "pass@8": partial(average, name="any_right"),
-    "entropy": partial(average, name="entropy"),
-}
-"""Measurements at the end beside right samples; the entropy in nats a token."""
+COMMON = 17_920
+"""Completions at which the rates of the steps are compared, most of which were cut: of 280 updates."""
 
 
 def stored(name: str, **place: str | int) -> list[Line]:
@@ -113,39 +108,6 @@ def timed(task: str, lines: Sequence[Line]) -> dict[str, Column]:
         return "cut" if is_cut(runs) else short(spread(equal(runs, quickest / seconds[runs[0]["arm"]])))
 
     return {"s for 64 completions": lambda runs: f"{seconds[runs[0]['arm']]:.2f}", "at equal seconds": end}
-
-
-FACTORS = {1 / 27: "a 27th", 1 / 9: "a ninth", 1 / 3: "a third", 1.0: "usual", 3.0: "threefold", 9.0: "ninefold",
-           27.0: "27-fold"}  # fmt: skip
-ALWAYS = (1 / 3, 1.0, 3.0)
-"""Times the usual rate, and the columns that stand there without a run."""
-
-
-def rates(lines: Sequence[Line], seed: int = 0, corner: str = "arm") -> Iterator[str]:
-    """One seed of each arm at each rate that it was run at, in brackets the highest on the way."""
-    rows = {arm: _by_factor(lines, arm, seed) for arm in dict.fromkeys(line["arm"] for line in lines)}
-    rows = {arm: found for arm, found in rows.items() if len(found) > 1}
-    factors = [factor for factor in FACTORS if factor in ALWAYS or any(factor in found for found in rows.values())]
-    yield f"| {corner} | " + " | ".join(FACTORS[factor] for factor in factors) + " |"
-    yield "|---" * (1 + len(factors)) + "|"
-    for arm, found in rows.items():
-        cells = [_end_and_highest(found[factor]) if factor in found else "–" for factor in factors]
-        yield f"| {arm} | " + " | ".join(cells) + " |"
-
-
-def _by_factor(lines: Sequence[Line], arm: str, seed: int) -> dict[float, Line]:
-    # however many seeds were run at another rate
-    base = ARMS[arm].learning_rate if arm in ARMS else usual(lines, arm)[0]["learning_rate"]
-    return {
-        factor: line
-        for line in lines
-        for factor in FACTORS
-        if line["arm"] == arm and line["seed"] == seed and isclose(line["learning_rate"], factor * base, rel_tol=0.01)
-    }
-
-
-def _end_and_highest(line: Line) -> str:
-    return short(f"{shown_right(line, inf)} [{highest(line):.3f}]")
 
 
 def informed(student: str) -> Iterator[str]:
@@ -212,6 +174,9 @@ TABLES = {
     "teachers": Table(STUDIES, partial(teachers, RESULTS)),
     "steps, whole": Table(STUDIES, partial(place, "steps", "whole")),
     "rates of steps, whole": Table(STUDIES, partial(rates_of, "steps", "whole")),
+    "rates of steps, whole, after 280 updates": Table(
+        STUDIES, lambda: rates(of_place("steps", "whole"), corner="after 280 updates", completions=COMMON)
+    ),
     "sums, pruned": Table(STUDIES, partial(place, "sums", "pruned")),
     "steps, pruned": Table(STUDIES, partial(place, "steps", "pruned")),
     "rates of sums, pruned": Table(STUDIES, partial(rates_of, "sums", "pruned")),

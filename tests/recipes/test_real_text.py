@@ -23,7 +23,8 @@ from real_cells import above, alone, chosen, equal
 from real_draws import MEASURED, draws
 from real_exam import distance, mean_of
 from real_models import learn
-from real_tables import TABLES, ends, rates, stored, timed
+from real_rates import rates
+from real_tables import TABLES, ends, stored, timed
 from real_tasks import TASKS, answer_of
 from real_text_report import gain, seeds
 from runs import one_each, read_runs, take_card
@@ -221,6 +222,17 @@ def test_an_arm_stands_at_its_best_rate_of_three_whole_seeds_and_every_rate_has_
     assert rows == ["| RAFT | – | – | .400 [.400] | .500 [.500] |", "| GRPO | .100 [.100] | – | .200 [.200] | – |"]
     lower = [line("GRPO", 1e-5, seed, 0.3) for seed in range(3)]
     assert list(rates([*others, *lower]))[2:] == ["| GRPO | .100 [.100] | .300 [.300] | .200 [.200] | – |"]
+
+
+def test_a_cut_run_has_its_updates_in_the_tables_of_rates() -> None:
+    def line(rate: float, done: int) -> dict[str, Any]:
+        points = [[64 * step, 0, 0.0, step / 10, 0.0] for step in range(done + 1)]
+        key = {"arm": "RAFT", "learning_rate": rate, "seed": 0, "steps": 4, "done": done}
+        return key | {"right": done / 10, "points": points}
+
+    lines = [line(1e-4, done=4), line(1e-4, done=4) | {"seed": 1}, line(3e-4, done=3), line(1e-4 / 3, done=1)]
+    assert list(rates(lines))[2:] == ["| RAFT | .100 (1) [.100] | .400 [.400] | .300 (3) [.300] |"]
+    assert list(rates(lines, completions=130))[2:] == ["| RAFT | .100 (1) | .200 | .200 |"]
 
 
 def test_an_arm_is_held_against_all_draws_of_the_teacher_that_most_runs_had(tmp_path: Path) -> None:
