@@ -1,5 +1,5 @@
 # /// script
-# dependencies = ["optimal-sampling-trl[plots]", "matplotlib"]
+# dependencies = ["optimal-sampling-trl[plots]", "matplotlib", "reasoning-gym"]
 # ///
 """Draw the pictures of real text in the documents from the stored runs.
 
