@@ -10,8 +10,8 @@ Tiny models, many at a time on one GPU (`stack.py`). A line of runs.jsonl for ea
 there is not run again, the most informative come first (`past_the_teacher_arms.py` says why these), and an arm whose
 best rate is the largest or smallest is run at the next one, too. Models that `--ladder` misses are made first.
 STACK_GRAPHS=0 in the environment launches a rollout's steps one by one, without CUDA graphs.
-`--report` prints the tables and draws past_the_teacher.png; `--alone` times each arm of the two main places
-by itself.
+`--report` prints the tables and draws past_the_teacher.png; `--alone` times each core arm of
+the two main places by itself.
 """
 
 from __future__ import annotations
@@ -118,7 +118,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="%(default)s")
     parser.add_argument("--ending", type=int, default=256, help="held-out prompts of pass@8 and entropy (%(default)s)")
     parser.add_argument("--first", type=int, help="stacks to run; all that are missing")
-    parser.add_argument("--alone", action="store_true", help="then time each arm of the two main places by itself")
+    parser.add_argument(
+        "--alone", action="store_true", help="then time each core arm of the two main places by itself"
+    )
     parser.add_argument("--report", action="store_true", help="report what is there, run nothing")
     options = parser.parse_args()
     wanted = (lambda place: place_of(place) in MAINS) if options.main else (lambda place: place.task in options.tasks)
@@ -131,7 +133,7 @@ def main() -> None:
             make_ladders(options)
             run_missing(places, ARMS, options, path)
         if options.alone:
-            time_alone([place for place in places if place_of(place) in MAINS], options, alone)
+            time_alone([place for place in (MAIN, MANY) if place.task in options.tasks], options, alone)
     finally:
         report(read_runs(path), read_runs(alone), options.output, settings(options.seeds))
 
