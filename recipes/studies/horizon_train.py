@@ -57,21 +57,25 @@ def verify(verifier: str, right: Tensor) -> Tensor:
 
 
 class Curve:
-    """Points (tokens, success) of each run over training, and the seconds up to each without the measurements."""
+    """Points (tokens, success) of each run over training, and the seconds up to each without the measurements.
+
+    On a CPU they are the processor's for this process: others use it, too.
+    """
 
     def __init__(self, runs: int, device: str) -> None:
         self.tokens, self.points = torch.zeros(runs, device=device), []
         self.clock: list[float] = []
-        self.start, self.looked = time.perf_counter(), 0.0
+        self.now = time.process_time if device == "cpu" else time.perf_counter
+        self.start, self.looked = self.now(), 0.0
 
     def look(self, student: Stack, task: Task, held_out: Tensor, stage: Stage, validation: Tensor) -> None:
         """Take a point; the runs of two phases see the validation."""
-        count, now = self.tokens.cpu(), time.perf_counter()  # the copy waits for the device
+        count, now = self.tokens.cpu(), self.now()  # the copy waits for the device
         self.clock.append(now - self.start - self.looked)
         self.points.append(torch.stack([count, success(student, task, held_out).cpu()], dim=1))  # (S, 2)
         if any(arm.then for arm in stage.arms):
             stage.validate(success(student, task, validation).cpu())
-        self.looked += time.perf_counter() - now
+        self.looked += self.now() - now
 
 
 def update(
@@ -132,7 +136,7 @@ def train(
             break
         sequences = prompts.at(step, stage.groups).to(device)
         curve.tokens += update(student, adam, rollouts, stage, sequences, setting, step / steps)
-    seconds = time.perf_counter() - curve.start
+    seconds = curve.now() - curve.start
     shared = {
         "clock": curve.clock,
         "stopped": adam.steps < steps,

@@ -10,7 +10,8 @@ Tiny models, many at a time on one GPU (`stack.py`). A line of runs.jsonl for ea
 there is not run again, the most informative come first (`past_the_teacher_arms.py` says why these), and an arm whose
 best rate is the largest or smallest is run at the next one, too. Models that `--ladder` misses are made first.
 STACK_GRAPHS=0 in the environment launches a rollout's steps one by one, without CUDA graphs.
-`--report` prints the tables and draws past_the_teacher.png; `--alone` times each kind of rollouts and loss by itself.
+`--report` prints the tables and draws past_the_teacher.png; `--alone` times each core arm of
+the two main places by itself.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ sys.path.append(str(Path(__file__).parents[1]))  # the recipes that a study shar
 from digit_tasks import Task
 from horizon_train import train
 from ladder import make_ladder
-from past_the_teacher_arms import ARMS, CORE, MAIN, MANY, rates_with_edges, settings
+from past_the_teacher_arms import ARMS, MAIN, MANY, rates_with_edges, settings
 from past_the_teacher_report import report
 from runs import read_runs, run_all
 from stacks import Run, Setting, missing, one, place_of, words
 from stage import Arm
 
-ALONE_STEPS = 15
+ALONE_STEPS = 10
 MAINS = place_of(MAIN), place_of(MANY)
 """The places where every arm is run."""
 
@@ -80,13 +81,15 @@ def run_missing(places: Sequence[Setting], arms: Mapping[str, Arm], options: arg
             return
 
 
-def time_alone(options: argparse.Namespace, path: Path) -> None:
-    """Seconds of an update of each core arm with the device to itself: in a stack the arms share one clock."""
-    for arm in CORE:
-        seconds = seconds_alone(MAIN, arm, ARMS, options)
-        with path.open("a") as file:
-            file.write(json.dumps({"arm": arm, "seconds": seconds, "device": options.device}) + "\n")
-        print(f"{arm}: {1e3 * seconds:.0f} ms an update", flush=True)
+def time_alone(places: Sequence[Setting], options: argparse.Namespace, path: Path) -> None:
+    """Seconds of an update of each arm of some places by itself: in a stack the arms share one clock."""
+    for place in places:
+        for arm in place.arms:
+            seconds = round(seconds_alone(place, arm, ARMS, options), 5)
+            line = {"task": place.task, "arm": arm, "seconds": seconds, "device": options.device}
+            with path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            print(f"{place.task}, {arm}: {1e3 * seconds:.0f} ms an update", flush=True)
 
 
 def seconds_alone(setting: Setting, arm: str, arms: Mapping[str, Arm], options: argparse.Namespace) -> float:
@@ -115,7 +118,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="%(default)s")
     parser.add_argument("--ending", type=int, default=256, help="held-out prompts of pass@8 and entropy (%(default)s)")
     parser.add_argument("--first", type=int, help="stacks to run; all that are missing")
-    parser.add_argument("--alone", action="store_true", help="then time each core arm by itself")
+    parser.add_argument(
+        "--alone", action="store_true", help="then time each core arm of the two main places by itself"
+    )
     parser.add_argument("--report", action="store_true", help="report what is there, run nothing")
     options = parser.parse_args()
     wanted = (lambda place: place_of(place) in MAINS) if options.main else (lambda place: place.task in options.tasks)
@@ -128,7 +133,7 @@ def main() -> None:
             make_ladders(options)
             run_missing(places, ARMS, options, path)
         if options.alone:
-            time_alone(options, alone)
+            time_alone([place for place in (MAIN, MANY) if place.task in options.tasks], options, alone)
     finally:
         report(read_runs(path), read_runs(alone), options.output, settings(options.seeds))
 

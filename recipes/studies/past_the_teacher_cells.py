@@ -13,8 +13,11 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def stored(name: str) -> list[Line]:
-    """The runs of a file that holds the end of each curve alone."""
-    return [line | {"curve": [[0, line["end"]]]} for line in read_runs(RESULTS / f"{name}.jsonl")]
+    """The runs of a file that holds the success at each point of a curve, or at its end alone."""
+    return [
+        line | {"curve": [*enumerate(line.get("curve") or [line["end"]])]}
+        for line in read_runs(RESULTS / f"{name}.jsonl")
+    ]
 
 
 def at_edge(lines: Sequence[Line], arm: str) -> bool:

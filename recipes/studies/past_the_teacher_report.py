@@ -50,15 +50,20 @@ def column(seeds: list[Line], name: str) -> str:
     return f"{mean(values):.3f}" if values else "–"
 
 
-def at_seconds(seeds: list[Line], share: float) -> float:
-    """The success after a share of the updates, on the line between two points."""
+def at_share(seeds: list[Line], share: float) -> list[float]:
+    """The success of each seed after a share of the updates, on the line between two points."""
     ends = []
     for line in seeds:
         curve = [y for _, y in line["curve"]]
         place = share * (len(curve) - 1)
         low = min(int(place), len(curve) - 2)
         ends.append(curve[low] + (place - low) * (curve[low + 1] - curve[low]))
-    return mean(ends)
+    return ends
+
+
+def at_seconds(seeds: list[Line], share: float) -> float:
+    """The mean over seeds of the success after a share of the updates."""
+    return mean(at_share(seeds, share))
 
 
 def place_table(lines: list[Line], place: Setting, seconds: dict[str, float]) -> Iterator[str]:
@@ -167,15 +172,13 @@ def report(lines: list[Line], alone: list[Line], output: Path, settings: Sequenc
     if not lines:
         print("Nothing has been run to its end.")
         return
-    seconds = {line["arm"]: line["seconds"] for line in alone}
     for place in dict.fromkeys(setting._replace(arms=()) for setting in settings):
         if here := at(lines, place):
+            seconds = {line["arm"]: line["seconds"] for line in alone if line["task"] == place.task}
             print("\n".join(place_table(here, place, seconds)), "\n", sep="\n")
     print("\n".join(effects_table(at(lines, MAIN))), "\n", sep="\n")
     for panel in PANELS:
         if axis_of(lines, panel)[0]:
             print("\n".join(interaction_table(lines, panel)), "\n", sep="\n")
-    if seconds:
-        print("Milliseconds of an update alone: " + ", ".join(f"{arm} {1e3 * x:.0f}" for arm, x in seconds.items()))
     print(f"{len(lines)} runs, {len([arm for arm in CORE if best(lines, arm)])} of {len(CORE)} core arms.")
     draw(lines, output / "past_the_teacher.png")

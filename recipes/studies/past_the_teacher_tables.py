@@ -4,9 +4,11 @@
 """Draw the tables of "Past the teacher" and of token credit, and that of dense records on a short task.
 
     python recipes/studies/past_the_teacher_tables.py
+    python recipes/studies/past_the_teacher_tables.py --every
 
-The stored runs are of four ladders of models. Two of them are shown beside each other and are never averaged: one
-ladder's teacher is not the other's. A test holds README.md against what this prints.
+The stored runs are of five ladders of models. Three of them are shown beside each other and are never averaged: one
+ladder's teacher is not the other's. `--every` prints every arm of the third, where the page has the telling ones. A
+test holds README.md against what this prints.
 """
 
 import argparse
@@ -20,13 +22,15 @@ from statistics import mean
 sys.path.append(str(Path(__file__).parents[1]))  # the recipes that a study shares lie one folder up
 
 from horizon_report import best, short
-from past_the_teacher_arms import ARMS, CONTROLS, CORE, FEW, MAIN, MANY, SHORT, SHORT_MANY
+from past_the_teacher_arms import ARMS, CONTROLS, CORE, DENSE, FEW, MAIN, MANY, SHORT, SHORT_MANY
 from past_the_teacher_cells import RESULTS, at_edge, average, cell, grid, head, stored, with_seeds
+from past_the_teacher_rates import THIRD, at_rates, beyond_edges, first_rates, seconds_table
 from past_the_teacher_report import at, effects
 from runs import Line
+from stacks import Setting
 
 FIRST, AXES, RECORDS, CREDIT = "past_the_teacher", "past_the_teacher_axes", "dense_sums", "token_credit"
-"""The files of the four ladders."""
+"""The files of the other four ladders."""
 PLACES = {
     "41 tokens": MAIN,
     "start .45": MAIN._replace(student="student-40"),
@@ -51,6 +55,11 @@ SIZED = {"RAFT, mixture": 1, "RAFT, own": 1, "GRPO, half": 8, "GRPO, own": 8}
 """Arms that were run in groups of other sizes, and the size of their own."""
 OTHERS = (*SIZED, *(arm for arm in CONTROLS if "groups of" not in arm))
 NARROWED = (*CORE, "RAFT, own + dense 1, faded", "RAFT, mixture + dense 1, faded", "RAFT, half + dense 0.1")
+DENSE_RAFT = tuple(f"RAFT, {rollouts}{dense}" for rollouts in ("own", "half", "mixture") for dense in DENSE if dense)
+TELLING = tuple(dict.fromkeys((
+    *CORE, *DENSE_RAFT, "GRPO, half + dense 0.1", "GRPO, mixture + dense 0.1", "GRPO, half + dense 1, faded", *OTHERS,
+)))  # fmt: skip
+"""Arms of the third ladder's tables."""
 READ = {
     "k = 1": "Dense 1", "k = 4": "Dense 4", "k = 32": "Dense 32", "whole vocabulary": "Distillation",
     "sampled token": "Sampled tokens",
@@ -117,9 +126,9 @@ def token_credit(columns: Mapping[str, list[Line]]) -> Iterator[str]:
         yield f"| {words} | " + " | ".join(with_seeds(lines, arm) for lines in columns.values()) + " |"
 
 
-def edges(lines: list[Line]) -> Iterator[str]:
+def edges(lines: list[Line], places: Mapping[str, Setting]) -> Iterator[str]:
     """Yield how many arms of each place were best at the smallest or the largest rate."""
-    for words, place in PLACES.items():
+    for words, place in places.items():
         here = at(lines, place)
         arms = [arm for arm in ARMS if best(here, arm)]
         yield f"{words}: {sum(at_edge(here, arm) for arm in arms)} of {len(arms)}"
@@ -127,12 +136,13 @@ def edges(lines: list[Line]) -> Iterator[str]:
 
 def tables() -> dict[str, list[str]]:
     """The rows of each table, by its title."""
-    first, axes, credit = stored(FIRST), stored(AXES), stored(CREDIT)
+    first, axes, third, credit = stored(FIRST), stored(AXES), stored(THIRD), stored(CREDIT)
     of_first, of_axes = (json.loads((RESULTS / f"{name}_teachers.json").read_text()) for name in (FIRST, AXES))
     ladders = {"first": at(first, MAIN), "second": at(axes, MAIN)}
     by_teacher = {words: at(first, MAIN._replace(teacher=name)) for words, name in QUALITY.items()}
     by_place = {words: at(axes, place) for words, place in PLACES.items()}
     many = {"first": at(first, MANY), "second": at(axes, MANY)}
+    beyond = {place: at(third, place) for place in (MAIN, MANY)}
     return {
         "one right answer": [*grid(CORE, {words: at(first, place) for words, place in STARTS.items()})],
         "by the teacher's quality": [
@@ -159,10 +169,17 @@ def tables() -> dict[str, list[str]]:
                 {
                     "one right answer, first ladder": ladders["first"],
                     "one right answer, second": ladders["second"],
+                    "one right answer, third": beyond[MAIN],
                     "many right answers, second": many["second"],
+                    "many right answers, third": beyond[MANY],
                 }
             )
         ],
+        "one right answer, rates beyond every edge": [*at_rates(beyond[MAIN], TELLING, MAIN)],
+        "many right answers, rates beyond every edge": [*at_rates(beyond[MANY], TELLING, MANY)],
+        "what the rates beyond change": [*beyond_edges(beyond[MANY])],
+        "seconds of an update": [*seconds_table()],
+        "groups, rates beyond every edge": [*groups({"third": beyond[MAIN]})],
         "dense records": [*by_records(stored(RECORDS))],
         "token credit": [
             *token_credit({"one right answer": at(credit, SHORT), "many right answers": at(credit, SHORT_MANY)})
@@ -171,12 +188,20 @@ def tables() -> dict[str, list[str]]:
 
 
 def main() -> None:
-    """Print the tables, and the arms whose best rate is at an edge."""
+    """Print the tables, and how many arms of the second and the third ladder are best at an edge."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
+    parser.add_argument("--every", action="store_true", help="print every arm of the third ladder, and nothing else")
+    if parser.parse_args().every:
+        for place in (MAIN, MANY):
+            print(f"### {place.task}", *at_rates(at(stored(THIRD), place), ARMS, place), "", sep="\n")
+        return
     for title, rows in tables().items():
         print(f"### {title}", *rows, "", sep="\n")
-    print("Best at an edge: " + "; ".join(edges(stored(AXES))) + ".")
+    third = stored(THIRD)
+    mains = {"one right answer": MAIN, "many right answers": MANY}
+    print("Best at an edge, second ladder: " + "; ".join(edges(stored(AXES), PLACES)) + ".")
+    print("Best at an edge of three rates, third ladder: " + "; ".join(edges(first_rates(third), mains)) + ".")
+    print("Best at an edge of all its rates: " + "; ".join(edges(third, mains)) + ".")
 
 
 if __name__ == "__main__":

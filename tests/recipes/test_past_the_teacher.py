@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from horizon_train import Prompts, train, verify
 from optimal_sampling_trl import Mixture
 from optimal_sampling_trl.mixture import MixtureRows
 from pair import EOS, VOCABULARY, make_tokenizer
+from past_the_teacher import time_alone
 from past_the_teacher_report import report
+from runs import read_runs
 from stack_graph import Rollouts
 from stacks import Run, Setting, key_of, missing
 from stage import Arm, Stage
@@ -213,6 +216,26 @@ def test_every_arm_trains_and_is_reported(ladder: Path, tmp_path: Path, verifier
     assert lines[0]["of_teacher"]["divergence"] == pytest.approx(0, abs=1e-4)
     report(lines, [], tmp_path, [setting])
     assert (tmp_path / "past_the_teacher.png").stat().st_size > 1000
+
+
+def test_at_equal_seconds_a_slower_arm_made_fewer_updates(
+    ladder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The arms are timed by themselves; the report reads the slower one's curve at the quicker one's time."""
+    arms = ("RAFT, own", "RAFT, mixture")
+    setting = Setting("sums-4", "teacher-50", "student-2", arms, 1)
+    time_alone([setting], Namespace(ladder=ladder, device="cpu"), tmp_path / "alone.jsonl")
+    alone = read_runs(tmp_path / "alone.jsonl")
+    assert [(line["task"], line["arm"], line["device"]) for line in alone] == [("sums-4", arm, "cpu") for arm in arms]
+    assert all(line["seconds"] > 0 for line in alone)
+    lines = train(setting, [Run(arm, 1e-3, 0) for arm in arms], design.ARMS, 4, str(ladder), "cpu", float("inf"))
+    for line in lines:
+        line["curve"] = [[0, 0.0], [1, 0.1], [2, 0.2], [3, 0.6], [4, 0.8]]
+    seconds = dict(zip(arms, (1.0, 1.6)))
+    report(lines, [line | {"seconds": seconds[line["arm"]]} for line in alone], tmp_path, [setting])
+    rows = {row.split(" | ")[0]: row.split(" | ")[2:5] for row in capsys.readouterr().out.splitlines() if " | " in row}
+    assert rows["| RAFT, own"] == ["0.800", "0.200", "0.800"]  # the end, half-way, at equal seconds
+    assert rows["| RAFT, mixture"] == ["0.800", "0.200", "0.400"]  # after 2.5 of 4 updates
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -182,8 +182,13 @@ def test_past_the_teacher_tables() -> None:
     for title, rows in drawn.items():
         assert "\n".join(rows) in page, title
     output = run("studies/past_the_teacher_tables.py")
-    assert output.count("### ") == len(drawn) == 10
+    assert output.count("### ") == len(drawn) == 15
     assert "graded: 7 of 14" in output
+    assert "of three rates, third ladder: one right answer: 22 of 59; many right answers: 32 of 36." in output
+    assert "of all its rates: one right answer: 0 of 59; many right answers: 1 of 36." in output
+    every = run("studies/past_the_teacher_tables.py", "--every")
+    assert every.count("\n| ") == 2 * 2 + 59 + 36  # the heads, the teachers, the arms
+    assert set(drawn["one right answer, rates beyond every edge"]) <= set(every.splitlines())
 
 
 def test_qwen3(tmp_path: Path) -> None:
