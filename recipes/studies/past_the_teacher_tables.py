@@ -143,48 +143,32 @@ def tables() -> dict[str, list[str]]:
     by_place = {words: at(axes, place) for words, place in PLACES.items()}
     many = {"first": at(first, MANY), "second": at(axes, MANY)}
     beyond = {place: at(third, place) for place in (MAIN, MANY)}
-    return {
-        "one right answer": [*grid(CORE, {words: at(first, place) for words, place in STARTS.items()})],
-        "by the teacher's quality": [
-            *grid(CORE, by_teacher, teacher_rows([of_first[name] for name in QUALITY.values()]))
-        ],
-        "many right answers": [*grid(CORE, {words: at(first, place) for words, place in OF_MANY.items()})],
-        "groups at equal completions": [*groups(ladders)],
-        "controls": [*grid(OTHERS, {f"{name} ladder": lines for name, lines in ladders.items()})],
-        "diversity at the end": [
-            *diversity(
-                {f"one right answer, {name}": lines for name, lines in ladders.items()}
-                | {f"many, {name}": lines for name, lines in many.items()}
-            )
-        ],
-        "by task and verifier": [
-            *grid(
-                (*CORE, "RAFT, mixture, by reward"),
-                by_place,
-                teacher_rows([of_axes[place.task] for place in PLACES.values()]),
-            )
-        ],
-        "main effects": [
-            *main_effects(
-                {
-                    "one right answer, first ladder": ladders["first"],
-                    "one right answer, second": ladders["second"],
-                    "one right answer, third": beyond[MAIN],
-                    "many right answers, second": many["second"],
-                    "many right answers, third": beyond[MANY],
-                }
-            )
-        ],
-        "one right answer, rates beyond every edge": [*at_rates(beyond[MAIN], TELLING, MAIN)],
-        "many right answers, rates beyond every edge": [*at_rates(beyond[MANY], TELLING, MANY)],
-        "what the rates beyond change": [*beyond_edges(beyond[MANY])],
-        "seconds of an update": [*seconds_table()],
-        "groups, rates beyond every edge": [*groups({"third": beyond[MAIN]})],
-        "dense records": [*by_records(stored(RECORDS))],
-        "token credit": [
-            *token_credit({"one right answer": at(credit, SHORT), "many right answers": at(credit, SHORT_MANY)})
-        ],
+    of_places = [of_axes[place.task] for place in PLACES.values()]
+    narrowed = {f"one right answer, {name}": lines for name, lines in ladders.items()}
+    mains = {
+        "one right answer, first ladder": ladders["first"], "one right answer, second": ladders["second"],
+        "one right answer, third": beyond[MAIN], "many right answers, second": many["second"],
+        "many right answers, third": beyond[MANY],
+    }  # fmt: skip
+    credited = {"one right answer": at(credit, SHORT), "many right answers": at(credit, SHORT_MANY)}
+    found: dict[str, Iterator[str]] = {
+        "one right answer": grid(CORE, {words: at(first, place) for words, place in STARTS.items()}),
+        "by the teacher's quality": grid(CORE, by_teacher, teacher_rows([of_first[name] for name in QUALITY.values()])),
+        "many right answers": grid(CORE, {words: at(first, place) for words, place in OF_MANY.items()}),
+        "groups at equal completions": groups(ladders),
+        "controls": grid(OTHERS, {f"{name} ladder": lines for name, lines in ladders.items()}),
+        "diversity at the end": diversity(narrowed | {f"many, {name}": lines for name, lines in many.items()}),
+        "by task and verifier": grid((*CORE, "RAFT, mixture, by reward"), by_place, teacher_rows(of_places)),
+        "main effects": main_effects(mains),
+        "one right answer, rates beyond every edge": at_rates(beyond[MAIN], TELLING, MAIN),
+        "many right answers, rates beyond every edge": at_rates(beyond[MANY], TELLING, MANY),
+        "what the rates beyond change": beyond_edges(beyond[MANY]),
+        "seconds of an update": seconds_table(),
+        "groups, rates beyond every edge": groups({"third": beyond[MAIN]}),
+        "dense records": by_records(stored(RECORDS)),
+        "token credit": token_credit(credited),
     }
+    return {title: [*rows] for title, rows in found.items()}
 
 
 def main() -> None:

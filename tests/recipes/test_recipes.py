@@ -40,6 +40,7 @@ MODULES = {
     "studies/stage.py": "horizon_train.py imports it: arms and their phases; test_past_the_teacher.py",
     "studies/past_the_teacher_arms.py": "past_the_teacher.py imports it: what is compared, and why",
     "studies/past_the_teacher_cells.py": "past_the_teacher_tables.py imports it: what a cell says",
+    "studies/past_the_teacher_rates.py": "past_the_teacher_tables.py imports it: rates beyond an edge, equal seconds",
     "studies/past_the_teacher_report.py": "past_the_teacher.py imports it: its tables and its picture",
     "studies/presets_arms.py": "presets.py imports it: what is compared, and where",
     "studies/presets_report.py": "presets.py imports it: its tables and its picture",
