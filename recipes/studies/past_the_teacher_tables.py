@@ -153,7 +153,9 @@ def tables() -> dict[str, list[str]]:
     credited = {"one right answer": at(credit, SHORT), "many right answers": at(credit, SHORT_MANY)}
     found: dict[str, Iterator[str]] = {
         "one right answer": grid(CORE, {words: at(first, place) for words, place in STARTS.items()}),
-        "by the teacher's quality": grid(CORE, by_teacher, teacher_rows([of_first[name] for name in QUALITY.values()])),
+        "by the teacher's quality": grid(
+            CORE, by_teacher, teacher_rows([of_first[name] for name in QUALITY.values()])
+        ),
         "many right answers": grid(CORE, {words: at(first, place) for words, place in OF_MANY.items()}),
         "groups at equal completions": groups(ladders),
         "controls": grid(OTHERS, {f"{name} ladder": lines for name, lines in ladders.items()}),
