@@ -81,11 +81,11 @@ def run_missing(places: Sequence[Setting], arms: Mapping[str, Arm], options: arg
             return
 
 
-def time_alone(places: Sequence[Setting], options: argparse.Namespace, path: Path) -> None:
+def time_alone(places: Sequence[Setting], arms: Mapping[str, Arm], options: argparse.Namespace, path: Path) -> None:
     """Seconds of an update of each arm of some places by itself: in a stack the arms share one clock."""
     for place in places:
         for arm in place.arms:
-            seconds = round(seconds_alone(place, arm, ARMS, options), 5)
+            seconds = round(seconds_alone(place, arm, arms, options), 5)
             line = {"task": place.task, "arm": arm, "seconds": seconds, "device": options.device}
             with path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -133,7 +133,7 @@ def main() -> None:
             make_ladders(options)
             run_missing(places, ARMS, options, path)
         if options.alone:
-            time_alone([place for place in (MAIN, MANY) if place.task in options.tasks], options, alone)
+            time_alone([place for place in (MAIN, MANY) if place.task in options.tasks], ARMS, options, alone)
     finally:
         report(read_runs(path), read_runs(alone), options.output, settings(options.seeds))
 

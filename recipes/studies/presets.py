@@ -17,7 +17,6 @@ times the updates of each arm. Prints the tables and draws presets.png.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ import torch
 sys.path.append(str(Path(__file__).parents[1]))  # the recipes that a study shares lie one folder up
 
 import losses
-from past_the_teacher import make_ladders, run_missing, seconds_alone
+from past_the_teacher import make_ladders, run_missing, time_alone
 from past_the_teacher_arms import beyond
 from presets_arms import BATCH, PAIR, TASKS, arms_of, settings_of
 from presets_report import PAIR_RUNS, SECONDS, SUMS_RUNS, report
@@ -69,17 +68,6 @@ def run_sums(options: argparse.Namespace) -> None:
     run_missing(places, arms_of(options.steps), options, options.output / f"{SUMS_RUNS}.jsonl")
 
 
-def time_alone(options: argparse.Namespace) -> None:
-    """Seconds of an update of each arm on sums-40 by itself: in a stack the arms share one clock."""
-    arms = arms_of(options.steps)
-    for arm in PAIR:
-        seconds = seconds_alone(settings_of(options.task)[0], arm, arms, options)
-        with (options.output / f"{SECONDS}.jsonl").open("a") as file:
-            file.write(
-                json.dumps({"task": options.task, "arm": arm, "seconds": seconds, "device": options.device}) + "\n"
-            )
-
-
 def main() -> None:
     """Run what is missing on both tasks, side by side."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -104,7 +92,8 @@ def main() -> None:
     options.tasks = [options.task]
     options.output.mkdir(parents=True, exist_ok=True)
     if options.alone:
-        time_alone(options)
+        place = settings_of(options.task)[0]._replace(arms=tuple(PAIR))
+        time_alone([place], arms_of(options.steps), options, options.output / f"{SECONDS}.jsonl")
         return
     works = {"pair": run_pair, "sums": run_sums}
     try:

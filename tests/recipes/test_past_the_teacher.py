@@ -224,7 +224,7 @@ def test_at_equal_seconds_a_slower_arm_made_fewer_updates(
     """The arms are timed by themselves; the report reads the slower one's curve at the quicker one's time."""
     arms = ("RAFT, own", "RAFT, mixture")
     setting = Setting("sums-4", "teacher-50", "student-2", arms, 1)
-    time_alone([setting], Namespace(ladder=ladder, device="cpu"), tmp_path / "alone.jsonl")
+    time_alone([setting], design.ARMS, Namespace(ladder=ladder, device="cpu"), tmp_path / "alone.jsonl")
     alone = read_runs(tmp_path / "alone.jsonl")
     assert [(line["task"], line["arm"], line["device"]) for line in alone] == [("sums-4", arm, "cpu") for arm in arms]
     assert all(line["seconds"] > 0 for line in alone)
