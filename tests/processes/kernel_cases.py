@@ -97,6 +97,14 @@ def assert_rows(pair: Pair, rows: list[Mixture], temperature: list[float], got: 
         assert_logits(got.logits[one, :V], pair, one, V, alpha, row, exact)
 
 
+def assert_each_as_alone(pair: Pair, rows: list[Mixture]) -> None:
+    together = run(pair, rows)
+    for n, mixture in enumerate(rows):
+        alone = run(Pair(*(side[n : n + 1] for side in pair)), [mixture])
+        assert torch.allclose(alone.alpha, together.alpha[n : n + 1], rtol=0, atol=1e-6)
+        assert torch.allclose(alone.logits, together.logits[n : n + 1], rtol=0, atol=1e-5)
+
+
 def assert_logits(
     logits: Tensor, pair: Pair, one: slice, V: int, alpha: Tensor, row: MixtureRows, temperature: float
 ) -> None:
@@ -287,11 +295,7 @@ def test_rows_of_both_forms_share_a_batch() -> None:
     """A row does not depend on the forms of its neighbours, which choose between two builds of the kernels."""
     theta, teacher = random_pair(8, 200)
     rows = [*ARITHMETIC, *map(Mixture, ("kl_symmetry", "ess_balance", "trust_region", "fixed"))]
-    together = run(Pair(theta, teacher), rows)
-    for n, mixture in enumerate(rows):
-        alone = run(Pair(theta[n : n + 1], teacher[n : n + 1]), [mixture])
-        assert torch.allclose(alone.alpha, together.alpha[n : n + 1], rtol=0, atol=1e-6)
-        assert torch.allclose(alone.logits, together.logits[n : n + 1], rtol=0, atol=1e-5)
+    assert_each_as_alone(Pair(theta, teacher), rows)
 
 
 def test_rows_may_lie_apart_and_padding_is_ignored() -> None:
@@ -436,11 +440,7 @@ def test_swapped_rows_share_a_batch() -> None:
     """A row does not depend on its neighbours, which choose between builds of the kernels."""
     theta, teacher = random_pair(9, 200)
     rows = [*SWAPS[:2], Mixture(), ARITHMETIC[0], SWAPS[2], Mixture("ess_balance"), ARITHMETIC[1], *ENDS]
-    together = run(Pair(theta, teacher), rows)
-    for n, mixture in enumerate(rows):
-        alone = run(Pair(theta[n : n + 1], teacher[n : n + 1]), [mixture])
-        assert torch.allclose(alone.alpha, together.alpha[n : n + 1], rtol=0, atol=1e-6)
-        assert torch.allclose(alone.logits, together.logits[n : n + 1], rtol=0, atol=1e-5)
+    assert_each_as_alone(Pair(theta, teacher), rows)
 
 
 def test_a_grammar_holds_where_a_token_is_swapped() -> None:
