@@ -89,7 +89,7 @@ ARMS = {
     "SFT on the teacher's samples": Arm(*RAFT, {"accept": 0.0}, {"mixture": Mixture.teacher_only()}),  # takes any
     "MENTOR": Arm(*GRPO, {"preset": "mentor", "num_generations": 12}),
     "Logit Fusion": Arm(*GRPO, {"preset": "logit-fusion"}),
-    **{name: Arm(*DISTILLATION, {"preset": name.lower()}) for name in ("TRB", "MiniLLM")},
+    **{name: Arm(*DISTILLATION, {"preset": name.lower()}) for name in ("TRB", "MiniLLM", "SKD")},
     "RAFT, mixture, groups of 8": Arm(*RAFT, {"num_generations": 8}),
     "Distillation, student's rollouts": Arm(*DISTILLATION, generator=ALONE),
     "Distillation, mixture": Arm(*DISTILLATION),

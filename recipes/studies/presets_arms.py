@@ -26,9 +26,15 @@ MEANINGS: dict[tuple[str, Any], dict[str, float]] = {
     **{pair: {} for pair in IGNORED.items()},
 }
 """The terms of the stack's loss for each setting of a preset with a reward."""
-DISTILLED = {"loss": "divergence", "beta": 1.0, "correction": "none"}
+DISTILLED: dict[tuple[str, Any], dict[str, float]] = {
+    ("loss", "divergence"): {},
+    ("correction", "none"): {},
+    ("beta", 1.0): KL,
+    ("beta", 0.0): {"forward": 1.0},
+}
+"""The same of a preset that distils, which has to set all three."""
 SIZES = {"mentor": 12}
-NAMES = {"mentor": "MENTOR", "logit-fusion": "Logit Fusion", "trb": "TRB", "minillm": "MiniLLM"}
+NAMES = {"mentor": "MENTOR", "logit-fusion": "Logit Fusion", "trb": "TRB", "minillm": "MiniLLM", "skd": "SKD"}
 """The presets that are compared."""
 
 
@@ -49,14 +55,17 @@ def arm_of(name: str, steps: int) -> Arm:
         "withdraw": None if withdraw is None else withdraw / steps,
     }
     distils = preset.trainer == "DistillationConfig"
-    unknown = {} if distils and settings == DISTILLED else settings.items() - MEANINGS.keys()
+    meanings = DISTILLED if distils else MEANINGS
+    unknown = settings.items() - meanings.keys()
     if generator or unknown:
         raise ValueError(f"The stack has no {generator or unknown} of preset {name!r}; add it there.")
-    if distils:
-        return Arm(KL, tries=LARGE, **shared)
-    terms = dict(OWN)
+    if distils and (missing := {field for field, _ in DISTILLED} - settings.keys()):
+        raise ValueError(f"Preset {name!r} leaves {sorted(missing)} to the configuration's defaults; set them.")
+    terms = {} if distils else dict(OWN)
     for setting in settings.items():
-        terms |= MEANINGS[setting]
+        terms |= meanings[setting]
+    if distils:
+        return Arm(terms, tries=LARGE, **shared)
     return Arm(terms, size=SIZES.get(name), tries=MIDDLE, **shared)
 
 
@@ -82,6 +91,7 @@ PAIR = {
     "Logit Fusion": SMALL,
     "TRB": MIDDLE,
     "MiniLLM": MIDDLE,
+    "SKD": MIDDLE,
     "RAFT, mixture (default)": MIDDLE,
     "GRPO, half mixture (default)": SMALL,
     "Distillation, mixture": MIDDLE,

@@ -198,8 +198,11 @@ def sample_mixed(
         )
         log_theta, log_teacher = log_distributions(theta_logits, teacher_logits)
         with patch.object(solver, "SOLVER_STEPS", SOLVER_STEPS):
-            alpha = solve_alpha(log_theta, log_teacher, rows).masked_fill(until <= step, 0.0)
-        log_q = torch.log_softmax(mix_at(log_theta, log_teacher, alpha, rows), dim=-1)
+            alpha = solve_alpha(log_theta, log_teacher, rows)
+        alone = until <= step
+        alpha = alpha.masked_fill(alone, 0.0)
+        mixed = mix_at(log_theta, log_teacher, alpha, rows)
+        log_q = torch.where(alone[:, None], log_theta, mixed).log_softmax(-1)  # of a swap α = 0 is not the student
         chosen = _replace(draw(log_q).view(S, B, 1), given, step).view(S * B, 1)
         records.append([alpha, *(x.gather(1, chosen)[:, 0] for x in (log_q, log_theta, log_teacher)), chosen[:, 0]])
         kept.append(log_teacher.float())

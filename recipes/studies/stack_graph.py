@@ -37,14 +37,14 @@ class Rollouts:
 
     def __call__(self, prompts: Tensor, rows: MixtureRows, until: Tensor, given: Given | None = None) -> Batch:
         """A completion of each prompt; the arguments are those of `stack.sample`."""
-        columns = rows[1:]  # all but `present`, which is no tensor
-        tensors = [prompts, until, *columns, *(given or ())]
+        columns = {name: value for name, value in rows._asdict().items() if isinstance(value, Tensor)}
+        tensors = [prompts, until, *columns.values(), *(given or ())]
 
         def work(prompts: Tensor, until: Tensor, *others: Tensor) -> Batch:
             there = Given(*others[len(columns) :]) if given is not None else None
             if not self.mixes or not (self.record or bool((until > 0).any())):  # a graph holds one way alone
                 return sample_alone(self.student, self.teacher, prompts, self.length, self.eos, there)
-            mixture, teacher = MixtureRows(rows.present, *others[: len(columns)]), self.teacher
+            mixture, teacher = rows._replace(**dict(zip(columns, others))), self.teacher
             assert teacher is not None
             return sample_mixed(self.student, teacher, prompts, mixture, until, self.length, self.eos, there)
 

@@ -37,6 +37,7 @@ class Losses(NamedTuple):
         positives: whether all tokens lose theirs.
         sampled: of log t − log θ of the sampled token.
         divergence: of KL(θ‖t).
+        forward: of KL(t‖θ).
         likeliest: no coefficient: how many of each model's likeliest tokens KL(θ‖t) is taken over, the others as one
             outcome, as dense records have it; 0 is the whole vocabulary.
         imitation: of −log θ of the sampled tokens: fine-tuning on them.
@@ -55,6 +56,7 @@ class Losses(NamedTuple):
     positives: Tensor
     sampled: Tensor
     divergence: Tensor
+    forward: Tensor
     likeliest: Tensor
     imitation: Tensor
     accepted: Tensor
@@ -126,6 +128,8 @@ def loss(
     if bool((terms.divergence > 0).any()):
         distance = _from_teacher(log_all, batch.teacher, terms.likeliest)
         total = total + terms.divergence * (distance * batch.mask).sum((1, 2))
+    if bool((terms.forward > 0).any()):
+        total = total + terms.forward * (divergence(log_all, batch.teacher, 0.0) * batch.mask).sum((1, 2))
     for wrong, beta in ((terms.wrong_reverse, 1.0), (terms.wrong_symmetric, 0.5)):
         if bool((wrong > 0).any()):
             total = total + wrong * (divergence(log_all, batch.teacher, beta) * routed).sum((1, 2))

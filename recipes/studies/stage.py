@@ -16,7 +16,9 @@ from stack_losses import Losses
 
 BATCH, GROUP = 64, 8
 SMOOTHING = 0.9
-FADING = ("sampled", "divergence", "evidence", "anchored", "wrong_symmetric", "wrong_reverse", "wrong_sampled")
+FADING = (
+    "sampled", "divergence", "forward", "evidence", "anchored", "wrong_symmetric", "wrong_reverse", "wrong_sampled",
+)  # fmt: skip
 """Terms that read the teacher, and may fade."""
 HINT, HINT_RATE, WITHDRAWN = 0.5, 0.05, 0.75
 """A reference prefix starts at this share of the answer, moves by this rate, and is gone at this share of training."""

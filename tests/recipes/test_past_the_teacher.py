@@ -239,11 +239,12 @@ def test_at_equal_seconds_a_slower_arm_made_fewer_updates(
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_recorded_rollout_is_the_students(ladder: Path) -> None:
+@pytest.mark.parametrize("mixture", [Mixture(), Mixture.preset("skd")])
+def test_a_recorded_rollout_is_the_students(ladder: Path, mixture: Mixture) -> None:
     """Recorded once, replayed with other prompts and other weights."""
     student, teacher = (stack.Stack.load(ladder / "sums-4" / name, 1, "cuda") for name in ("student-2", "teacher-50"))
     rollouts = Rollouts(student, teacher, LENGTH, END, mixes=True)
-    rows, until = MixtureRows.of([Mixture()] * 64, "cuda"), torch.full((64,), LENGTH, device="cuda")
+    rows, until = MixtureRows.of([mixture] * 64, "cuda"), torch.full((64,), LENGTH, device="cuda")
     drawn = []
     for _ in range(3):
         batch = rollouts(torch.randint(3, 13, (1, 64, LENGTH), device="cuda"), rows, until)

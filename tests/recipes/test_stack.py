@@ -32,6 +32,9 @@ TERMS = {
     "GRPO as logit-fusion": {"reward": 1.0, "negatives": 1.0, "ratios": 1.0},
     "GRPO + sampled tokens": {"reward": 1.0, "sampled": 0.1},
     "divergence": {"divergence": 1.0},
+    "divergence as trb": {"divergence": 1.0},
+    "divergence as minillm": {"divergence": 1.0},
+    "divergence as skd": {"forward": 1.0},
     "dense records": {"divergence": 1.0, "likeliest": 4.0},
     "sampled tokens": {"sampled": 1.0},
     **({"RAFT": {"accepted": 1.0}} if "RAFTTrainer" in dir(optimal_sampling_trl) else {}),
@@ -94,6 +97,8 @@ def sampled(folders: tuple[str, str], mixture: Mixture, until: int, rows: int = 
         (Mixture("trust_region", epsilon=0.05), 5),
         (Mixture.preset("mentor"), 5),
         (Mixture.preset("minillm"), 5),
+        (Mixture.preset("skd"), LENGTH),
+        (Mixture("top_k_swap", swap_top_k=2), 5),
         (Mixture.teacher_only(), 5),
         (Mixture(), 0),
     ],
@@ -159,12 +164,12 @@ def test_gradients_are_the_trainers(folders: tuple[str, str], tmp_path: Path, na
         special = {"num_generations": 4, "positive_only": kept}
         special["distillation_coefficient"] = values.get("sampled", 0.0)
         special["credit"] = "anchored" if "anchored" in values else "completion"
-        if " as " in name:
-            special = {"num_generations": 4, "preset": name.partition(" as ")[2]}
     else:
         special = {} if is_raft else {"loss": "sampled_token" if "sampled" in values else "divergence"}
         if "likeliest" in values:
             special = {"loss": "dense", "dense_top_k": int(values["likeliest"])}
+    if " as " in name:
+        special = ({"num_generations": 4} if is_grpo else {}) | {"preset": name.partition(" as ")[2]}
     kind = "GRPO" if is_grpo else "RAFT" if is_raft else "Distillation"
     trainer = getattr(optimal_sampling_trl, f"{kind}Trainer")(
         AutoModelForCausalLM.from_pretrained(folders[1], dtype=torch.float32),

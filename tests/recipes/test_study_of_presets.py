@@ -22,7 +22,7 @@ STEPS, LENGTH, BATCH = 200, 5, presets_arms.BATCH
 
 def test_every_preset_that_is_compared_is_an_arm_with_its_mixture() -> None:
     arms = presets_arms.arms_of(STEPS)
-    assert PRESETS.keys() - presets_arms.NAMES.keys() == {"skd"}  # docs/presets.md says so
+    assert presets_arms.NAMES.keys() == PRESETS.keys()
     for name in presets_arms.NAMES:
         arm = arms[presets_arms.NAMES[name]]
         assert arm.mixture == Mixture.preset(name)
@@ -31,14 +31,24 @@ def test_every_preset_that_is_compared_is_an_arm_with_its_mixture() -> None:
     assert arms["MENTOR"].terms == {"reward": 1.0, "own_baseline": 1.0}
     assert arms["Logit Fusion"].terms == {"reward": 1.0, "negatives": 1.0, "ratios": 1.0}
     assert arms["TRB"].terms == arms["MiniLLM"].terms == {"divergence": 1.0}
+    assert arms["SKD"].terms == {"forward": 1.0}
     assert (arms["Logit Fusion"].schedule, arms["TRB"].schedule, arms["MiniLLM"].schedule) == (1.0, 0.0625, None)
 
 
-def test_a_setting_that_the_stack_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    changed = dataclasses.replace(PRESETS["mentor"], settings=PRESETS["mentor"].settings | {"beta": 0.1})
-    monkeypatch.setitem(PRESETS, "mentor", changed)
-    with pytest.raises(ValueError, match=r"no \{\('beta', 0.1\)\} of preset 'mentor'"):
-        presets_arms.arm_of("mentor", STEPS)
+@pytest.mark.parametrize("name", ["mentor", "skd"])
+def test_a_setting_that_the_stack_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    changed = dataclasses.replace(PRESETS[name], settings=PRESETS[name].settings | {"beta": 0.1})
+    monkeypatch.setitem(PRESETS, name, changed)
+    with pytest.raises(ValueError, match=rf"no \{{\('beta', 0.1\)\}} of preset '{name}'"):
+        presets_arms.arm_of(name, STEPS)
+
+
+def test_a_preset_that_leaves_its_divergence_open_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its arm would have no loss."""
+    settings = {key: value for key, value in PRESETS["skd"].settings.items() if key != "beta"}
+    monkeypatch.setitem(PRESETS, "skd", dataclasses.replace(PRESETS["skd"], settings=settings))
+    with pytest.raises(ValueError, match=r"'skd' leaves \['beta'\]"):
+        presets_arms.arm_of("skd", STEPS)
 
 
 def test_the_mixture_of_mentor_is_withdrawn() -> None:
