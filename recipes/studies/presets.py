@@ -11,13 +11,14 @@ two teachers, many tiny students are trained as one batch (`stack.py`): the mixt
 are the package's functions; a setting that the stack does not know is refused. Every update has 72 completions, groups
 of 8 or, with MENTOR, of 12. A line of presets_pair.jsonl or presets_sums.jsonl for each run as it ends; what stands
 there is not run again, and an arm whose best rate is the largest or smallest is run at the next one, too. `--alone`
-times the updates of each arm. Prints the tables and draws presets.png.
+times the updates of each arm and adds its lines to presets_seconds.jsonl. Prints the tables and draws presets.png.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,6 +32,9 @@ from past_the_teacher_arms import beyond
 from presets_arms import BATCH, PAIR, TASKS, arms_of, settings_of
 from presets_report import PAIR_RUNS, SECONDS, SUMS_RUNS, report
 from runs import Line, by_rate, read_runs, run_all
+
+SHORT, LONG = 10, 60
+"""Updates of two runs on the pair, which are measured equally often: their difference is that of the updates alone."""
 
 
 def run_pair(options: argparse.Namespace) -> None:
@@ -61,6 +65,27 @@ def rates_on_pair(lines: Sequence[Line], arm: str, seeds: int) -> tuple[float, .
     return tries
 
 
+def time_pair(options: argparse.Namespace) -> None:
+    """Seconds of an update of each arm on the pair, one arm after the other."""
+    run_all(seconds_on_pair, [(arm,) for arm in PAIR], 1, options.output / f"{SECONDS}.jsonl", str)
+
+
+def seconds_on_pair(arm: str) -> list[Line]:
+    """The processor's seconds of an update, in a process of its own: others use the machine, too."""
+    clock = []
+    for steps in (SHORT, SHORT, LONG):  # the first one sets up
+        start = time.process_time()
+        losses.run(arm, PAIR[arm][1], 0, steps, None, "", BATCH)
+        clock.append(time.process_time() - start)
+    return [{"task": "pair", "arm": arm, "seconds": round((clock[2] - clock[1]) / (LONG - SHORT), 5), "device": "cpu"}]
+
+
+def time_sums(options: argparse.Namespace) -> None:
+    """The same of the stacks, of one run each."""
+    place = settings_of(options.task)[0]._replace(arms=tuple(PAIR))
+    time_alone([place], arms_of(options.steps), options, options.output / f"{SECONDS}.jsonl")
+
+
 def run_sums(options: argparse.Namespace) -> None:
     """The runs on sums-40 that are missing, until the deadline; then what lies beyond an edge."""
     make_ladders(options)
@@ -86,18 +111,19 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the stacks")
     parser.add_argument("--ending", type=int, default=256, help="held-out prompts of pass@8 and entropy (%(default)s)")
     parser.add_argument("--first", type=int, help="stacks and runs on the pair to run; all that are missing")
-    parser.add_argument("--alone", action="store_true", help="time each arm on sums-40 by itself, run nothing else")
+    parser.add_argument("--alone", action="store_true", help="time each arm by itself, run nothing else")
     parser.add_argument("--report", type=Path, help="report the runs of this folder, run nothing")
     options = parser.parse_args()
     options.tasks = [options.task]
     options.output.mkdir(parents=True, exist_ok=True)
+    timed, works = {"pair": time_pair, "sums": time_sums}, {"pair": run_pair, "sums": run_sums}
+    names = [options.only] if options.only else list(works)
     if options.alone:
-        place = settings_of(options.task)[0]._replace(arms=tuple(PAIR))
-        time_alone([place], arms_of(options.steps), options, options.output / f"{SECONDS}.jsonl")
+        for name in names:
+            timed[name](options)
         return
-    works = {"pair": run_pair, "sums": run_sums}
     try:
-        for name in () if options.report else [options.only] if options.only else works:
+        for name in () if options.report else names:
             works[name](options)
     finally:
         report(options.report or options.output, options.output)

@@ -16,7 +16,7 @@ from presets_arms import BATCH, PAIR, REST, TASKS, settings_of
 from runs import Line, by_rate, read_runs
 
 PAIR_RUNS, SUMS_RUNS, SECONDS = "presets_pair", "presets_sums", "presets_seconds"
-"""Names of the files of runs, and of the seconds of an update on sums-40."""
+"""Names of the files of runs, and of the seconds of an update."""
 
 
 class Place(NamedTuple):
@@ -40,10 +40,11 @@ def places_of(folder: Path) -> list[Place]:
     """Return the places that were run, the pair first."""
     pair = read_runs(folder / f"{PAIR_RUNS}.jsonl")
     sums = [line for line in read_runs(folder / f"{SUMS_RUNS}.jsonl") if not line["stopped"]]
-    of_pair = {arm: mean(times) for arm in PAIR if (times := [x["seconds"] for x in pair if x["arm"] == arm])}
-    found = [Place("pair", pair, of_pair)] if pair else []
+    times = read_runs(folder / f"{SECONDS}.jsonl")
+    of_runs = {arm: mean(spent) for arm in PAIR if (spent := [x["seconds"] for x in pair if x["arm"] == arm])}
+    found = [Place("pair", pair, seconds_of(times, "pair") or of_runs)] if pair else []
     for task in TASKS:
-        alone = seconds_of(read_runs(folder / f"{SECONDS}.jsonl"), task)
+        alone = seconds_of(times, task)
         *four, _ = settings_of(task)  # the last one is the first with other arms
         for i, place in enumerate(four):
             if here := at(sums, place):

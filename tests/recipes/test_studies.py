@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import headline
 import pair as embedded
 import past_the_teacher_tables
+import presets
 import qwen3
 import real_pictures
 from helpers.paths import RECIPES, ROOT
@@ -77,14 +78,22 @@ def test_presets(made: embedded.Pair, tmp_path: Path) -> None:
         shutil.copytree(made.student, ladder / name)
     (ladder / "ladder.json").write_text('{"teacher-50": 0.0, "student-2": 0.0}')
     flags = ["--ladder", tmp_path / "ladder", "--output", tmp_path, "--seeds", 1, "--steps", 1, "--pair_steps", 1]
-    flags += ["--stack", 2, "--device", "cpu", "--jobs", 1, "--pair_jobs", 1, "--ending", 2]
+    flags += ["--stack", 3, "--device", "cpu", "--jobs", 1, "--pair_jobs", 1, "--ending", 2]
     output = run("studies/presets.py", *flags, "--first", 1)
     sums, pair = (read_runs(tmp_path / f"presets_{name}.jsonl") for name in ("sums", "pair"))
-    assert [(line["arm"], len(line["curve"]), line["stopped"]) for line in sums] == [("MENTOR", 2, False)] * 2
+    assert [(line["arm"], len(line["curve"]), line["stopped"]) for line in sums] == [("MENTOR", 2, False)] * 3
     assert [line["curve"][-1][0] for line in pair] == [72]
     assert output.count("| MENTOR | .0") == 2  # at equal completions and at equal seconds
     assert run("studies/presets.py", *flags, "--report", tmp_path) == output[output.index("### At equal") :]
     assert (tmp_path / "presets.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_arm_is_timed_on_the_pair(made: embedded.Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presets, "SHORT", 1)
+    monkeypatch.setattr(presets, "LONG", 3)
+    (line,) = presets.seconds_on_pair("GRPO")
+    assert isinstance(line.pop("seconds"), float)
+    assert line == {"task": "pair", "arm": "GRPO", "device": "cpu"}
 
 
 def test_past_the_teacher(made: embedded.Pair, tmp_path: Path) -> None:
