@@ -31,11 +31,11 @@ GREYS = dict(zip((f"teacher, {word}" for word in WORDS.values()), ("#b0b0b0", "#
 """The colours of the teacher's lines."""
 PANELS = {
     "Imitation": (
-        "RAFT, mixture", "RAFT, mixture + dense 1 faded", "TRB", "Distillation", "MiniLLM", "SFT, teacher",
+        "RAFT, mixture", "RAFT, mixture + dense 1 faded", "TRB", "Distillation", "MiniLLM", "SKD", "SFT, teacher",
     ),
     "Policy gradients": ("GRPO, half mixture", "GRPO", "MENTOR", "Logit Fusion"),
 }  # fmt: skip
-"""The arms of presets_real.png."""
+"""The arms of presets_real.png, those that were run."""
 
 
 def over_completions(runs: Sequence[Line]) -> list[list[tuple[float, float]]]:
@@ -51,14 +51,14 @@ def over_completions(runs: Sequence[Line]) -> list[list[tuple[float, float]]]:
 def of_presets(lines: Sequence[Line]) -> dict[str, dict[str, Curve]]:
     """The curves of each panel of presets_real.png, and the teacher's samples and greedy decoding."""
     found = draws(RESULTS, "sums")
-    end = max(line["points"][-1][0] for line in lines)
+    end, ran = max(line["points"][-1][0] for line in lines), {line["arm"] for line in lines}
     teacher: dict[str, Curve] = {
         f"teacher, {WORDS[name]}": [(0.0, share), (end, share)]
         for name in ("right", "greedy")
         for share in [mean(shares[name] for shares in found)]
     }
     return {
-        title: {arm: over_completions(whole(chosen(lines, arm))) for arm in arms} | teacher
+        title: {arm: over_completions(whole(chosen(lines, arm))) for arm in arms if arm in ran} | teacher
         for title, arms in PANELS.items()
     }
 

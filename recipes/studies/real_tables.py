@@ -97,17 +97,20 @@ def presets() -> Iterator[str]:
 
 
 def timed(task: str, lines: Sequence[Line]) -> dict[str, Column]:
-    """The seconds of each arm, and its right answers when the quickest has ended; none where one was not timed."""
-    seconds = {line["arm"]: alone(line) for line in stored(SECONDS, task=task)}
+    """The seconds of each arm, and its right answers when the quickest has ended; none where no arm was timed."""
     arms = {line["arm"] for line in lines}
-    if not arms <= seconds.keys():
-        return {}
-    quickest = min(seconds[arm] for arm in arms)
+    seconds = {line["arm"]: alone(line) for line in stored(SECONDS, task=task) if line["arm"] in arms}
+
+    def span(runs: list[Line]) -> str:
+        return f"{seconds[runs[0]['arm']]:.2f}" if runs[0]["arm"] in seconds else "–"
 
     def end(runs: list[Line]) -> str:
-        return "cut" if is_cut(runs) else short(spread(equal(runs, quickest / seconds[runs[0]["arm"]])))
+        if runs[0]["arm"] not in seconds:
+            return "–"
+        share = min(seconds.values()) / seconds[runs[0]["arm"]]
+        return "cut" if is_cut(runs) else short(spread(equal(runs, share)))
 
-    return {"s for 64 completions": lambda runs: f"{seconds[runs[0]['arm']]:.2f}", "at equal seconds": end}
+    return {"s for 64 completions": span, "at equal seconds": end} if seconds else {}
 
 
 def informed(student: str) -> Iterator[str]:

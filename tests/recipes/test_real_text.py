@@ -264,4 +264,7 @@ def test_seconds_are_of_64_completions_and_the_slower_arm_is_read_where_the_quic
     (tmp_path / "real_seconds.jsonl").write_text(json.dumps(quick) + "\n" + json.dumps(slow) + "\n")
     columns = timed("sums", [quick, slow])
     assert [column([slow]) for column in columns.values()] == ["2.00", ".200"]
+    untimed = quick | {"arm": "SKD"}
+    columns = timed("sums", [quick, slow, untimed])
+    assert [column([arm]) for column in columns.values() for arm in (slow, untimed)] == ["2.00", "–", ".200", "–"]
     assert not timed("steps", [quick])  # nothing was timed there
