@@ -33,7 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,8 @@ def main() -> None:
     print("| " + " | ".join(HEAD) + " |\n|---|" + "---:|" * (len(HEAD) - 1), flush=True)
     found: dict[str, dict[str, Any]] = {}
     failed: list[str] = []
-    a_while = tempfile.TemporaryDirectory(prefix="training-", dir=args.folder)
-    with nullcontext(args.pair) if args.pair else a_while as home:
+    began = time.monotonic()
+    with folder(args) as home:
         waiting = start(args.arms[0], home)
         if not Path(home, "theta", "tokenizer.json").exists():  # the last file of a pair
             make_random_pair(home, args)
@@ -72,7 +72,7 @@ def main() -> None:
             if following:
                 waiting = start(following, home)
             try:
-                found[name] = run(name, process, args.limit)
+                found[name] = run(name, process, min(args.limit, began + args.budget - time.monotonic()))
             except RuntimeError as error:
                 failed.append(str(error))
                 continue
@@ -96,7 +96,8 @@ def parse() -> argparse.Namespace:
     flags.add_argument("--steps", type=int, default=4, help="of which the first warms up")
     flags.add_argument("--first", type=int, help="tokens of a completion of the first step, all of them by default")
     flags.add_argument("--profile", action="store_true", help="record a further step's kernels, all but the rollout's")
-    flags.add_argument("--limit", type=float, help="seconds that an arm may take")
+    flags.add_argument("--limit", type=float, default=3600, help="seconds that an arm may take")
+    flags.add_argument("--budget", type=float, default=86400, help="seconds that all of them may take")
     flags.add_argument("--memory", type=float, default=0.3, help="the engine's share of the GPU's memory")
     flags.add_argument("--folder", help="where the pair is written for a while, such as /dev/shm")
     flags.add_argument("--pair", help="where it is written to stay, and read by a later call of the same shapes")
@@ -108,6 +109,13 @@ def parse() -> argparse.Namespace:
     return flags.parse_args()
 
 
+def folder(args: argparse.Namespace) -> AbstractContextManager[str]:
+    """Open the pair's folder: the one that stays, or one for a while."""
+    if args.pair:
+        return nullcontext(args.pair)
+    return tempfile.TemporaryDirectory(prefix="training-", dir=args.folder)
+
+
 def start(name: str, home: str) -> subprocess.Popen[str]:
     """Start the process of an arm: it imports what it needs, and waits for a line before it touches a GPU."""
     command = [sys.executable, __file__, *sys.argv[1:], "--arm", name, "--home", home]
@@ -115,14 +123,14 @@ def start(name: str, home: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
 
-def run(name: str, process: subprocess.Popen[str], limit: float | None) -> dict[str, Any]:
+def run(name: str, process: subprocess.Popen[str], limit: float) -> dict[str, Any]:
     """Let the process of an arm measure.
 
     Raises:
         RuntimeError: with the end of what it said, where it failed, or was ended after `limit` seconds.
     """
     try:
-        output, errors = process.communicate("\n", limit)
+        output, errors = process.communicate("\n", max(limit, 0))
     except subprocess.TimeoutExpired:
         process.kill()
         output, errors = process.communicate()

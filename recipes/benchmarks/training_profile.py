@@ -153,7 +153,7 @@ def took_apart(recorded: list[list[Any]], took: Mapping[str, float]) -> dict[str
 
 
 def is_work(event: Any) -> bool:
-    """Whether an event is a kernel or a copy of a GPU; on a CPU an operation of torch."""
+    """Return True for a kernel or a copy of a GPU, and on a CPU for an operation of torch."""
     if event.name.startswith(PREFIX):
         return False
     if ON_GPU:

@@ -29,7 +29,7 @@ ARMS = (
     "sampled token, own", "sampled token, mixture", "divergence, own", "divergence, mixture",
 )  # fmt: skip
 """The arms of `training.py` without drafts."""
-HERE = ("--json", "--folder", "--pair", "--limit")
+HERE = ("--json", "--folder", "--pair", "--limit", "--budget")
 """Flags of a command that change nothing that is measured."""
 
 
