@@ -249,6 +249,9 @@ def test_an_arm_that_takes_too_long_is_ended() -> None:
 def test_training_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file of `training.py` becomes a table, and its cells are missing no more; another card's is refused."""
     old = tables.stored("training")
+    large = training_tables.WANTED[-1]
+    found = old["tables"].items()
+    old["tables"] = {name: table for name, table in found if training_tables.size_of(table["command"])[0] != large}
     files = {name: tmp_path / f"{name}.json" for name in ("STORED", "PROFILES")}
     for name, file in files.items():
         monkeypatch.setattr(training_tables, name, file)
