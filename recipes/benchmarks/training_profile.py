@@ -1,4 +1,4 @@
-"""Where the time of a training step goes after its rollout: its parts, the GPU's idle time in each, and kernels."""
+"""Record where the time of a training step goes after its rollout: its parts, the GPU's idle time, and its kernels."""
 
 from __future__ import annotations
 
