@@ -21,22 +21,9 @@ from math import nan
 from typing import Any
 
 from decoding import MEASURED
+from training_tables import not_run, steps
 
 RESULTS = MEASURED.parent
-PARTS = ("rollout", "sync", "update", "other", "step")
-"""The seconds of a training step, in the order of the columns."""
-ARMS = (
-    "TRL, GRPO", "GRPO, half mixture", "RAFT, mixture", "TRL, distillation", "dense, own", "dense, mixture",
-    "sampled token, own", "sampled token, mixture", "divergence, own", "divergence, mixture",
-)  # fmt: skip
-"""The arms of `training.py` without drafts."""
-SIZES = {
-    "3B and 0.5B, 256 tokens": ("256", "drafts"),
-    "3B and 0.5B, 2 048 tokens": ("2048",),
-    "7B and 1.5B, 256 tokens": ("7b", "7b, distillation"),
-    "7B and 1.5B, 2 048 tokens": (),
-}
-"""The sizes of a training step that are wanted, and the tables that hold measurements of each."""
 BATCHES = (32, 128, 256)
 """Batches that both pairs were measured at."""
 
@@ -99,30 +86,6 @@ def dense_kernels() -> Iterator[str]:
         yield f"| {row['rows']} | {row['program']} | {took} |"
 
 
-def steps(table: str) -> Iterator[str]:
-    """Lines of a table of docs/performance.md: parts of a training step, their ratios to TRL's trainer, each step.
-
-    Args:
-        table: the length of a completion, a pair, or what else a call measured.
-    """
-    base: dict[str, Any] = {}
-    for name, found in stored("training")["tables"][table]["arms"].items():
-        base = found if name.startswith("TRL") else base
-        yield f"{line(name, found, base)} {', '.join(f'{seconds:.1f}' for seconds in found['steps'])} |"
-
-
-def not_run() -> str:
-    """Return the line of docs/performance.md that names what was measured at no call."""
-    tables = stored("training")["tables"]
-    missing = {
-        size: [arm for arm in ARMS if not any(arm in tables[name]["arms"] for name in SIZES[size])] for size in SIZES
-    }
-    words = (
-        f"{size}: {'all' if len(arms) == len(ARMS) else '; '.join(arms)}" for size, arms in missing.items() if arms
-    )
-    return f"**Not run**: {'. '.join(words)}."
-
-
 def evaluation() -> Iterator[str]:
     """Lines of a table of docs/performance.md: seconds of an evaluation beside the teacher and alone."""
     for row in stored("evaluation")["rows"]:
@@ -164,20 +127,14 @@ def printed() -> Iterator[tuple[str, str]]:
         yield table["page"], "\n".join(table["lines"])
 
 
-def line(name: str, found: dict[str, Any], base: dict[str, Any]) -> str:
-    """The line of a trainer: seconds of each part, GiB, and step and GiB over those of `base`, if there is one."""
-    ratios = [f"{found[column] / base[column]:.2f}" if base else "" for column in ("step", "GiB")]
-    return "| " + " | ".join([name, *(f"{found[part]:.2f}" for part in PARTS), f"{found['GiB']:.1f}", *ratios]) + " |"
-
-
 def main() -> None:
     """Print them all."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    trained = [partial(steps, table) for table in stored("training")["tables"]]
+    trained = [partial(steps, table["arms"]) for table in stored("training")["tables"].values()]
     drafted = [partial(speculation, table["rows"]) for table in stored("speculation")["tables"].values()]
     for table in (speeds, rollouts, cards, dense, dense_kernels, evaluation, *drafted, *trained):
         print("\n".join(table()), end="\n\n")
-    print(not_run(), end="\n\n")
+    print(not_run(stored("training")["tables"]), end="\n\n")
     for _, table in printed():
         print(table, end="\n\n")
 

@@ -10,7 +10,8 @@ Each arm is a process of its own, one after the other: TRL's trainers with vLLM 
 student's rollouts; distillation with its teacher in the trainer), then this package's. The next process imports its
 libraries meanwhile, then waits. TRL's need a GPU: vLLM on a CPU does not take new weights the way they send them.
 Weights are random, both models have one vocabulary, no completion ends early, and every step counts from the second
-on. `--json` keeps the seconds of each step, and those until the trainer stood.
+on; `--first 256` shortens the completions of the first. `--json` keeps the seconds of each step, and those until the
+trainer stood, as each arm ends. With `--profile` one more step says where the time of its update goes.
 
 | column | what it says |
 |---|---|
@@ -28,27 +29,25 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
-
-import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import trl
 import vllm
-from transformers import TrainerCallback
 
-from random_pair import describe, make_random_pair, parser, processor, synchronize
-from tables import PARTS, line
+from random_pair import describe, make_random_pair, parser, processor
 from training_arms import ARMS, BASES, ON_GPU, Arm, build
+from training_profile import Profile
+from training_tables import PARTS, line, profiled
+from training_watch import Watch, memory
 
 HEAD = ("arm", *PARTS, "GiB", "step ÷ TRL", "GiB ÷ TRL")
 
@@ -63,21 +62,25 @@ def main() -> None:
     print("| " + " | ".join(HEAD) + " |\n|---|" + "---:|" * (len(HEAD) - 1), flush=True)
     found: dict[str, dict[str, Any]] = {}
     failed: list[str] = []
-    with tempfile.TemporaryDirectory(prefix="training-", dir=args.folder) as home:
+    began = time.monotonic()
+    with folder(args) as home:
         waiting = start(args.arms[0], home)
-        make_random_pair(home, args)
+        if not Path(home, "theta", "tokenizer.json").exists():  # the last file of a pair
+            make_random_pair(home, args)
         for name, following in zip(args.arms, [*args.arms[1:], None]):
             process = waiting
             if following:
                 waiting = start(following, home)
             try:
-                found[name] = run(name, process)
+                found[name] = run(name, process, min(args.limit, began + args.budget - time.monotonic()))
             except RuntimeError as error:
                 failed.append(str(error))
                 continue
             print(line(name, found[name], found.get(BASES[ARMS[name].kind], {})), flush=True)
             if args.json:
                 args.json.write_text(json.dumps({"command": sys.argv, "device": processor(), "arms": found}, indent=1))
+    for name in found if args.profile else ():
+        print("\n" + "\n".join(profiled(name, found[name]["profile"])))
     if failed:
         raise SystemExit("\n\n".join(failed))
 
@@ -91,14 +94,26 @@ def parse() -> argparse.Namespace:
     flags.add_argument("--micro-batch", type=int, default=8, help="completions of a forward pass")
     flags.add_argument("--group", type=int, default=8, help="completions of a prompt in GRPO")
     flags.add_argument("--steps", type=int, default=4, help="of which the first warms up")
+    flags.add_argument("--first", type=int, help="tokens of a completion of the first step, all of them by default")
+    flags.add_argument("--profile", action="store_true", help="record a further step's kernels, all but the rollout's")
+    flags.add_argument("--limit", type=float, default=3600, help="seconds that an arm may take")
+    flags.add_argument("--budget", type=float, default=86400, help="seconds that all of them may take")
     flags.add_argument("--memory", type=float, default=0.3, help="the engine's share of the GPU's memory")
     flags.add_argument("--folder", help="where the pair is written for a while, such as /dev/shm")
+    flags.add_argument("--pair", help="where it is written to stay, and read by a later call of the same shapes")
     flags.add_argument("--json", type=Path, help="file for the numbers")
     flags.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)  # of a process that measures one
     flags.add_argument("--home", help=argparse.SUPPRESS)
     if ON_GPU:
         flags.set_defaults(prompt=128, tokens=256, dtype="bfloat16")
     return flags.parse_args()
+
+
+def folder(args: argparse.Namespace) -> AbstractContextManager[str]:
+    """Open the pair's folder: the one that stays, or one for a while."""
+    if args.pair:
+        return nullcontext(args.pair)
+    return tempfile.TemporaryDirectory(prefix="training-", dir=args.folder)
 
 
 def start(name: str, home: str) -> subprocess.Popen[str]:
@@ -108,13 +123,18 @@ def start(name: str, home: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
 
-def run(name: str, process: subprocess.Popen[str]) -> dict[str, Any]:
+def run(name: str, process: subprocess.Popen[str], limit: float) -> dict[str, Any]:
     """Let the process of an arm measure.
 
     Raises:
-        RuntimeError: with the end of what it said, where it failed.
+        RuntimeError: with the end of what it said, where it failed, or was ended after `limit` seconds.
     """
-    output, errors = process.communicate("\n")
+    try:
+        output, errors = process.communicate("\n", max(limit, 0))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output, errors = process.communicate()
+        errors += f"\nended after {limit:.0f} s"
     if process.returncode != 0:
         raise RuntimeError(f"{name}: {errors[-3000:]}")
     return json.loads(output.strip().splitlines()[-1])
@@ -123,79 +143,15 @@ def run(name: str, process: subprocess.Popen[str]) -> dict[str, Any]:
 def measure(arm: Arm, teacher: str, theta: str, args: argparse.Namespace) -> dict[str, Any]:
     """Train a few steps; the mean seconds of a step's parts, memory, and what the start and each step took."""
     began = time.perf_counter()
+    args.steps += args.profile
     trainer = build(arm, teacher, theta, args)
     started = time.perf_counter() - began
-    watch = Watch(trainer)
+    watch = Profile(trainer, args.first, args.steps) if args.profile else Watch(trainer, args.first)
     trainer.add_callback(watch)
     trainer.train()
-    found = watch.means() | {"GiB": memory(trainer), "started": started, "steps": [s["step"] for s in watch.seconds]}
+    found = watch.found() | {"GiB": memory(trainer), "started": started}
     trainer.accelerator.end_training()
     return found
-
-
-class Watch(TrainerCallback):
-    """Times the parts of a trainer's steps."""
-
-    def __init__(self, trainer: Any) -> None:
-        self.seconds: list[dict[str, float]] = []
-        self.began = 0.0
-        self._time(trainer.vllm_generation, "generate", "rollout")
-        self._time(trainer.vllm_generation, "sync_weights", "sync")
-        self._time(trainer, "_prepare_inputs", "before")
-
-    def _time(self, owner: Any, method: str, part: str) -> None:
-        work: Callable[..., Any] = getattr(owner, method)
-
-        def timed(*given: Any, **named: Any) -> Any:
-            synchronize()
-            began = time.perf_counter()
-            result = work(*given, **named)
-            synchronize()
-            self.seconds[-1][part] += time.perf_counter() - began
-            return result
-
-        setattr(owner, method, timed)
-
-    def on_step_begin(self, *given: Any, **named: Any) -> None:
-        """Begin a step; the first forgets what the start of the engine took."""
-        synchronize()
-        if not self.seconds and ON_GPU:
-            torch.cuda.reset_peak_memory_stats()
-        self.seconds.append(dict.fromkeys(("rollout", "sync", "before"), 0.0))
-        self.began = time.perf_counter()
-
-    def on_step_end(self, *given: Any, **named: Any) -> None:
-        """End a step."""
-        synchronize()
-        self.seconds[-1]["step"] = time.perf_counter() - self.began
-
-    def means(self) -> dict[str, float]:
-        """The mean seconds of each part, without the first step."""
-        steps = self.seconds[1:] or self.seconds
-        mean = {part: sum(step[part] for step in steps) / len(steps) for part in steps[0]}
-        before = mean.pop("before")
-        return mean | {"update": mean["step"] - before, "other": before - mean["rollout"] - mean["sync"]}
-
-
-def memory(trainer: Any) -> float:
-    """GiB at the most; on a GPU without the engine's cache, whose size is a setting."""
-    if not ON_GPU:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    llm = trainer.vllm_generation.llm
-    engine = llm.backend.llm if hasattr(llm, "backend") else llm  # the fused engine's, or TRL's
-    cached = sum(engine.collective_rpc(cache_bytes))
-    return (torch.cuda.max_memory_allocated() - cached) / 2**30
-
-
-def cache_bytes(worker: Any) -> int:
-    """Bytes of an engine's KV cache."""
-    caches = {cache.untyped_storage().data_ptr(): cache.untyped_storage().nbytes() for cache in tensors(worker)}
-    return sum(caches.values())
-
-
-def tensors(worker: Any) -> list[torch.Tensor]:
-    """The tensors of an engine's KV cache."""
-    return [cache for cache in worker.model_runner.kv_caches if isinstance(cache, torch.Tensor)]
 
 
 if __name__ == "__main__":

@@ -9,15 +9,13 @@ from typing import NamedTuple
 
 import torch
 
-from decoding import MEASURED, Pair, pair_of
+from decoding import Pair, pair_of
 from memory import ENGINE_GB, GB, stored
+from training_tables import STORED, size_of
 
 GIB = 2**30
 COMPLETIONS, PROMPT = 64, 128
 """Of a measured step."""
-STEPS = {"256": ("3b", "0.5b", 256, 8), "2048": ("3b", "0.5b", 2048, 4), "7b": ("7b", "1.5b", 256, 8),
-         "7b, distillation": ("7b", "1.5b", 256, 8)}  # fmt: skip
-"""Tables of results/training.json: teacher, student, tokens of a completion, completions of a forward pass."""
 
 
 class Rate(NamedTuple):
@@ -46,13 +44,14 @@ class Update(NamedTuple):
 
 def measured() -> list[Update]:
     """Read the measured steps of this package whose trainer holds no teacher."""
-    tables = json.loads(MEASURED.with_name("training.json").read_text())["tables"]
-    return [
-        Update(arm, *step, row["update"], row["GiB"])
-        for table, step in STEPS.items()
-        for arm, row in tables[table]["arms"].items()
-        if not arm.startswith(("TRL", "divergence"))
-    ]
+    tables = json.loads(STORED.read_text())["tables"]
+    found = []
+    for table in tables.values():
+        size, micro_batch = size_of(table["command"])
+        rows = table["arms"].items() if table.get("fitted", True) else ()
+        kept = ((arm, row) for arm, row in rows if not arm.startswith(("TRL", "divergence")))
+        found += [Update(arm, *size, micro_batch, row["update"], row["GiB"]) for arm, row in kept]
+    return found
 
 
 def work(pair: Pair, tokens: int) -> float:

@@ -35,8 +35,15 @@ from helpers.routing import stand_in
 from helpers.tuning import take_smallest
 from trainers.engines import test_colocated as colocated
 
+SHARED = colocated.WINDOWS | {
+    "layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 1,
+}
+"""Of models whose last layer reads the cache of an earlier one."""
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     **{family: (family, *rest) for family, *rest in colocated.STUDENTS.values()},
+    "gemma4-shared": ("gemma4", SHARED, {"target_modules": r".*language_model.*\.(q|down)_proj"}),
     **{f"{name}-states": (name, had, {"target_modules": at}) for name, (had, at) in colocated.STATES.items()},
 }
 """Family, settings of both models, where the adapter goes."""

@@ -261,10 +261,10 @@ def tell_where() -> None:
         traceback.print_stack(sys._current_frames()[threading.main_thread().ident or 0])
 
 
-def one(name: str, mode: str, is_tuned: bool, takes_refused: bool) -> None:
+def one(name: str, mode: str, dtype: str | None, is_tuned: bool, takes_refused: bool) -> None:
     """Check one case in this process, and print its line."""
     case = CASES[name]
-    seen = Seen(name, mode, dtype_of(case))
+    seen = Seen(name, mode, dtype or dtype_of(case))
     threading.Thread(target=tell_where, daemon=True).start()
     try:
         if stand_in():
@@ -328,14 +328,16 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=1, help="processes at the same time")
     parser.add_argument("--limit", type=float, default=600, help="seconds that a process may take")
     parser.add_argument("--out", type=Path, default=ROOT / "output" / "families")
+    parser.add_argument("--dtype", choices=BOUNDS, help="what the engine computes in, where its kernels do")
     parser.add_argument("--tune", action="store_true", help="let Triton tune the kernels of linear attention")
     parser.add_argument("--refused", action="store_true", help="also what shares caches under an older vLLM")
     parser.add_argument("--case", choices=tuple(CASES), help=argparse.SUPPRESS)
     parser.add_argument("--mode", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
-        one(args.case, args.mode, args.tune, args.refused)
+        one(args.case, args.mode, args.dtype, args.tune, args.refused)
     flags = [f"--{name}" for name in ("tune", "refused") if getattr(args, name)]
+    flags += ["--dtype", args.dtype] if args.dtype else []
     args.out.mkdir(parents=True, exist_ok=True)
 
     def work(name: str, mode: str) -> dict[str, Any]:

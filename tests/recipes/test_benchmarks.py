@@ -13,6 +13,7 @@ import decoding
 import memory
 import scaling
 import tables
+import training_tables
 import updating
 from helpers.paths import ROOT
 from helpers.recipes import PYTHON, need_vllm, run, run_failing, start
@@ -119,18 +120,19 @@ def test_tables() -> None:
     readme = (ROOT / "recipes" / "benchmarks" / "README.md").read_text()
     lines = [line for line in tables.rollouts() if f"\n{line}" not in readme]
     assert not lines, "Put what `python recipes/benchmarks/tables.py` prints into recipes/benchmarks/README.md"
-    drafted = tables.stored("speculation")["tables"]
+    drafted, trained = tables.stored("speculation")["tables"], tables.stored("training")["tables"]
     for page, table in (
         ("docs/dense.md", tables.dense()),
         ("docs/dense.md", tables.dense_kernels()),
-        *(("docs/performance.md", tables.steps(table)) for table in tables.stored("training")["tables"]),
+        *(("docs/performance.md", tables.steps(table["arms"])) for table in trained.values()),
         ("docs/performance.md", tables.evaluation()),
         *(("docs/speculative.md", tables.speculation(table["rows"])) for table in drafted.values()),
         ("recipes/benchmarks/README.md", tables.cards()),
     ):
         stored = "\n".join(table)
         assert stored in (ROOT / page).read_text(), f"Put what tables.py prints into {page}:\n{stored}"
-    assert tables.not_run() in (ROOT / "docs" / "performance.md").read_text(), tables.not_run()
+    missing = tables.not_run(trained)
+    assert missing in (ROOT / "docs" / "performance.md").read_text(), missing
     for page, table in tables.printed():
         assert table in (ROOT / page).read_text(), f"printed.json and {page} differ:\n{table}"
     kept = {"\n".join(tables.cards()), *(table for _, table in tables.printed())}
@@ -208,6 +210,73 @@ def test_training() -> None:
         assert rollout + sync + update + other == pytest.approx(step, abs=0.03)
         assert rollout > 0
         assert memory > 0
+
+
+@pytest.mark.engine
+def test_training_profile(tmp_path: Path) -> None:
+    """The parts of an update after a short first step; the GPU, here the processor, works within each of them."""
+    need_vllm()
+    sizes = "--completions 2 --micro-batch 2 --group 2 --tokens 12 --first 3 --steps 2 --prompt 4".split()  # noqa: SIM905
+    models = "--teacher 64 1 --theta 64 1 --vocabulary 300 --arms".split()  # noqa: SIM905
+    numbers = tmp_path / "numbers.json"
+    flags = [*sizes, *models, "dense, own", "--profile", "--limit", "500", "--json", numbers]
+    output = run("benchmarks/training.py", *flags, launcher=PYTHON)
+    found = json.loads(numbers.read_text())["arms"]["dense, own"]
+    assert len(found["steps"]) == 2
+    parts = found["profile"]["parts"]
+    assert parts.keys() == {"sync", "loss", "divergences, within the loss", "backward", "optimizer", "all else"}
+    assert all(part["busy"] > 0 and part["seconds"] > 0 for part in parts.values()), parts
+    assert parts["divergences, within the loss"]["busy"] < parts["loss"]["busy"]
+    whole = sum(parts[part]["seconds"] for part in ("loss", "backward", "optimizer", "all else"))
+    assert whole == pytest.approx(found["update"] + found["other"])
+    assert found["profile"]["kernels"]["matrix products"] > 0
+    assert "_TiledLogProbabilitiesBackward" in found["profile"]["backward"], "our own backward pass"
+    assert "| dense, own | backward | " in output
+
+
+@pytest.mark.engine
+def test_an_arm_that_takes_too_long_is_ended() -> None:
+    """It fails with what it said, and the next one begins unless the call has no time left."""
+    need_vllm()
+    sizes = "--completions 2 --micro-batch 2 --group 2 --tokens 3 --steps 2 --prompt 4 --budget 1".split()  # noqa: SIM905
+    arms = ("RAFT, mixture", "sampled token, own")
+    ended = start("benchmarks/training.py", *sizes, "--arms", *arms, launcher=PYTHON)
+    assert ended.returncode == 1
+    for arm in arms:
+        assert re.search(rf"^{arm}: (.*\n)*?ended after -?\d+ s$", ended.stderr, re.MULTILINE), ended.stderr
+
+
+def test_training_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of `training.py` becomes a table, and its cells are missing no more; another card's is refused."""
+    old = tables.stored("training")
+    large = training_tables.WANTED[-1]
+    found = old["tables"].items()
+    old["tables"] = {name: table for name, table in found if training_tables.size_of(table["command"])[0] != large}
+    files = {name: tmp_path / f"{name}.json" for name in ("STORED", "PROFILES")}
+    for name, file in files.items():
+        monkeypatch.setattr(training_tables, name, file)
+    files["STORED"].write_text(json.dumps(old))
+    row = old["tables"]["256"]["arms"]["dense, own"]
+    command = [*"recipes/benchmarks/training.py --shapes 7b 1.5b --tokens 2048 --micro-batch 4".split(), "--json", "x"]  # noqa: SIM905
+    measured = {"device": old["device"], "command": command, "arms": {"dense, own": row, "TRL, distillation": row}}
+    made = tmp_path / "made.json"
+    made.write_text(json.dumps(measured))
+    training_tables.keep("large", made)
+    new = json.loads(files["STORED"].read_text())["tables"]
+    assert new.pop("large") == {
+        "command": f"python {' '.join(command[:-2])}",
+        "arms": {"TRL, distillation": row, "dense, own": row},
+    }
+    assert new == old["tables"]
+    assert "7B and 1.5B, 2 048 tokens: all" in tables.not_run(new)
+    left = tables.not_run(json.loads(files["STORED"].read_text())["tables"]).split("7B and 1.5B, 2 048 tokens: ")[1]
+    assert left.startswith("TRL, GRPO; GRPO, half mixture; RAFT, mixture; dense, mixture; ")
+    made.write_text(json.dumps(measured | {"arms": {"dense, own": row | {"profile": {}}}}))
+    training_tables.keep("", made)
+    assert "profile" in json.loads(files["PROFILES"].read_text())["arms"]["dense, own"]
+    made.write_text(json.dumps(measured | {"device": "NVIDIA H100"}))
+    with pytest.raises(ValueError, match="wanted 'NVIDIA H200'"):
+        training_tables.keep("large", made)
 
 
 @pytest.mark.engine

@@ -29,6 +29,8 @@ MODULES = {
     "benchmarks/decoding.py": "scaling.py imports it: a step of decoding, fitted to measured ones",
     "benchmarks/updating.py": "scaling.py imports it: an update, fitted to measured ones, and a step's memory",
     "benchmarks/training_arms.py": "training.py imports it: the trainers that are compared",
+    "benchmarks/training_watch.py": "training.py imports it: times a step's parts, and its memory",
+    "benchmarks/training_profile.py": "training.py imports it: where the time of an update goes",
     "benchmarks/speculation_engines.py": "speculation.py imports it: the engines; test_benchmarks.py",
     "studies/stack.py": "horizon_train.py imports it: many students as one batch; test_stack.py",
     "studies/digit_tasks.py": "ladder.py imports it: what is asked; test_past_the_teacher.py",
