@@ -8,11 +8,24 @@ from torch import Tensor
 
 
 def log_average(
-    log_theta: Float[Tensor, "N V"], log_teacher: Float[Tensor, "N V"], alpha: Float[Tensor, " N"]
+    log_theta: Float[Tensor, "N V"],
+    log_teacher: Float[Tensor, "N V"],
+    alpha: Float[Tensor, " N"],
+    whole: Bool[Tensor, " N"] | None = None,
 ) -> Float[Tensor, "N V"]:
-    """Return log((1-α)θ + αt); -inf where neither model has mass."""
-    log_rest, log_alpha = torch.log1p(-alpha)[:, None], alpha.log()[:, None]
-    return torch.logaddexp(log_rest.to(log_theta.dtype) + log_theta, log_alpha.to(log_theta.dtype) + log_teacher)
+    """Return log((1-α)θ + αt); -inf where neither model has mass.
+
+    Args:
+        log_theta: log θ.
+        log_teacher: log t.
+        alpha: α.
+        whole: rows in which θ has the weight 1 in place of 1-α, as in `top_k_swap`; None is no row.
+    """
+    log_rest, log_alpha = torch.log1p(-alpha), alpha.log()
+    if whole is not None:
+        log_rest = log_rest.masked_fill(whole, 0.0)
+    dtype = log_theta.dtype
+    return torch.logaddexp(log_rest[:, None].to(dtype) + log_theta, log_alpha[:, None].to(dtype) + log_teacher)
 
 
 def is_unbounded(log_theta: Float[Tensor, "N V"], log_teacher: Float[Tensor, "N V"]) -> Bool[Tensor, " N"]:

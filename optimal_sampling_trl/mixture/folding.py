@@ -17,12 +17,14 @@ def fold_eos(teacher_logits: Float[Tensor, "N V"], teacher_eos: Sequence[int], t
 
     Args:
         teacher_logits: the teacher's raw logits.
-        teacher_eos: the teacher's end-of-sequence ids that the student does not end with.
+        teacher_eos: the teacher's end-of-sequence ids that the student does not end with. Those beyond V, which are
+            never drawn, are left out.
         theta_eos: the student's end-of-sequence id, which takes their mass.
 
     Returns:
-        The folded logits, -inf at `teacher_eos`; the given tensor itself where `teacher_eos` is empty.
+        The folded logits, -inf at `teacher_eos`; the given tensor itself where there is nothing to fold.
     """
+    teacher_eos = [id for id in teacher_eos if id < teacher_logits.shape[1]]
     if not teacher_eos:
         return teacher_logits
     folded = teacher_logits.clone()

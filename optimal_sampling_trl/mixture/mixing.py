@@ -155,12 +155,10 @@ def mix_at(
     weight = alpha[:, None].to(theta.dtype)
     theta_sum, teacher_sum = ((row / scale).logsumexp(-1, keepdim=True) for row in (theta, teacher))
     log_theta, log_teacher = theta / scale - theta_sum, teacher / scale - teacher_sum
-    log_q = log_average(log_theta, log_teacher, alpha)
-    is_blended = (weight == 0) | (weight == 1) | (rows.form == FORMS.index("geometric"))[:, None]
+    is_swapped = swaps(rows)
     if rows.most_swapped:
-        kept = log_theta.masked_fill(~likeliest(teacher, rows), -torch.inf)
-        is_swapped = swaps(rows)[:, None]
-        log_q = torch.where(is_swapped, torch.logaddexp(kept, weight.log() + log_teacher), log_q)
-        is_blended &= ~is_swapped
+        log_theta = log_theta.masked_fill(is_swapped[:, None] & ~likeliest(teacher, rows), -torch.inf)
+    log_q = log_average(log_theta, log_teacher, alpha, whole=is_swapped)
+    is_blended = (weight == 0) | (weight == 1) | (rows.form == FORMS.index("geometric"))[:, None]
     average = scale * (log_q + (1 - weight) * theta_sum + weight * teacher_sum)
-    return torch.where(is_blended, geometric, average)
+    return torch.where(is_blended & ~is_swapped[:, None], geometric, average)

@@ -26,6 +26,9 @@ def kth_largest(teacher: Float[Tensor, "N V"], rows: MixtureRows) -> Float[Tenso
 def likeliest(teacher: Float[Tensor, "N V"], rows: MixtureRows) -> Bool[Tensor, "N V"]:
     """Return S: the K likeliest tokens, all that tie with the K-th among them, and none without mass.
 
+    α and q each find it anew, which takes a fiftieth of the time of mixing at 152 000 tokens: a set handed from one to
+    the other would have to be put together again where an engine solves the rows of a batch in parts.
+
     Args:
         teacher: the teacher's raw logits or log-probabilities.
         rows: say K of each row.

@@ -33,15 +33,15 @@ sys.path.append(str(Path(__file__).parents[1]))  # the recipes that a study shar
 from digit_tasks import Task
 from horizon_train import train
 from ladder import make_ladder
-from past_the_teacher_arms import ARMS, MAIN, MANY, rates_with_edges, settings
+from past_the_teacher_arms import ARMS, AROUND, MAIN, MANY, rates_with_edges, settings
 from past_the_teacher_report import report
 from runs import read_runs, run_all
 from stacks import Run, Setting, missing, one, place_of, words
 from stage import Arm
 
 ALONE_STEPS = 10
-MAINS = place_of(MAIN), place_of(MANY)
-"""The places where every arm is run."""
+PARTS = {"main": (MAIN, MANY), "around": AROUND}
+"""Places that can be run by themselves: the two where every arm is run, and those about the first of them."""
 
 
 def make_ladders(options: argparse.Namespace) -> None:
@@ -107,6 +107,7 @@ def main() -> None:
     every = list(dict.fromkeys(setting.task for setting in settings()))
     parser.add_argument("--tasks", nargs="+", choices=every, default=every, metavar="TASK", help="%(default)s")
     parser.add_argument("--main", action="store_true", help="the two places alone where every arm is run")
+    parser.add_argument("--around", action="store_true", help="the first of them with other teachers and verifiers")
     parser.add_argument("--ladder", type=Path, default=Path("output/ladder"), help="folder of ladder.py's folders")
     parser.add_argument("--ladder_steps", type=int, nargs=2, default=(2000, 3000), help="at most (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("output/past"), help="folder (%(default)s)")
@@ -123,7 +124,8 @@ def main() -> None:
     )
     parser.add_argument("--report", action="store_true", help="report what is there, run nothing")
     options = parser.parse_args()
-    wanted = (lambda place: place_of(place) in MAINS) if options.main else (lambda place: place.task in options.tasks)
+    chosen = [place_of(place) for part, places in PARTS.items() if getattr(options, part) for place in places]
+    wanted = (lambda place: place_of(place) in chosen) if chosen else (lambda place: place.task in options.tasks)
     places = [place for place in settings(options.seeds) if wanted(place)]
     options.tasks = list(dict.fromkeys(place.task for place in places))
     path, alone = options.output / "runs.jsonl", options.output / "alone.jsonl"

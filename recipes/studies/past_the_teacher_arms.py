@@ -135,6 +135,11 @@ CORE = (
 REST = tuple(arm for arm in FACTORIAL if arm not in CORE)
 MAIN = Setting("sums-40", "teacher-50", "student-2", CORE, 3)
 MANY = MAIN._replace(task="many-16")
+OTHER_TEACHERS = tuple(MAIN._replace(teacher=name) for name in ("teacher-80", "teacher", "teacher-20"))
+NOISY, GRADUAL = MAIN._replace(verifier="noisy"), MAIN._replace(verifier="graded", arms=CORE + tuple(GRADED))
+AROUND = (*OTHER_TEACHERS, NOISY, GRADUAL)
+"""Places that differ from the main one in the teacher or the verifier."""
+FADED = ("RAFT, half + dense 1, faded", "RAFT, mixture + dense 1, faded")
 SHORT = MAIN._replace(task="sums-10", arms=("GRPO, half", *CREDIT, "GRPO, half + dense 1"))
 SHORT_MANY = SHORT._replace(task="many-8")
 """Places at which ways to credit tokens are compared: short enough for a CPU."""
@@ -148,16 +153,14 @@ def settings(seeds: int = 3) -> list[Setting]:
         MAIN,
         MANY,
         MAIN._replace(student="student-0"),
-        MAIN._replace(teacher="teacher-80"),
-        MAIN._replace(teacher="teacher"),
-        MAIN._replace(teacher="teacher-20"),
+        *OTHER_TEACHERS,
         MAIN._replace(arms=REST),
         MAIN._replace(arms=tuple(CONTROLS)),
         MANY._replace(student="student-0"),
         MANY._replace(teacher="teacher-80"),
-        MAIN._replace(verifier="noisy"),
-        MAIN._replace(verifier="noisy", student="student-0"),
-        MAIN._replace(verifier="graded", arms=CORE + tuple(GRADED)),
+        NOISY,
+        NOISY._replace(student="student-0"),
+        GRADUAL,
         MAIN._replace(student="student-40"),
         MAIN._replace(task="sums-20"),
         MAIN._replace(prompts=FEW),
@@ -167,6 +170,7 @@ def settings(seeds: int = 3) -> list[Setting]:
         SHORT_MANY,
         SHORT._replace(arms=(*CREDIT_REST, "GRPO, own")),
         MAIN._replace(task="sums-20", arms=(*RECORDS, "Distillation, own", "Distillation, mixture")),
+        *(place._replace(arms=FADED) for place in AROUND),
     ]
     return [place._replace(seeds=seeds) for place in places]
 

@@ -252,6 +252,32 @@ def check_turns(trainer: Any, pair: tuple[str, str], tolerance: float) -> None:
     assert later > 0, "no completion has a second turn"
 
 
+MEASURED: dict[str, Any] = {
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "max_steps": 2,
+    "gradient_accumulation_steps": 1,
+}
+"""Settings of `BASE` for two steps with an evaluation after each, of which the first measures the teacher."""
+
+
+def check_measure(trainer: Any, pair: tuple[str, str], tolerance: float) -> None:
+    """Train by `MEASURED` and hold who sampled each batch, its records and the teacher's mean reward in the logs."""
+    trainer.train()
+    asked = [Mixture(), Mixture.theta_only(), Mixture.teacher_only(), Mixture(), Mixture.theta_only()]
+    assert [training for training, _, _ in trainer.generations] == [True, False, False, True, False]
+    teacher, theta = load(pair[0]), load(pair[1])
+    for weights, (training, _, rollouts), mixture in zip(trainer.weights, trainer.generations, asked, strict=True):
+        theta.load_state_dict(weights, strict=False)
+        for rollout in rollouts:
+            assert rollout.mixture == mixture
+            has_teacher = training or not mixture.is_theta_only
+            check_rollout(rollout, teacher, theta, tolerance=tolerance, has_teacher=has_teacher)
+    logs = [entry for entry in trainer.state.log_history if "eval_reward" in entry]
+    rewards = [digits(rollout.text) for rollout in trainer.generations[2][2]]
+    assert [log["eval_mixture/reward_teacher"] for log in logs] == pytest.approx([sum(rewards) / len(rewards)] * 2)
+
+
 def train_and_check(trainer: Any, pair: tuple[str, str], theta: Any, tolerance: float) -> None:
     """Train, evaluate, and hold each batch of rollouts against the oracle with the weights of its moment."""
     teacher = load(pair[0])

@@ -44,7 +44,8 @@ def test_folding_comes_before_the_temperature() -> None:
 def test_folding_nothing_and_masked_endings() -> None:
     teacher = torch.tensor([[1.0, -torch.inf, 2.0, -torch.inf]]).bfloat16()
     assert fold_eos(teacher, [], 1) is teacher
+    assert fold_eos(teacher, [4, 9], 1) is teacher  # beyond the vocabulary
     folded = fold_eos(teacher, [3], 1)
     assert torch.equal(folded, teacher)
     assert folded.dtype == torch.bfloat16
-    assert fold_eos(teacher, (2,), 1)[0].tolist() == [1.0, 2.0, -math.inf, -math.inf]
+    assert fold_eos(teacher, (2, 9), 1)[0].tolist() == [1.0, 2.0, -math.inf, -math.inf]

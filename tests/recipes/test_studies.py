@@ -8,6 +8,7 @@ import re
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import mean
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -275,3 +276,25 @@ def test_headline(tmp_path: Path) -> None:
     path = tmp_path / "made" / "headline.png"
     assert str(path) in run("studies/headline.py", "--output", path)
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_pages_have_the_ends_of_the_pair() -> None:
+    """README.md in the order of its row, and each arm's line of the page of results."""
+    ends: dict[str, list[float]] = {}
+    for line in read_runs(ROOT / "recipes/studies/results/losses.jsonl"):
+        ends.setdefault(line["arm"], []).append(line["curve"][-1][1])
+    words = {
+        "RAFT, mixture (default)": "RAFT, mixture",
+        "Distillation, mixture": "Distillation, mixture",
+        "Distillation, student's rollouts": "Distillation, student's rollouts",
+        "GRPO, half mixture (default)": "GRPO, half mixture (default)",
+        "GRPO, positive only": "GRPO, positives only, no teacher",
+        "GRPO": "TRL's GRPO",
+        "RAFT, student's rollouts": "RAFT, student's rollouts",
+    }
+    assert {len(ends[arm]) for arm in words} == {3}
+    percent = {arm: f"{100 * mean(ends[arm]):.0f} %" for arm in words}
+    assert f"| {' | '.join(percent.values())} |" in (ROOT / "README.md").read_text()
+    results = (ROOT / "docs/results.md").read_text().splitlines()
+    for arm, name in words.items():
+        assert f"| {name} | {percent[arm]} | 3 |" in results

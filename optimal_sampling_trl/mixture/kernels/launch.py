@@ -111,7 +111,9 @@ def mix_logits(
         return mixed
     bound = None
     if rows.most_swapped:  # S is of the folded logits, which the bound and the kernels must see alike
-        teacher, folded = _fold(teacher[:, :V], stop, folded), ()
+        teacher = teacher[:, :V]
+        if stop and folded:
+            teacher, folded = fold_eos(teacher.float(), folded, stop[0]), ()
         bound = kth_largest(teacher, rows)
     outer, inner, chunk, chunks = cut_rows(theta, teacher, chunk, warps)
     out_chunks = triton.cdiv(V_teacher, chunk)
@@ -135,12 +137,6 @@ def mix_logits(
     out = (mixed.alpha, mixed.logits, V_teacher, out_chunks)
     blend[(N * out_chunks,)](*logits, state, *read, *out, arithmetic, swapped, bool(stop), **shapes)
     return mixed
-
-
-def _fold(teacher: Tensor, stop: Sequence[int], folded: Sequence[int]) -> Tensor:
-    """Return the teacher's logits with the endings folded, the given ones where there are none."""
-    ids = [id for id in folded if id < teacher.shape[1]]
-    return fold_eos(teacher.float(), ids, stop[0]) if stop and ids else teacher
 
 
 class Cut(NamedTuple):

@@ -19,15 +19,15 @@ from trl.trainer.utils import ensure_master_addr_port
 
 from helpers.engines import TOLERANCE  # the engine's environment is set before vLLM is imported
 from helpers.models import copy_with, make_model, publish
-from helpers.oracle import check_rollout
 from helpers.speakers import PROMPTS as CHATS
 from helpers.speakers import add, repeat
 from helpers.training import (
+    MEASURED,
     TEXTS,
     Watch,
+    check_measure,
     check_successes,
     check_turns,
-    digits,
     load,
     make_untrained_pair,
     one_batch,
@@ -111,24 +111,9 @@ def test_three_steps(
 
 def test_the_teacher_samples_alone_in_the_first_evaluation(pair: tuple[str, str], tmp_path: Path) -> None:
     """Between two steps of training, after the student did, for whom the engine lets the teacher rest."""
-    trainer = make_trainer(
-        "raft", pair, tmp_path, generator=ENGINE, mixin=Watch,
-        trainer={"eval_dataset": Dataset.from_dict({"prompt": TEXTS[:4]})},
-        eval_strategy="steps", eval_steps=1, max_steps=2, gradient_accumulation_steps=1,
-    )  # fmt: skip
-    trainer.train()
-    asked = [Mixture(), Mixture.theta_only(), Mixture.teacher_only(), Mixture(), Mixture.theta_only()]
-    assert [training for training, _, _ in trainer.generations] == [True, False, False, True, False]
-    teacher, theta = load(pair[0]), load(pair[1])
-    for weights, (training, _, rollouts), mixture in zip(trainer.weights, trainer.generations, asked, strict=True):
-        theta.load_state_dict(weights, strict=False)
-        for rollout in rollouts:
-            assert rollout.mixture == mixture
-            has_teacher = training or not mixture.is_theta_only
-            check_rollout(rollout, teacher, theta, tolerance=TOLERANCE, has_teacher=has_teacher)
-    logs = [entry for entry in trainer.state.log_history if "eval_reward" in entry]
-    wanted = sum(digits(rollout.text) for rollout in trainer.generations[2][2]) / 4
-    assert [log["eval_mixture/reward_teacher"] for log in logs] == pytest.approx([wanted] * 2)
+    evaluation = {"eval_dataset": Dataset.from_dict({"prompt": TEXTS[:4]})}
+    trainer = make_trainer("raft", pair, tmp_path, generator=ENGINE, mixin=Watch, trainer=evaluation, **MEASURED)
+    check_measure(trainer, pair, TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])

