@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import socket
 import tempfile
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -56,7 +58,8 @@ BASES = {"reward": "TRL, GRPO", "teacher": "TRL, distillation"}
 
 
 def build(arm: Arm, teacher: str, theta: str, args: argparse.Namespace) -> Any:
-    """The trainer of an arm."""
+    """The trainer of an arm, with a port of its own."""
+    take_port()
     settings = {
         "output_dir": tempfile.mkdtemp(prefix="training-"),
         "per_device_train_batch_size": args.micro_batch,
@@ -91,6 +94,12 @@ def build(arm: Arm, teacher: str, theta: str, args: argparse.Namespace) -> Any:
             teacher=teacher, theta_fraction=arm.share, backend="vllm", engine_arguments=engine
         )
     return arm.trainer(args=arm.config(**settings), **given)
+
+
+def take_port() -> None:
+    """Name a free port for the engine's group: TRL's first choice is the same in calls that begin at once."""
+    with socket.create_server(("", 0)) as free:
+        os.environ["MASTER_PORT"] = str(free.getsockname()[1])
 
 
 def prompts(args: argparse.Namespace) -> Dataset:

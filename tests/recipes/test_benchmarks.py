@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -196,13 +197,18 @@ def test_two_versions() -> None:
 
 
 @pytest.mark.engine
-def test_training() -> None:
-    """Two arms, one of each kind; the parts of a step are the whole. TRL's own take a GPU."""
+def test_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two arms, one of each kind; the parts of a step are the whole. TRL's own take a GPU.
+
+    The port of the environment is another process's, as TRL's first choice is where several calls begin at once.
+    """
     need_vllm()
     arms = ("RAFT, mixture", "sampled token, own")
     sizes = "--completions 2 --micro-batch 2 --group 2 --tokens 3 --steps 2 --prompt 4".split()  # noqa: SIM905
     models = "--teacher 64 1 --theta 64 1 --vocabulary 300".split()  # noqa: SIM905
-    output = run("benchmarks/training.py", *sizes, *models, "--arms", *arms, launcher=PYTHON)
+    with socket.create_server(("localhost", 0)) as taken:
+        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        output = run("benchmarks/training.py", *sizes, *models, "--arms", *arms, launcher=PYTHON)
     rows = {cells[1].strip(): cells[2:] for cells in (line.split("|") for line in output.splitlines()[-2:])}
     assert rows.keys() == set(arms)
     for cells in rows.values():
