@@ -21,7 +21,7 @@ from math import nan
 from typing import Any
 
 from decoding import MEASURED
-from training_tables import not_run, steps
+from training_tables import profiled, steps
 
 RESULTS = MEASURED.parent
 BATCHES = (32, 128, 256)
@@ -131,10 +131,10 @@ def main() -> None:
     """Print them all."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     trained = [partial(steps, table["arms"]) for table in stored("training")["tables"].values()]
+    recorded = [partial(profiled, name, arm["profile"]) for name, arm in stored("training_profile")["arms"].items()]
     drafted = [partial(speculation, table["rows"]) for table in stored("speculation")["tables"].values()]
-    for table in (speeds, rollouts, cards, dense, dense_kernels, evaluation, *drafted, *trained):
+    for table in (speeds, rollouts, cards, dense, dense_kernels, evaluation, *drafted, *trained, *recorded):
         print("\n".join(table()), end="\n\n")
-    print(not_run(stored("training")["tables"]), end="\n\n")
     for _, table in printed():
         print(table, end="\n\n")
 

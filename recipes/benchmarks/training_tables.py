@@ -40,14 +40,6 @@ class Size(NamedTuple):
     student: str
     tokens: int
 
-    def __str__(self) -> str:
-        count = f"{self.tokens:,}".replace(",", " ")
-        return f"{self.teacher.upper()} and {self.student.upper()}, {count} tokens"
-
-
-WANTED = [Size(*pair, tokens) for pair in (("3b", "0.5b"), ("7b", "1.5b")) for tokens in (256, 2048)]
-"""Sizes at which every arm is to be measured."""
-
 
 def size_of(command: str) -> tuple[Size, int]:
     """Return the size of the step that a command measures, and its completions of a forward pass."""
@@ -69,16 +61,6 @@ def steps(arms: Mapping[str, Any]) -> Iterator[str]:
     for name, found in arms.items():
         base = found if name.startswith("TRL") else base
         yield f"{line(name, found, base)} {', '.join(f'{seconds:.1f}' for seconds in found['steps'])} |"
-
-
-def not_run(tables: Mapping[str, Any]) -> str:
-    """Return the line of docs/performance.md that names what was measured at no call."""
-    measured = {(size_of(table["command"])[0], arm) for table in tables.values() for arm in table["arms"]}
-    missing = {size: [arm for arm in ARMS if (size, arm) not in measured] for size in WANTED}
-    words = (
-        f"{size}: {'all' if len(arms) == len(ARMS) else '; '.join(arms)}" for size, arms in missing.items() if arms
-    )
-    return f"**Not run**: {'. '.join(words)}." if any(missing.values()) else ""
 
 
 def line(name: str, found: Mapping[str, Any], base: Mapping[str, Any]) -> str:

@@ -43,7 +43,7 @@ class Update(NamedTuple):
 
 
 def measured() -> list[Update]:
-    """Read the measured steps of this package whose trainer holds no teacher."""
+    """Read the measured steps of this package whose trainer holds no teacher, those of a size together."""
     tables = json.loads(STORED.read_text())["tables"]
     found = []
     for table in tables.values():
@@ -51,7 +51,7 @@ def measured() -> list[Update]:
         rows = table["arms"].items() if table.get("fitted", True) else ()
         kept = ((arm, row) for arm, row in rows if not arm.startswith(("TRL", "divergence")))
         found += [Update(arm, *size, micro_batch, row["update"], row["GiB"]) for arm, row in kept]
-    return found
+    return sorted(found, key=lambda row: (row.teacher, row.tokens))
 
 
 def work(pair: Pair, tokens: int) -> float:
