@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import socket
 import tempfile
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -23,6 +21,7 @@ from optimal_sampling_trl import (
     RAFTConfig,
     RAFTTrainer,
 )
+from optimal_sampling_trl.trainers.engines.colocated import take_port
 from random_pair import LETTERS
 
 ON_GPU = torch.cuda.is_available()
@@ -59,7 +58,7 @@ BASES = {"reward": "TRL, GRPO", "teacher": "TRL, distillation"}
 
 def build(arm: Arm, teacher: str, theta: str, args: argparse.Namespace) -> Any:
     """The trainer of an arm, with a port of its own."""
-    take_port()
+    take_port()  # also of TRL's arms, and whatever the environment names: calls may begin at once
     settings = {
         "output_dir": tempfile.mkdtemp(prefix="training-"),
         "per_device_train_batch_size": args.micro_batch,
@@ -94,12 +93,6 @@ def build(arm: Arm, teacher: str, theta: str, args: argparse.Namespace) -> Any:
             teacher=teacher, theta_fraction=arm.share, backend="vllm", engine_arguments=engine
         )
     return arm.trainer(args=arm.config(**settings), **given)
-
-
-def take_port() -> None:
-    """Name a free port for the engine's group: TRL's first choice is the same in calls that begin at once."""
-    with socket.create_server(("", 0)) as free:
-        os.environ["MASTER_PORT"] = str(free.getsockname()[1])
 
 
 def prompts(args: argparse.Namespace) -> Dataset:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from optimal_sampling_trl.trainers import dense_term, distillation
 from random_pair import synchronize
 from training_arms import ON_GPU
-from training_watch import Watch
+from training_watch import Watch, time_calls
 
 GROUPS: Mapping[str, str] = MappingProxyType(
     {
@@ -48,7 +48,7 @@ class Profile(Watch):
 
     def __init__(self, trainer: Any, first: int | None, steps: int) -> None:
         self.trainer, self.steps = trainer, steps
-        self.parts: list[Counter[str]] = []  # of each step
+        self.parts: list[dict[str, float]] = []  # of each step
         self.recorder: profile | None = None
         self.recorded: list[Any] = []  # events of the last step
         self._surround(trainer.vllm_generation, "sync_weights", "sync")
@@ -60,18 +60,7 @@ class Profile(Watch):
         self._leave_out(trainer.vllm_generation, "generate")
 
     def _surround(self, owner: Any, method: str, part: str) -> None:
-        work: Callable[..., Any] = getattr(owner, method)
-
-        def marked(*given: Any, **named: Any) -> Any:
-            synchronize()
-            began = time.perf_counter()
-            with record_function(PREFIX + part):
-                result = work(*given, **named)
-                synchronize()
-            self.parts[-1][part] += time.perf_counter() - began
-            return result
-
-        setattr(owner, method, marked)
+        time_calls(owner, method, part, self.parts, partial(record_function, PREFIX + part))
 
     def _leave_out(self, owner: Any, method: str) -> None:
         work: Callable[..., Any] = getattr(owner, method)
@@ -88,7 +77,7 @@ class Profile(Watch):
         """Begin a step, and a record of the last one."""
         if not self.parts:
             self._surround(self.trainer.optimizer, "step", "optimizer")
-        self.parts.append(Counter())
+        self.parts.append(defaultdict(float))
         super().on_step_begin(*given, **named)
         self._start()
 

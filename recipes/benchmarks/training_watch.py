@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -33,17 +34,7 @@ class Watch(TrainerCallback):
         self._time(trainer, "_prepare_inputs", "before")
 
     def _time(self, owner: Any, method: str, part: str) -> None:
-        work: Callable[..., Any] = getattr(owner, method)
-
-        def timed(*given: Any, **named: Any) -> Any:
-            synchronize()
-            began = time.perf_counter()
-            result = work(*given, **named)
-            synchronize()
-            self.seconds[-1][part] += time.perf_counter() - began
-            return result
-
-        setattr(owner, method, timed)
+        time_calls(owner, method, part, self.seconds)
 
     def on_step_begin(self, *given: Any, **named: Any) -> None:
         """Begin a step; the first forgets what the start of the engine took."""
@@ -70,6 +61,36 @@ class Watch(TrainerCallback):
         mean = {part: sum(step[part] for step in steps) / len(steps) for part in steps[0]}
         before = mean.pop("before")
         return mean | {"update": mean["step"] - before, "other": before - mean["rollout"] - mean["sync"]}
+
+
+def time_calls(
+    owner: Any,
+    method: str,
+    part: str,
+    steps: Sequence[dict[str, float]],
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> None:
+    """Add the seconds of each call to a part of the last step; a call ends when the GPU has done its work.
+
+    Args:
+        owner: whose method is replaced.
+        method: its name.
+        part: what the seconds are of.
+        steps: seconds of the parts of each step; the one that goes on is the last.
+        around: opens what each call runs in.
+    """
+    work: Callable[..., Any] = getattr(owner, method)
+
+    def timed(*given: Any, **named: Any) -> Any:
+        synchronize()
+        began = time.perf_counter()
+        with around():
+            result = work(*given, **named)
+            synchronize()
+        steps[-1][part] += time.perf_counter() - began
+        return result
+
+    setattr(owner, method, timed)
 
 
 def set_length(generation: Any, tokens: int) -> None:

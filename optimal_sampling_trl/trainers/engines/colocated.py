@@ -31,6 +31,12 @@ CPU_CACHE = 1 << 30
 """Bytes of the engine's KV cache on a CPU, unless the user says otherwise."""
 
 
+def take_port() -> None:
+    """Name a free port for the group of one process: TRL's first choice is the same in runs that start at once."""
+    with socket.create_server(("", 0)) as free:
+        os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+
+
 def pair_arguments(plan: MixturePlan, trl_arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the engine's arguments by which a pair is read and judged: TRL's, and over them the user's."""
     arguments = {
@@ -70,16 +76,10 @@ class EngineGeneration(PushedGeneration):
         return () if names is None else names.ties
 
     def _init_vllm(self) -> None:
-        self._take_port()
+        if self.accelerator.num_processes == 1 and not os.environ.get("MASTER_PORT"):
+            take_port()
         with patch.object(vllm_generation, "LLM", self._build_llm):
             super()._init_vllm()
-
-    def _take_port(self) -> None:
-        """Name a free port for the group of one process: TRL's first choice is the same in runs that start at once."""
-        if self.accelerator.num_processes > 1 or os.environ.get("MASTER_PORT"):
-            return
-        with socket.create_server(("", 0)) as free:
-            os.environ["MASTER_PORT"] = str(free.getsockname()[1])
 
     def _build_llm(self, model: str, **engine_arguments: Any) -> FusedLLM:
         """Build what TRL calls `vllm.LLM`: `model`, the student's folder, goes beside the teacher."""
