@@ -17,16 +17,15 @@ ALWAYS = (1 / 3, 1.0, 3.0)
 """Times the usual rate, and the columns that stand there without a run."""
 
 
-def rates(lines: Sequence[Line], seed: int = 0, corner: str = "arm", completions: float = inf) -> Iterator[str]:
+def rates(lines: Sequence[Line], seed: int = 0, corner: str = "arm") -> Iterator[str]:
     """One seed of each arm at each rate that it was run at; at the end with the highest on the way in brackets."""
-    cell = _end_and_highest if completions == inf else lambda line: short(shown_right(line, completions))
     rows = {arm: _by_factor(lines, arm, seed) for arm in dict.fromkeys(line["arm"] for line in lines)}
     rows = {arm: found for arm, found in rows.items() if len(found) > 1}
     factors = [factor for factor in FACTORS if factor in ALWAYS or any(factor in found for found in rows.values())]
     yield f"| {corner} | " + " | ".join(FACTORS[factor] for factor in factors) + " |"
     yield "|---" * (1 + len(factors)) + "|"
     for arm, found in rows.items():
-        cells = [cell(found[factor]) if factor in found else "–" for factor in factors]
+        cells = [_end_and_highest(found[factor]) if factor in found else "–" for factor in factors]
         yield f"| {arm} | " + " | ".join(cells) + " |"
 
 

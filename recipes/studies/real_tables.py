@@ -52,8 +52,6 @@ SECONDS = "real_seconds"
 """File of a run of each arm alone on a card, whose student is the teacher: it tells the seconds."""
 EARLY = 14_400
 """Completions at which the published mixtures are compared early: the last measurement is after 224 updates or 240."""
-COMMON = 17_920
-"""Completions at which the rates of the steps are compared, most of which were cut: of 280 updates."""
 
 
 def stored(name: str, **place: str | int) -> list[Line]:
@@ -177,9 +175,6 @@ TABLES = {
     "teachers": Table(STUDIES, partial(teachers, RESULTS)),
     "steps, whole": Table(STUDIES, partial(place, "steps", "whole")),
     "rates of steps, whole": Table(STUDIES, partial(rates_of, "steps", "whole")),
-    "rates of steps, whole, after 280 updates": Table(
-        STUDIES, lambda: rates(of_place("steps", "whole"), corner="after 280 updates", completions=COMMON)
-    ),
     "sums, pruned": Table(STUDIES, partial(place, "sums", "pruned")),
     "steps, pruned": Table(STUDIES, partial(place, "steps", "pruned")),
     "rates of sums, pruned": Table(STUDIES, partial(rates_of, "sums", "pruned")),
