@@ -7,6 +7,7 @@ import math
 import os
 import socket
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -18,13 +19,14 @@ import pair as embedded
 from informed_arms import REFERS, STUDY, TOLD, ReadingTask, ToldTask
 from optimal_sampling_trl import Mixture
 from optimal_sampling_trl.rollouts.rollout import Rollout
+from presets_report import error
 from real_arms import ARMS, PUBLISHED, trainer_of
-from real_cells import above, alone, chosen, equal
+from real_cells import above, alone, chosen, equal, whole
 from real_draws import MEASURED, draws
 from real_exam import distance, mean_of
 from real_models import learn
 from real_rates import rates
-from real_tables import TABLES, ends, stored, timed
+from real_tables import RESULTS, TABLES, ends, of_place, stored, timed
 from real_tasks import TASKS, answer_of
 from real_text_report import gain, seeds
 from runs import one_each, read_runs, take_card
@@ -177,6 +179,28 @@ def test_the_informed_student_passes_grpo_with_one_model() -> None:
     above, error, count = gain(lines, "GRPO, half informed mixture", "GRPO")
     assert count == 3
     assert above > 2 * error > 0
+
+
+def test_on_the_steps_the_best_rates_lie_inside_and_raft_with_the_term_alone_passes_its_teacher() -> None:
+    """By more than two standard errors over three seeds, and the page of results has the ends."""
+    lines, teacher = of_place("steps", "whole"), [shares["right"] for shares in draws(RESULTS, "steps")]
+    page, passed = (STUDIES.parents[1] / "docs" / "results.md").read_text(), []
+    names = {
+        "RAFT, mixture + dense 1 faded": "RAFT + faded dense term",
+        "RAFT, mixture": "RAFT",
+        "Distillation": "distillation",
+        "GRPO, half mixture": "GRPO with half mixture",
+    }
+    for arm, name in names.items():
+        best = whole(chosen(lines, arm))
+        first = {line["learning_rate"]: line["right"] for line in lines if line["arm"] == arm and line["seed"] == 0}
+        for rate in (best[0]["learning_rate"], max(first, key=first.__getitem__)):
+            assert min(first) < rate < max(first), arm
+        assert len(best) == 3, arm
+        shares = [line["right"] for line in best]
+        assert f"{name} {100 * mean(shares):.1f} ± {100 * error(shares):.1f} %" in page
+        passed += [arm] * (mean(shares) - mean(teacher) > 2 * math.hypot(error(shares), error(teacher)))
+    assert passed == ["RAFT, mixture + dense 1 faded"]
 
 
 def test_a_longer_run_replaces_a_shorter_one_and_a_cut_one_is_in_no_mean() -> None:
