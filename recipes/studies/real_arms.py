@@ -77,7 +77,7 @@ STUDY = {
     "RAFT, own + dense 1 faded": Arm("RAFT", IMITATED, FILTER | FADED, ALONE),
     "GRPO, half mixture + dense 1 faded": Arm("GRPO", REWARDED, FADED),
     "GRPO, own + dense 1 faded": Arm("GRPO", REWARDED, FADED | {"positive_only": "none"}, ALONE),
-    "RAFT, half": Arm("RAFT", IMITATED, FILTER),
+    "RAFT, half": Arm("RAFT", IMITATED, FILTER, {"theta_fraction": 0.5}),
     "RAFT, fixed 0.5": Arm("RAFT", IMITATED, FILTER, MIXED | {"mixture": Mixture("fixed", fixed_alpha=0.5)}),
 }
 """Those of the study, the most important first."""

@@ -32,6 +32,7 @@ GREYS = dict(zip((f"teacher, {word}" for word in WORDS.values()), ("#b0b0b0", "#
 PANELS = {
     "Imitation": (
         "RAFT, mixture", "RAFT, mixture + dense 1 faded", "TRB", "Distillation", "MiniLLM", "SKD", "SFT, teacher",
+        "RAFT, fixed 0.5",
     ),
     "Policy gradients": ("GRPO, half mixture", "GRPO", "MENTOR", "Logit Fusion"),
 }  # fmt: skip

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -17,7 +18,7 @@ from trl.trainer.utils import ensure_master_addr_port
 
 import pair as embedded
 from informed_arms import REFERS, STUDY, TOLD, ReadingTask, ToldTask
-from optimal_sampling_trl import Mixture
+from optimal_sampling_trl import Mixture, OptimalSamplingGenerator
 from optimal_sampling_trl.rollouts.rollout import Rollout
 from presets_report import error
 from real_arms import ARMS, PUBLISHED, trainer_of
@@ -119,6 +120,22 @@ def test_arms_take_as_many_completions_in_whole_groups() -> None:
         assert batch % arm.group == 0, name
         assert abs(batch * steps - 64 * 340) < batch, name
     assert PUBLISHED["MENTOR"].budget(64, 340) == (60, 363)  # 8 of the student's and 4 of the mixture's for a prompt
+
+
+def test_no_two_arms_are_the_same_run() -> None:
+    """A generator without a share of the student takes its trainer's, which is none in RAFT."""
+    names: dict[str, str] = {}
+    for name, arm in ARMS.items():
+        found = trainer_of(arm)
+        assert found is not None, name
+        generator = None
+        if arm.generator is not None:
+            generator = OptimalSamplingGenerator("teacher", **arm.generator)
+            if generator.theta_fraction is None:
+                generator = replace(generator, theta_fraction=found[0].default_theta_fraction)
+        run = repr((arm._replace(generator=None), arm.library, generator))
+        assert run not in names, (name, names[run])
+        names[run] = name
 
 
 def test_a_run_takes_a_card_and_a_port_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
