@@ -73,14 +73,24 @@ def cards() -> Iterator[str]:
 
 
 def dense() -> Iterator[str]:
-    """Lines of the table of docs/dense.md: what dense records add to a decoding step."""
-    for row in stored("dense_engine")["rows"]:
-        added = " | ".join(f"{row[name]:+.0%}".replace("%", " %") for name in ("scalars", "k_8", "k_32", "k_128"))
+    """Lines of a table of docs/dense.md: what dense records add to a decoding step."""
+    yield from additions("rows", "scalars", "k_8", "k_32", "k_128")
+
+
+def dense_parts() -> Iterator[str]:
+    """Lines of another: the same of 32 likeliest tokens, up to the end of each part of their way."""
+    yield from additions("parts", "kernels", "packing", "copy", "host", "reading")
+
+
+def additions(part: str, *names: str) -> Iterator[str]:
+    """A line for each batch of `dense_engine.py`: a step without dense records, and what each column adds to it."""
+    for row in stored("dense_engine")[part]:
+        added = " | ".join(f"{row[name]:+z.0%}".replace("%", " %") for name in names)
         yield f"| {row['batch']} | {row['step_ms']:.2f} ms | {added} |"
 
 
 def dense_kernels() -> Iterator[str]:
-    """Lines of the other table of docs/dense.md: ms of the kernels alone, and of torch in their place."""
+    """Lines of a third: ms of the kernels alone, and of torch in their place."""
     for row in stored("dense_kernels")["rows"]:
         took = " | ".join(f"{row[name]:.2f}" for name in ("copy", "scalars", "k_8", "k_32", "k_128"))
         yield f"| {row['rows']} | {row['program']} | {took} |"
@@ -133,7 +143,8 @@ def main() -> None:
     trained = [partial(steps, table["arms"]) for table in stored("training")["tables"].values()]
     recorded = [partial(profiled, name, arm["profile"]) for name, arm in stored("training_profile")["arms"].items()]
     drafted = [partial(speculation, table["rows"]) for table in stored("speculation")["tables"].values()]
-    for table in (speeds, rollouts, cards, dense, dense_kernels, evaluation, *drafted, *trained, *recorded):
+    plain = speeds, rollouts, cards, dense, dense_parts, dense_kernels, evaluation
+    for table in (*plain, *drafted, *trained, *recorded):
         print("\n".join(table()), end="\n\n")
     for _, table in printed():
         print(table, end="\n\n")

@@ -127,6 +127,7 @@ def test_tables() -> None:
     drafted, trained = tables.stored("speculation")["tables"], tables.stored("training")["tables"]
     for page, table in (
         ("docs/dense.md", tables.dense()),
+        ("docs/dense.md", tables.dense_parts()),
         ("docs/dense.md", tables.dense_kernels()),
         *(("docs/performance.md", tables.steps(table["arms"])) for table in trained.values()),
         *(("docs/performance.md", tables.profiled(name, arm["profile"])) for name, arm in recorded.items()),
