@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -57,10 +56,11 @@ def take_card(number: int) -> None:
     And name a free port for it: one that the environment names is the same for all processes of a study, and so is
     TRL's first choice.
     """
-    with socket.create_server(("", 0)) as free:
-        os.environ["MASTER_PORT"] = str(free.getsockname()[1])
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = given.split(",")[number] if given else str(number)
+    from optimal_sampling_trl.trainers.engines.colocated import take_port  # with TRL, which reports do without
+
+    take_port()
 
 
 def run_all(
