@@ -74,7 +74,7 @@ CONTROLS = {
         f"RAFT, mixture, groups of {size}": Arm(RAFT, theta_fraction=0.0, size=size, tries=MIDDLE)
         for size in (2, 4, 8)
     },
-    **{f"RAFT, own, groups of {size}": Arm(RAFT, ALONE, size=size, tries=MIDDLE) for size in (4, 8)},
+    **{f"RAFT, own, groups of {size}": Arm(RAFT, ALONE, size=size, tries=MIDDLE) for size in (2, 4, 8)},
     **{f"GRPO, half, groups of {size}": Arm(DEFAULT, size=size, tries=MIDDLE) for size in (2, 4)},
     **{f"GRPO, own, groups of {size}": Arm({"reward": 1.0}, ALONE, size=size, tries=SMALL) for size in (2, 4)},
     # The abstract alone was read of this, of AdaPrefix-GRPO and of the switch below.

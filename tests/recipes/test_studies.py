@@ -21,6 +21,7 @@ import qwen3
 import real_pictures
 from helpers.paths import RECIPES, ROOT
 from helpers.recipes import run, run_failing, stated_dependencies
+from horizon_report import short, spread
 from real_cells import chosen, whole
 from real_tables import stored
 from runs import read_runs, run_all, take_card
@@ -194,11 +195,23 @@ def test_past_the_teacher_tables() -> None:
     output = run("studies/past_the_teacher_tables.py")
     assert output.count("### ") == len(drawn) == 15
     assert "graded: 7 of 14" in output
-    assert "of three rates, third ladder: one right answer: 22 of 59; many right answers: 32 of 36." in output
-    assert "of all its rates: one right answer: 0 of 59; many right answers: 1 of 36." in output
+    assert "of three rates, third ladder: one right answer: 23 of 60; many right answers: 32 of 36." in output
+    assert "of all its rates: one right answer: 0 of 60; many right answers: 1 of 36." in output
     every = run("studies/past_the_teacher_tables.py", "--every")
-    assert every.count("\n| ") == 2 * 2 + 59 + 36  # the heads, the teachers, the arms
+    assert every.count("\n| ") == 2 * 2 + 60 + 36  # the heads, the teachers, the arms
     assert set(drawn["one right answer, rates beyond every edge"]) <= set(every.splitlines())
+
+
+def test_groups_on_a_cpu() -> None:
+    """The page says where each of the runs beside the tables ended."""
+    page = (RECIPES / "studies" / "README.md").read_text()
+    ends: dict[tuple[float, str], list[float]] = {}
+    for line in read_runs(RECIPES / "studies" / "results" / "past_the_teacher_groups_cpu.jsonl"):
+        ends.setdefault((line["learning_rate"], line["arm"]), []).append(line["curve"][-1])
+    assert [len(seeds) for seeds in ends.values()] == [3] * 6
+    for (rate, _), seeds in ends.items():
+        words = " ".join(f"{end:.3f}" for end in seeds) if rate == 1e-3 else spread(seeds)
+        assert short(words) in page, words
 
 
 def test_qwen3(tmp_path: Path) -> None:
