@@ -247,7 +247,11 @@ class RAFTConfig(TeacherMeasureConfig, DenseTermConfig, GuardConfig, trl.GRPOCon
         default=1, metadata={"help": "Completions of each prompt; 1 spends a batch on as many prompts as it holds."}
     )
     accept: float | None = field(
-        default=None, metadata={"help": "Smallest reward of a completion that is imitated; by default any above 0."}
+        default=None,
+        metadata={
+            "help": "Smallest reward of a completion that is imitated; by default any above 0. With a graded reward "
+            "set it to full marks: tiny models that imitated what is partly right ended much lower."
+        },
     )
     completion_weight: str = field(
         default="accepted",

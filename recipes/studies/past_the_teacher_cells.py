@@ -4,12 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
+from typing import NamedTuple
 
 from horizon_report import best, end, short, spread
 from runs import Line, by_rate, read_runs
+from stacks import Setting, place_of
 
 RESULTS = Path(__file__).parent / "results"
+MEASURES = {"right": "sampled", "greedy": "greedy", "any_right": "pass@8"}
+"""The words for the measurements of a teacher."""
+
+
+class Summary(NamedTuple):
+    """The end of an arm at its best rate, as a table shows it.
+
+    Args:
+        end: the mean over seeds.
+        error: its standard error; None of one seed.
+        edge: whether the rate is the smallest or the largest that was run.
+    """
+
+    end: float
+    error: float | None
+    edge: bool
+
+    def __str__(self) -> str:
+        error = "" if self.error is None else f" ± {self.error:.3f}"
+        return short(f"{self.end:.3f}{error}")
 
 
 def stored(name: str) -> list[Line]:
@@ -32,13 +54,37 @@ def mean_end(lines: Sequence[Line], arm: str) -> float:
     return mean(map(end, seeds)) if seeds else 0.0
 
 
+def summary(lines: Sequence[Line], arm: str) -> Summary | None:
+    """The summary of the runs of an arm; None where it was not run."""
+    if not (seeds := best(lines, arm)):
+        return None
+    ends = [*map(end, seeds)]
+    error = stdev(ends) / len(ends) ** 0.5 if len(ends) > 1 else None
+    return Summary(mean(ends), error, at_edge(lines, arm))
+
+
+def summaries(lines: Iterable[Line], place: Setting) -> dict[str, Summary]:
+    """The summary of each arm at a place of which a file holds means alone."""
+    found = {}
+    for line in lines:
+        if place_of(line) == place_of(place):
+            rates = [*map(float, line["rates"])]
+            edge = line["learning_rate"] in (min(rates), max(rates))
+            found[line["arm"]] = Summary(line["end"], line["error"], edge)
+    return found
+
+
 def cell(lines: Sequence[Line], arm: str, highest: float) -> str:
     """The end of an arm at its best rate: bold where it is the highest, with a star where the rate is at an edge."""
-    if not (seeds := best(lines, arm)):
+    return show(summary(lines, arm), highest)
+
+
+def show(found: Summary | None, highest: float) -> str:
+    """The text of a cell: a dash for an arm that was not run."""
+    if found is None:
         return "–"
-    text = short(spread([*map(end, seeds)]))
-    bold = "**" if mean_end(lines, arm) == highest else ""
-    return f"{bold}{text}{bold}{' *' * at_edge(lines, arm)}"
+    bold = "**" if found.end == highest else ""
+    return f"{bold}{found}{bold}{' *' * found.edge}"
 
 
 def head(*titles: str) -> Iterator[str]:
@@ -53,11 +99,38 @@ def grid(arms: Sequence[str], columns: Mapping[str, list[Line]], above: Iterable
     Args:
         above: rows that stand above the arms'.
     """
-    tops = [max(mean_end(lines, arm) for arm in arms) for lines in columns.values()]
+    return grid_of(arms, {words: summed(lines, arms) for words, lines in columns.items()}, above)
+
+
+def summed(lines: Sequence[Line], arms: Iterable[str]) -> dict[str, Summary]:
+    """The summary of each of some arms that was run."""
+    return {arm: found for arm in arms if (found := summary(lines, arm)) is not None}
+
+
+def grid_of(
+    arms: Sequence[str], columns: Mapping[str, Mapping[str, Summary]], above: Iterable[str] = ()
+) -> Iterator[str]:
+    """Draw `grid` from the summary of each arm of each column."""
     yield from head("arm", *columns)
     yield from above
+    tops = [max(column[arm].end for arm in arms if arm in column) for column in columns.values()]
     for arm in arms:
-        yield f"| {arm} | " + " | ".join(cell(lines, arm, top) for lines, top in zip(columns.values(), tops)) + " |"
+        cells = (show(column.get(arm), top) for column, top in zip(columns.values(), tops))
+        yield f"| {arm} | " + " | ".join(cells) + " |"
+
+
+def teacher_rows(teachers: list[dict[str, float]]) -> Iterator[str]:
+    """The rows of what the teacher of each column is, as far as it is stored of all."""
+    for name, words in MEASURES.items():
+        if all(name in shares for shares in teachers):
+            yield f"| teacher, {words} | " + " | ".join(short(f"{shares[name]:.3f}") for shares in teachers) + " |"
+
+
+def edges(columns: Mapping[str, Mapping[str, Summary]]) -> str:
+    """Say how many arms of each place were best at the smallest or the largest rate."""
+    return "; ".join(
+        f"{words}: {sum(one.edge for one in arms.values())} of {len(arms)}" for words, arms in columns.items()
+    )
 
 
 def average(lines: Sequence[Line], arm: str, name: str) -> str:

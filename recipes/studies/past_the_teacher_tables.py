@@ -21,13 +21,13 @@ from statistics import mean
 
 sys.path.append(str(Path(__file__).parents[1]))  # the recipes that a study shares lie one folder up
 
-from horizon_report import best, short
+from horizon_report import short
 from past_the_teacher_arms import ARMS, CONTROLS, CORE, DENSE, FEW, MAIN, MANY, SHORT, SHORT_MANY
-from past_the_teacher_cells import RESULTS, at_edge, average, cell, grid, head, stored, with_seeds
+from past_the_teacher_around import PLACES_AROUND, about, around
+from past_the_teacher_cells import RESULTS, average, cell, edges, grid, head, stored, summed, teacher_rows, with_seeds
 from past_the_teacher_rates import THIRD, at_rates, beyond_edges, first_rates, seconds_table
 from past_the_teacher_report import at, effects
 from runs import Line
-from stacks import Setting
 
 FIRST, AXES, RECORDS, CREDIT = "past_the_teacher", "past_the_teacher_axes", "dense_sums", "token_credit"
 """The files of the other four ladders."""
@@ -49,7 +49,6 @@ QUALITY = {
     "teacher right .997": "teacher",
 }  # fmt: skip
 OF_MANY = {"teacher right .54": MANY, "teacher right .82": MANY._replace(teacher="teacher-80")}
-MEASURES = {"right": "sampled", "greedy": "greedy", "any_right": "pass@8"}
 GROUPS = (1, 2, 4, 8)
 SIZED = {"RAFT, mixture": 1, "RAFT, own": 1, "GRPO, half": 8, "GRPO, own": 8}
 """Arms that were run in groups of other sizes, and the size of their own."""
@@ -75,13 +74,6 @@ CREDITED = {
     "GRPO, half + dense 1": "the default + KL(θ‖t) on all completions",
 }
 """The words for each arm in the table of token credit."""
-
-
-def teacher_rows(teachers: list[dict[str, float]]) -> Iterator[str]:
-    """The rows of what the teacher of each column is, as far as it is stored of all."""
-    for name, words in MEASURES.items():
-        if all(name in shares for shares in teachers):
-            yield f"| teacher, {words} | " + " | ".join(short(f"{shares[name]:.3f}") for shares in teachers) + " |"
 
 
 def groups(ladders: Mapping[str, list[Line]]) -> Iterator[str]:
@@ -126,14 +118,6 @@ def token_credit(columns: Mapping[str, list[Line]]) -> Iterator[str]:
         yield f"| {words} | " + " | ".join(with_seeds(lines, arm) for lines in columns.values()) + " |"
 
 
-def edges(lines: list[Line], places: Mapping[str, Setting]) -> Iterator[str]:
-    """Yield how many arms of each place were best at the smallest or the largest rate."""
-    for words, place in places.items():
-        here = at(lines, place)
-        arms = [arm for arm in ARMS if best(here, arm)]
-        yield f"{words}: {sum(at_edge(here, arm) for arm in arms)} of {len(arms)}"
-
-
 def tables() -> dict[str, list[str]]:
     """The rows of each table, by its title."""
     first, axes, third, credit = stored(FIRST), stored(AXES), stored(THIRD), stored(CREDIT)
@@ -165,6 +149,7 @@ def tables() -> dict[str, list[str]]:
         "one right answer, rates beyond every edge": at_rates(beyond[MAIN], TELLING, MAIN),
         "many right answers, rates beyond every edge": at_rates(beyond[MANY], TELLING, MANY),
         "what the rates beyond change": beyond_edges(beyond[MANY]),
+        "by teacher and verifier, rates beyond every edge": around(),
         "seconds of an update": seconds_table(),
         "groups, rates beyond every edge": groups({"third": beyond[MAIN]}),
         "dense records": by_records(stored(RECORDS)),
@@ -183,11 +168,18 @@ def main() -> None:
         return
     for title, rows in tables().items():
         print(f"### {title}", *rows, "", sep="\n")
-    third = stored(THIRD)
-    mains = {"one right answer": MAIN, "many right answers": MANY}
-    print("Best at an edge, second ladder: " + "; ".join(edges(stored(AXES), PLACES)) + ".")
-    print("Best at an edge of three rates, third ladder: " + "; ".join(edges(first_rates(third), mains)) + ".")
-    print("Best at an edge of all its rates: " + "; ".join(edges(third, mains)) + ".")
+    third, axes = stored(THIRD), stored(AXES)
+    mains = {"one right answer": at(third, MAIN), "many right answers": at(third, MANY)}
+    found = {
+        "three rates, second ladder": {words: summed(at(axes, place), ARMS) for words, place in PLACES.items()},
+        "three rates, third ladder": {words: summed(first_rates(lines), ARMS) for words, lines in mains.items()},
+        "all its rates": {words: summed(lines, ARMS) for words, lines in mains.items()},
+        "all its rates, other teachers and verifiers": {
+            words: about(place, ARMS) for words, place in PLACES_AROUND.items() if place != MAIN
+        },
+    }
+    for words, columns in found.items():
+        print(f"Best at an edge of {words}: {edges(columns)}.")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ MODULES = {
     "studies/stacks.py": "horizon.py imports it: which runs are missing; test_past_the_teacher.py",
     "studies/stage.py": "horizon_train.py imports it: arms and their phases; test_past_the_teacher.py",
     "studies/past_the_teacher_arms.py": "past_the_teacher.py imports it: what is compared, and why",
+    "studies/past_the_teacher_around.py": "past_the_teacher_tables.py imports it: other teachers and verifiers",
     "studies/past_the_teacher_cells.py": "past_the_teacher_tables.py imports it: what a cell says",
     "studies/past_the_teacher_rates.py": "past_the_teacher_tables.py imports it: rates beyond an edge, equal seconds",
     "studies/past_the_teacher_report.py": "past_the_teacher.py imports it: its tables and its picture",

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import headline
 import pair as embedded
+import past_the_teacher_arms as design
 import past_the_teacher_tables
 import presets
 import qwen3
@@ -25,6 +26,7 @@ from horizon_report import short, spread
 from real_cells import chosen, whole
 from real_tables import stored
 from runs import read_runs, run_all, take_card
+from stacks import place_of
 
 LADDER = "--device cpu --teacher_steps 2 --student_steps 2".split()  # noqa: SIM905
 
@@ -193,10 +195,11 @@ def test_past_the_teacher_tables() -> None:
     for title, rows in drawn.items():
         assert "\n".join(rows) in page, title
     output = run("studies/past_the_teacher_tables.py")
-    assert output.count("### ") == len(drawn) == 15
+    assert output.count("### ") == len(drawn) == 16
     assert "graded: 7 of 14" in output
     assert "of three rates, third ladder: one right answer: 23 of 60; many right answers: 32 of 36." in output
     assert "of all its rates: one right answer: 0 of 60; many right answers: 1 of 36." in output
+    assert "teacher right 1.00: 0 of 14; noisy: 0 of 14; graded: 1 of 19." in output
     every = run("studies/past_the_teacher_tables.py", "--every")
     assert every.count("\n| ") == 2 * 2 + 60 + 36  # the heads, the teachers, the arms
     assert set(drawn["one right answer, rates beyond every edge"]) <= set(every.splitlines())
@@ -272,23 +275,31 @@ def test_a_process_takes_one_of_its_cards(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_headline(tmp_path: Path) -> None:
-    """The stored runs, each arm at its best rate: means as the tables of recipes/studies/README.md have them."""
-    runs = read_runs(headline.RESULTS / "past_the_teacher.jsonl")
-    teachers = json.loads((headline.RESULTS / "past_the_teacher_teachers.json").read_text())
-    curves = headline.curves_of(runs, teachers)
-    assert [len(seeds) for seeds in curves.values()] == [3] * len(headline.ARMS)
-    means = {
-        name: [pytest.approx(sum(points[place][1] for points in seeds) / 3, abs=2e-3) for place in range(4)]
-        for name, seeds in curves.items()
-    }
-    assert means["RAFT on the mixture"] == [0.941, 0.915, 0.948, 0.935]
-    assert means["GRPO without a teacher, positives only"] == [0.679] * 4
-    assert all(
-        [x for x, _ in points] == pytest.approx([21, 60, 83, 99.7], abs=0.3) for points in curves["distillation"]
-    )
+    """Each arm at its best rate: means as the tables of recipes/studies/README.md have them, the teacher on x."""
+    curves = headline.curves()
+    means = {name: [pytest.approx(end, abs=6e-4) for _, end in points] for name, points in curves.items()}
+    assert means["RAFT on the mixture"] == [0.944, 0.931, 0.935, 0.948]
+    assert means["distillation"] == [0.652, 0.738, 0.944, 0.970]
+    assert means["GRPO without a teacher, positives only"] == [0.678] * 4
+    assert all([x for x, _ in points] == pytest.approx([30.1, 55.5, 80.5, 100]) for points in curves.values())
     path = tmp_path / "made" / "headline.png"
     assert str(path) in run("studies/headline.py", "--output", path)
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_stored_of_an_arm_agrees_with_itself() -> None:
+    """Of the places without single runs: each end is the highest of the means at neighbouring rates; no arm misses."""
+    lines = read_runs(past_the_teacher_tables.RESULTS / "past_the_teacher_around.jsonl")
+    for line in lines:
+        rates = {float(rate): end for rate, end in line["rates"].items()}
+        assert line["end"] == rates[line["learning_rate"]] == max(rates.values())
+        first = design.LADDER.index(min(rates))
+        assert sorted(rates) == [*design.LADDER[first : first + len(rates)]]
+        assert len(rates) >= 3
+    for place in design.AROUND:
+        arms = sorted(line["arm"] for line in lines if place_of(line) == place_of(place))
+        assert arms == sorted((*place.arms, *design.FADED))
+    assert len(lines) == 75
 
 
 def test_the_pages_have_the_ends_of_the_pair() -> None:
