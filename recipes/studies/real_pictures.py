@@ -5,8 +5,9 @@
 
     python recipes/studies/real_pictures.py --output recipes/studies
 
-flagship.png: every trainer of `flagship.py` beside TRL's own, over tokens and over seconds. presets_real.png: the arms
-of the table of real text in docs/presets.md over completions, each at the rate of its row.
+real_text.png: the arms of both tasks over completions, for the README. presets_real.png: the arms of the table of real
+text in docs/presets.md. Each arm is at the rate of its row in the tables. flagship.png: every trainer of `flagship.py`
+beside TRL's own, over tokens and over seconds.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ sys.path.append(str(Path(__file__).parents[1]))  # the recipes that a study shar
 from optimal_sampling_trl.panels import Curve, draw_curves, finish, show_percent
 from real_cells import chosen, whole
 from real_draws import draws
-from real_tables import RESULTS, stored
+from real_places import ARMS, TITLES
+from real_tables import RESULTS, of_place, stored
 from real_text_report import RIGHT, WORDS, curves
 from runs import Line
 
@@ -49,17 +51,37 @@ def over_completions(runs: Sequence[Line]) -> list[list[tuple[float, float]]]:
     return [[(x, seeds[i][RIGHT]) for x, seeds in zip(at, points)] for i in range(len(runs))]
 
 
-def of_presets(lines: Sequence[Line]) -> dict[str, dict[str, Curve]]:
-    """The curves of each panel of presets_real.png, and the teacher's samples and greedy decoding."""
-    found = draws(RESULTS, "sums")
-    end, ran = max(line["points"][-1][0] for line in lines), {line["arm"] for line in lines}
-    teacher: dict[str, Curve] = {
+def of_teacher(task: str, end: float) -> dict[str, Curve]:
+    """The lines of a task's teacher, its samples and its greedy decoding, from 0 to `end` completions."""
+    found = draws(RESULTS, task)
+    return {
         f"teacher, {WORDS[name]}": [(0.0, share), (end, share)]
         for name in ("right", "greedy")
         for share in [mean(shares[name] for shares in found)]
     }
+
+
+def last(lines: Sequence[Line]) -> float:
+    """Completions at the last measurement of all runs."""
+    return max(line["points"][-1][0] for line in lines)
+
+
+def of_tasks() -> dict[str, dict[str, Curve]]:
+    """The curves of each panel of real_text.png, and its teacher's."""
+    panels = {}
+    for task, title in TITLES.items():
+        here = of_place(task, "whole")
+        drawn = {words: over_completions(whole(chosen(here, arm))) for arm, words in ARMS.items()}
+        panels[title] = drawn | of_teacher(task, last(here))
+    return panels
+
+
+def of_presets(lines: Sequence[Line]) -> dict[str, dict[str, Curve]]:
+    """The curves of each panel of presets_real.png, and the teacher's."""
+    ran = {line["arm"] for line in lines}
     return {
-        title: {arm: over_completions(whole(chosen(lines, arm))) for arm in arms if arm in ran} | teacher
+        title: {arm: over_completions(whole(chosen(lines, arm))) for arm in arms if arm in ran}
+        | of_teacher("sums", last(lines))
         for title, arms in PANELS.items()
     }
 
@@ -88,9 +110,7 @@ def draw(path: Path, panels: Mapping[str, Mapping[str, Curve]], title: str, labe
         axis.set_title("" if heading == label else heading)
         show_percent(axis.yaxis)
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize="small", frameon=False)
-    finish(figure, axes, labels[-1], title)
-    for axis, label in zip(axes, labels):
-        axis.set_xlabel(label)
+        finish(figure, [axis], label, title)
     if len({tuple(shown) for shown in panels.values()}) == 1:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
         for axis in axes:
@@ -101,7 +121,7 @@ def draw(path: Path, panels: Mapping[str, Mapping[str, Curve]], title: str, labe
 
 
 def main() -> None:
-    """Draw both."""
+    """Draw all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("output/real_pictures"), help="folder (%(default)s)")
     folder = parser.parse_args().output
@@ -109,6 +129,9 @@ def main() -> None:
     presets = of_presets(stored("presets_real"))
     one = "Sums of reasoning-gym, SmolLM2-135M, one H200, one seed, one rate for each arm"
     ten = "Sums of reasoning-gym, SmolLM2-135M, equal completions"
+    both = "SmolLM2-135M under a teacher that is right half of the time, three seeds"
+    tasks = of_tasks()
+    print(f"Picture: {draw(folder / 'real_text.png', tasks, both, ['completions'] * len(tasks))}")
     print(f"Picture: {draw(folder / 'flagship.png', beside, one, [*beside])}")
     print(f"Picture: {draw(folder / 'presets_real.png', presets, ten, ['completions'] * len(presets))}")
 

@@ -43,6 +43,7 @@ from real_cells import (
     whole,
 )
 from real_draws import draws, teachers
+from real_places import ends_by_place
 from real_rates import rates
 from real_text_report import gain
 from runs import Line, one_each, read_runs
@@ -150,7 +151,9 @@ class Table(NamedTuple):
 
 
 def of_place(task: str, student: str) -> list[Line]:
-    """The runs of real_text.py of 340 updates."""
+    """The runs of real_text.py of 340 updates, and those beside published mixtures."""
+    if (task, student) == ("sums", "whole"):
+        return stored("presets_real")
     return stored("real_text", task=task, student=student, steps=340)
 
 
@@ -170,6 +173,7 @@ def rates_of(task: str, student: str) -> Iterator[str]:
 
 STUDIES, PRESETS = "recipes/studies/README.md", "docs/presets.md"
 TABLES = {
+    "places": Table("README.md", lambda: ends_by_place(of_place, RESULTS)),
     "presets": Table(PRESETS, presets),
     "rates of presets": Table(PRESETS, lambda: rates(stored("presets_real"))),
     "teachers": Table(STUDIES, partial(teachers, RESULTS)),

@@ -55,6 +55,7 @@ MODULES = {
     "studies/real_text_report.py": "real_text.py imports it: its tables and plots",
     "studies/real_cells.py": "real_tables.py imports it: what a cell says; test_real_text.py",
     "studies/real_draws.py": "real_tables.py imports it: the teachers' shares; test_real_text.py",
+    "studies/real_places.py": "real_tables.py imports it: the table of the README",
     "studies/real_rates.py": "real_tables.py imports it: the rates of each arm; test_real_text.py",
     "studies/informed_arms.py": "informed.py imports it: its arms, hints and measurements; test_real_text.py",
     "studies/horizon_arms.py": "horizon.py imports it: what is compared",

@@ -13,9 +13,9 @@ from statistics import mean
 import pytest
 from transformers import AutoModelForCausalLM
 
-import headline
 import pair as embedded
 import past_the_teacher_arms as design
+import past_the_teacher_picture
 import past_the_teacher_tables
 import presets
 import qwen3
@@ -172,12 +172,14 @@ def test_real_tables() -> None:
 def test_real_pictures(tmp_path: Path) -> None:
     """Every stored arm is in a panel, with the seeds that its row counts; curves of the flagship end where it did."""
     output = run("studies/real_pictures.py", "--output", tmp_path)
-    for name in ("flagship.png", "presets_real.png"):
+    for name in ("real_text.png", "flagship.png", "presets_real.png"):
         assert str(tmp_path / name) in output
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     lines, beside = stored("presets_real"), stored("flagship")
     panels = real_pictures.of_presets(lines)
     drawn = {arm: curve for curves in panels.values() for arm, curve in curves.items()}
+    for curves in real_pictures.of_tasks().values():
+        assert [len(curves[arm]) for arm in real_pictures.ARMS.values()] == [3] * len(real_pictures.ARMS)
     arms = {line["arm"] for line in lines}
     assert drawn.keys() - real_pictures.GREYS.keys() == arms
     for arm in arms:
@@ -274,16 +276,16 @@ def test_a_process_takes_one_of_its_cards(monkeypatch: pytest.MonkeyPatch) -> No
         assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
 
 
-def test_headline(tmp_path: Path) -> None:
+def test_past_the_teacher_picture(tmp_path: Path) -> None:
     """Each arm at its best rate: means as the tables of recipes/studies/README.md have them, the teacher on x."""
-    curves = headline.curves()
+    curves = past_the_teacher_picture.curves()
     means = {name: [pytest.approx(end, abs=6e-4) for _, end in points] for name, points in curves.items()}
     assert means["RAFT on the mixture"] == [0.944, 0.931, 0.935, 0.948]
     assert means["distillation"] == [0.652, 0.738, 0.944, 0.970]
     assert means["GRPO without a teacher, positives only"] == [0.678] * 4
     assert all([x for x, _ in points] == pytest.approx([30.1, 55.5, 80.5, 100]) for points in curves.values())
-    path = tmp_path / "made" / "headline.png"
-    assert str(path) in run("studies/headline.py", "--output", path)
+    path = tmp_path / "made" / "teachers.png"
+    assert str(path) in run("studies/past_the_teacher_picture.py", "--output", path)
     assert path.read_bytes().startswith(b"\x89PNG")
 
 

@@ -1,9 +1,9 @@
 # /// script
 # dependencies = ["optimal-sampling-trl[plots]", "matplotlib"]
 # ///
-"""Draw the first picture of the README from the runs that are stored beside this script.
+"""Draw the end of each arm by its teacher, from what is stored of `past_the_teacher.py --around`.
 
-    python recipes/studies/headline.py --output output/headline.png
+    python recipes/studies/past_the_teacher_picture.py --output output/teachers.png
 
 One right answer, 41 tokens, a student that starts at 6.0 % (`past_the_teacher.MAIN`), the third ladder of models.
 Each arm is shown at its best learning rate, as the mean over three seeds: of most places no single run is stored.
@@ -48,7 +48,7 @@ def curves() -> dict[str, Points]:
 def main() -> None:
     """Read the stored runs and draw them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("output/headline.png"), help="the PNG (%(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("output/teachers.png"), help="the PNG (%(default)s)")
     options = parser.parse_args()
     greedy = [(100 * one["right"], one["greedy"]) for one in TEACHERS.values()]
     path = plot_learning(
