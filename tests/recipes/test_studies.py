@@ -219,6 +219,22 @@ def test_groups_on_a_cpu() -> None:
         assert short(words) in page, words
 
 
+def test_around_on_a_cpu() -> None:
+    """The page says where each arm that was run again on a CPU ended, by seed where one fell."""
+    page = (RECIPES / "studies" / "README.md").read_text()
+    ends: dict[tuple, list[float]] = {}
+    for line in read_runs(RECIPES / "studies" / "results" / "past_the_teacher_around_cpu.jsonl"):
+        ends.setdefault((place_of(line), line["arm"]), []).append(line["curve"][-1])
+    assert [len(seeds) for seeds in ends.values()] == [3] * 14
+    for seeds in ends.values():
+        assert {short(" ".join(f"{end:.3f}" for end in seeds)), short(spread(seeds))} & set(every_end(page)), seeds
+
+
+def every_end(page: str) -> list[str]:
+    """Return the ends that a page says: a mean with its standard error, or three seeds beside each other."""
+    return re.findall(r"\.\d{3} ± \.\d{3}|\.\d{3} \.\d{3} \.\d{3}", page)
+
+
 def test_qwen3(tmp_path: Path) -> None:
     """Tiny models of its families: a step of both presets, and an evaluation before and after."""
     flags = "--shapes --steps 1 --seeds 0 --arms trb mentor --output".split()  # noqa: SIM905
