@@ -30,7 +30,7 @@ ARMS_AROUND = (*CORE, *FADED, *GRADED)
 def about(place: Setting, arms: Iterable[str]) -> dict[str, Summary]:
     """The summary of each arm at a place of the ladder, from single runs where they are stored."""
     lines = at(stored(THIRD), place)
-    return summed(lines, arms) if lines else summaries(read_runs(RESULTS / f"{AROUND}.jsonl"), place)
+    return summed(lines, arms) if lines else summaries(at(read_runs(RESULTS / f"{AROUND}.jsonl"), place))
 
 
 def around() -> Iterator[str]:

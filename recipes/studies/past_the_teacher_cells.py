@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from horizon_report import best, end, short, spread
 from runs import Line, by_rate, read_runs
-from stacks import Setting, place_of
 
 RESULTS = Path(__file__).parent / "results"
 MEASURES = {"right": "sampled", "greedy": "greedy", "any_right": "pass@8"}
@@ -63,14 +62,13 @@ def summary(lines: Sequence[Line], arm: str) -> Summary | None:
     return Summary(mean(ends), error, at_edge(lines, arm))
 
 
-def summaries(lines: Iterable[Line], place: Setting) -> dict[str, Summary]:
-    """The summary of each arm at a place of which a file holds means alone."""
+def summaries(lines: Iterable[Line]) -> dict[str, Summary]:
+    """The summary of each arm at a place of which the lines hold means alone."""
     found = {}
     for line in lines:
-        if place_of(line) == place_of(place):
-            rates = [*map(float, line["rates"])]
-            edge = line["learning_rate"] in (min(rates), max(rates))
-            found[line["arm"]] = Summary(line["end"], line["error"], edge)
+        rates = [*map(float, line["rates"])]
+        edge = line["learning_rate"] in (min(rates), max(rates))
+        found[line["arm"]] = Summary(line["end"], line["error"], edge)
     return found
 
 

@@ -78,10 +78,9 @@ def of_tasks() -> dict[str, dict[str, Curve]]:
 
 def of_presets(lines: Sequence[Line]) -> dict[str, dict[str, Curve]]:
     """The curves of each panel of presets_real.png, and the teacher's."""
-    ran = {line["arm"] for line in lines}
+    ran, teacher = {line["arm"] for line in lines}, of_teacher("sums", last(lines))
     return {
-        title: {arm: over_completions(whole(chosen(lines, arm))) for arm in arms if arm in ran}
-        | of_teacher("sums", last(lines))
+        title: {arm: over_completions(whole(chosen(lines, arm))) for arm in arms if arm in ran} | teacher
         for title, arms in PANELS.items()
     }
 
