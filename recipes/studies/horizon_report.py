@@ -39,9 +39,14 @@ def best(lines: Iterable[Line], arm: str) -> list[Line]:
     return max(full, key=lambda runs: mean(map(end, runs)), default=[])
 
 
+def error(values: Sequence[float]) -> float:
+    """Standard error of a mean over seeds, 0 for one seed."""
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
 def spread(values: Sequence[float]) -> str:
     """A mean with its standard error over seeds."""
-    return f"{mean(values):.3f}" + (f" ± {stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else "")
+    return f"{mean(values):.3f}" + (f" ± {error(values):.3f}" if len(values) > 1 else "")
 
 
 def short(text: str) -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import NamedTuple
 
-from horizon_report import best, end, short, spread
+from horizon_report import best, end, error, short, spread
 from runs import Line, by_rate, read_runs
 
 RESULTS = Path(__file__).parent / "results"
@@ -58,8 +58,7 @@ def summary(lines: Sequence[Line], arm: str) -> Summary | None:
     if not (seeds := best(lines, arm)):
         return None
     ends = [*map(end, seeds)]
-    error = stdev(ends) / len(ends) ** 0.5 if len(ends) > 1 else None
-    return Summary(mean(ends), error, at_edge(lines, arm))
+    return Summary(mean(ends), error(ends) if len(ends) > 1 else None, at_edge(lines, arm))
 
 
 def summaries(lines: Iterable[Line]) -> dict[str, Summary]:

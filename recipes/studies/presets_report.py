@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from horizon_report import short, spread
+from horizon_report import error, short, spread
 from optimal_sampling_trl.panels import draw_curves, finish, show_percent
 from past_the_teacher_report import at, at_seconds, of_teacher
 from presets_arms import BATCH, PAIR, REST, TASKS, settings_of
@@ -78,11 +78,6 @@ def shares_of(place: Place) -> dict[str, float]:
     """The share of its updates that each arm makes in the seconds of the quickest one."""
     least = min(place.seconds.values(), default=0.0)
     return {arm: least / seconds for arm, seconds in place.seconds.items()}
-
-
-def error(values: Sequence[float]) -> float:
-    """Standard error over seeds."""
-    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
 def separates(one: Sequence[float], other: Sequence[float]) -> bool:

@@ -8,8 +8,7 @@ from itertools import pairwise
 from math import hypot, inf, sqrt
 from statistics import mean, median
 
-from horizon_report import short, spread
-from presets_report import error
+from horizon_report import error, short, spread
 from real_text_report import RIGHT, shown_right
 from runs import Line, by_rate
 

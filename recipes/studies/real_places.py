@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 
-from presets_report import error
+from horizon_report import error
 from real_cells import chosen, whole
 from real_draws import draws
 from runs import Line

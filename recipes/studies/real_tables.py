@@ -22,9 +22,8 @@ from typing import NamedTuple
 
 sys.path.append(str(Path(__file__).parents[1]))  # the recipes that a study shares lie one folder up
 
-from horizon_report import short, spread
+from horizon_report import error, short, spread
 from informed_arms import STUDY
-from presets_report import error
 from real_cells import (
     CLOSING,
     Column,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import inf, nan, sqrt
+from math import inf, nan
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
-from horizon_report import spread
+from horizon_report import error, spread
 from optimal_sampling_trl.plots import plot_learning
 from runs import Line, by_rate
 
@@ -102,7 +102,7 @@ def gain(lines: list[Line], arm: str, other: str, completions: float = inf) -> t
     """
     of = [{line["seed"]: right_after(line, completions) for line in by_rate(lines, name)[0]} for name in (arm, other)]
     more = [of[0][seed] - of[1][seed] for seed in of[0].keys() & of[1].keys()]
-    return mean(more), stdev(more) / sqrt(len(more)) if len(more) > 1 else nan, len(more)
+    return mean(more), error(more) if len(more) > 1 else nan, len(more)
 
 
 def report(lines: list[Line], output: Path) -> None:
