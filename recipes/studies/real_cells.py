@@ -17,13 +17,18 @@ WHOLE = 0.97
 QUESTIONS = 512
 """Of a measurement, a sample of each."""
 SEEDS = 3
-"""Whole runs with which a rate may be an arm's best."""
+"""Whole runs with which a rate is as well known as with more."""
 
 
 def chosen(lines: Sequence[Line], arm: str) -> list[Line]:
-    """The runs of an arm at the best of the rates with whole runs of three seeds, by seed; else at the usual rate."""
-    known = [runs for runs in by_rate(lines, arm) if len(whole(runs)) >= SEEDS and not is_cut(runs)]
-    return sorted(max(known, key=mean_end), key=lambda line: line["seed"]) if known else usual(lines, arm)
+    """The runs of an arm at the best of the rates that most of its seeds ended at, by seed; else at the usual rate.
+
+    Three seeds count as much as more. One seed at each of several rates chooses none of them.
+    """
+    rates = [runs for runs in by_rate(lines, arm) if not is_cut(runs)]
+    enough = min(SEEDS, max((len(whole(runs)) for runs in rates), default=0))
+    known = [runs for runs in rates if len(whole(runs)) >= enough]
+    return sorted(max(known, key=mean_end), key=lambda line: line["seed"]) if enough > 1 else usual(lines, arm)
 
 
 def usual(lines: Sequence[Line], arm: str) -> list[Line]:

@@ -5,7 +5,8 @@
 
     python recipes/studies/real_pictures.py --output recipes/studies
 
-real_text.png: the arms of both tasks over completions, for the README. presets_real.png: the arms of the table of real
+real_text.png: the arms of both tasks over completions, for the README. real_text_pruned.png: those of the student
+without a third of its layers, and the longer runs. presets_real.png: the arms of the table of real
 text in docs/presets.md. Each arm is at the rate of its row in the tables. flagship.png: every trainer of `flagship.py`
 beside TRL's own, over tokens and over seconds.
 """
@@ -17,24 +18,27 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
+from types import MappingProxyType
 from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))  # the recipes that a study shares lie one folder up
 
-from optimal_sampling_trl.panels import Curve, draw_curves, finish, show_percent
+from optimal_sampling_trl.panels import PALETTE, Curve, draw_curves, finish, show_percent
 from real_cells import chosen, whole
 from real_draws import draws
-from real_places import ARMS, TITLES
+from real_places import ARMS, LENGTHS, PLACES, TITLES
 from real_tables import RESULTS, of_place, stored
 from real_text_report import RIGHT, WORDS, curves
 from runs import Line
 
 GREYS = dict(zip((f"teacher, {word}" for word in WORDS.values()), ("#b0b0b0", "#707070", "#303030")))
 """The colours of the teacher's lines."""
+COLORS = GREYS | dict(zip(ARMS.values(), PALETTE))
+"""Theirs, and those of the README's arms, which are the same in every panel."""
 PANELS = {
     "Imitation": (
         "RAFT, mixture", "RAFT, mixture + dense 1 faded", "TRB", "Distillation", "MiniLLM", "SKD", "SFT, teacher",
-        "RAFT, fixed 0.5",
+        "RAFT, fixed 0.5", "RAFT, half",
     ),
     "Policy gradients": ("GRPO, half mixture", "GRPO", "MENTOR", "Logit Fusion"),
 }  # fmt: skip
@@ -66,13 +70,14 @@ def last(lines: Sequence[Line]) -> float:
     return max(line["points"][-1][0] for line in lines)
 
 
-def of_tasks() -> dict[str, dict[str, Curve]]:
-    """The curves of each panel of real_text.png, and its teacher's."""
+def of_student(student: str) -> dict[str, dict[str, Curve]]:
+    """The curves of a student's panels, the arms of the README that were run, and of their teachers."""
     panels = {}
-    for task, title in TITLES.items():
-        here = of_place(task, "whole")
-        drawn = {words: over_completions(whole(chosen(here, arm))) for arm, words in ARMS.items()}
-        panels[title] = drawn | of_teacher(task, last(here))
+    for task, _, updates in (place for place in PLACES if place[1] == student):
+        here = of_place(task, student, updates)
+        ran = {line["arm"] for line in here}
+        drawn = {words: over_completions(whole(chosen(here, arm))) for arm, words in ARMS.items() if arm in ran}
+        panels[TITLES[task] + LENGTHS[updates]] = drawn | of_teacher(task, last(here))
     return panels
 
 
@@ -93,19 +98,27 @@ def of_flagship(lines: list[Line]) -> dict[str, dict[str, Curve]]:
     }
 
 
-def draw(path: Path, panels: Mapping[str, Mapping[str, Curve]], title: str, labels: Sequence[str]) -> Path:
+def draw(
+    path: Path,
+    panels: Mapping[str, Mapping[str, Curve]],
+    title: str,
+    labels: Sequence[str],
+    colors: Mapping[str, str] = MappingProxyType(GREYS),
+) -> Path:
     """Draw panels beside each other, with one y. A legend stands below each, or below all that have the same curves.
 
     Args:
         panels: the curves of each by its heading.
         labels: what stands below each.
+        colors: colours by curve, in place of the palette's.
     """
     from matplotlib.figure import Figure
 
     figure: Any = Figure(figsize=(7 * len(panels), 5.6), dpi=110, layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True)
     for axis, label, (heading, shown) in zip(axes, labels, panels.items()):
-        draw_curves(axis, shown, "right answers", colors=GREYS, dashed=[*GREYS])
+        axis.autoscale(axis="y")  # drawing curves ends it for all panels
+        draw_curves(axis, shown, "right answers", colors=colors, dashed=[*GREYS])
         axis.set_title("" if heading == label else heading)
         show_percent(axis.yaxis)
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize="small", frameon=False)
@@ -129,8 +142,10 @@ def main() -> None:
     one = "Sums of reasoning-gym, SmolLM2-135M, one H200, one seed, one rate for each arm"
     ten = "Sums of reasoning-gym, SmolLM2-135M, equal completions"
     both = "SmolLM2-135M under a teacher that is right half of the time, three seeds"
-    tasks = of_tasks()
-    print(f"Picture: {draw(folder / 'real_text.png', tasks, both, ['completions'] * len(tasks))}")
+    cut = "SmolLM2-135M without a third of its layers under the same teachers, two seeds or three"
+    for name, student, title in (("real_text", "whole", both), ("real_text_pruned", "pruned", cut)):
+        panels = of_student(student)
+        print(f"Picture: {draw(folder / f'{name}.png', panels, title, ['completions'] * len(panels), COLORS)}")
     print(f"Picture: {draw(folder / 'flagship.png', beside, one, [*beside])}")
     print(f"Picture: {draw(folder / 'presets_real.png', presets, ten, ['completions'] * len(presets))}")
 

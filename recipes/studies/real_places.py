@@ -22,25 +22,32 @@ ARMS = {
 TITLES = {"sums": "Sums of two numbers", "steps": "Sums of four, with running totals"}
 """Its tasks."""
 STUDENTS = {"whole": "", "pruned": ", a third of the layers cut"}
+UPDATES, LONGER = 340, 1020
+"""Of a run, and of the longer runs of the student without a third of its layers."""
+LENGTHS = {UPDATES: "", LONGER: ", three times the updates"}
+PLACES = [(task, student, UPDATES) for student in STUDENTS for task in TITLES] + [("steps", "pruned", LONGER)]
+"""Tasks, students and updates, a row each."""
 
 
-def ends_by_place(runs_of: Callable[[str, str], Sequence[Line]], results: Path) -> Iterator[str]:
-    """A row for each student and task: the teacher, and right answers of each arm at the end, in per cent.
+def ends_by_place(runs_of: Callable[[str, str, int], Sequence[Line]], results: Path) -> Iterator[str]:
+    """A row for each place: the teacher, and right answers of each arm at the end, in per cent.
 
     Args:
-        runs_of: the runs of a task and a student.
+        runs_of: the runs of a task and a student with that many updates.
         results: the folder of the stored runs, whose draws of the teachers are read.
     """
     yield f"| right at the end, % | teacher, sampled | greedy | {' | '.join(ARMS.values())} |"
     yield "|---" + "|--:" * (2 + len(ARMS)) + "|"
-    for student, words in STUDENTS.items():
-        for task, title in TITLES.items():
-            found, lines = draws(results, task), runs_of(task, student)
-            teacher = (f"{100 * mean(shares[name] for shares in found):.1f}" for name in ("right", "greedy"))
-            yield f"| {' | '.join((title + words, *teacher, *(end(lines, arm) for arm in ARMS)))} |"
+    for task, student, updates in PLACES:
+        found, lines = draws(results, task), runs_of(task, student, updates)
+        title = TITLES[task] + STUDENTS[student] + LENGTHS[updates]
+        teacher = (f"{100 * mean(shares[name] for shares in found):.1f}" for name in ("right", "greedy"))
+        yield f"| {' | '.join((title, *teacher, *(end(lines, arm) for arm in ARMS)))} |"
 
 
 def end(lines: Sequence[Line], arm: str) -> str:
-    """Right answers of an arm at the end in per cent, mean ± standard error over its whole seeds."""
+    """Right answers of an arm at the end in per cent, mean ± standard error over its whole seeds, or over cut ones."""
+    if all(line["arm"] != arm for line in lines):
+        return "–"
     shares = [100 * line["right"] for line in whole(chosen(lines, arm))]
     return f"{mean(shares):.1f}" + (f" ± {error(shares):.1f}" if len(shares) > 1 else "")

@@ -42,7 +42,7 @@ from real_cells import (
     whole,
 )
 from real_draws import draws, teachers
-from real_places import ends_by_place
+from real_places import LONGER, UPDATES, ends_by_place
 from real_rates import rates
 from real_text_report import gain
 from runs import Line, one_each, read_runs
@@ -50,8 +50,8 @@ from runs import Line, one_each, read_runs
 RESULTS = Path(__file__).parent / "results"
 SECONDS = "real_seconds"
 """File of a run of each arm alone on a card, whose student is the teacher: it tells the seconds."""
-EARLY = 14_400
-"""Completions at which the published mixtures are compared early: the last measurement is after 224 updates or 240."""
+EARLY, LATE = 14_400, 54_400
+"""Completions of an early measurement, after 224 updates or 240, and of the last of all longer runs, after 850."""
 
 
 def stored(name: str, **place: str | int) -> list[Line]:
@@ -149,19 +149,21 @@ class Table(NamedTuple):
     rows: Callable[[], Iterator[str]]
 
 
-def of_place(task: str, student: str) -> list[Line]:
-    """The runs of real_text.py of 340 updates, and those beside published mixtures."""
+def of_place(task: str, student: str, updates: int = UPDATES) -> list[Line]:
+    """The runs of real_text.py with that many updates, and those beside published mixtures."""
     if (task, student) == ("sums", "whole"):
         return stored("presets_real")
-    return stored("real_text", task=task, student=student, steps=340)
+    return stored("real_text", task=task, student=student, steps=updates)
 
 
-def place(task: str, student: str) -> Iterator[str]:
+def place(task: str, student: str, updates: int = UPDATES) -> Iterator[str]:
     """Their arms."""
-    lines = of_place(task, student)
+    lines = of_place(task, student, updates)
     more: dict[str, Column] = {
         "above the teacher": partial(above, teacher=[one["right"] for one in draws(RESULTS, task)])
     }
+    if updates == LONGER:
+        more["after 850 updates"] = partial(by_seed, completions=LATE, seeds=sorted({line["seed"] for line in lines}))
     return ends(lines, more | (timed(task, lines) if student == "whole" else {}))
 
 
@@ -182,6 +184,7 @@ TABLES = {
     "steps, pruned": Table(STUDIES, partial(place, "steps", "pruned")),
     "rates of sums, pruned": Table(STUDIES, partial(rates_of, "sums", "pruned")),
     "rates of steps, pruned": Table(STUDIES, partial(rates_of, "steps", "pruned")),
+    "steps, pruned, longer": Table(STUDIES, partial(place, "steps", "pruned", LONGER)),
     "dense records": Table(STUDIES, lambda: ends(stored("dense_real", steps=240))),
     "informed, whole": Table(STUDIES, partial(informed, "whole")),
     "informed, pruned": Table(STUDIES, partial(informed, "pruned")),

@@ -220,6 +220,23 @@ def test_on_the_steps_the_best_rates_lie_inside_and_raft_with_the_term_alone_pas
     assert passed == ["RAFT, mixture + dense 1 faded"]
 
 
+def test_the_pruned_student_passes_its_teacher_at_once_on_the_sums_and_later_on_the_steps() -> None:
+    """RAFT with the term that fades, by more than two standard errors; the page of results has the ends."""
+    page = " ".join((STUDIES.parents[1] / "docs" / "results.md").read_text().split())
+    ends_of = {("sums", 340): "56.7 ± 1.1 %", ("steps", 340): "31 ± 2 %", ("steps", 1020): "62 ± 4 %"}
+    passed = []
+    for (task, updates), words in ends_of.items():
+        teacher = [shares["right"] for shares in draws(RESULTS, task)]
+        shares = [
+            line["right"] for line in whole(chosen(of_place(task, "pruned", updates), "RAFT, mixture + dense 1 faded"))
+        ]
+        digits = 1 if "." in words else 0
+        assert f"{100 * mean(shares):.{digits}f} ± {100 * error(shares):.{digits}f} %" == words
+        assert words in page
+        passed += [(task, updates)] * (mean(shares) - mean(teacher) > 2 * math.hypot(error(shares), error(teacher)))
+    assert passed == [("sums", 340), ("steps", 1020)]
+
+
 def test_a_longer_run_replaces_a_shorter_one_and_a_cut_one_is_in_no_mean() -> None:
     def line(arm: str, seed: int, right: float, done: int = 4, rate: float = 1e-4) -> dict[str, Any]:
         points = [[64 * step, 0, 0.0, right * step / 4, 0.0] for step in range(done + 1)]
@@ -245,7 +262,7 @@ def test_a_longer_run_replaces_a_shorter_one_and_a_cut_one_is_in_no_mean() -> No
     assert equal([again], 0.6) == pytest.approx([0.24])  # between a half of the updates and three quarters
 
 
-def test_an_arm_stands_at_its_best_rate_of_three_whole_seeds_and_every_rate_has_a_column() -> None:
+def test_an_arm_stands_at_its_best_rate_of_those_that_most_seeds_ended_at_and_every_rate_has_a_column() -> None:
     def line(arm: str, rate: float, seed: int, right: float, done: int = 4) -> dict[str, Any]:
         key = {"arm": arm, "learning_rate": rate, "seed": seed, "steps": 4, "done": done}
         return key | {"right": right, "points": [[64 * done, 0, 0.0, right, 0.0]]}
@@ -257,6 +274,8 @@ def test_an_arm_stands_at_its_best_rate_of_three_whole_seeds_and_every_rate_has_
     third = line("RAFT", 3e-4, 1, 0.3)
     assert chosen([*at_usual, *higher, third], "RAFT") == [higher[1], third, higher[0]]
     assert chosen([*at_usual, *higher, third | {"right": 0.0}], "RAFT") == at_usual
+    assert chosen([*at_usual[:2], *higher], "RAFT") == higher[::-1]  # two seeds of each
+    assert chosen([at_usual[0], *[one for one in higher if one["seed"] == 0]], "RAFT") == at_usual[:1]
     others = [line("GRPO", 3e-5, 0, 0.2), line("GRPO", 3e-5 * (1 / 9), 0, 0.1), line("TRB", 1e-4, 0, 0.6)]
     head, _, *rows = rates([*at_usual, *higher, third, *others], corner="steps")
     assert head == "| steps | a ninth | a third | usual | threefold |"

@@ -173,14 +173,16 @@ def test_real_tables() -> None:
 def test_real_pictures(tmp_path: Path) -> None:
     """Every stored arm is in a panel, with the seeds that its row counts; curves of the flagship end where it did."""
     output = run("studies/real_pictures.py", "--output", tmp_path)
-    for name in ("real_text.png", "flagship.png", "presets_real.png"):
+    for name in ("real_text.png", "real_text_pruned.png", "flagship.png", "presets_real.png"):
         assert str(tmp_path / name) in output
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     lines, beside = stored("presets_real"), stored("flagship")
     panels = real_pictures.of_presets(lines)
     drawn = {arm: curve for curves in panels.values() for arm, curve in curves.items()}
-    for curves in real_pictures.of_tasks().values():
+    for curves in real_pictures.of_student("whole").values():
         assert [len(curves[arm]) for arm in real_pictures.ARMS.values()] == [3] * len(real_pictures.ARMS)
+    *_, longer = real_pictures.of_student("pruned").values()
+    assert [len(curve) for name, curve in longer.items() if name not in real_pictures.GREYS] == [2, 2]
     arms = {line["arm"] for line in lines}
     assert drawn.keys() - real_pictures.GREYS.keys() == arms
     for arm in arms:
