@@ -6,9 +6,8 @@ import json
 from collections.abc import Iterable, Iterator
 
 from past_the_teacher_arms import CORE, FADED, GRADED, GRADUAL, MAIN, NOISY
-from past_the_teacher_cells import RESULTS, Summary, grid_of, stored, summaries, summed, teacher_rows
+from past_the_teacher_cells import RESULTS, Summary, at, grid_of, stored, summaries, summed, teacher_rows
 from past_the_teacher_rates import THIRD
-from past_the_teacher_report import at
 from runs import read_runs
 from stacks import Setting
 

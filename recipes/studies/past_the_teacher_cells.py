@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from horizon_report import best, end, error, short, spread
 from runs import Line, by_rate, read_runs
+from stacks import Setting, place_of
 
 RESULTS = Path(__file__).parent / "results"
 MEASURES = {"right": "sampled", "greedy": "greedy", "any_right": "pass@8"}
@@ -39,6 +40,11 @@ def stored(name: str) -> list[Line]:
         line | {"curve": [*enumerate(line.get("curve") or [line["end"]])]}
         for line in read_runs(RESULTS / f"{name}.jsonl")
     ]
+
+
+def at(lines: Iterable[Line], place: Setting) -> list[Line]:
+    """The runs of one place."""
+    return [line for line in lines if place_of(line) == place_of(place)]
 
 
 def at_edge(lines: Sequence[Line], arm: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -11,9 +11,11 @@ from matplotlib.figure import Figure
 
 from horizon_report import best, end, spread
 from optimal_sampling_trl.panels import Curve, draw_curves, finish, show_percent
-from past_the_teacher_arms import ARMS, CORE, DENSE, FACTORIAL, MAIN, MANY, ROLLOUTS
+from past_the_teacher_arms import ARMS, CORE, MAIN, MANY
+from past_the_teacher_cells import at
+from past_the_teacher_effects import main_effects
 from runs import Line, by_rate
-from stacks import Setting, place_of
+from stacks import Setting
 
 STARTS = ("student-0", "student-2", "student-40")
 TEACHERS = ("teacher-20", "teacher-50", "teacher-80", "teacher")
@@ -31,11 +33,6 @@ PANELS: tuple[tuple[str, Setting, str, tuple[str, ...], tuple[str, ...]], ...] =
     )),
 )  # fmt: skip
 """Of each panel and table of an interaction: its title, the place from which the axis goes, the axis, the arms."""
-
-
-def at(lines: Iterable[Line], place: Setting) -> list[Line]:
-    """The runs of one place."""
-    return [line for line in lines if place_of(line) == place_of(place)]
 
 
 def of_teacher(lines: Sequence[Line]) -> dict[str, float]:
@@ -89,34 +86,6 @@ def place_table(lines: list[Line], place: Setting, seconds: dict[str, float]) ->
         ends = " | ".join(column(seeds, name) for name in ("greedy", "any_right", "entropy", "divergence"))
         half = at_seconds(seeds, 0.5)
         yield f"| {arm} | {rate:g}{edge} | {spread([*map(end, seeds)])} | {half:.3f} | {equal} | {ends} | {tries} |"
-
-
-def effects(lines: list[Line]) -> dict[tuple[str, str], list[float]]:
-    """The ends of the factorial's cells by factor and level, of GRPO and RAFT alone, which have all cells."""
-    ends = {arm: mean(map(end, seeds)) for arm in FACTORIAL if (seeds := best(lines, arm))}
-    full = {arm: value for arm, value in ends.items() if not arm.startswith("Distillation")}
-    levels = {"loss": ("GRPO", "RAFT"), "dense": tuple(DENSE), "rollouts": tuple(ROLLOUTS)}
-    found = {
-        (factor, level.strip(" +") or "none"): [x for arm, x in full.items() if _levels(arm)[factor] == level]
-        for factor, names in levels.items()
-        for level in names
-    }
-    return {level: cells for level, cells in found.items() if cells}
-
-
-def effects_table(lines: list[Line]) -> Iterator[str]:
-    """The mean end over all cells of the factorial that share a level."""
-    yield "| factor | level | mean end | cells |"
-    yield "|---|---|---|---|"
-    for (factor, level), cells in effects(lines).items():
-        yield f"| {factor} | {level} | {mean(cells):.3f} | {len(cells)} |"
-
-
-def _levels(arm: str) -> dict[str, str]:
-    """The levels of a cell's factors, by its name."""
-    method, _, rest = arm.partition(", ")
-    rollouts, plus, dense = rest.partition(" + ")
-    return {"loss": method, "rollouts": rollouts, "dense": plus + dense}
 
 
 def axis_of(lines: list[Line], panel: tuple[Any, ...]) -> tuple[list[tuple[str, list[Line]]], tuple[str, ...]]:
@@ -176,7 +145,7 @@ def report(lines: list[Line], alone: list[Line], output: Path, settings: Sequenc
         if here := at(lines, place):
             seconds = {line["arm"]: line["seconds"] for line in alone if line["task"] == place.task}
             print("\n".join(place_table(here, place, seconds)), "\n", sep="\n")
-    print("\n".join(effects_table(at(lines, MAIN))), "\n", sep="\n")
+    print("\n".join(main_effects({"mean end": at(lines, MAIN)})), "\n", sep="\n")
     for panel in PANELS:
         if axis_of(lines, panel)[0]:
             print("\n".join(interaction_table(lines, panel)), "\n", sep="\n")

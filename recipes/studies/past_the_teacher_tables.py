@@ -17,16 +17,27 @@ import sys
 from collections.abc import Iterator, Mapping
 from math import inf
 from pathlib import Path
-from statistics import mean
 
 sys.path.append(str(Path(__file__).parents[1]))  # the recipes that a study shares lie one folder up
 
-from horizon_report import short
 from past_the_teacher_arms import ARMS, CONTROLS, CORE, DENSE, FEW, MAIN, MANY, SHORT, SHORT_MANY
 from past_the_teacher_around import PLACES_AROUND, about, around
-from past_the_teacher_cells import RESULTS, average, cell, edges, grid, head, stored, summed, teacher_rows, with_seeds
+from past_the_teacher_cells import (
+    RESULTS,
+    at,
+    average,
+    cell,
+    edges,
+    grid,
+    head,
+    stored,
+    summed,
+    teacher_rows,
+    with_seeds,
+)
+from past_the_teacher_effects import main_effects
+from past_the_teacher_interactions import interactions
 from past_the_teacher_rates import THIRD, at_rates, beyond_edges, first_rates, seconds_table
-from past_the_teacher_report import at, effects
 from runs import Line
 
 FIRST, AXES, RECORDS, CREDIT = "past_the_teacher", "past_the_teacher_axes", "dense_sums", "token_credit"
@@ -94,15 +105,6 @@ def diversity(columns: Mapping[str, list[Line]]) -> Iterator[str]:
         yield f"| {arm} | " + " | ".join(cells) + " |"
 
 
-def main_effects(columns: Mapping[str, list[Line]]) -> Iterator[str]:
-    """The mean end over all cells of the factorial that share a level, a column for each place that has all cells."""
-    found = {words: effects(lines) for words, lines in columns.items()}
-    yield from head("factor", "level", "cells", *found)
-    for (factor, level), cells in next(iter(found.values())).items():
-        means = [short(f"{mean(ends[factor, level]):.3f}") for ends in found.values()]
-        yield f"| {factor} | {level} | {len(cells)} | " + " | ".join(means) + " |"
-
-
 def by_records(lines: list[Line]) -> Iterator[str]:
     """A row for each kind of rollouts, a column for what distillation reads."""
     yield from head("rollouts", *READ)
@@ -146,6 +148,7 @@ def tables() -> dict[str, list[str]]:
         "diversity at the end": diversity(narrowed | {f"many, {name}": lines for name, lines in many.items()}),
         "by task and verifier": grid((*CORE, "RAFT, mixture, by reward"), by_place, teacher_rows(of_places)),
         "main effects": main_effects(mains),
+        "interactions": interactions(),
         "one right answer, rates beyond every edge": at_rates(beyond[MAIN], TELLING, MAIN),
         "many right answers, rates beyond every edge": at_rates(beyond[MANY], TELLING, MANY),
         "what the rates beyond change": beyond_edges(beyond[MANY]),

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 
 from horizon_report import error, short, spread
 from optimal_sampling_trl.panels import draw_curves, finish, show_percent
-from past_the_teacher_report import at, at_seconds, of_teacher
+from past_the_teacher_cells import at
+from past_the_teacher_report import at_seconds, of_teacher
 from presets_arms import BATCH, PAIR, REST, TASKS, settings_of
 from runs import Line, by_rate, read_runs
 

@@ -56,11 +56,11 @@ def over_completions(runs: Sequence[Line]) -> list[list[tuple[float, float]]]:
 
 
 def of_teacher(task: str, end: float) -> dict[str, Curve]:
-    """The lines of a task's teacher, its samples and its greedy decoding, from 0 to `end` completions."""
+    """The lines of a task's teacher, its samples, its greedy decoding and pass@8, from 0 to `end` completions."""
     found = draws(RESULTS, task)
     return {
-        f"teacher, {WORDS[name]}": [(0.0, share), (end, share)]
-        for name in ("right", "greedy")
+        f"teacher, {words}": [(0.0, share), (end, share)]
+        for name, words in WORDS.items()
         for share in [mean(shares[name] for shares in found)]
     }
 

@@ -43,6 +43,8 @@ MODULES = {
     "studies/past_the_teacher_arms.py": "past_the_teacher.py imports it: what is compared, and why",
     "studies/past_the_teacher_around.py": "past_the_teacher_tables.py imports it: other teachers and verifiers",
     "studies/past_the_teacher_cells.py": "past_the_teacher_tables.py imports it: what a cell says",
+    "studies/past_the_teacher_effects.py": "past_the_teacher_report.py imports it: main effects; test_studies.py",
+    "studies/past_the_teacher_interactions.py": "past_the_teacher_tables.py imports it; test_studies.py",
     "studies/past_the_teacher_rates.py": "past_the_teacher_tables.py imports it: rates beyond an edge, equal seconds",
     "studies/past_the_teacher_report.py": "past_the_teacher.py imports it: its tables and its picture",
     "studies/presets_arms.py": "presets.py imports it: what is compared, and where",

@@ -254,7 +254,7 @@ def test_a_split_that_is_not_there_is_refused_with_words(made: embedded.Pair, tm
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("name", ["grpo", "distill"])
+@pytest.mark.parametrize("name", ["grpo", "raft", "distill"])
 def test_the_yaml_on_vllm(name: str, made: embedded.Pair, tmp_path: Path) -> None:
     need_vllm()
     output = train(name, made, tmp_path, "--backend", "vllm", launcher=PYTHON)

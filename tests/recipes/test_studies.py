@@ -200,7 +200,7 @@ def test_past_the_teacher_tables() -> None:
     for title, rows in drawn.items():
         assert "\n".join(rows) in page, title
     output = run("studies/past_the_teacher_tables.py")
-    assert output.count("### ") == len(drawn) == 16
+    assert output.count("### ") == len(drawn) == 17
     assert "graded: 7 of 14" in output
     assert "of three rates, third ladder: one right answer: 23 of 60; many right answers: 32 of 36." in output
     assert "of all its rates: one right answer: 0 of 60; many right answers: 1 of 36." in output
@@ -225,6 +225,16 @@ def test_around_on_a_cpu() -> None:
     assert [len(seeds) for seeds in ends.values()] == [3] * 14
     for seeds in ends.values():
         assert any(short(words) in page for words in (" ".join(f"{end:.3f}" for end in seeds), spread(seeds))), seeds
+
+
+def test_a_cold_start_on_a_cpu() -> None:
+    """Both arms are best inside their rates, and the page says where each rate ended."""
+    page, ends = (RECIPES / "studies" / "README.md").read_text(), ends_of_seeds("past_the_teacher_cold_cpu")
+    assert [len(seeds) for seeds in ends.values()] == [3] * 6
+    assert all(short(spread(seeds)) in page for seeds in ends.values())
+    for arm in ("RAFT, mixture", "RAFT, mixture + dense 1, faded"):
+        means = {rate: mean(seeds) for (_, name, rate), seeds in ends.items() if name == arm}
+        assert max(means, key=means.__getitem__) == sorted(means)[1]
 
 
 def ends_of_seeds(name: str) -> dict[tuple[Any, ...], list[float]]:

@@ -216,9 +216,17 @@ def test_a_checkpoint_that_a_kill_cut_is_not_resumed_from(
 # Trainers.
 
 
-def test_a_reward_that_raises_costs_no_step(pair: tuple[str, str], tmp_path: Path) -> None:
-    """It fails in the third step; a run resumed from the second ends with the weights of one that nothing stopped."""
-    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
+@pytest.mark.parametrize(
+    ("kind", "term"), [("grpo", {}), ("raft", {"dense_coefficient": 1.0, "dense_fade": 0.9})], ids=["grpo", "raft"]
+)
+def test_a_reward_that_raises_costs_no_step(
+    pair: tuple[str, str], tmp_path: Path, kind: str, term: dict[str, float]
+) -> None:
+    """It fails in the third step; a run resumed from the second ends with the weights of one that nothing stopped.
+
+    RAFT's dense term fades over both, and is not gone where the run goes on.
+    """
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4, **term}
     calls = 0
 
     def fails(completions: Any, **columns: Any) -> list[float]:
@@ -228,13 +236,13 @@ def test_a_reward_that_raises_costs_no_step(pair: tuple[str, str], tmp_path: Pat
             raise ZeroDivisionError("the user's own")
         return reward(completions, **columns)
 
-    trainer = make_trainer("grpo", pair, tmp_path / "run", trainer={"reward_funcs": fails}, **settings)
+    trainer = make_trainer(kind, pair, tmp_path / "run", trainer={"reward_funcs": fails}, **settings)
     with pytest.raises(ZeroDivisionError, match="the user's own"):
         trainer.train()
     trainer.close()
-    resumed = make_trainer("grpo", pair, tmp_path / "run", **settings)
+    resumed = make_trainer(kind, pair, tmp_path / "run", **settings)
     resumed.train(resume_from_checkpoint=True)
-    whole = make_trainer("grpo", pair, tmp_path / "whole", **settings)
+    whole = make_trainer(kind, pair, tmp_path / "whole", **settings)
     whole.train()
     assert_same_weights(resumed.model, whole.model)
 

@@ -139,7 +139,7 @@ def test_runs_that_start_at_once_have_ports_of_their_own(
     assert os.environ["MASTER_PORT"] != first
 
 
-@pytest.mark.parametrize("kind", ["grpo", "dense"])
+@pytest.mark.parametrize("kind", ["grpo", "raft", "dense"])
 def test_lora_is_merged_into_the_engines_student(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
