@@ -24,6 +24,8 @@ DRAWN = (
     "Sampled tokens, mixture",
     "SFT on the teacher's samples",
 )
+MEASURES = {"right": "sampled", "greedy": "greedy", "any_right": "pass@8"}
+"""The measurements of a teacher, and the words for them."""
 
 
 def end(run: Line) -> float:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
-from horizon_report import best, end, error, short, spread
+from horizon_report import MEASURES, best, end, error, short, spread
 from runs import Line, by_rate, read_runs
 from stacks import Setting, place_of
 
 RESULTS = Path(__file__).parent / "results"
-MEASURES = {"right": "sampled", "greedy": "greedy", "any_right": "pass@8"}
-"""The words for the measurements of a teacher."""
 
 
 class Summary(NamedTuple):
@@ -34,8 +33,9 @@ class Summary(NamedTuple):
         return short(f"{self.end:.3f}{error}")
 
 
+@cache
 def stored(name: str) -> list[Line]:
-    """The runs of a file that holds the success at each point of a curve, or at its end alone."""
+    """The runs of a file that holds the success at each point of a curve, or at its end alone; read once."""
     return [
         line | {"curve": [*enumerate(line.get("curve") or [line["end"]])]}
         for line in read_runs(RESULTS / f"{name}.jsonl")

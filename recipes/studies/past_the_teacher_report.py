@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from horizon_report import best, end, spread
+from horizon_report import MEASURES, best, end, spread
 from optimal_sampling_trl.panels import Curve, draw_curves, finish, show_percent
 from past_the_teacher_arms import ARMS, CORE, MAIN, MANY
 from past_the_teacher_cells import at
@@ -122,7 +122,7 @@ def draw(lines: list[Line], path: Path) -> None:
                 curves[arm] = [list(zip(ends, values)) for values in zip(*ends.values())]
         teacher = {
             f"teacher, {words}": [(i, of_teacher(runs).get(name, float("nan"))) for i, (_, runs) in enumerate(levels)]
-            for name, words in (("right", "sampled"), ("greedy", "greedy"), ("any_right", "pass@8"))
+            for name, words in MEASURES.items()
         }
         if levels:
             greys = dict(zip(teacher, ("#b0b0b0", "#707070", "#303030")))

@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))  # the recipes that a study shares lie one folder up
 
-from past_the_teacher_arms import ARMS, CONTROLS, CORE, DENSE, FEW, MAIN, MANY, SHORT, SHORT_MANY
+from past_the_teacher_arms import ARMS, CONTROLS, CORE, DENSE, MAIN, MANY, SHORT, SHORT_MANY
 from past_the_teacher_around import PLACES_AROUND, about, around
 from past_the_teacher_cells import (
     RESULTS,
@@ -37,29 +37,12 @@ from past_the_teacher_cells import (
 )
 from past_the_teacher_effects import main_effects
 from past_the_teacher_interactions import interactions
+from past_the_teacher_places import AXES, FIRST, OF_MANY, PLACES, QUALITY, STARTS
 from past_the_teacher_rates import THIRD, at_rates, beyond_edges, first_rates, seconds_table
 from runs import Line
 
-FIRST, AXES, RECORDS, CREDIT = "past_the_teacher", "past_the_teacher_axes", "dense_sums", "token_credit"
-"""The files of the other four ladders."""
-PLACES = {
-    "41 tokens": MAIN,
-    "start .45": MAIN._replace(student="student-40"),
-    "noisy": MAIN._replace(verifier="noisy"),
-    "noisy, start .0008": MAIN._replace(verifier="noisy", student="student-0"),
-    "graded": MAIN._replace(verifier="graded"),
-    "21 tokens": MAIN._replace(task="sums-20"),
-    "81 tokens": MAIN._replace(task="sums-80"),
-    f"{FEW} prompts": MAIN._replace(prompts=FEW),
-    "many right": MANY,
-}
-"""The columns of the second ladder: the main place, and one thing changed in each of the others."""
-STARTS = {"start .058": MAIN, "start .0007": MAIN._replace(student="student-0")}
-QUALITY = {
-    "teacher right .21": "teacher-20", "teacher right .60": "teacher-50", "teacher right .83": "teacher-80",
-    "teacher right .997": "teacher",
-}  # fmt: skip
-OF_MANY = {"teacher right .54": MANY, "teacher right .82": MANY._replace(teacher="teacher-80")}
+RECORDS, CREDIT = "dense_sums", "token_credit"
+"""The files of the ladders that have no place among those of the map."""
 GROUPS = (1, 2, 4, 8)
 SIZED = {"RAFT, mixture": 1, "RAFT, own": 1, "GRPO, half": 8, "GRPO, own": 8}
 """Arms that were run in groups of other sizes, and the size of their own."""

@@ -23,15 +23,16 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))  # the recipes that a study shares lie one folder up
 
+from horizon_report import MEASURES
 from optimal_sampling_trl.panels import PALETTE, Curve, draw_curves, finish, show_percent
 from real_cells import chosen, whole
 from real_draws import draws
 from real_places import ARMS, LENGTHS, PLACES, TITLES
 from real_tables import RESULTS, of_place, stored
-from real_text_report import RIGHT, WORDS, curves
+from real_text_report import RIGHT, curves
 from runs import Line
 
-GREYS = dict(zip((f"teacher, {word}" for word in WORDS.values()), ("#b0b0b0", "#707070", "#303030")))
+GREYS = dict(zip((f"teacher, {word}" for word in MEASURES.values()), ("#b0b0b0", "#707070", "#303030")))
 """The colours of the teacher's lines."""
 COLORS = GREYS | dict(zip(ARMS.values(), PALETTE))
 """Theirs, and those of the README's arms, which are the same in every panel."""
@@ -60,7 +61,7 @@ def of_teacher(task: str, end: float) -> dict[str, Curve]:
     found = draws(RESULTS, task)
     return {
         f"teacher, {words}": [(0.0, share), (end, share)]
-        for name, words in WORDS.items()
+        for name, words in MEASURES.items()
         for share in [mean(shares[name] for shares in found)]
     }
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 
-from horizon_report import error
+from horizon_report import MEASURES, error
 from real_cells import chosen, whole
 from real_draws import draws
 from runs import Line
@@ -36,12 +36,12 @@ def ends_by_place(runs_of: Callable[[str, str, int], Sequence[Line]], results: P
         runs_of: the runs of a task and a student with that many updates.
         results: the folder of the stored runs, whose draws of the teachers are read.
     """
-    yield f"| right at the end, % | teacher, sampled | greedy | pass@8 | {' | '.join(ARMS.values())} |"
-    yield "|---" + "|--:" * (3 + len(ARMS)) + "|"
+    yield f"| right at the end, % | teacher, {' | '.join(MEASURES.values())} | {' | '.join(ARMS.values())} |"
+    yield "|---" + "|--:" * (len(MEASURES) + len(ARMS)) + "|"
     for task, student, updates in PLACES:
         found, lines = draws(results, task), runs_of(task, student, updates)
         title = TITLES[task] + STUDENTS[student] + LENGTHS[updates]
-        teacher = (f"{100 * mean(shares[name] for shares in found):.1f}" for name in ("right", "greedy", "any_right"))
+        teacher = (f"{100 * mean(shares[name] for shares in found):.1f}" for name in MEASURES)
         yield f"| {' | '.join((title, *teacher, *(end(lines, arm) for arm in ARMS)))} |"
 
 

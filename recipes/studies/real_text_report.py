@@ -7,16 +7,12 @@ from math import inf, nan
 from pathlib import Path
 from statistics import mean
 
-from horizon_report import error, spread
+from horizon_report import MEASURES, error, spread
 from optimal_sampling_trl.plots import plot_learning
 from runs import Line, by_rate
 
 RIGHT = 3
 """The column of a point that holds the share of right answers."""
-
-
-WORDS = {"right": "sampled", "greedy": "greedy", "any_right": "pass@8"}
-"""The measurements of a teacher, and the words for them."""
 
 
 def of_teacher(lines: list[Line], name: str) -> float:
@@ -32,7 +28,7 @@ def best(lines: list[Line], arm: str) -> list[Line]:
 
 def table(lines: list[Line]) -> Iterator[str]:
     """A row for each arm of one task and one student, the best end first."""
-    shown = ", ".join(f"{word} {of_teacher(lines, name):.3f}" for name, word in WORDS.items())
+    shown = ", ".join(f"{word} {of_teacher(lines, name):.3f}" for name, word in MEASURES.items())
     first = mean(line["points"][0][RIGHT] for line in lines)
     yield f"### {lines[0]['task']}, {lines[0]['student']} student, {first:.3f} at the start; the teacher: {shown}"
     yield "| arm | rate | right | greedy | pass@8 | entropy | KL(θ‖t) | tokens | ended | seconds | GB | each rate |"
@@ -57,7 +53,7 @@ def curves(lines: list[Line], column: int, scale: float) -> dict[str, list[tuple
         points = zip(*(line["points"] for line in best(lines, arm)))
         found[arm] = [(mean(p[column] for p in ps) / scale, mean(p[RIGHT] for p in ps)) for ps in points]
     end = max(x for points in found.values() for x, _ in points)
-    for name, word in WORDS.items():
+    for name, word in MEASURES.items():
         value = of_teacher(lines, name)
         found[f"teacher, {word}"] = [(0.0, value), (end, value)]
     return found

@@ -45,6 +45,7 @@ MODULES = {
     "studies/past_the_teacher_cells.py": "past_the_teacher_tables.py imports it: what a cell says",
     "studies/past_the_teacher_effects.py": "past_the_teacher_report.py imports it: main effects; test_studies.py",
     "studies/past_the_teacher_interactions.py": "past_the_teacher_tables.py imports it; test_studies.py",
+    "studies/past_the_teacher_places.py": "past_the_teacher_tables.py imports it: where two ladders were run",
     "studies/past_the_teacher_rates.py": "past_the_teacher_tables.py imports it: rates beyond an edge, equal seconds",
     "studies/past_the_teacher_report.py": "past_the_teacher.py imports it: its tables and its picture",
     "studies/presets_arms.py": "presets.py imports it: what is compared, and where",
