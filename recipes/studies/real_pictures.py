@@ -39,7 +39,7 @@ COLORS = GREYS | dict(zip(ARMS.values(), PALETTE))
 PANELS = {
     "Imitation": (
         "RAFT, mixture", "RAFT, mixture + dense 1 faded", "TRB", "Distillation", "MiniLLM", "SKD", "SFT, teacher",
-        "RAFT, fixed 0.5", "RAFT, half",
+        "RAFT, fixed 0.5", "RAFT, half", "RAFT, own + dense 1 faded",
     ),
     "Policy gradients": ("GRPO, half mixture", "GRPO", "MENTOR", "Logit Fusion"),
 }  # fmt: skip
@@ -52,7 +52,7 @@ def over_completions(runs: Sequence[Line]) -> list[list[tuple[float, float]]]:
     Where a run was cut shortly before its end, its last measurement stands at the mean of the seeds'.
     """
     points = list(zip(*(line["points"] for line in runs)))
-    at = [mean(point[0] for point in seeds) for seeds in points]
+    at = [round(mean(point[0] for point in seeds)) for seeds in points]
     return [[(x, seeds[i][RIGHT]) for x, seeds in zip(at, points)] for i in range(len(runs))]
 
 
@@ -122,7 +122,8 @@ def draw(
         draw_curves(axis, shown, "right answers", colors=colors, dashed=[*GREYS])
         axis.set_title("" if heading == label else heading)
         show_percent(axis.yaxis)
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize="small", frameon=False)
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.12), "handlelength": 3.6}  # long enough for a dash
+        axis.legend(**below, ncols=2, fontsize="small", frameon=False)
         finish(figure, [axis], label, title)
     if len({tuple(shown) for shown in panels.values()}) == 1:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
