@@ -101,9 +101,9 @@ def interaction_table(lines: list[Line], panel: tuple[Any, ...]) -> Iterator[str
     yield f"### {panel[0]}"
     yield "| arm | " + " | ".join(level for level, _ in levels) + " |"
     yield "|---" * (1 + len(levels)) + "|"
-    for name in ("right", "greedy", "any_right"):
+    for name, words in MEASURES.items():
         cells = [f"{of_teacher(runs).get(name, float('nan')):.3f}" for _, runs in levels]
-        yield f"| teacher, {name.replace('any_right', 'pass@8')} | " + " | ".join(cells) + " |"
+        yield f"| teacher, {words} | " + " | ".join(cells) + " |"
     for arm in arms:
         cells = [spread([*map(end, seeds)]) if (seeds := best(runs, arm)) else "–" for _, runs in levels]
         yield f"| {arm} | " + " | ".join(cells) + " |"
