@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
 from math import hypot, inf, sqrt
-from statistics import mean, median
+from statistics import mean
 
 from horizon_report import error, short, spread
 from real_text_report import RIGHT, shown_right
@@ -94,12 +93,6 @@ def above(runs: list[Line], teacher: Sequence[float]) -> str:
 def highest(line: Line) -> float:
     """The highest share of right answers that a run measured."""
     return max(line["right"], *(point[RIGHT] for point in line["points"]))
-
-
-def alone(line: Line) -> float:
-    """Seconds for 64 completions of a run, the median over the spans between its measurements without the first."""
-    spans = [(after[2] - before[2]) / (after[0] - before[0]) for before, after in pairwise(line["points"][1:])]
-    return 64 * median(spans)
 
 
 def equal(runs: list[Line], share: float) -> list[float]:

@@ -22,18 +22,16 @@ from typing import NamedTuple
 
 sys.path.append(str(Path(__file__).parents[1]))  # the recipes that a study shares lie one folder up
 
-from horizon_report import error, short, spread
+from horizon_report import error, short
 from informed_arms import STUDY
 from real_cells import (
     CLOSING,
     Column,
     above,
-    alone,
     average,
     by_seed,
     chosen,
     end,
-    equal,
     highest,
     is_cut,
     mean_end,
@@ -44,12 +42,11 @@ from real_cells import (
 from real_draws import draws, teachers
 from real_places import LONGER, UPDATES, ends_by_place
 from real_rates import rates
+from real_seconds import timed
 from real_text_report import gain
 from runs import Line, one_each, read_runs
 
 RESULTS = Path(__file__).parent / "results"
-SECONDS = "real_seconds"
-"""File of a run of each arm alone on a card, whose student is the teacher: it tells the seconds."""
 EARLY, LATE = 14_400, 54_400
 """Completions of an early measurement, after 224 updates or 240, and of the last of all longer runs, after 850."""
 
@@ -91,24 +88,7 @@ def presets() -> Iterator[str]:
         "mean": end,
         "above the teacher": partial(above, teacher=[shares["right"] for shares in draws(RESULTS, "sums")]),
     } | CLOSING
-    return table(lines, columns | timed("sums", lines))
-
-
-def timed(task: str, lines: Sequence[Line]) -> dict[str, Column]:
-    """The seconds of each arm, and its right answers when the quickest has ended; none where no arm was timed."""
-    arms = {line["arm"] for line in lines}
-    seconds = {line["arm"]: alone(line) for line in stored(SECONDS, task=task) if line["arm"] in arms}
-
-    def span(runs: list[Line]) -> str:
-        return f"{seconds[runs[0]['arm']]:.2f}" if runs[0]["arm"] in seconds else "–"
-
-    def end(runs: list[Line]) -> str:
-        if runs[0]["arm"] not in seconds:
-            return "–"
-        share = min(seconds.values()) / seconds[runs[0]["arm"]]
-        return "cut" if is_cut(runs) else short(spread(equal(runs, share)))
-
-    return {"s for 64 completions": span, "at equal seconds": end} if seconds else {}
+    return table(lines, columns | timed(RESULTS, "sums", lines))
 
 
 def informed(student: str) -> Iterator[str]:
@@ -164,7 +144,7 @@ def place(task: str, student: str, updates: int = UPDATES) -> Iterator[str]:
     }
     if updates == LONGER:
         more["after 850 updates"] = partial(by_seed, completions=LATE, seeds=sorted({line["seed"] for line in lines}))
-    return ends(lines, more | (timed(task, lines) if student == "whole" else {}))
+    return ends(lines, more | (timed(RESULTS, task, lines) if student == "whole" else {}))
 
 
 def rates_of(task: str, student: str) -> Iterator[str]:

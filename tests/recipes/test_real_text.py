@@ -23,13 +23,14 @@ from optimal_sampling_trl import Mixture, OptimalSamplingGenerator
 from optimal_sampling_trl.rollouts.rollout import Rollout
 from real_arms import ARMS as EVERY_ARM
 from real_arms import PUBLISHED, trainer_of
-from real_cells import above, alone, chosen, equal, whole
+from real_cells import above, chosen, equal, whole
 from real_draws import MEASURED, draws
 from real_exam import distance, mean_of
 from real_models import learn
 from real_places import ARMS, LONGER, UPDATES, end
 from real_rates import rates
-from real_tables import RESULTS, TABLES, ends, of_place, stored, timed
+from real_seconds import REFERENCE, alone, timed
+from real_tables import RESULTS, TABLES, ends, of_place, stored
 from real_tasks import TASKS, answer_of
 from real_text_report import gain, seeds
 from runs import one_each, read_runs, take_card
@@ -311,21 +312,28 @@ def test_an_arm_is_held_against_all_draws_of_the_teacher_that_most_runs_had(tmp_
     assert above(runs[2:3], found) == "cut"
 
 
-def test_seconds_are_of_64_completions_and_the_slower_arm_is_read_where_the_quicker_one_ends(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def line(arm: str, seconds: list[float], completions: int = 64) -> dict[str, Any]:
+def test_seconds_are_of_64_completions_and_the_slower_arm_is_read_where_the_quicker_one_ends(tmp_path: Path) -> None:
+    def line(arm: str, seconds: list[float], completions: int = 64, call: int = 0) -> dict[str, Any]:
         points = [[completions * step, 0, at, 0.1 * step, 0.0] for step, at in enumerate(seconds)]
         key = {"task": "sums", "student": "teacher", "arm": arm, "learning_rate": 1e-4, "seed": 0, "steps": 4}
-        return key | {"done": 4, "points": points, "right": 0.4}
+        return key | {"done": 4, "points": points, "right": 0.4, "call": call}
 
-    quick, slow = line("RAFT", [0, 9, 10, 11, 12]), line("MENTOR", [0, 9, 10, 11, 18], completions=32)
+    quick, slow = line(REFERENCE, [0, 9, 10, 11, 12]), line("MENTOR", [0, 9, 10, 11, 18], completions=32)
     assert (alone(quick), alone(slow)) == (1.0, 2.0)  # without the first span; the last is an outlier
-    monkeypatch.setattr("real_tables.RESULTS", tmp_path)
-    (tmp_path / "real_seconds.jsonl").write_text(json.dumps(quick) + "\n" + json.dumps(slow) + "\n")
-    columns = timed("sums", [quick, slow])
+    file = tmp_path / "real_seconds.jsonl"
+    file.write_text(json.dumps(quick) + "\n" + json.dumps(slow) + "\n")
+    columns = timed(tmp_path, "sums", [quick, slow])
     assert [column([slow]) for column in columns.values()] == ["2.00", ".200"]
     untimed = quick | {"arm": "SKD"}
-    columns = timed("sums", [quick, slow, untimed])
+    columns = timed(tmp_path, "sums", [quick, slow, untimed])
     assert [column([arm]) for column in columns.values() for arm in (slow, untimed)] == ["2.00", "–", ".200", "–"]
-    assert not timed("steps", [quick])  # nothing was timed there
+    assert not timed(tmp_path, "steps", [quick])  # nothing was timed there
+    later = [line(REFERENCE, [0, 2, 4, 6, 8], call=1), line("SKD", [0, 8, 16, 24, 32], call=1)]  # half as fast
+    file.write_text("".join(json.dumps(one) + "\n" for one in [*later, quick, slow]))
+    columns = timed(tmp_path, "sums", [quick, slow, untimed])
+    assert [column([arm]) for column in columns.values() for arm in (quick, untimed)] == [
+        "1.00",
+        "4.00",
+        ".400",
+        ".100",
+    ]

@@ -53,6 +53,7 @@ MODULES = {
     "studies/real_tasks.py": "real_text.py imports it: its questions and verifier; test_real_text.py",
     "studies/real_models.py": "real_text.py imports it: its students and teachers; test_real_text.py",
     "studies/real_arms.py": "real_text.py imports it: what is compared, and its trainers",
+    "studies/real_seconds.py": "real_tables.py imports it: seconds of the arms; test_real_text.py",
     "studies/real_exam.py": "real_text.py imports it: its measurements",
     "studies/real_run.py": "real_text.py and informed.py import it: a run, the jobs of a machine, the flags",
     "studies/real_text_report.py": "real_text.py imports it: its tables and plots",
