@@ -181,6 +181,9 @@ class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
         """Number of completions in a process's batch, which stands for the group that distillation does not have."""
         return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
 
+    def _groups_share_prompts(self) -> bool:
+        return False
+
     def _check_settings(self) -> None:
         super()._check_settings()
         self._check_read()

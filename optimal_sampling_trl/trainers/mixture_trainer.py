@@ -37,7 +37,7 @@ from .records import Turns, loss_mask, stack_dense, stack_records
 from .several_turns import SeveralTurns
 from .summary import print_summary
 from .table import complete_table
-from .unread import TOOL_TURNS, unread_settings, warn_of_unread
+from .unread import TOOL_TURNS, unread_settings, warn_of_unread, warn_without_mixture
 
 VLLM_MODES = ("colocate", "server")
 
@@ -90,7 +90,7 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
             raise
         self.guard = WeightGuard(self._rounding(), self._setting("log_theta_tolerance"))
         self._guarded = 0  # the push whose first batch was compared last
-        self._warn_of_dropout()
+        self._warn_of_noise()
         self.callback_handler.callbacks.insert(0, FigureCallback(self))  # before those that close the loggers
 
     def _build_generation(self, **trl_arguments: Any) -> MixtureGeneration:
@@ -101,6 +101,7 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
             generator=self.generator,
             group=self._group_size,
             theta_count=self._theta_count,
+            one_prompt=self._groups_share_prompts(),
             training=lambda: self.model.training,
             progress=self._progress,
             step=lambda: self.state.global_step,
@@ -202,6 +203,10 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
         """Number of completions in a group, of which `theta_fraction` is a share."""
         raise NotImplementedError
 
+    def _groups_share_prompts(self) -> bool:
+        """True where the completions of a group are of one prompt."""
+        return True
+
     def _theta_count(self) -> int:
         return self.generator.theta_count(self._group_size(), self.default_theta_fraction)
 
@@ -241,6 +246,8 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
         if self.calls_tools:
             unread.pop(TOOL_TURNS, None)
         warn_of_unread(self.args, unread)
+        if self._theta_count() == self._group_size():
+            warn_without_mixture(self.generator, self.args)
 
     def _check_own_teacher(self) -> None:
         """Refuse the teacher `"student"` where their mixture would be the student itself."""
@@ -287,13 +294,18 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
         mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
         return bound_of([*types, *([mixed] if mixed else [])], self.accelerator.device)
 
-    def _warn_of_dropout(self) -> None:
-        if dropout := dropout_of(self.model):
+    def _noise(self) -> list[str]:
+        """Name what makes the student's log θ noisy while it trains, each with its size."""
+        neftune = self.args.neftune_noise_alpha
+        return dropout_of(self.model) + ([f"neftune_noise_alpha {neftune:g}"] if neftune else [])
+
+    def _warn_of_noise(self) -> None:
+        if noise := self._noise():
             warn_user(
-                f"The student has dropout ({', '.join(dropout)}): the trainer's log θ is taken with it, the rollouts' "
-                f"without, so that ratios of the two are noisy and `{metrics.LOG_THETA_DIFFERENCE}` is no rounding. "
-                "Set it to 0 in the configurations of the model and of the adapter; `disable_dropout=True` switches "
-                "off what is a module.",
+                f"The student has dropout or noise ({', '.join(noise)}): the trainer's log θ is taken with it, the "
+                f"rollouts' without, so that ratios of the two are noisy and `{metrics.LOG_THETA_DIFFERENCE}` is no "
+                "rounding. Set dropout to 0 in the configurations of the model and of the adapter; "
+                "`disable_dropout=True` switches off what is a module. Drop `neftune_noise_alpha`.",
             )
 
     def _guard_weights(self, turns: Turns, output: dict[str, Any]) -> None:
@@ -305,18 +317,18 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
         if self._guarded == self.vllm_generation.pushes:
             return
         self._guarded = self.vllm_generation.pushes
-        dropout = dropout_of(self.model)
+        noise = self._noise()
         of_tokens = output.get("old_per_token_logps")
-        if of_tokens is not None and not (dropout and self.model.training):
+        if of_tokens is not None and not (noise and self.model.training):
             mask = loss_mask(output).bool()
             engine, trainer = output["log_theta"][mask], of_tokens[mask]
-        else:  # TRL computed none, or one with dropout
+        else:  # TRL computed none, or a noisy one
             few = [of_row[0] for of_row in turns[:ROWS]]
             trainer = log_theta_of(self.model, [one.theta_prompt_ids for one in few], few, self.temperature)
             engine = torch.cat([one.log_theta[:TOKENS] for one in few]).to(trainer.device)
         both = torch.stack([engine, trainer.float()], dim=1)  # (N, 2)
         every = self.accelerator.gather(self.accelerator.pad_across_processes(both, pad_index=torch.nan)).float()
-        hints = [f"the student has dropout ({', '.join(dropout)})"] if dropout else []
+        hints = [f"the student has dropout or noise ({', '.join(noise)})"] if noise else []
         engine, trainer = every[~every.isnan().all(1)].unbind(1)  # of all processes
         self.guard.check(engine, trainer, hints)
 

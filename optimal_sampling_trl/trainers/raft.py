@@ -147,6 +147,9 @@ class RAFTTrainer(RewardedTrainer, trl.GRPOTrainer):
             return self.args.num_generations
         return self.args.per_device_train_batch_size * self.args.steps_per_generation
 
+    def _groups_share_prompts(self) -> bool:
+        return self.args.num_generations > 1
+
     def _check_settings(self) -> None:
         super()._check_settings()
         if isinstance(self.args, PolicyGradientConfig):

@@ -154,6 +154,33 @@ def warn_of_unread(args: Any, unread: dict[str, str]) -> None:
         warn_user(f"`{name}` is {changed[name]!r} and does nothing here: it is read {unread[name]}. Drop it.")
 
 
+OF_MIXTURE = ("mixture", "schedule", "entropy_quantile")
+"""Fields of a generator that only completions of the mixture read."""
+OF_MIXED_ROWS = ("correction", "mixture_weight_steps")
+"""Those of our configurations."""
+
+
+def warn_without_mixture(generator: Any, args: Any) -> None:
+    """Warn of each setting of the mixture, which does nothing where the student samples all completions.
+
+    A preset's settings are its own.
+
+    Args:
+        generator: the `OptimalSamplingGenerator`.
+        args: the configuration.
+    """
+    if getattr(args, "preset", None) is not None:
+        return
+    of_args, of_generator = _changed(args), _changed(generator)
+    found = {name: of_generator[name] for name in OF_MIXTURE if name in of_generator}
+    found |= {name: of_args[name] for name in OF_MIXED_ROWS if name in of_args}
+    for name, value in found.items():
+        warn_user(
+            f"`{name}` is {value!r} and does nothing here: it is read of the mixture's completions, and the student "
+            "samples all. Lower `theta_fraction`, or drop it."
+        )
+
+
 def _changed(args: Any) -> dict[str, Any]:
     """Return the values of the fields that are not at their default, by name."""
     defaults: Iterable[tuple[str, Any]] = (

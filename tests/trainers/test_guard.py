@@ -113,7 +113,7 @@ def test_a_record_of_another_student_stops_training(pair: tuple[str, str], tmp_p
 def test_dropout_is_named_and_no_other_student(pair: tuple[str, str], tmp_path: Path) -> None:
     """The guard compares without dropout, the metric shows what the ratio has."""
     model = AutoModelForCausalLM.from_pretrained(pair[1], dtype=torch.float32, attention_dropout=0.5)
-    with pytest.warns(UserWarning, match=r"The student has dropout \(attention_dropout 0\.5\)") as caught:
+    with pytest.warns(UserWarning, match=r"The student has dropout or noise \(attention_dropout 0\.5\)") as caught:
         trainer = make_trainer("grpo", pair, tmp_path, trainer={"model": model}, max_steps=2)
     named = [Path(one.filename).name for one in caught if "dropout" in str(one.message)]
     assert named == ["training.py"]  # the line that builds the trainer
@@ -121,8 +121,15 @@ def test_dropout_is_named_and_no_other_student(pair: tuple[str, str], tmp_path: 
     assert trainer.state.log_history[0]["engine/log_theta_difference"] > 0.01
     other = make_trainer("grpo", pair, tmp_path / "other", trainer={"model": model}, learning_rate=0.05)
     other.vllm_generation.backend.theta = load(pair[1])
-    with pytest.raises(RuntimeError, match=r"Check: the student has dropout \(attention_dropout 0\.5\); was"):
+    with pytest.raises(RuntimeError, match=r"Check: the student has dropout or noise \(attention_dropout 0\.5\); was"):
         other.train()
+
+
+def test_noise_in_the_embeddings_is_named_and_compared_without(pair: tuple[str, str], tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"The student has dropout or noise \(neftune_noise_alpha 5\)"):
+        trainer = make_trainer("raft", pair, tmp_path, neftune_noise_alpha=5.0, max_steps=2)
+    trainer.train()
+    assert trainer.state.global_step == 2
 
 
 def test_dropout_of_every_kind_is_found(pair: tuple[str, str]) -> None:

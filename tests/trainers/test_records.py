@@ -198,6 +198,26 @@ def test_a_rank_gets_its_share_of_both_halves(group: int, alone: int, processes:
     assert seen == {(begin, end): (end - begin) * alone for begin, end in parts}
 
 
+@pytest.mark.parametrize(("processes", "rows"), [(1, 8), (2, 8), (4, 2)])
+def test_a_share_of_different_prompts_falls_on_other_ones_in_each_epoch(processes: int, rows: int) -> None:
+    """Two batches of eight prompts in one order: half of each batch is the student's, and no prompt stays with it."""
+    generator, now, seen = OptimalSamplingGenerator(teacher="t"), [0], defaultdict(set)
+    plan = MixturePlan(generator, lambda: 8, lambda: 4, lambda: True, lambda: 0.0, lambda: now[0], one_prompt=False)
+    for step in range(40):
+        now[0] = step
+        is_theta = [mixture.is_theta_only for mixture in plan.mixtures(processes * rows, 0, processes)]
+        assert (
+            is_theta
+            == [mixture.is_theta_only for rank in range(processes) for mixture in plan.mixtures(rows, rank * rows, 1)]
+            or processes * rows == 8
+        )  # a part of a group is cut by the ranks that hold it
+        for begin in range(0, processes * rows, 8):
+            assert sum(is_theta[begin : begin + 8]) == 4
+        for place, alone in enumerate(is_theta):
+            seen[step % 2, place].add(alone)
+    assert set(map(len, seen.values())) == {2}
+
+
 @pytest.mark.parametrize("fraction", [0.0, 0.25, 0.5, 1.0])
 @pytest.mark.parametrize("kind", KINDS)
 def test_theta_fraction_of_each_group(pair: tuple[str, str], tmp_path: Path, kind: str, fraction: float) -> None:
@@ -206,7 +226,10 @@ def test_theta_fraction_of_each_group(pair: tuple[str, str], tmp_path: Path, kin
     batch = one_batch(trainer, prompts)
     group = 4 if kind in RL else 8
     alone = int(group * fraction)
-    assert batch["mixture_rows"].tolist() == ([False] * alone + [True] * (group - alone)) * (16 // group)
+    mixed = batch["mixture_rows"].view(-1, group)
+    assert mixed.sum(1).tolist() == [group - alone] * (16 // group)
+    if kind in RL:  # elsewhere the share begins at another place in each step
+        assert not mixed[:, :alone].any()
     tokens = batch["completion_mask"].bool()
     own = tokens & ~batch["mixture_rows"][:, None]
     assert bool((batch["alpha"][own] == 0).all())

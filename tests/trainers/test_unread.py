@@ -14,6 +14,7 @@ import trl
 
 import optimal_sampling_trl
 from helpers.training import KINDS, make_trainer
+from optimal_sampling_trl import Mixture
 from optimal_sampling_trl.trainers.unread import unread_settings
 
 CONFIGS = ("GRPO", "RLOO", "Distillation")
@@ -260,3 +261,18 @@ def test_a_penalty_on_the_mixtures_tokens_is_named(pair: tuple[str, str], tmp_pa
         (warning,) = named(caught, "`beta`")
         assert Path(warning.filename).name == "training.py"
     assert optimal_sampling_trl.RLOOConfig("x", use_cpu=True, bf16=False).beta == 0
+
+
+@pytest.mark.parametrize("kind", ["grpo", "raft"])
+def test_settings_of_the_mixture_are_named_where_the_student_samples_all(
+    pair: tuple[str, str], tmp_path: Path, kind: str
+) -> None:
+    generator = {"mixture": Mixture(alpha_min=0.3), "schedule": 0.5}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for fraction in (1.0, 0.5):
+            settings = generator | {"theta_fraction": fraction}
+            correction = {"correction": "token_truncate"} if kind == "grpo" else {}
+            make_trainer(kind, pair, tmp_path / str(fraction), generator=settings, **correction)
+    named = [str(one.message) for one in caught if "and the student samples all" in str(one.message)]
+    assert [words.split("`")[1] for words in named] == ["mixture", "schedule", *correction]  # of the first alone

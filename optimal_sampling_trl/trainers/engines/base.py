@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from random import Random
 from typing import Any, TypeVar
 
 import torch
@@ -43,6 +44,8 @@ class MixturePlan:
         teacher_prompts: whether rows have a prompt of the teacher's own.
         annealed: for each row of all processes in the next call, the share of the way from the mixture to the student
             alone, in [0, 1]; None leaves to `theta_count` which rows are the student's.
+        one_prompt: whether a group's rows share a prompt. Elsewhere the student's rows begin at another place in each
+            step, so that a data set that is not shuffled does not give them the same prompts in every epoch.
         entropy_scale: the scale of the entropy gate, None for the mixture's own.
         evaluation_reads_teacher: whether an evaluation reads the recorded log t, which it does not have otherwise.
         will_evaluate_alone: whether the trainer is set to evaluate, and no evaluation needs the teacher.
@@ -58,6 +61,7 @@ class MixturePlan:
     dense: Callable[[], Dense | None] = lambda: None
     teacher_prompts: bool = False
     annealed: Sequence[float] | None = None
+    one_prompt: bool = True
     entropy_scale: Callable[[], float | None] = lambda: None
     evaluation_reads_teacher: bool = False
     will_evaluate_alone: bool = False
@@ -94,16 +98,18 @@ class MixturePlan:
     def _is_of_theta(self, row: int, share: int) -> bool:
         """Return True for a row of the batch that the student samples alone.
 
-        The student's rows stand first in a group. A group that several processes of `share` rows hold is cut where
-        they meet; each part has its share of the student's rows, first in the part. Which part gets one more, where
-        they do not divide, turns with the group and the step.
+        The student's rows stand first in a group that shares a prompt. A group that several processes of `share` rows
+        hold is cut where they meet; each part has its share of the student's rows, first in the part. Which part gets
+        one more, where they do not divide, turns with the group and the step.
         """
         group, alone = self.group(), self.theta_count()
         number, place = divmod(row, group)
         process = row // share * share - number * group  # where the process's rows begin, counted from the group's
         begin, end = max(process, 0), min(process + share, group)
         turn = (number + self.step()) % group
-        return place - begin < (end * alone + turn) // group - (begin * alone + turn) // group
+        first = 0 if self.one_prompt else Random(self.step()).randrange(end - begin)
+        count = (end * alone + turn) // group - (begin * alone + turn) // group
+        return (place - begin - first) % (end - begin) < count
 
 
 class MixtureGeneration:
