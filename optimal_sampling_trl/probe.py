@@ -122,7 +122,7 @@ def probe(
         n: completions of each prompt.
         max_tokens: longest completion.
         temperature: above 0.
-        accept: smallest reward that counts as a success; None is any above 0.
+        accept: smallest reward that counts as a success, rounding aside; None is any above 0.
         seed: of the sampling; the r-th completion of a call uses `seed + r`.
 
     Returns:

@@ -23,11 +23,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, load_dataset
 from transformers import AutoTokenizer
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
 
 from optimal_sampling_trl.cli.training import RewardArguments, load_data, load_options
+from optimal_sampling_trl.losses import accept_rewards
 
 
 @dataclass
@@ -66,7 +68,8 @@ def training_data(script: RolloutArguments, tokenizer: Any) -> Dataset:
     count = len(rows)
     if script.reward_funcs:
         scores = rewards(rows, script, tokenizer)
-        rows = rows.select([index for index, score in enumerate(scores) if score >= script.min_reward])
+        accepted = accept_rewards(torch.tensor(scores, dtype=torch.double), script.min_reward)
+        rows = rows.select(accepted.nonzero().flatten().tolist())
     if not len(rows):
         raise SystemExit(f"None of {count} rollouts has a reward of {script.min_reward}; lower `--min_reward`.")
     print(f"{len(rows)} of {count} rollouts are learned from.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from functools import reduce
 from typing import Any, NamedTuple
 
 import pytest
@@ -26,6 +27,7 @@ from optimal_sampling_trl.losses import (
     log_weights,
     mixture_weight,
     own_baseline,
+    reaches,
     sampled_token_coefficients,
 )
 from optimal_sampling_trl.mixture import Mixture
@@ -207,6 +209,23 @@ def test_rewards_are_accepted_from_a_least_one_on() -> None:
     assert accept_rewards(rewards, 0.3).tolist() == [False, True, True, False, False]
     assert accept_rewards(rewards, 1.0).tolist() == [False, False, True, False, False]
     assert accept_rewards(rewards, -2.0).tolist() == [True, True, True, True, False]
+
+
+@pytest.mark.parametrize("weights", [(0.35, 0.45, 0.2), (0.1, 0.6, 0.1, 0.2), (0.7, 0.2, 0.05, 0.04, 0.01)])
+def test_rounding_keeps_no_reward_from_its_threshold(weights: tuple[float, ...]) -> None:
+    """In whatever order float32 sums: full marks are reached, and a reward that is really smaller is not."""
+    totals = reduce(torch.add, torch.tensor(list(itertools.permutations(weights))).unbind(1))
+    assert (totals != 1).any(), "the test means nothing"
+    for full in (1.0, -1.0, 5e4):
+        assert accept_rewards(totals * full, full).all()
+        assert reaches(totals * full, full).all()
+        assert not accept_rewards((totals - math.copysign(1e-5, full)) * full, full).any()
+
+
+def test_nothing_is_forgiven_at_a_threshold_of_zero() -> None:
+    rewards = torch.tensor([0.0, -0.0, 1e-30, -1e-30])
+    assert accept_rewards(rewards).tolist() == [False, False, True, False]
+    assert accept_rewards(rewards, 0.0).tolist() == [True, True, True, False]
 
 
 def test_imitation_by_hand() -> None:

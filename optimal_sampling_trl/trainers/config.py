@@ -249,8 +249,8 @@ class RAFTConfig(TeacherMeasureConfig, DenseTermConfig, GuardConfig, trl.GRPOCon
     accept: float | None = field(
         default=None,
         metadata={
-            "help": "Smallest reward of a completion that is imitated; by default any above 0. With a graded reward "
-            "set it to full marks: tiny models that imitated what is partly right ended much lower."
+            "help": "Smallest reward of a completion that is imitated, rounding aside; by default any above 0. With a "
+            "graded reward set it to full marks: tiny models that imitated what is partly right ended much lower."
         },
     )
     completion_weight: str = field(

@@ -41,11 +41,12 @@ class OptimalSamplingGenerator:
         theta_fraction: share of each prompt's group that is sampled from the student alone, in [0, 1]; None is 0.5 in
             GRPO and RLOO, whose groups then hold on-policy samples, and 0 in RAFT and distillation.
         mixture_below: a reward: a group gets rows of the mixture only where none of the student's own rows, which are
-            sampled and scored first, reaches it; elsewhere the student samples the others as well. None gives rows of
-            the mixture to each group. For GRPO, RLOO and RAFT (docs/teacher_prompts.md).
+            sampled and scored first, reaches it, rounding in float32 aside; elsewhere the student samples the others
+            as well. None gives rows of the mixture to each group. For GRPO, RLOO and RAFT (docs/teacher_prompts.md).
         alpha_by_success: a reward that counts as a success: the student's own rows of a group are sampled and scored
-            first, and by the share of them that reach it the mixture of the others is annealed to the student. With
-            `Mixture("fixed", fixed_alpha=1.0)` their α is 1 − that share. None does not look. For GRPO, RLOO and RAFT.
+            first, and by the share of them that reach it, rounding aside, the mixture of the others is annealed to the
+            student. With `Mixture("fixed", fixed_alpha=1.0)` their α is 1 − that share. None does not look. For GRPO,
+            RLOO and RAFT.
         schedule: share of training, in (0, 1], over which the mixture is annealed to the student (linear in ε and
             alpha_min for `trust_region`, in the range of α otherwise); None keeps it. It follows the trainer's step,
             so a resumed run goes on where it was.

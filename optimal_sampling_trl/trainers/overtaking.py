@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..losses import reaches
+
 BATCHES = 20
 """Latest batches of training that are compared."""
 LEAST = 5
@@ -118,8 +120,9 @@ def leads(student: Float[Tensor, " N"], other: Float[Tensor, " M"]) -> bool:
         return False
     separate = float(student.var()) / sizes[0] + float(other.var()) / sizes[1]
     together = float(torch.cat([student, other]).var()) * (1 / sizes[0] + 1 / sizes[1])
-    lead = float(student.mean() - other.mean())
-    return lead > 0 and lead >= ERRORS * math.sqrt(max(separate, together))
+    if reaches(other.mean(), float(student.mean())):  # the same, rounding aside
+        return False
+    return float(student.mean() - other.mean()) >= ERRORS * math.sqrt(max(separate, together))
 
 
 def _scored(rewards: Tensor) -> Tensor:

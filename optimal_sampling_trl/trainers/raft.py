@@ -10,7 +10,7 @@ import torch
 import trl
 from torch import Tensor
 
-from ..losses import accept_rewards, imitation_loss
+from ..losses import REWARD_TOLERANCE, accept_rewards, imitation_loss
 from ..options import suggest_arguments
 from .config import PolicyGradientConfig, RAFTConfig
 from .generator import FOR_TRAINERS
@@ -190,18 +190,18 @@ class RAFTTrainer(RewardedTrainer, trl.GRPOTrainer):
         """Return the weight of each row of all processes, 0 where it is not accepted.
 
         Raises:
-            ValueError: where the reward is the weight, and one is not in [0, 1].
+            ValueError: where the reward is the weight, and one is outside [0, 1] by more than rounding.
         """
         accepted = self._accepts(self.rewards)
         if self._setting("completion_weight") == "accepted":
             return accepted.float()
-        outside = self.rewards[(self.rewards < 0) | (self.rewards > 1)]
+        outside = self.rewards[(self.rewards < -REWARD_TOLERANCE) | (self.rewards > 1 + REWARD_TOLERANCE)]
         if len(outside):
             raise ValueError(
-                f"`completion_weight` is 'reward' and a reward is {float(outside[0]):g}; wanted all in [0, 1]. Scale "
-                "the rewards, or set `completion_weight='accepted'`, which weighs each accepted completion by 1."
+                f"`completion_weight` is 'reward' and a reward is {float(outside[0]):.7g}; wanted all in [0, 1]. "
+                "Scale the rewards, or set `completion_weight='accepted'`, which weighs each accepted completion by 1."
             )
-        return torch.where(accepted, self.rewards, 0.0)
+        return torch.where(accepted, self.rewards.clamp(0, 1), 0.0)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """Compute the loss of imitation."""

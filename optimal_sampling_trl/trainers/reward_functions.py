@@ -8,10 +8,15 @@ from functools import wraps
 from numbers import Real
 from typing import Any
 
-from torch import nn
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
 from trl.trainer.utils import is_async_callable
 
 from ..options import shown
+
+FINITE = "a finite number (at most 3.4e38 in size, as float32 holds it)"
+"""What a reward is, in the words of a refusal."""
 
 
 def check_reward_funcs(reward_funcs: Any) -> None:
@@ -79,7 +84,8 @@ def rewards_of(rewards: Any, name: str, completions: int) -> Sequence[Any]:
     TRL gives a list of one number to all completions.
 
     Raises:
-        ValueError: where it is no list, is longer or shorter, or holds something else than numbers and None.
+        ValueError: where it is no list, is longer or shorter, or holds something else than finite numbers, NaN
+            and None. The last two stand for no reward; of an infinite one no advantage can be made.
     """
     try:
         found = list(rewards)
@@ -100,4 +106,44 @@ def rewards_of(rewards: Any, name: str, completions: int) -> Sequence[Any]:
                 f"The reward function {name!r} returned {shown(reward)} ({type(reward).__name__}) for completion "
                 f"{index}; wanted a number, or None where it has none to give. Return one."
             )
+        if reward is not None and not _is_held(reward):
+            raise ValueError(
+                f"The reward function {name!r} returned {shown(reward)} ({type(reward).__name__}) for completion "
+                f"{index}; wanted {FINITE}, or None where it has none to give. Return None, or the worst or best "
+                "reward that is meant."
+            )
     return found
+
+
+def check_totals(
+    rewards: Float[Tensor, "N F"], weights: Float[Tensor, " F"], totals: Float[Tensor, " N"], names: Sequence[str]
+) -> None:
+    """Refuse a total that is not finite: a reward model may give one, and weights may make one of finite rewards.
+
+    Args:
+        rewards: what each of F functions gave for N completions.
+        weights: those of the functions.
+        totals: the weighted sums; NaN where infinite parts cancel.
+        names: what TRL calls the functions.
+
+    Raises:
+        ValueError: naming the completion, and each function's reward and weight.
+    """
+    infinite = (~totals.isfinite() | rewards.isinf().any(1)).nonzero().flatten()
+    if not len(infinite):
+        return
+    row = int(infinite[0])
+    parts = zip(names, rewards[row].tolist(), weights.tolist(), strict=True)
+    raise ValueError(
+        f"The total reward of completion {row} is {float(totals[row]):g}: "
+        f"{' + '.join(f'{name!r} {reward:g} × {weight:g}' for name, reward, weight in parts)}; wanted {FINITE}. "
+        "Bound what is infinite or large, or lower `reward_weights`."
+    )
+
+
+def _is_held(reward: Any) -> bool:
+    """Return True for NaN, and for a number that stays finite in float32, in which TRL keeps rewards."""
+    try:
+        return not abs(float(reward)) > torch.finfo(torch.float32).max
+    except OverflowError:  # of a whole number
+        return False

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from .. import metrics
+from ..losses import REWARD_TOLERANCE, reaches
 from ..rollouts.rollout import Rollout
 from .mixture_trainer import MixtureTrainer
+from .reward_functions import check_totals
 
 CLIPPED_RATIO = "completions/clipped_ratio"
 """TRL's name of the share of completions that did not end."""
@@ -129,14 +131,23 @@ class TwoRounds(MixtureTrainer):
         totals = self._totals(rewards).view(-1, self._theta_count()).cpu()
         below, success = self.generator.mixture_below, self.generator.alpha_by_success
         if success is not None:
-            return (totals >= success).double().mean(dim=1)
+            return reaches(totals, success).double().mean(dim=1)
         assert below is not None
-        return (totals >= below).any(dim=1).double()
+        return reaches(totals, below).any(dim=1).double()
 
     def _totals(self, rewards: Tensor) -> Tensor:
-        """Return the total reward of each row; NaN where no function could score it, as in TRL."""
-        totals = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
-        return totals.masked_fill(rewards.isnan().all(dim=1), torch.nan)
+        """Return the total reward of each row; NaN where no function could score it, as in TRL.
+
+        A total that is 0 but for the rounding of what cancels in it is 0: else the default would accept it.
+
+        Raises:
+            ValueError: where one is not finite.
+        """
+        parts = rewards * self.reward_weights.to(rewards.device)
+        totals = parts.nansum(dim=1)
+        check_totals(rewards, self.reward_weights, totals, self.reward_func_names)
+        cancels = totals.abs() <= REWARD_TOLERANCE * parts.abs().nansum(dim=1)
+        return totals.masked_fill(cancels, 0.0).masked_fill(rewards.isnan().all(dim=1), torch.nan)
 
     def _merge_numbers(self, share: float) -> None:
         """Make TRL's numbers of both rounds those of one; the first had this share of the rows."""

@@ -65,6 +65,10 @@ def test_few_completions_that_are_all_right_prove_nothing() -> None:
     assert not leads(shares(1, 1), shares(0, 20))
     assert not leads(shares(0, 0), shares(0, 20))
     assert not leads(often, often)
+    below, above = torch.full((2, 64), 1.0) + torch.tensor([[-6e-8], [1.2e-7]])
+    assert below.lt(1).all()
+    assert above.gt(1).all()
+    assert not leads(above.double(), below.double())  # the same total, rounded down and up
 
 
 def test_a_side_whose_rewards_scatter_more_is_not_hidden_by_the_other() -> None:

@@ -92,6 +92,40 @@ def test_nothing_accepted_is_no_error_and_moves_nothing(pair: tuple[str, str], t
         assert [(log["loss"], log["accepted/mixture"], log["accepted/prompts"]) for log in logs] == [(0, 0, 0)] * 3
 
 
+def right(completions: list[str], **columns: Any) -> list[float]:
+    return [1.0] * len(completions)
+
+
+SHY, OVER = [0.35, 0.45, 0.2], [0.1, 0.6, 0.1, 0.2]
+"""Weights that sum to 1, and in float32 to a bit less and a bit more."""
+
+
+@pytest.mark.parametrize(("weights", "weight"), [(SHY, "accepted"), (SHY, "reward"), (OVER, "reward")])
+def test_full_marks_in_several_functions_are_accepted(
+    pair: tuple[str, str], tmp_path: Path, weights: list[float], weight: str
+) -> None:
+    """Though their weighted sum is rounded; in the loss a weight is 1 at most."""
+    given = {"reward_funcs": [right] * len(weights)}
+    settings = {"reward_weights": weights, "accept": 1.0, "completion_weight": weight, "max_steps": 1}
+    trainer = make_trainer("raft", pair, tmp_path, mixin=Watch, trainer=given, **settings)
+    trainer.train()
+    assert float(trainer.rewards[0]) != 1, "the test means nothing"
+    log = next(entry for entry in trainer.state.log_history if "accepted/mixture" in entry)
+    assert log["accepted/mixture"] == 1
+    assert log["loss"] > 0
+    found = torch.cat([inputs["imitation_weights"] for inputs in trainer.micro_batches])
+    assert found.tolist() == pytest.approx([1.0] * 8, abs=1e-6)
+    assert found.max() <= 1
+
+
+def test_a_total_of_zero_is_not_accepted(pair: tuple[str, str], tmp_path: Path) -> None:
+    """Though float32 leaves 1.5e-8 of a sum that cancels."""
+    weights = torch.tensor(cancel := [0.3, -0.1, -0.2])
+    assert float(weights.sum()) > 0, "the test means nothing"
+    trainer = make_trainer("raft", pair, tmp_path, trainer={"reward_funcs": [right] * 3}, reward_weights=cancel)
+    assert one_batch(trainer, TEXTS[:4])["imitation_weights"].tolist() == [0.0] * 4
+
+
 # The gradient.
 
 
@@ -328,6 +362,11 @@ def test_a_reward_that_is_no_weight_is_refused(pair: tuple[str, str], tmp_path: 
     with pytest.raises(
         ValueError, match=r"a reward is 3; wanted all in \[0, 1\]\. Scale .*completion_weight='accepted'"
     ):
+        one_batch(trainer, TEXTS[:4])
+    trainer = make_trainer(
+        "raft", pair, tmp_path, trainer={"reward_funcs": right}, reward_weights=[1.00001], completion_weight="reward"
+    )
+    with pytest.raises(ValueError, match=r"a reward is 1\.00001; wanted"):
         one_batch(trainer, TEXTS[:4])
 
 

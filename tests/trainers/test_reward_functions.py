@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
-from helpers.training import make_trainer, make_untrained_pair
+from helpers.training import TEXTS, make_trainer, make_untrained_pair, one_batch
 from optimal_sampling_trl.trainers.reward_functions import check_reward_funcs, checked, rewards_of
 
 
@@ -50,7 +52,11 @@ def test_a_model_is_left_to_trl() -> None:
 
 
 @pytest.mark.parametrize(
-    "rewards", [[1, 0.5, None, True], (1.0,), torch.ones(2), np.ones(2), [np.float32(1), np.bool_(True)], []]
+    "rewards",
+    [
+        *([1, 0.5, None, True], (1.0,), torch.ones(2), np.ones(2), [np.float32(1), np.bool_(True)], []),
+        *([float("nan"), 3.4e38], torch.tensor([torch.nan, -3.4e38])),
+    ],
 )
 def test_rewards_are_numbers_of_any_kind(rewards: Any) -> None:
     assert len(rewards_of(rewards, "right", len(rewards))) == len(rewards)
@@ -65,6 +71,15 @@ def test_rewards_are_numbers_of_any_kind(rewards: Any) -> None:
         ([1.0, None, 0.0], r"returned a list of 3; wanted 2 numbers"),
         (["1", "1"], r"returned '1' \(str\) for completion 0; wanted a number, or None"),
         ([1.0, [1.0]], r"returned \[1\.0\] \(list\) for completion 1; wanted a number"),
+        ([1.0, float("inf")], r"returned inf \(float\) for completion 1; wanted a finite number .* or None .* worst"),
+        ([None, -float("inf")], r"returned -inf \(float\) for completion 1; wanted a finite number"),
+        (
+            np.array([0, np.inf], np.float32),
+            r"returned np\.float32\(inf\) \(float32\) for completion 1; wanted a finite",
+        ),
+        (torch.tensor([-torch.inf, 0.0]), r"returned tensor\(-inf\) \(Tensor\) for completion 0; wanted a finite"),
+        ([1e39, 0.0], r"returned 1e\+39 \(float\) for completion 0; wanted a finite number \(at most 3\.4e38 in size"),
+        ([0, -(10**400)], r"returned -10{150}.* \(int\) for completion 1; wanted a finite number"),
         (torch.ones(2, 1), r"returned tensor\(\[1\.\]\) \(Tensor\) for completion 0; wanted a number"),
     ],
 )
@@ -84,7 +99,11 @@ def test_a_trainer_says_it(pair: tuple[str, str], tmp_path: Path, kind: str) -> 
     def mean(completions: list[str], **_: Any) -> list[float]:
         return [1.0]
 
+    def worst(completions: list[str], **_: Any) -> list[float]:
+        return [float("-inf") if row % 2 else 1.0 for row in range(len(completions))]
+
     refused = (
+        (worst, r"'worst' returned -inf \(float\) for completion 1; wanted a finite number"),
         (unsure, "'unsure' returned 'yes'"),
         (mean, "'mean' returned a list of 1; wanted 8 numbers"),
         (solved, "'solved' cannot be called as TRL calls it"),
@@ -96,3 +115,34 @@ def test_a_trainer_says_it(pair: tuple[str, str], tmp_path: Path, kind: str) -> 
     with pytest.raises(ValueError, match=r"`reward_funcs` has 1\.0 \(float\); wanted a function"):
         make_trainer(kind, pair, tmp_path, trainer={"reward_funcs": [length, 1.0]})
     check_reward_funcs([length, "folder/of/a/model", Length()])
+
+
+class Model(torch.nn.Module):
+    """A reward model of fixed scores."""
+
+    def __init__(self, scores: list[float]) -> None:
+        super().__init__()
+        self.scores = torch.tensor(scores)
+
+    def forward(self, **_: Any) -> Any:
+        return SimpleNamespace(logits=self.scores[:, None])
+
+
+def test_a_total_that_is_infinite_is_refused(pair: tuple[str, str], tmp_path: Path) -> None:
+    """A model's reward, which TRL reads by itself, and what the weights make of finite ones."""
+    model: Any = Model([1.0, 1.0, -torch.inf, 1.0])
+    model.config = SimpleNamespace(_name_or_path="judge")
+    tokenizer = AutoTokenizer.from_pretrained(pair[1])
+    given = {"reward_funcs": [length, model], "reward_processing_classes": [None, tokenizer]}
+    trainer = make_trainer("rloo", pair, tmp_path, trainer=given, num_generations=4)
+    with pytest.raises(ValueError, match=r"completion 2 is -inf: 'length' \S+ × 1 \+ 'judge' -inf × 1; wanted a"):
+        one_batch(trainer, TEXTS[:1] * 4)
+
+    def large(completions: list[str], **_: Any) -> list[float]:
+        return [3e38] * len(completions)
+
+    for weights, told in (([10.0], r"is inf: 'large' 3e\+38 × 10; .*`rew"), ([10.0, -10.0], "is nan: 'large' 3e")):
+        given = {"reward_funcs": [large] * len(weights)}
+        trainer = make_trainer("grpo", pair, tmp_path, trainer=given, reward_weights=weights)
+        with pytest.raises(ValueError, match=f"The total reward of completion 0 {told}"):
+            one_batch(trainer, TEXTS[:1] * 8)

@@ -125,6 +125,23 @@ def test_a_completion_that_nobody_scores_is_no_success(pair: tuple[str, str], tm
         assert {float(alpha) for one in rollouts for alpha in one.alpha} == {0.0, 1.0}
 
 
+@pytest.mark.parametrize("setting", ["mixture_below", "alpha_by_success"])
+def test_full_marks_in_several_functions_are_a_success(pair: tuple[str, str], tmp_path: Path, setting: str) -> None:
+    """Though float32 rounds their weighted sum to a bit less than 1: no group is in need of the mixture."""
+
+    def right(completions: Sequence[str], **_: Any) -> list[float]:
+        return [1.0] * len(completions)
+
+    trainer = make_trainer(
+        "grpo", pair, tmp_path, generator={setting: 1.0, "theta_fraction": 0.25},
+        trainer={"reward_funcs": [right] * 3}, reward_weights=[0.35, 0.45, 0.2], **SETTINGS | {"max_steps": 1},
+    )  # fmt: skip
+    trainer.train()
+    assert float(trainer.rewards.max()) < 1, "the test means nothing"
+    log = next(entry for entry in trainer.state.log_history if "mixture/groups_in_need" in entry)
+    assert log["mixture/groups_in_need"] == 0
+
+
 def test_trls_table_and_lengths_are_those_of_one_round(pair: tuple[str, str], tmp_path: Path) -> None:
     """Columns that a reward function adds stand beside their completions, and lengths are those of all rows."""
     trainer = train("grpo", pair, tmp_path, Verifier())
