@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from .. import __version__
 from ..files import write_atomically
 from ..mixture import SWAP
 from .engines.live import LiveGeneration
+from .generator import OptimalSamplingGenerator
+from .unread import unread_settings
 
 TAG = "optimal-sampling-trl"
 LOSS_FIELDS = (
@@ -27,7 +30,14 @@ LOSS_FIELDS = (
     "baseline",
     "mixture_weight_steps",
 )
-"""Fields of our configurations that say what the loss makes of a completion."""
+"""Fields that say what the loss makes of a completion, told by every card; the others where not at their default."""
+OF_TRL = ("beta",)
+"""Fields of TRL's configurations that are told likewise: this one picks the divergence of distillation."""
+UNWRITTEN = {
+    "log_theta_tolerance": "it stops a run and changes none",
+    "evaluate_teacher": "it measures the teacher and leaves the student as it is",
+}
+"""Fields of our configurations that no card tells, and why."""
 NO_BASE = "[None](https://huggingface.co/None)"
 """TRL's words for a base model that is a local folder."""
 NO_NAME = 'model="None"'
@@ -80,10 +90,10 @@ def card_facts(trainer: Any) -> dict[str, Any]:
     generator, mixture, args = trainer.generator, trainer.generator.mixture, trainer.args
     group, gated, swapped = trainer._group_size(), mixture.method == "entropy_gate", mixture.method == SWAP
     alone = generator.theta_count(group, trainer.default_theta_fraction)  # as set: it may grow while training runs
-    loss = {name: trainer._setting(name) for name in LOSS_FIELDS if hasattr(trainer.config_class, name)}
     facts: dict[str, Any] = {
         "trainer": trainer._name,
-        "teacher": model_name(generator.teacher),
+        "teacher": _teacher(generator),
+        "teacher's revision": (generator.engine_arguments or {}).get("revision"),
         "student": model_name(trainer.model),
         "mixture": SWAP if swapped else f"{mixture.method}, {mixture.form}",
         "likeliest tokens of the teacher that the student may draw": mixture.swap_top_k if swapped else None,
@@ -95,13 +105,56 @@ def card_facts(trainer: Any) -> dict[str, Any]:
         "completions of the student alone": f"{alone} of {group}",
         "mixture only where none of these has a reward of": generator.mixture_below,
         "mixture annealed by the share of these with a reward of": generator.alpha_by_success,
+        "teacher's prompts": "the column teacher_prompt of the data set" if trainer.has_teacher_prompts else None,
         "teacher's system prompt": generator.teacher_system_prompt,
         "student's system prompt": generator.theta_system_prompt,
-        "loss": ", ".join(f"{name}={value!r}" for name, value in loss.items() if value is not None),
+        "system message of a row beside these": _system_message(generator),
+        "loss": ", ".join(f"{name}={value!r}" for name, value in _loss(trainer).items()),
         "temperature": args.temperature,
         "engine": _engine(trainer),
     }
     return {name: value for name, value in facts.items() if value not in (None, "")}
+
+
+def own_fields(config: type) -> list[str]:
+    """Name the fields of a configuration that TRL's lacks or has another default of."""
+    of_trl = next(base for base in config.__mro__ if base.__module__.startswith("trl."))
+    known = {each.name for each in fields(of_trl)}
+    return [
+        each.name
+        for each in fields(config)
+        if each.name not in known or getattr(config, each.name, None) != getattr(of_trl, each.name, None)
+    ]
+
+
+def _loss(trainer: Any) -> dict[str, Any]:
+    """Gather the settings of the loss: `LOSS_FIELDS` that are set, and all others that are not at their default.
+
+    A new field of ours is among the others unless `UNWRITTEN` names it.
+    """
+    config = trainer.config_class
+    always = {name: trainer._setting(name) for name in LOSS_FIELDS if hasattr(config, name)}
+    untold = {*LOSS_FIELDS, *UNWRITTEN, *unread_settings(trainer.args)}
+    names = dict.fromkeys([*own_fields(config), *(name for name in OF_TRL if hasattr(config, name))])
+    details = {name: trainer._setting(name) for name in names if name not in untold}
+    return {name: value for name, value in always.items() if value is not None} | {
+        name: value for name, value in details.items() if value != getattr(config, name)
+    }
+
+
+def _teacher(generator: OptimalSamplingGenerator) -> str:
+    """Name the teacher; of one that is the student say at which time, and with what."""
+    if not generator.is_own_teacher:
+        return model_name(generator.teacher)
+    if not generator.teacher_adapter:
+        return "the student below its adapter"
+    return "the student itself" if generator.is_the_student else "the student as it was before training"
+
+
+def _system_message(generator: OptimalSamplingGenerator) -> str | None:
+    """Return what becomes of a row's system message, where a system prompt is put before it and it is not refused."""
+    prompts = (generator.teacher_system_prompt, generator.theta_system_prompt)
+    return None if prompts == (None, None) or generator.system_message == "refuse" else generator.system_message
 
 
 def _engine(trainer: Any) -> str:

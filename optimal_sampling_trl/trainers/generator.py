@@ -60,9 +60,10 @@ class OptimalSamplingGenerator:
         backend: `"vllm"`, `"transformers"` (the student is then the module being trained: no copy, nothing to
             synchronise), or `"auto"`: vLLM where it is installed and able.
         engine_arguments: go to the backend, as in `OptimalSamplingV1`.
-        dense: dense records that the rollouts carry for each token, beside those that a loss asks for. With
-            `kl_q_theta`, `kl_q_teacher` or `overlap` among its scalars `mixture/kl_theta`, `mixture/kl_teacher` or
-            `mixture/acceptance` is the mean of exact numbers, where it is an estimate otherwise.
+        dense: dense records that the rollouts carry for each token, beside those that a loss asks for, which reads its
+            own alone. With `kl_q_theta`, `kl_q_teacher` or `overlap` among its scalars `mixture/kl_theta`,
+            `mixture/kl_teacher` or `mixture/acceptance` is the mean of exact numbers, where it is an estimate
+            otherwise.
         teacher_refresh: of the teacher `"student"`: `"step"`, it is always as new as the student, whose weights are in
             memory once, or `"never"`, it stays as the student was before training; a copy of what is trained.
         teacher_adapter: of the teacher `"student"`, whether it has the student's adapter on as well. Off, it is the

@@ -272,7 +272,8 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
         self.rollouts = [rollout for of_row in turns for rollout in of_row]
         output.update(stack_records(turns, output))
         if self._dense_wish() is not None:
-            output.update(stack_dense(turns, output["completion_ids"]))
+            read = self._dense_of_loss()
+            output.update(stack_dense(turns, output["completion_ids"], read.top_k if read else 0))
         self._guard_weights(turns, output)
         self._weigh(output)
         if self.model.training:

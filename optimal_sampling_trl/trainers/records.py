@@ -86,12 +86,18 @@ def _check_sampled(mask: Tensor, is_sampled: Tensor) -> None:
         )
 
 
-def stack_dense(turns: Turns, completion_ids: Tensor) -> dict[str, Tensor]:
-    """Stack the dense records of rollouts beside TRL's padded `completion_ids` (B, T).
+def stack_dense(turns: Turns, completion_ids: Tensor, top_k: int) -> dict[str, Tensor]:
+    """Stack the dense records of rollouts beside TRL's padded completions.
+
+    Args:
+        turns: of each of B completions.
+        completion_ids: TRL's (B, T), padded.
+        top_k: how many of each model's likeliest tokens the loss reads; a user may have more of them recorded, which
+            must not change the loss.
 
     Returns:
-        `dense_ids` and `dense_log_teacher`, (B, T, K), where K tokens were asked for, and each scalar as
-        `dense_<name>` (B, T); 0 where no token was sampled.
+        `dense_ids` and `dense_log_teacher`, (B, T, K), with K twice `top_k` or all that is recorded, where `top_k` is
+        above 0, and each scalar as `dense_<name>` (B, T); 0 where no token was sampled.
 
     Raises:
         RuntimeError: where a rollout has no dense records, or has others.
@@ -104,17 +110,22 @@ def stack_dense(turns: Turns, completion_ids: Tensor) -> dict[str, Tensor]:
             "record; all were asked for the same. Does a server of another version sample them?"
         )
     shape = completion_ids.shape
-    stacked = {name: one.new_zeros(*shape, *one.shape[1:]) for name, one in _columns(records[0]).items()}
+    stacked = {name: one.new_zeros(*shape, *one.shape[1:]) for name, one in _columns(records[0], top_k).items()}
     for row, place, rollout in placed(turns, completion_ids):
         assert rollout.dense is not None
-        for name, values in _columns(rollout.dense).items():
+        for name, values in _columns(rollout.dense, top_k).items():
             stacked[name][row, place] = values
     return {name: values.to(completion_ids.device) for name, values in stacked.items()}
 
 
-def _columns(dense: DenseRecords) -> dict[str, Tensor]:
+def _columns(dense: DenseRecords, top_k: int) -> dict[str, Tensor]:
     """Name the dense records of T tokens as a batch has them, each (T,) or (T, K)."""
     columns = {f"dense_{name}": values for name, values in dense.scalars.items()}
-    if dense.ids.shape[1]:
-        columns |= {"dense_ids": dense.ids, "dense_log_teacher": dense.log_teacher}
+    if dense.ids.shape[1] and top_k:
+        columns |= {"dense_ids": _first(dense.ids, top_k), "dense_log_teacher": _first(dense.log_teacher, top_k)}
     return columns
+
+
+def _first(values: Tensor, top_k: int) -> Tensor:
+    """Return the columns of each model's `top_k` likeliest tokens, of a record (T, K) whose halves are in order."""
+    return torch.cat([half[:, :top_k] for half in values.chunk(2, 1)], 1)

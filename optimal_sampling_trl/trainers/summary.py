@@ -31,7 +31,7 @@ def describe(trainer: Any) -> str:
     student = trainer.model.config._name_or_path
     return (
         f"{type(trainer).__name__}: student {student!r}, teacher {str(teacher)!r}, sampled by "
-        f"{trainer.vllm_generation.engine}; {_share(trainer)}; {_loss(trainer)}; {_memory()}."
+        f"{trainer.vllm_generation.engine}; {_share(trainer)}; {_loss(trainer)}{_terms(trainer)}; {_memory()}."
     )
 
 
@@ -62,6 +62,19 @@ def _loss(trainer: Any) -> str:
     if hasattr(config, "loss"):
         return f"loss {trainer.loss!r}{corrected}"
     return POSITIVE[trainer._setting("positive_only")] + corrected
+
+
+def _terms(trainer: Any) -> str:
+    """Describe what changes the loss of a reward or stands beside it; say nothing where nothing does."""
+    args, words = trainer.args, ""
+    if (credit := getattr(args, "credit", "completion")) != "completion":
+        words += f", credit {credit!r}"
+    if coefficient := getattr(args, "dense_coefficient", 0.0):
+        words += f", plus {coefficient:g} × the {args.dense_divergence!r} divergence from the teacher"
+        words += "" if args.dense_fade is None else f", faded over {args.dense_fade:g} of training"
+    if coefficient := getattr(args, "distillation_coefficient", 0.0):
+        words += f", plus {coefficient:g} × (log t - log θ) of the sampled tokens"
+    return words
 
 
 def _memory() -> str:

@@ -16,6 +16,7 @@ import pair as embedded
 from helpers.oracle import pair_logits
 from helpers.training import TEXTS, Watch, load, make_trainer, make_untrained_pair, one_batch
 from optimal_sampling_trl.divergences import DIVERGENCES, divergence
+from optimal_sampling_trl.rollouts.dense import SCALARS, Dense
 
 V = len(embedded.VOCABULARY)
 ALL = {"dense_top_k": V}
@@ -145,6 +146,31 @@ def test_few_tokens_say_less_than_all(pair: tuple[str, str], tmp_path: Path, kin
     assert values == sorted(values)
     assert 0 < values[0] < 0.9 * values[-1]
     assert values[2] > 0.9 * values[-1]
+
+
+@pytest.mark.parametrize("k", [1, 4, V], ids="k={}".format)
+@pytest.mark.parametrize("kind", [*RL, "routed", "dense"])
+def test_what_a_user_records_leaves_the_loss_as_it_is(
+    pair: tuple[str, str], tmp_path: Path, kind: str, k: int
+) -> None:
+    """Loss, divergence and gradient of the same rollouts, recorded for the loss alone and with all that there is."""
+    settings: dict[str, Any] = {"dense_top_k": k} | ({} if kind == "dense" else {"dense_coefficient": 1.0})
+    settings |= {"credit": "routed", "trainer": {"reward_funcs": parity}} if kind == "routed" else {}
+    kind = "grpo" if kind == "routed" else kind
+    losses, gradients, sampled = [], [], []
+    for wish in (None, Dense(SCALARS, 2), Dense(("kl_q_theta",), 16), Dense((), V)):
+        generator = HALF | {"dense": wish}
+        trainer = make_trainer(kind, pair, tmp_path, generator=generator, **ONE_STEP | settings)
+        batch = one_batch(trainer, PROMPTS)
+        assert trainer.rollouts[0].dense.ids.shape[1] == 2 * max(k, wish.top_k if wish else 0)
+        sampled.append([rollout.completion_ids for rollout in trainer.rollouts])
+        logged = trainer._metrics["train"]["dense/divergence"]
+        losses.append([loss_of(trainer, batch), *logged])
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in trainer.model.parameters()]))
+    assert sampled == [sampled[0]] * 4
+    assert losses == [pytest.approx(losses[0], rel=1e-6)] * 4
+    for gradient in gradients[1:]:
+        assert float((gradient - gradients[0]).abs().max()) < 1e-5 * float(gradients[0].abs().max())
 
 
 @pytest.mark.parametrize("kind", RL)

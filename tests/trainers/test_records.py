@@ -24,6 +24,7 @@ from helpers.training import (
     rows_of,
 )
 from optimal_sampling_trl import Mixture, OptimalSamplingGenerator, Rollout
+from optimal_sampling_trl.mixture.dense import measure_in_torch
 from optimal_sampling_trl.rollouts.dense import DenseRecords
 from optimal_sampling_trl.rollouts.rollout import RECORDS
 from optimal_sampling_trl.trainers.engines.base import MixturePlan
@@ -93,7 +94,7 @@ def with_dense(length: int, top_k: int = 2, scalars: tuple[str, ...] = ("kl_thet
 def test_dense_records_stand_beside_their_tokens() -> None:
     """Up to the length that TRL padded to, 0 on padding; an engine that left some out is not taken."""
     ids = torch.full((2, 6), 7)
-    stacked = stack_dense([[with_dense(2)], [with_dense(4)]], ids)
+    stacked = stack_dense([[with_dense(2)], [with_dense(4)]], ids, top_k=2)
     assert {name: tuple(rows.shape) for name, rows in stacked.items()} == {
         "dense_kl_theta_teacher": (2, 6),
         "dense_ids": (2, 6, 4),
@@ -106,7 +107,33 @@ def test_dense_records_stand_beside_their_tokens() -> None:
     assert torch.equal(stacked["dense_log_teacher"], -2.0 * counted[..., None].expand(2, 6, 4))
     for other in (with_dense(4, 0), with_dense(4, 3), with_dense(4, 2, ("overlap",))):
         with pytest.raises(RuntimeError, match="have dense records, or they differ in what they record"):
-            stack_dense([[with_dense(2)], [other]], ids)
+            stack_dense([[with_dense(2)], [other]], ids, top_k=2)
+
+
+def measured(theta: torch.Tensor, teacher: torch.Tensor, top_k: int) -> list[list[Rollout]]:
+    """A rollout whose dense records are those of logits (T, V) at `top_k`, as the turns of a batch."""
+    _, ids, log_theta, log_teacher = measure_in_torch(theta, teacher, theta, torch.ones(1, 1), (), top_k)
+    dense = DenseRecords({}, ids, log_theta, log_teacher)
+    nothing = dict.fromkeys(RECORDS, torch.zeros(len(ids)))
+    return [
+        [Rollout([1], [1], [7] * len(ids), **nothing, text="", finish_reason="stop", mixture=Mixture(), dense=dense)]
+    ]
+
+
+@pytest.mark.parametrize("asked", [1, 2, 5, 8])
+def test_a_batch_has_the_likeliest_tokens_that_the_loss_reads(asked: int) -> None:
+    """Whatever a rollout carries beside them: of each model's half the first, among them tokens that are in both."""
+    theta, shift, ids = torch.randn(6, 8), torch.randn(6, 8), torch.full((1, 6), 7)
+    teacher = theta + shift / 2
+    wanted = stack_dense(measured(theta, teacher, asked), ids, top_k=asked)
+    for recorded in range(asked, 9):
+        stacked = stack_dense(measured(theta, teacher, recorded), ids, top_k=asked)
+        assert stacked.keys() == wanted.keys() == {"dense_ids", "dense_log_teacher"}
+        for name, values in stacked.items():
+            assert torch.equal(values, wanted[name]), (name, recorded)
+    halves = wanted["dense_ids"].unflatten(-1, (2, asked))
+    assert asked == 1 or bool((halves[..., 0, :, None] == halves[..., 1, None, :]).any())
+    assert stack_dense(measured(theta, teacher, 8), ids, top_k=0) == {}
 
 
 @pytest.mark.parametrize("kind", RL)

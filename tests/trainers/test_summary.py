@@ -41,6 +41,33 @@ WANTED: dict[str, tuple[dict[str, Any], list[str]]] = {
 }
 
 
+TERMS: list[tuple[str, dict[str, Any], str]] = [
+    (
+        "raft",
+        {"dense_coefficient": 1.0, "dense_fade": 0.5},
+        "are imitated, plus 1 × the 'reverse' divergence from the teacher, faded over 0.5 of training; ",
+    ),
+    (
+        "rloo",
+        {"dense_coefficient": 0.25, "dense_divergence": "js", "correction": "sequence_mask"},
+        ", weighted by sequence_mask, plus 0.25 × the 'js' divergence from the teacher; ",
+    ),
+    (
+        "grpo",
+        {"distillation_coefficient": 0.1, "credit": "anchored"},
+        " alone count, credit 'anchored', plus 0.1 × (log t - log θ) of the sampled tokens; ",
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings", "words"), TERMS, ids=["raft", "rloo", "grpo"])
+def test_it_says_what_stands_beside_the_reward(
+    pair: tuple[str, str], tmp_path: Path, kind: str, settings: dict[str, Any], words: str
+) -> None:
+    assert words in describe(make_trainer(kind, pair, tmp_path, **settings))
+    assert ", plus " not in describe(make_trainer(kind, pair, tmp_path))
+
+
 @pytest.mark.parametrize("kind", WANTED)
 def test_it_says_what_is_trained(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
     settings, words = WANTED[kind]
