@@ -70,10 +70,11 @@ class RewardedTrainer(TwoRounds, DenseTermTrainer):
 
         Of an evaluation TRL's `reward` is the student's.
         """
+        halves = self._halves()
         if self.model.training:
-            self._append_metrics(metrics.of_rewards(self.rewards, self._theta_rows()))
+            self._append_metrics(metrics.of_rewards(self.rewards, *halves))
         size: Any = self.args.num_generations if self.model.training else self.num_generations_eval
-        rows = (self.rewards, self._accepts(self.rewards), self._theta_rows())
+        rows = (self.rewards, self._accepts(self.rewards), *halves)
         self._append_metrics(metrics.of_acceptance(*(values.view(-1, size) for values in rows)))
 
     def _accepts(self, rewards: Tensor) -> Tensor:
