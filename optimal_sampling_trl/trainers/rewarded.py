@@ -38,7 +38,8 @@ class RewardedTrainer(TwoRounds, DenseTermTrainer):
     def __init__(self, **arguments: Any) -> None:
         self._overtaking = Overtaking()
         self._evaluated: list[Tensor] = []  # rewards of the evaluation that runs
-        self._teacher: dict[str, Tensor] = {}  # its rewards in each evaluation, by the prefix of that one's metrics
+        self._evaluated_data: Any = None  # its data set
+        self._teacher: dict[tuple[str, int], tuple[Any, Tensor]] = {}  # each evaluation's data set, and its rewards
         check_reward_funcs(arguments.get("reward_funcs"))
         super().__init__(**arguments)
         self.reward_funcs = [
@@ -81,6 +82,16 @@ class RewardedTrainer(TwoRounds, DenseTermTrainer):
         """Return True for each reward that accepts its completion."""
         return accept_rewards(rewards)
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Do as transformers does, and keep the given data set: a loader may hold another object each time."""
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        self._evaluated_data = self.eval_dataset[data] if isinstance(data, str) else data
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        self._evaluated_data = test_dataset
+        return super().get_test_dataloader(test_dataset)
+
     def evaluation_loop(self, dataloader: Any, *positional: Any, metric_key_prefix: str = "eval", **named: Any) -> Any:
         """Evaluate as TRL does, log what the teacher alone earns, and tell where the student has passed somebody."""
         self._evaluated.clear()
@@ -93,7 +104,7 @@ class RewardedTrainer(TwoRounds, DenseTermTrainer):
         return output
 
     def _teacher_rewards(self, dataloader: Iterable[Any], name: str) -> Tensor | None:
-        """Return the rewards of the teacher alone on the prompts of an evaluation, which are measured once.
+        """Return the rewards of the teacher alone on the prompts of an evaluation, measured once for each data set.
 
         A teacher that is the student of the moment has none: they would be another model's by the next evaluation.
 
@@ -103,23 +114,26 @@ class RewardedTrainer(TwoRounds, DenseTermTrainer):
         """
         if not self.is_in_train or not self._setting("evaluate_teacher") or self.generator.is_the_student:
             return None
-        if name not in self._teacher:
+        data = self._evaluated_data
+        key = name, id(data)  # of a data set that is kept, so that no other gets its id
+        if key not in self._teacher:
             self._evaluated.clear()
             with self._teacher_alone():
                 for inputs in dataloader:
                     self._generate_and_score_completions(inputs)
-            self._teacher[name] = torch.cat(self._evaluated)
-        return self._teacher[name]
+            self._teacher[key] = data, torch.cat(self._evaluated)
+        return self._teacher[key][1]
 
     @contextmanager
     def _teacher_alone(self) -> Iterator[None]:
-        """Let the teacher alone sample inside the block, without a trace in logs, rollouts and random numbers."""
+        """Let the teacher alone sample inside the block; logs, rewards, rollouts and random numbers stay."""
         engine, device = self.vllm_generation, self.accelerator.device
         plan, engine.plan = engine.plan, replace(engine.plan, teacher_alone=True)
         try:
             with (
                 patch.dict(self._metrics, {"eval": defaultdict(list)}),
                 patch.object(self, "_logs", copy.deepcopy(self._logs)),
+                patch.object(self, "rewards", self.rewards),
                 patch.object(self, "rollouts", self.rollouts),
                 patch.object(self, "advantages", self.advantages),
                 torch.random.fork_rng([device] if device.type == "cuda" else []),
