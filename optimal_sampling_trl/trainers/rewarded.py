@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import metrics
 from ..losses import accept_rewards
+from ..user_warnings import warn_user
 from .dense_term import DenseTermTrainer
 from .overtaking import Overtaking
 from .reward_functions import check_reward_funcs, checked
@@ -48,6 +49,18 @@ class RewardedTrainer(TwoRounds, DenseTermTrainer):
 
     def _group_size(self) -> int:
         return self.args.num_generations
+
+    def _check_settings(self) -> None:
+        super()._check_settings()
+        chosen_by = self.args.metric_for_best_model  # transformers sets 'loss' where a best checkpoint is asked for
+        if chosen_by is not None and chosen_by.endswith("loss") and self.args.eval_strategy != "no":
+            warn_user(
+                f"`metric_for_best_model` is {chosen_by!r}, by which the checkpoint of `load_best_model_at_end` is "
+                "chosen and training is stopped early: an evaluation's loss does not say what the student earns. "
+                "RAFT's may rise as more completions are accepted, that of GRPO and RLOO is about 0, and a dense term "
+                "lowers all as it fades. Set `metric_for_best_model='eval_accepted/theta'` or 'eval_reward', and "
+                "`greater_is_better=True`."
+            )
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         """Compute TRL's rewards (rows of all processes, functions), and log them.

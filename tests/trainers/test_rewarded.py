@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,45 @@ def test_rewards_and_rollouts_are_of_one_model(pair: tuple[str, str], tmp_path: 
     assert trainer.generations[-1][2][0].mixture == Mixture.teacher_only()
     assert all(rollout.mixture.is_theta_only for rollout in trainer.rollouts)
     assert trainer.rewards.tolist() == pytest.approx([digits(one.text) - 0.35 for one in trainer.rollouts])
+
+
+BEST: dict[str, Any] = {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 1}
+
+
+def chosen_by_loss(
+    kind: str, pair: tuple[str, str], folder: Path, caught: list[warnings.WarningMessage], **given: Any
+) -> list[warnings.WarningMessage]:
+    """The warnings of a new trainer that say by what the best checkpoint is chosen."""
+    before = len(caught)
+    evaluated = {name: value for name, value in EVALUATION.items() if name != "num_generations_eval"}
+    data = {"eval_dataset": Dataset.from_dict({"prompt": EVALUATED})}
+    make_trainer(kind, pair, folder, trainer=data, **evaluated | given).close()
+    return [one for one in caught[before:] if "`metric_for_best_model` is " in str(one.message)]
+
+
+def test_a_best_checkpoint_by_the_loss_is_warned_of(pair: tuple[str, str], tmp_path: Path) -> None:
+    """Also by transformers' default, and where only a stop or a learning rate follows it; not in distillation."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        cases: list[tuple[str, dict[str, Any]]] = [
+            *((kind, BEST) for kind in REWARDED),
+            ("raft", BEST | {"metric_for_best_model": "eval_loss"}),
+            ("raft", {"metric_for_best_model": "eval_easy_loss"}),
+        ]
+        for kind, given in cases:
+            (one,) = chosen_by_loss(kind, pair, tmp_path, caught, **given)
+            assert f"`metric_for_best_model` is '{given.get('metric_for_best_model', 'loss')}'" in str(one.message)
+            assert "`metric_for_best_model='eval_accepted/theta'` or 'eval_reward'" in str(one.message)
+            assert "`greater_is_better=True`" in str(one.message)
+            assert Path(one.filename).name == "training.py", one.filename  # the line that builds the trainer
+        quiet: list[tuple[str, dict[str, Any]]] = [
+            ("raft", {}),
+            ("raft", BEST | {"metric_for_best_model": "eval_reward", "greater_is_better": True}),
+            ("raft", {"metric_for_best_model": "loss", "eval_strategy": "no"}),
+            ("sampled_token", BEST),
+        ]
+        for kind, given in quiet:
+            assert chosen_by_loss(kind, pair, tmp_path, caught, **given) == []
 
 
 def test_the_measure_changes_nothing_of_the_training(pair: tuple[str, str], tmp_path: Path) -> None:
