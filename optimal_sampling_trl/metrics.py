@@ -136,14 +136,17 @@ def of_speed(tokens: Float[Tensor, " P"], seconds: Float[Tensor, " P"]) -> dict[
     return {TOKENS_PER_SECOND: float(tokens.sum() / seconds.max().clamp(min=1e-9))}
 
 
-def of_rewards(rewards: Float[Tensor, " N"], theta_rows: Bool[Tensor, " N"]) -> dict[str, float]:
+def of_rewards(
+    rewards: Float[Tensor, " N"], student_rows: Bool[Tensor, " N"], mixture_rows: Bool[Tensor, " N"]
+) -> dict[str, float]:
     """Average the rewards of the student's completions and of the mixture's.
 
     Args:
         rewards: reward of each completion; NaN where no function could score it.
-        theta_rows: True where the student sampled the completion alone.
+        student_rows: True where the completion stands for the student, which sampled it alone.
+        mixture_rows: True where the mixture sampled it.
     """
-    return _of_halves(rewards, theta_rows, (REWARD_THETA, REWARD_MIXTURE))
+    return _of_halves(rewards, student_rows, mixture_rows, (REWARD_THETA, REWARD_MIXTURE))
 
 
 def of_groups(rewards: Float[Tensor, "G N"]) -> dict[str, float]:
@@ -164,7 +167,10 @@ def of_own_rows(shares: Float[Tensor, "P G"], by_success: bool) -> dict[str, flo
 
 
 def of_acceptance(
-    rewards: Float[Tensor, "G N"], accepted: Bool[Tensor, "G N"], theta_rows: Bool[Tensor, "G N"]
+    rewards: Float[Tensor, "G N"],
+    accepted: Bool[Tensor, "G N"],
+    student_rows: Bool[Tensor, "G N"],
+    mixture_rows: Bool[Tensor, "G N"],
 ) -> dict[str, float]:
     """Compute the shares of completions and of prompts that a reward accepts.
 
@@ -172,11 +178,12 @@ def of_acceptance(
         rewards: rewards of the N completions of each of G prompts; NaN, where no function could score one, leaves the
             completion out of its share.
         accepted: True where the completion is accepted.
-        theta_rows: True where the student sampled the completion alone.
+        student_rows: True where the completion stands for the student, which sampled it alone.
+        mixture_rows: True where the mixture sampled it.
     """
-    shares = _shares(rewards, accepted)
+    shares = _shares(rewards, accepted).flatten()
     return {
-        **_of_halves(shares.flatten(), theta_rows.flatten(), (ACCEPTED_THETA, ACCEPTED_MIXTURE)),
+        **_of_halves(shares, student_rows.flatten(), mixture_rows.flatten(), (ACCEPTED_THETA, ACCEPTED_MIXTURE)),
         ACCEPTED_PROMPTS: float(accepted.any(1).float().mean()),
     }
 
@@ -200,10 +207,13 @@ def _shares(rewards: Float[Tensor, " *N"], accepted: Bool[Tensor, " *N"]) -> Flo
 
 
 def _of_halves(
-    values: Float[Tensor, " N"], theta_rows: Bool[Tensor, " N"], names: tuple[str, str]
+    values: Float[Tensor, " N"],
+    student_rows: Bool[Tensor, " N"],
+    mixture_rows: Bool[Tensor, " N"],
+    names: tuple[str, str],
 ) -> dict[str, float]:
     """Average the values of the student's completions and of the mixture's; without a name where there is no row."""
-    halves = zip(names, (values[theta_rows], values[~theta_rows]), strict=True)
+    halves = zip(names, (values[student_rows], values[mixture_rows]), strict=True)
     return {name: float(half.nanmean()) for name, half in halves if len(half)}
 
 

@@ -109,13 +109,16 @@ def test_the_rewards_of_the_student_and_of_the_mixture() -> None:
     rewards = torch.tensor([0.0, 1.0, 1.0, NAN, 0.5])
     theta_rows = torch.tensor([True, True, False, False, False])
     wanted = {"mixture/reward_theta": 0.5, "mixture/reward_mixture": 0.75}
-    assert metrics.of_rewards(rewards, theta_rows) == wanted
-    assert metrics.of_rewards(rewards, ~theta_rows) == {
+    assert metrics.of_rewards(rewards, theta_rows, ~theta_rows) == wanted
+    assert metrics.of_rewards(rewards, ~theta_rows, theta_rows) == {
         "mixture/reward_theta": 0.75,
         "mixture/reward_mixture": 0.5,
     }
-    assert metrics.of_rewards(rewards, torch.ones(5).bool()).keys() == {"mixture/reward_theta"}
-    assert metrics.of_rewards(rewards, torch.zeros(5).bool()).keys() == {"mixture/reward_mixture"}
+    first = torch.tensor([True, False, False, False, False])  # the second row is in neither half
+    assert metrics.of_rewards(rewards, first, ~theta_rows) == wanted | {"mixture/reward_theta": 0.0}
+    every, none = torch.ones(5).bool(), torch.zeros(5).bool()
+    assert metrics.of_rewards(rewards, every, none).keys() == {"mixture/reward_theta"}
+    assert metrics.of_rewards(rewards, none, every).keys() == {"mixture/reward_mixture"}
 
 
 def test_a_group_whose_rewards_differ_has_a_signal() -> None:
@@ -127,7 +130,7 @@ def test_the_acceptance_of_completions_and_of_prompts() -> None:
     """A completion that no function could score is in no share; its prompt has no accepted one by it."""
     rewards = torch.tensor([[1.0, 0.0], [0.0, 0.0], [NAN, 1.0], [NAN, NAN]])
     theta_rows = torch.tensor([[True, False]] * 4)
-    assert metrics.of_acceptance(rewards, rewards > 0, theta_rows) == pytest.approx(
+    assert metrics.of_acceptance(rewards, rewards > 0, theta_rows, ~theta_rows) == pytest.approx(
         {"accepted/theta": 1 / 2, "accepted/mixture": 1 / 3, "accepted/prompts": 2 / 4}
     )
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import metrics
 from ..losses import accept_rewards
+from ..user_warnings import warn_user
 from .dense_term import DenseTermTrainer
 from .overtaking import Overtaking
 from .reward_functions import check_reward_funcs, checked
@@ -38,7 +39,8 @@ class RewardedTrainer(TwoRounds, DenseTermTrainer):
     def __init__(self, **arguments: Any) -> None:
         self._overtaking = Overtaking()
         self._evaluated: list[Tensor] = []  # rewards of the evaluation that runs
-        self._teacher: dict[str, Tensor] = {}  # its rewards in each evaluation, by the prefix of that one's metrics
+        self._evaluated_data: Any = None  # its data set
+        self._teacher: dict[tuple[str, int], tuple[Any, Tensor]] = {}  # each evaluation's data set, and its rewards
         check_reward_funcs(arguments.get("reward_funcs"))
         super().__init__(**arguments)
         self.reward_funcs = [
@@ -47,6 +49,18 @@ class RewardedTrainer(TwoRounds, DenseTermTrainer):
 
     def _group_size(self) -> int:
         return self.args.num_generations
+
+    def _check_settings(self) -> None:
+        super()._check_settings()
+        chosen_by = self.args.metric_for_best_model  # transformers sets 'loss' where a best checkpoint is asked for
+        if chosen_by is not None and chosen_by.endswith("loss") and self.args.eval_strategy != "no":
+            warn_user(
+                f"`metric_for_best_model` is {chosen_by!r}, by which the checkpoint of `load_best_model_at_end` is "
+                "chosen and training is stopped early: an evaluation's loss does not say what the student earns. "
+                "RAFT's may rise as more completions are accepted, that of GRPO and RLOO is about 0, and a dense term "
+                "lowers all as it fades. Set `metric_for_best_model='eval_accepted/theta'` or 'eval_reward', and "
+                "`greater_is_better=True`."
+            )
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         """Compute TRL's rewards (rows of all processes, functions), and log them.
@@ -70,15 +84,26 @@ class RewardedTrainer(TwoRounds, DenseTermTrainer):
 
         Of an evaluation TRL's `reward` is the student's.
         """
+        halves = self._halves()
         if self.model.training:
-            self._append_metrics(metrics.of_rewards(self.rewards, self._theta_rows()))
+            self._append_metrics(metrics.of_rewards(self.rewards, *halves))
         size: Any = self.args.num_generations if self.model.training else self.num_generations_eval
-        rows = (self.rewards, self._accepts(self.rewards), self._theta_rows())
+        rows = (self.rewards, self._accepts(self.rewards), *halves)
         self._append_metrics(metrics.of_acceptance(*(values.view(-1, size) for values in rows)))
 
     def _accepts(self, rewards: Tensor) -> Tensor:
         """Return True for each reward that accepts its completion."""
         return accept_rewards(rewards)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Do as transformers does, and keep the given data set: a loader may hold another object each time."""
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        self._evaluated_data = self.eval_dataset[data] if isinstance(data, str) else data
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        self._evaluated_data = test_dataset
+        return super().get_test_dataloader(test_dataset)
 
     def evaluation_loop(self, dataloader: Any, *positional: Any, metric_key_prefix: str = "eval", **named: Any) -> Any:
         """Evaluate as TRL does, log what the teacher alone earns, and tell where the student has passed somebody."""
@@ -92,7 +117,7 @@ class RewardedTrainer(TwoRounds, DenseTermTrainer):
         return output
 
     def _teacher_rewards(self, dataloader: Iterable[Any], name: str) -> Tensor | None:
-        """Return the rewards of the teacher alone on the prompts of an evaluation, which are measured once.
+        """Return the rewards of the teacher alone on the prompts of an evaluation, measured once for each data set.
 
         A teacher that is the student of the moment has none: they would be another model's by the next evaluation.
 
@@ -102,23 +127,26 @@ class RewardedTrainer(TwoRounds, DenseTermTrainer):
         """
         if not self.is_in_train or not self._setting("evaluate_teacher") or self.generator.is_the_student:
             return None
-        if name not in self._teacher:
+        data = self._evaluated_data
+        key = name, id(data)  # of a data set that is kept, so that no other gets its id
+        if key not in self._teacher:
             self._evaluated.clear()
             with self._teacher_alone():
                 for inputs in dataloader:
                     self._generate_and_score_completions(inputs)
-            self._teacher[name] = torch.cat(self._evaluated)
-        return self._teacher[name]
+            self._teacher[key] = data, torch.cat(self._evaluated)
+        return self._teacher[key][1]
 
     @contextmanager
     def _teacher_alone(self) -> Iterator[None]:
-        """Let the teacher alone sample inside the block, without a trace in logs, rollouts and random numbers."""
+        """Let the teacher alone sample inside the block; logs, rewards, rollouts and random numbers stay."""
         engine, device = self.vllm_generation, self.accelerator.device
         plan, engine.plan = engine.plan, replace(engine.plan, teacher_alone=True)
         try:
             with (
                 patch.dict(self._metrics, {"eval": defaultdict(list)}),
                 patch.object(self, "_logs", copy.deepcopy(self._logs)),
+                patch.object(self, "rewards", self.rewards),
                 patch.object(self, "rollouts", self.rollouts),
                 patch.object(self, "advantages", self.advantages),
                 torch.random.fork_rng([device] if device.type == "cuda" else []),

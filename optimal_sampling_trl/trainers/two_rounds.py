@@ -103,6 +103,18 @@ class TwoRounds(MixtureTrainer):
         group, alone = self._group_size(), self._theta_count()
         return [i for i in range(rows) if i % group < alone], [i for i in range(rows) if i % group >= alone]
 
+    def _halves(self) -> tuple[Tensor, Tensor]:
+        """Return True in the rows of all processes (rows,) that stand for the student, and in those of the mixture.
+
+        Of two rounds the first stands for the student: in the second it has the prompts that it solved in the first.
+        """
+        student_rows = theta_rows = self._theta_rows()
+        if self.generator.two_rounds is not None and self.model.training:
+            first, _ = self._rounds(len(theta_rows))  # each process's rows are whole groups
+            student_rows = torch.zeros_like(theta_rows)
+            student_rows[first] = True
+        return student_rows, ~theta_rows
+
     def _anneal(self, shares: Sequence[float] | None) -> None:
         """Anneal the mixture of each row of all processes in the next call; None leaves it to the plan."""
         self.vllm_generation.plan = replace(self.vllm_generation.plan, annealed=shares)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from helpers.oracle import check_rollout, read_logits
 from helpers.training import TEXTS, Watch, digits, load, make_trainer
@@ -101,6 +103,81 @@ def test_the_first_evaluation_measures_the_teacher_too(pair: tuple[str, str], tm
         }
         assert {name: log[name] for name in wanted} == pytest.approx(wanted, abs=1e-5)
         assert log["eval_reward"] != pytest.approx(log["eval_mixture/reward_teacher"])
+
+
+def test_each_data_set_has_its_own_measure_of_the_teacher(pair: tuple[str, str], tmp_path: Path) -> None:
+    """Once for each, under whichever prefix: the reward depends on the prompt alone, so that the teacher's does."""
+    ends = {"easy": [text for text in TEXTS if len(text) < 6], "hard": [text for text in TEXTS if len(text) >= 6]}
+    sets = {name: Dataset.from_dict({"prompt": texts, "unread": texts}) for name, texts in ends.items()}
+    measured: list[float] = []
+
+    class EvaluateAll(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            for data in (*sets.values(), None):  # the last is both, each with its prefix
+                trainer.evaluate(data)
+            logs = [log for log in trainer.state.log_history if "eval_reward" in log]
+            measured.extend(log["eval_mixture/reward_teacher"] for log in logs[-4:])
+
+    def easy(prompts: list[str], **columns: Any) -> list[float]:
+        return [float(prompt in ends["easy"]) for prompt in prompts]
+
+    trainer = make(
+        "raft", pair, tmp_path, trainer={"reward_funcs": easy, "eval_dataset": sets, "callbacks": [EvaluateAll()]},
+        eval_strategy="no", num_generations_eval=1, remove_unused_columns=True,
+    )  # fmt: skip
+    trainer.train()
+    assert measured == [1.0, 0.0] * 4
+    of_teacher = [len(batch) for _, _, batch in trainer.generations if batch[0].mixture == Mixture.teacher_only()]
+    assert of_teacher == [len(ends["easy"]), len(ends["hard"])] * 2
+
+
+@pytest.mark.parametrize("kind", REWARDED)
+def test_rewards_and_rollouts_are_of_one_model(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
+    """The student's, also after the evaluation that measures the teacher."""
+    trainer = make(kind, pair, tmp_path, max_steps=1)
+    trainer.train()
+    assert trainer.generations[-1][2][0].mixture == Mixture.teacher_only()
+    assert all(rollout.mixture.is_theta_only for rollout in trainer.rollouts)
+    assert trainer.rewards.tolist() == pytest.approx([digits(one.text) - 0.35 for one in trainer.rollouts])
+
+
+BEST: dict[str, Any] = {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 1}
+
+
+def chosen_by_loss(
+    kind: str, pair: tuple[str, str], folder: Path, caught: list[warnings.WarningMessage], **given: Any
+) -> list[warnings.WarningMessage]:
+    """The warnings of a new trainer that say by what the best checkpoint is chosen."""
+    before = len(caught)
+    evaluated = {name: value for name, value in EVALUATION.items() if name != "num_generations_eval"}
+    data = {"eval_dataset": Dataset.from_dict({"prompt": EVALUATED})}
+    make_trainer(kind, pair, folder, trainer=data, **evaluated | given).close()
+    return [one for one in caught[before:] if "`metric_for_best_model` is " in str(one.message)]
+
+
+def test_a_best_checkpoint_by_the_loss_is_warned_of(pair: tuple[str, str], tmp_path: Path) -> None:
+    """Also by transformers' default, and where only a stop or a learning rate follows it; not in distillation."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        cases: list[tuple[str, dict[str, Any]]] = [
+            *((kind, BEST) for kind in REWARDED),
+            ("raft", BEST | {"metric_for_best_model": "eval_loss"}),
+            ("raft", {"metric_for_best_model": "eval_easy_loss"}),
+        ]
+        for kind, given in cases:
+            (one,) = chosen_by_loss(kind, pair, tmp_path, caught, **given)
+            assert f"`metric_for_best_model` is '{given.get('metric_for_best_model', 'loss')}'" in str(one.message)
+            assert "`metric_for_best_model='eval_accepted/theta'` or 'eval_reward'" in str(one.message)
+            assert "`greater_is_better=True`" in str(one.message)
+            assert Path(one.filename).name == "training.py", one.filename  # the line that builds the trainer
+        quiet: list[tuple[str, dict[str, Any]]] = [
+            ("raft", {}),
+            ("raft", BEST | {"metric_for_best_model": "eval_reward", "greater_is_better": True}),
+            ("raft", {"metric_for_best_model": "loss", "eval_strategy": "no"}),
+            ("sampled_token", BEST),
+        ]
+        for kind, given in quiet:
+            assert chosen_by_loss(kind, pair, tmp_path, caught, **given) == []
 
 
 def test_the_measure_changes_nothing_of_the_training(pair: tuple[str, str], tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from helpers.training import (
     TEACHER_PROMPTS,
     Watch,
     check_successes,
+    digits,
     load,
     make_trainer,
     make_untrained_pair,
@@ -65,8 +66,10 @@ def test_the_mixture_samples_where_the_student_found_nothing(pair: tuple[str, st
     trainer = train(kind, pair, tmp_path, verifier)
     teacher, theta, own = load(pair[0]), load(pair[1]), dict(zip(PROMPTS, TEACHER_PROMPTS, strict=True))
     decode, asked, kinds = trainer.processing_class.decode, Counter[tuple[str, str]](), Counter[bool]()
+    rights = list[list[bool]]()  # whether the student's own rows of each batch are right
     for weights, (_, output, rollouts) in zip(trainer.weights, trainer.generations, strict=True):
         theta.load_state_dict(weights, strict=False)
+        rights.append([decode(rollout.theta_prompt_ids) in EASY for rollout in rollouts[::4]])
         for row, rollout in enumerate(rollouts):
             prompt = decode(rollout.theta_prompt_ids)
             mixed = prompt not in EASY and row % 4 >= 1
@@ -81,6 +84,11 @@ def test_the_mixture_samples_where_the_student_found_nothing(pair: tuple[str, st
     assert [len(call) for call in verifier.calls] == [4, 12] * 2
     logs = [entry for entry in trainer.state.log_history if "mixture/groups_in_need" in entry]
     assert 0 < sum(log["mixture/groups_in_need"] for log in logs) < len(logs)
+    for log, right in zip(logs, rights, strict=True):  # the rows that it got for being right say nothing of it
+        of_student = {name: sum(right) / len(right) for name in ("mixture/reward_theta", "accepted/theta")}
+        assert {name: log[name] for name in of_student} == pytest.approx(of_student)
+        assert log["mixture/reward_mixture"] == log["accepted/mixture"] == 0
+    assert any(0 < sum(right) < len(right) for right in rights), "the test says too little"
 
 
 ENOUGH = 0.35
@@ -111,7 +119,10 @@ def test_the_mixture_is_annealed_by_the_students_successes(
     shares = check_successes(trainer, pair, mixtures, 1e-4)
     assert {share for batch in shares for share in batch} == {0.0, 1 / 3, 2 / 3, 1.0}, "the test says too little"
     logs = [entry for entry in trainer.state.log_history if "mixture/own_success" in entry]
-    for entry, batch in zip(logs, shares, strict=True):
+    for entry, batch, (_, _, rollouts) in zip(logs, shares, trainer.generations, strict=True):
+        rewards = [digits(rollout.text) for row, rollout in enumerate(rollouts) if row % 6 < 3]
+        assert entry["mixture/reward_theta"] == pytest.approx(sum(rewards) / len(rewards))
+        assert entry["accepted/theta"] == pytest.approx(sum(score > 0 for score in rewards) / len(rewards))
         assert entry["mixture/own_success"] == pytest.approx(sum(batch) / len(batch))
         assert entry["mixture/groups_in_need"] == pytest.approx(sum(share < 1 for share in batch) / len(batch))
 
