@@ -9,10 +9,10 @@ from transformers import PreTrainedModel
 
 from .backends import GPU_MEMORY_UTILIZATION, Backend, make_backend
 from .mixture import SWAP, Mixture
-from .options import check_whole, suggest_arguments
+from .options import check_whole, shown, suggest_arguments
 from .output import OptimalSamplingOutput
 from .pairing import NamedWeights, Prompt, check_system_prompts, encode, reads_two_prompts, warn_of_templates
-from .pairing.rows import teacher_prompts_of
+from .pairing.rows import check_not_keyed, teacher_prompts_of
 from .rollouts.dense import Dense, check_dense
 from .rollouts.params import takes_sampling_params
 from .rollouts.progress import Progress, is_watched
@@ -206,10 +206,9 @@ class OptimalSamplingV1:
             *positional, **keywords: as `generate`'s after its prompts.
 
         Raises:
-            ValueError: as `generate`'s.
+            ValueError: as `generate`'s, and on what is no list of messages.
         """
-        is_one = isinstance(messages, Sequence) and len(messages) > 0 and isinstance(messages[0], dict)
-        return self.generate([messages] if is_one else messages, *positional, **keywords)
+        return self.generate(_conversations(messages), *positional, **keywords)
 
     def __repr__(self) -> str:
         names = f"teacher={self.model_teacher!r}, student={self.model_theta!r}"
@@ -289,6 +288,12 @@ def _name(model: Any) -> str:
 
 def _prompt_list(prompts: Any) -> list[Prompt]:
     """Return the prompts of a call; a single text is one."""
+    check_not_keyed(
+        "`prompts`",
+        prompts,
+        "texts, lists of token ids or lists of messages",
+        'A slice of a data set is a dictionary of its columns: pass `data[:n]["prompt"]`.',
+    )
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if not isinstance(prompts, Iterable) or not (listed := list(prompts)):
         raise ValueError(
@@ -296,6 +301,20 @@ def _prompt_list(prompts: Any) -> list[Prompt]:
             "Skip the call where there is nothing to sample."
         )
     return listed
+
+
+def _conversations(messages: Any) -> list[Any]:
+    """Return the conversations of a call of `chat`; a list of messages is one."""
+    wanted = "a list of messages, or several such lists"
+    check_not_keyed("chat: `messages`", messages, wanted, "Put a single message into a list.")
+    listed = list(messages) if isinstance(messages, Iterable) and not isinstance(messages, str) else []
+    if listed and isinstance(listed[0], dict):
+        return [listed]
+    if listed and all(isinstance(one, Sequence) and all(isinstance(item, dict) for item in one) for one in listed):
+        return listed
+    raise ValueError(
+        f"chat: `messages` is {shown(listed or messages)}; wanted {wanted}. Pass texts and token ids to `generate`."
+    )
 
 
 def _one_each(value: Any, kind: Any, count: int, name: str) -> list[Any]:

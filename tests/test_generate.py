@@ -363,6 +363,11 @@ GENERATE: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no prompts": ({"prompts": []}, ["`prompts` is []", "wanted at least one text"]),
     "nothing": ({"prompts": None}, ["`prompts` is None", "wanted at least one text"]),
     "a number": ({"prompts": 5}, ["`prompts` is 5", "wanted at least one text"]),
+    "columns": (
+        {"prompts": Dataset.from_dict({"prompt": TWO, "answer": TWO})[:2]},
+        ["`prompts` is keyed by 'prompt', 'answer'", "wanted texts, lists of token ids", '`data[:n]["prompt"]`'],
+    ),
+    "a message": ({"prompts": CHAT[0]}, ["`prompts` is keyed by 'role', 'content'", "wanted texts"]),
     "one empty text": ({"prompts": ""}, ["Prompt 0 is an empty text", "wanted at least one token"]),
     "an empty text": ({"prompts": ["a", ""]}, ["Prompt 1 is an empty text", "wanted at least one token"]),
     "no ids": ({"prompts": ["a", []], "n": 3}, ["Prompt 1 holds no token", "wanted at least one"]),
@@ -429,6 +434,24 @@ def test_refused_before_a_model_is_run(sampler: OptimalSamplingV1, case: str) ->
         sampler.generate(**{"prompts": TWO, **arguments})
     message = str(error.value)
     assert [part for part in words if part not in message] == [], message
+
+
+@pytest.mark.usefixtures("unread")
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        (CHAT[0], "chat: `messages` is keyed by 'role', 'content'; wanted a list of messages, or several"),
+        ({"messages": [CHAT]}, "chat: `messages` is keyed by 'messages'; wanted a list of messages, or several"),
+        ("3 + 4 =", r"chat: `messages` is '3 \+ 4 ='; wanted a list of messages, or several"),
+        (TWO, r"chat: `messages` is \['a', 'b'\]; wanted a list of messages, or several .* `generate`"),
+        ([CHAT, "a"], "'a'\\]; wanted a list of messages, or several"),
+        ([], r"chat: `messages` is \[\]; wanted"),
+        (None, "chat: `messages` is None; wanted"),
+    ],
+)
+def test_a_chat_that_is_no_list_of_messages(sampler: OptimalSamplingV1, messages: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        sampler.chat(messages)
 
 
 @pytest.mark.usefixtures("unread")
