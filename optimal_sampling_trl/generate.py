@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from .backends import GPU_MEMORY_UTILIZATION, Backend, make_backend
 from .mixture import SWAP, Mixture
-from .options import check_whole, shown, suggest_arguments
+from .options import check_flag, check_whole, shown, suggest_arguments
 from .output import OptimalSamplingOutput
 from .pairing import NamedWeights, Prompt, check_system_prompts, encode, reads_two_prompts, warn_of_templates
 from .pairing.rows import check_not_keyed, teacher_prompts_of
@@ -103,6 +103,8 @@ class OptimalSamplingV1:
         self.teacher_system_prompt = teacher_system_prompt
         self.theta_system_prompt = theta_system_prompt
         check_system_prompts(self)
+        check_flag("OptimalSamplingV1", "enable_chat_template", enable_chat_template)
+        check_flag("OptimalSamplingV1", "track_alpha_stats", track_alpha_stats)
         self.enable_chat_template = enable_chat_template
         self.track_alpha_stats = track_alpha_stats
         self.model_teacher, self.model_theta = _name(model_teacher), _name(model_theta)
@@ -165,6 +167,9 @@ class OptimalSamplingV1:
         if seed is not None:
             check_whole("generate", "seed", seed)
         check_dense("generate", dense)
+        check_flag("generate", "use_optimal_sampling", use_optimal_sampling)
+        if use_tqdm is not None:
+            check_flag("generate", "use_tqdm", use_tqdm)
         if mixture is not None and not use_optimal_sampling:
             raise ValueError(
                 f"generate: `mixture` is {mixture!r} and `use_optimal_sampling` is False, the teacher alone; "
@@ -321,10 +326,13 @@ def _one_each(value: Any, kind: Any, count: int, name: str) -> list[Any]:
     """Return `value` once for each of `count` prompts, or as it is where it holds one for each."""
     if isinstance(value, kind):
         return [value] * count
-    values = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+    try:
+        values = [value] if isinstance(value, str | Mapping) else list(value)
+    except TypeError:  # also of a tensor without dimensions, which has `__iter__`
+        values = [value]
     wrong = [item for item in values if not isinstance(item, kind)]
     if wrong or len(values) != count:
-        got = f"{wrong[0]!r}" if wrong else f"{len(values)} of them"
+        got = shown(wrong[0]) if wrong else f"{len(values)} of them"
         wanted = "Mixture" if kind is Mixture else "number"
         raise ValueError(f"`{name}`: got {got}; wanted one {wanted}, or one for each of the {count} prompts.")
     return values
