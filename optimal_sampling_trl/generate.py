@@ -167,9 +167,7 @@ class OptimalSamplingV1:
         if seed is not None:
             check_whole("generate", "seed", seed)
         check_dense("generate", dense)
-        check_flag("generate", "use_optimal_sampling", use_optimal_sampling)
-        if use_tqdm is not None:
-            check_flag("generate", "use_tqdm", use_tqdm)
+        _check_flags(use_optimal_sampling, use_tqdm)
         if mixture is not None and not use_optimal_sampling:
             raise ValueError(
                 f"generate: `mixture` is {mixture!r} and `use_optimal_sampling` is False, the teacher alone; "
@@ -306,6 +304,12 @@ def _prompt_list(prompts: Any) -> list[Prompt]:
             "Skip the call where there is nothing to sample."
         )
     return listed
+
+
+def _check_flags(use_optimal_sampling: Any, use_tqdm: Any) -> None:
+    check_flag("generate", "use_optimal_sampling", use_optimal_sampling)
+    if use_tqdm is not None:
+        check_flag("generate", "use_tqdm", use_tqdm)
 
 
 def _conversations(messages: Any) -> list[Any]:

@@ -106,8 +106,7 @@ def sample_to_folder(
     check_flag("sample_to_folder", "use_tqdm", use_tqdm)
     sampling = Sampling() if sampling is None else sampling
     mixture = sampler.mixture if mixture is None else mixture
-    _check_kind("sampling", sampling, Sampling)
-    _check_kind("mixture", mixture, Mixture)
+    _check_kinds(sampling, mixture)
     if sampling.seed is not None:
         raise ValueError(
             f"sample_to_folder: `sampling.seed` is {sampling.seed}; wanted none, for each rollout has a seed of its "
@@ -131,10 +130,11 @@ def sample_to_folder(
     return store.path
 
 
-def _check_kind(name: str, value: Any, kind: type) -> None:
-    if not isinstance(value, kind):
-        wanted = f"`{kind.__name__}`, one for the whole run"
-        raise ValueError(f"sample_to_folder: `{name}` is {shown(value)}; wanted a {wanted}. Pass one.")
+def _check_kinds(sampling: Any, mixture: Any) -> None:
+    for name, value, kind in (("sampling", sampling, Sampling), ("mixture", mixture, Mixture)):
+        if not isinstance(value, kind):
+            wanted = f"`{kind.__name__}`, one for the whole run"
+            raise ValueError(f"sample_to_folder: `{name}` is {shown(value)}; wanted a {wanted}. Pass one.")
 
 
 def _sample(

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 RUN, CARD, DATA, LOCK = "run.json", "README.md", "data", ".lock"
 KEPT = {"settings": dict, "prompts": int, "sha256": str, "versions": list}
-"""What run.json holds."""
+"""Fields of run.json, each with its kind."""
 FAILED = b"optimal_sampling.failed"
 """In a shard's metadata: JSON of (prompt_index, sample, reason) of each of its rollouts that could not be sampled."""
 SHARD = re.compile(r"rollouts-(\d{6,})\.parquet")
