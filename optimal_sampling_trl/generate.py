@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from .backends import GPU_MEMORY_UTILIZATION, Backend, make_backend
 from .mixture import SWAP, Mixture
-from .options import check_whole, suggest_arguments
+from .options import check_flag, check_whole, shown, suggest_arguments
 from .output import OptimalSamplingOutput
 from .pairing import NamedWeights, Prompt, check_system_prompts, encode, reads_two_prompts, warn_of_templates
-from .pairing.rows import teacher_prompts_of
+from .pairing.rows import check_not_keyed, teacher_prompts_of
 from .rollouts.dense import Dense, check_dense
 from .rollouts.params import takes_sampling_params
 from .rollouts.progress import Progress, is_watched
@@ -103,6 +103,8 @@ class OptimalSamplingV1:
         self.teacher_system_prompt = teacher_system_prompt
         self.theta_system_prompt = theta_system_prompt
         check_system_prompts(self)
+        check_flag("OptimalSamplingV1", "enable_chat_template", enable_chat_template)
+        check_flag("OptimalSamplingV1", "track_alpha_stats", track_alpha_stats)
         self.enable_chat_template = enable_chat_template
         self.track_alpha_stats = track_alpha_stats
         self.model_teacher, self.model_theta = _name(model_teacher), _name(model_theta)
@@ -165,6 +167,7 @@ class OptimalSamplingV1:
         if seed is not None:
             check_whole("generate", "seed", seed)
         check_dense("generate", dense)
+        _check_flags(use_optimal_sampling, use_tqdm)
         if mixture is not None and not use_optimal_sampling:
             raise ValueError(
                 f"generate: `mixture` is {mixture!r} and `use_optimal_sampling` is False, the teacher alone; "
@@ -206,10 +209,9 @@ class OptimalSamplingV1:
             *positional, **keywords: as `generate`'s after its prompts.
 
         Raises:
-            ValueError: as `generate`'s.
+            ValueError: as `generate`'s, and on what is no list of messages.
         """
-        is_one = isinstance(messages, Sequence) and len(messages) > 0 and isinstance(messages[0], dict)
-        return self.generate([messages] if is_one else messages, *positional, **keywords)
+        return self.generate(_conversations(messages), *positional, **keywords)
 
     def __repr__(self) -> str:
         names = f"teacher={self.model_teacher!r}, student={self.model_theta!r}"
@@ -289,6 +291,12 @@ def _name(model: Any) -> str:
 
 def _prompt_list(prompts: Any) -> list[Prompt]:
     """Return the prompts of a call; a single text is one."""
+    check_not_keyed(
+        "`prompts`",
+        prompts,
+        "texts, lists of token ids or lists of messages",
+        'A slice of a data set is a dictionary of its columns: pass `data[:n]["prompt"]`.',
+    )
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if not isinstance(prompts, Iterable) or not (listed := list(prompts)):
         raise ValueError(
@@ -298,14 +306,37 @@ def _prompt_list(prompts: Any) -> list[Prompt]:
     return listed
 
 
+def _check_flags(use_optimal_sampling: Any, use_tqdm: Any) -> None:
+    check_flag("generate", "use_optimal_sampling", use_optimal_sampling)
+    if use_tqdm is not None:
+        check_flag("generate", "use_tqdm", use_tqdm)
+
+
+def _conversations(messages: Any) -> list[Any]:
+    """Return the conversations of a call of `chat`; a list of messages is one."""
+    wanted = "a list of messages, or several such lists"
+    check_not_keyed("chat: `messages`", messages, wanted, "Put a single message into a list.")
+    listed = list(messages) if isinstance(messages, Iterable) and not isinstance(messages, str) else []
+    if listed and isinstance(listed[0], dict):
+        return [listed]
+    if listed and all(isinstance(one, Sequence) and all(isinstance(item, dict) for item in one) for one in listed):
+        return listed
+    raise ValueError(
+        f"chat: `messages` is {shown(listed or messages)}; wanted {wanted}. Pass texts and token ids to `generate`."
+    )
+
+
 def _one_each(value: Any, kind: Any, count: int, name: str) -> list[Any]:
     """Return `value` once for each of `count` prompts, or as it is where it holds one for each."""
     if isinstance(value, kind):
         return [value] * count
-    values = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+    try:
+        values = [value] if isinstance(value, str | Mapping) else list(value)
+    except TypeError:  # also of a tensor without dimensions, which has `__iter__`
+        values = [value]
     wrong = [item for item in values if not isinstance(item, kind)]
     if wrong or len(values) != count:
-        got = f"{wrong[0]!r}" if wrong else f"{len(values)} of them"
+        got = shown(wrong[0]) if wrong else f"{len(values)} of them"
         wanted = "Mixture" if kind is Mixture else "number"
         raise ValueError(f"`{name}`: got {got}; wanted one {wanted}, or one for each of the {count} prompts.")
     return values

@@ -141,6 +141,14 @@ def probe(
     check_number("probe", "temperature", temperature, 0.0)
     if temperature == 0:
         raise ValueError("probe: `temperature` is 0; wanted one above 0: the likeliest tokens are tried beside it.")
+    from .pairing.rows import check_not_keyed
+
+    check_not_keyed(
+        "probe: `dataset`",
+        dataset,
+        "rows as a trainer takes them",
+        "A slice of a data set is a dictionary of its columns: pass `data.select(range(n))`.",
+    )
     rows = [dict(row) for row in dataset]
     if not rows or not all("prompt" in row for row in rows):
         raise ValueError(

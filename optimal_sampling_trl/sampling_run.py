@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .mixture import Mixture
-from .options import check_whole
+from .options import check_flag, check_whole, shown
 from .pairing import folder_digest
 from .pairing.prompts import SYSTEM_MESSAGE
 from .pairing.rows import read_prompts
@@ -103,7 +103,10 @@ def sample_to_folder(
     check_whole("sample_to_folder", "batch_size", batch_size, 1)
     check_whole("sample_to_folder", "seed", seed)
     check_dense("sample_to_folder", dense)
-    sampling, mixture = sampling or Sampling(), mixture or sampler.mixture
+    check_flag("sample_to_folder", "use_tqdm", use_tqdm)
+    sampling = Sampling() if sampling is None else sampling
+    mixture = sampler.mixture if mixture is None else mixture
+    _check_kinds(sampling, mixture)
     if sampling.seed is not None:
         raise ValueError(
             f"sample_to_folder: `sampling.seed` is {sampling.seed}; wanted none, for each rollout has a seed of its "
@@ -125,6 +128,13 @@ def sample_to_folder(
             store.write_file(CARD, make_card(store, run).encode())
             _name_failed(store)
     return store.path
+
+
+def _check_kinds(sampling: Any, mixture: Any) -> None:
+    for name, value, kind in (("sampling", sampling, Sampling), ("mixture", mixture, Mixture)):
+        if not isinstance(value, kind):
+            wanted = f"`{kind.__name__}`, one for the whole run"
+            raise ValueError(f"sample_to_folder: `{name}` is {shown(value)}; wanted a {wanted}. Pass one.")
 
 
 def _sample(
@@ -152,11 +162,11 @@ def _sample(
 def _name_failed(store: RolloutFolder) -> None:
     failed = {key: (path, reason) for path in store.shards() for key, reason in store.failed(path).items()}
     if failed:
-        shown = [f"sample {key.sample} of prompt {key.prompt_index}, {why}" for key, (_, why) in failed.items()]
+        named = [f"sample {key.sample} of prompt {key.prompt_index}, {why}" for key, (_, why) in failed.items()]
         logger.warning(
             "%d rollouts could not be sampled and are not in %s: %s. After fixing the cause, delete these shards and "
             "run again to sample them: %s.",
-            len(failed), store.path, "; ".join(shown[:5] + [f"and {len(shown) - 5} more"] * (len(shown) > 5)),
+            len(failed), store.path, "; ".join(named[:5] + [f"and {len(named) - 5} more"] * (len(named) > 5)),
             ", ".join(sorted({path.name for path, _ in failed.values()})[:5]),
         )  # fmt: skip
 
@@ -246,9 +256,9 @@ def _open_run(store: RolloutFolder, run: dict[str, Any]) -> dict[str, Any]:
         return run
     old = store.read_run()
     if differ := _differences(old, run, store.path):
-        shown = "; ".join(f"`{name}` was {before!r}, now is {now!r}" for name, (before, now) in differ.items())
+        named = "; ".join(f"`{name}` was {before!r}, now is {now!r}" for name, (before, now) in differ.items())
         raise ValueError(
-            f"The folder {str(store.path)!r} was begun with other settings: {shown}. Its rollouts and the new ones "
+            f"The folder {str(store.path)!r} was begun with other settings: {named}. Its rollouts and the new ones "
             "would not be of one kind. Run with the settings of its run.json, or name another folder."
         )
     if versions not in old["versions"]:
@@ -280,7 +290,7 @@ def _differences(old: dict[str, Any], run: dict[str, Any], folder: Path) -> dict
     differ = {name: (before.get(name), now.get(name)) for name in before | now if before.get(name) != now.get(name)}
     for role in ("teacher", "theta"):
         weights = f"weights_{role}"
-        if before[weights] is not None and not before[weights].startswith(DIGEST):
+        if before.get(weights) is not None and not before[weights].startswith(DIGEST):
             differ.pop(weights, None)
             logger.warning(
                 "The folder %s was begun by a version that looked at a part of the weights of `model_%s`; whether "

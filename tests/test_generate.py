@@ -338,6 +338,21 @@ CONSTRUCTOR: dict[str, tuple[Callable[[Path], dict[str, Any]], list[str]]] = {
     ),
     "max_num_seqs": (lambda root: {"max_num_seqs": 0}, ["`max_num_seqs` is 0", "wanted a whole number of at least 1"]),
     "max_model_len": (lambda root: {"max_model_len": 4096}, ["`max_model_len` is 4096", "wanted 2 to 512"]),
+    "chat flag": (
+        lambda root: {"enable_chat_template": "false"},
+        ["OptimalSamplingV1: `enable_chat_template` is 'false'", "wanted True or False"],
+    ),
+    "flag": (lambda root: {"track_alpha_stats": "false"}, ["`track_alpha_stats` is 'false'", "wanted True or False"]),
+    "code flag": (
+        lambda root: {"trust_remote_code": "false"},
+        ["`trust_remote_code` is 'false'", "wanted True or False"],
+    ),
+    "dtype": (
+        lambda root: {"dtype": "flot32"},
+        ["value of `dtype` 'flot32'", "Known: auto, bfloat16", "Did you mean 'float32'?"],
+    ),
+    "dtype of no number": (lambda root: {"dtype": "Tensor"}, ["value of `dtype` 'Tensor'", "Known: auto, bfloat16"]),
+    "dtype number": (lambda root: {"dtype": 32}, ["`dtype` 32", "Known: auto, bfloat16"]),
     "memory": (
         lambda root: {"gpu_memory_utilization": 0.9},
         ["`gpu_memory_utilization` is 0.9", "'transformers'", "wanted", "Drop it"],
@@ -363,6 +378,11 @@ GENERATE: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no prompts": ({"prompts": []}, ["`prompts` is []", "wanted at least one text"]),
     "nothing": ({"prompts": None}, ["`prompts` is None", "wanted at least one text"]),
     "a number": ({"prompts": 5}, ["`prompts` is 5", "wanted at least one text"]),
+    "columns": (
+        {"prompts": Dataset.from_dict({"prompt": TWO, "answer": TWO})[:2]},
+        ["`prompts` is keyed by 'prompt', 'answer'", "wanted texts, lists of token ids", '`data[:n]["prompt"]`'],
+    ),
+    "a message": ({"prompts": CHAT[0]}, ["`prompts` is keyed by 'role', 'content'", "wanted texts"]),
     "one empty text": ({"prompts": ""}, ["Prompt 0 is an empty text", "wanted at least one token"]),
     "an empty text": ({"prompts": ["a", ""]}, ["Prompt 1 is an empty text", "wanted at least one token"]),
     "no ids": ({"prompts": ["a", []], "n": 3}, ["Prompt 1 holds no token", "wanted at least one"]),
@@ -386,6 +406,16 @@ GENERATE: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["`temperature`: got '1'", "wanted one number, or one for each of the 2"],
     ),
     "temperatures": ({"temperature": [1.0]}, ["`temperature`: got 1 of them", "wanted one number, or one for each"]),
+    "temperature tensor": ({"temperature": torch.tensor(0.5)}, ["`temperature`: got tensor(0.5", "wanted one number"]),
+    "temperature keys": (
+        {"temperature": {0.5: 1, 1.0: 2}},
+        ["`temperature`: got {0.5: 1, 1.0: 2}", "wanted one number"],
+    ),
+    "teacher alone": (
+        {"use_optimal_sampling": "false"},
+        ["generate: `use_optimal_sampling` is 'false'", "wanted True or False"],
+    ),
+    "bar": ({"use_tqdm": "false"}, ["generate: `use_tqdm` is 'false'", "wanted True or False"]),
     "mixtures": (
         {"mixture": [Mixture()] * 3},
         ["`mixture`: got 3 of them", "wanted one Mixture, or one for each of the 2"],
@@ -429,6 +459,24 @@ def test_refused_before_a_model_is_run(sampler: OptimalSamplingV1, case: str) ->
         sampler.generate(**{"prompts": TWO, **arguments})
     message = str(error.value)
     assert [part for part in words if part not in message] == [], message
+
+
+@pytest.mark.usefixtures("unread")
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        (CHAT[0], "chat: `messages` is keyed by 'role', 'content'; wanted a list of messages, or several"),
+        ({"messages": [CHAT]}, "chat: `messages` is keyed by 'messages'; wanted a list of messages, or several"),
+        ("3 + 4 =", r"chat: `messages` is '3 \+ 4 ='; wanted a list of messages, or several"),
+        (TWO, r"chat: `messages` is \['a', 'b'\]; wanted a list of messages, or several .* `generate`"),
+        ([CHAT, "a"], "'a'\\]; wanted a list of messages, or several"),
+        ([], r"chat: `messages` is \[\]; wanted"),
+        (None, "chat: `messages` is None; wanted"),
+    ],
+)
+def test_a_chat_that_is_no_list_of_messages(sampler: OptimalSamplingV1, messages: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        sampler.chat(messages)
 
 
 @pytest.mark.usefixtures("unread")

@@ -170,6 +170,11 @@ def test_the_teacher_reads_its_own_prompts_as_in_training(found: Probe, sampler:
     [
         ([], {}, r"`dataset` has no rows, or rows without a `prompt`; wanted rows as a trainer takes them"),
         ([{"text": "x"}], {}, r"rows without a `prompt`"),
+        (
+            {"prompt": ["3=", "4="], "wanted": ["1", "2"]},
+            {},
+            r"probe: `dataset` is keyed by 'prompt', 'wanted'; wanted rows as.*`data\.select\(range\(n\)\)`",
+        ),
         (ROWS, {"n": 0}, r"`n` is 0; wanted a whole number of at least 1"),
         (ROWS, {"temperature": 0}, r"`temperature` is 0; wanted one above 0"),
         (

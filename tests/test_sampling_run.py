@@ -225,6 +225,15 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
     "dense": (["a"], {"dense": Dense(top_k=400)}, ["`top_k` is 400", "wanted a whole number from 0 to"]),
     "no wish": (["a"], {"dense": 8}, ["`dense` is 8", "for example `Dense(top_k=32)`"]),
     "two seeds": (["a"], {"sampling": Sampling(seed=1)}, ["`sampling.seed` is 1", "Pass `seed=`"]),
+    "sampling": (
+        ["a"],
+        {"sampling": {"max_tokens": 3}},
+        ["sample_to_folder: `sampling` is {'max_tokens': 3}", "wanted a `Sampling`"],
+    ),
+    "mixture": (["a"], {"mixture": "fixed"}, ["sample_to_folder: `mixture` is 'fixed'", "wanted a `Mixture`"]),
+    "mixtures": (["a"], {"mixture": [Mixture()]}, ["`mixture` is [Mixture(", "wanted a `Mixture`"]),
+    "no mixture": (["a"], {"mixture": ""}, ["`mixture` is ''", "wanted a `Mixture`"]),
+    "bar": (["a"], {"use_tqdm": "false"}, ["sample_to_folder: `use_tqdm` is 'false'", "wanted True or False"]),
 }
 
 
@@ -258,7 +267,7 @@ def test_a_run_without_dense_records_has_none_of_their_columns(whole: Path) -> N
 def test_refused_before_anything_is_sampled(sampler: OptimalSamplingV1, tmp_path: Path, case: str) -> None:
     prompts, settings, words = REFUSED[case]
     with pytest.raises(ValueError) as error:  # noqa: PT011
-        sample_to_folder(sampler, prompts, tmp_path / "run", use_tqdm=False, **settings)
+        sample_to_folder(sampler, prompts, tmp_path / "run", **{"use_tqdm": False, **settings})
     assert [part for part in words if part not in str(error.value)] == [], str(error.value)
     assert content(tmp_path) == {}
 
@@ -555,6 +564,15 @@ def test_folders_of_others(sampler: OptimalSamplingV1, whole: Path, tmp_path: Pa
         with pytest.raises(ValueError, match=r"holds \['rollouts-000099.parquet'\], which are not of its run"):
             sample_to_folder(sampler, PROMPTS, whole.parent / "again", use_tqdm=False, **RUN)
         stray.unlink()
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "7", '{"settings": [], "prompts": 1, "sha256": "", "versions": [{}]}'])
+def test_a_run_file_of_another_program(sampler: OptimalSamplingV1, tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.json").write_text(text)
+    for use in (lambda: load_rollouts(tmp_path), lambda: sample_to_folder(sampler, ["a"], tmp_path, use_tqdm=False)):
+        with pytest.raises(ValueError, match=r"holds no run\.json that can be read \(.*\); wanted a folder that"):
+            use()
+    assert (tmp_path / "run.json").read_text() == text
 
 
 def test_other_versions_are_said(sampler: OptimalSamplingV1, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import yaml
 from trl import TrlParser
 
-from ..options import unknown_option
+from ..options import shown, unknown_option
 
 CONFIG = "--config"
 """The flag that names a YAML file."""
@@ -112,10 +112,19 @@ class Parser(TrlParser):
     def set_defaults_with_config(self, **config: Any) -> list[str]:
         """Take a file's values as TRL does; of a flag that takes several, one that is no list is a list of one.
 
-        A text would else be read as a list of its letters.
+        A text would else be read as a list of its letters. Where texts are wanted, what YAML reads as another value
+        is refused: of `no` and `1.0` the text that was meant cannot be told.
         """
-        several = {action.dest for action in self._actions if action.nargs in ("+", "*")}
-        lists = {name: [value] for name, value in config.items() if name in several and isinstance(value, str)}
+        several = {action.dest: action.type for action in self._actions if action.nargs in ("+", "*")}
+        lists = {
+            name: value if isinstance(value, list) else [value]
+            for name, value in config.items()
+            if name in several and value is not None
+        }
+        for name, values in lists.items():
+            for value in values if several[name] is str else ():
+                if not isinstance(value, str):
+                    self.error(f"`{name}` in the YAML file holds {shown(value)}; wanted texts. Put it into quotes.")
         return super().set_defaults_with_config(**{**config, **lists})
 
     def _read_file(self, named: Sequence[str]) -> dict[str, Any]:

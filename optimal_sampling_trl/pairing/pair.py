@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..options import check_flag
 from .ending import Ending, end_of_sequence
 from .prompts import template_digest
 from .source import MODEL_OPTIONS, Source
@@ -80,8 +81,10 @@ def name_sources(
     A teacher that is the student has the student's source, the same object.
 
     Raises:
-        ValueError: on a `revision` for such a teacher.
+        ValueError: on a `revision` for such a teacher, and on a `trust_remote_code` that is neither True nor False.
     """
+    if arguments.get("trust_remote_code") is not None:
+        check_flag("The engine", "trust_remote_code", arguments["trust_remote_code"])
     options = {name: arguments[name] for name in MODEL_OPTIONS if name in arguments}
     shared = {name: value for name, value in options.items() if name != "revision"}
     overrides = arguments.get("hf_overrides")

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import islice, repeat
 from typing import Any
 
 from ..options import shown
 from .prompts import TEACHER_PROMPT
+
+MOST_KEYS = 8
+"""Most keys of a dictionary that an error shows."""
+
+
+def check_not_keyed(name: str, given: Any, wanted: str, advice: str) -> None:
+    """Refuse a dictionary and a data frame: a loop over one gives its keys, which would be sampled as prompts.
+
+    Args:
+        name: what the error calls it.
+        given: what was passed.
+        wanted: what was wanted.
+        advice: ends the error, and tells the user how to go on.
+
+    Raises:
+        ValueError: naming the keys.
+    """
+    keys = given if isinstance(given, Mapping) else getattr(given, "columns", None)
+    if keys is not None:
+        named = ", ".join(map(shown, islice(keys, MOST_KEYS)))
+        raise ValueError(f"{name} is keyed by {named or 'nothing'}; wanted {wanted}. {advice}")
 
 
 @dataclass(frozen=True)
@@ -79,6 +100,12 @@ def _columns(data: Any) -> tuple[Sequence[Any], Sequence[Any] | None]:
 def _listed(prompts: Iterable[Any]) -> Sequence[Any]:
     if isinstance(prompts, str):
         raise ValueError(f"`prompts` is the text {prompts[:40]!r}; wanted a data set or a list of prompts. Wrap it.")
+    check_not_keyed(
+        "`prompts`",
+        prompts,
+        "a data set or a list of prompts",
+        "A slice of a data set is a dictionary of its columns: pass `data.select(range(n))`.",
+    )
     return prompts if isinstance(prompts, Sequence) else list(prompts)
 
 

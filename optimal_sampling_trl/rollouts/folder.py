@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RUN, CARD, DATA, LOCK = "run.json", "README.md", "data", ".lock"
+KEPT = {"settings": dict, "prompts": int, "sha256": str, "versions": list}
+"""Fields of run.json, each with its kind."""
 FAILED = b"optimal_sampling.failed"
 """In a shard's metadata: JSON of (prompt_index, sample, reason) of each of its rollouts that could not be sampled."""
 SHARD = re.compile(r"rollouts-(\d{6,})\.parquet")
@@ -155,10 +157,15 @@ class RolloutFolder:
         """Read run.json.
 
         Raises:
-            ValueError: where there is none, or it cannot be read.
+            ValueError: where there is none, it cannot be read, or a run did not write it.
         """
         try:
-            return json.loads((self.path / RUN).read_text(encoding="utf-8"))
+            found = json.loads((self.path / RUN).read_text(encoding="utf-8"))
+            if not isinstance(found, dict) or any(
+                not isinstance(found.get(name), kind) for name, kind in KEPT.items()
+            ):
+                raise ValueError(f"without {', '.join(KEPT)}")
+            return found
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{str(self.path)!r} holds no {RUN} that can be read ({error}); wanted a folder that "

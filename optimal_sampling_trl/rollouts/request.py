@@ -19,7 +19,8 @@ class Sampling:
 
     Args:
         max_tokens: the most tokens to generate; a completion also ends with the models' context.
-        temperature: acts on both models before α is solved. 0 takes the likeliest token of the mixture solved at 1.
+        temperature: acts on both models before α is solved. 0 takes the likeliest token of the mixture solved at 1,
+            and `top_p`, `top_k` and `min_p` then cut nothing off.
         top_p: keep the likeliest tokens of q whose mass reaches this share; 1 keeps all.
         top_k: keep the k likeliest tokens of q; -1 or 0 keeps all.
         min_p: keep tokens with at least this share of the likeliest token's probability under q.

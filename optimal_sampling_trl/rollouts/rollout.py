@@ -32,7 +32,7 @@ class Rollout:
         completion_ids: the T sampled tokens.
         alpha: (T,) weight of the teacher at each token.
         log_q: (T,) log-probability of the token under the distribution that it was drawn from, in nats: after
-            temperature, penalties and truncation.
+            temperature, penalties and truncation. At temperature 0, under the mixture at 1 after penalties alone.
         log_theta: (T,) under the student at the sampling temperature, over the whole common vocabulary.
         log_teacher: (T,) under the teacher, likewise; NaN where the request did not need it, as in an evaluation.
         text: the completion without special tokens.

@@ -328,6 +328,7 @@ class DistillationConfig(PresetConfig, DenseLossConfig, CorrectionConfig, trl.Di
     def __post_init__(self) -> None:
         super().__post_init__()
         check_clip("sampled_token_clip", self.sampled_token_clip)
+        check_flag(type(self).__name__, "sampled_token_centre", self.sampled_token_centre)
         if self.loss not in LOSSES:
             raise ValueError(unknown_option("loss of distillation", self.loss, LOSSES))
 

@@ -103,6 +103,23 @@ def test_one_value_in_a_file_is_a_list_of_one(tmp_path: Path) -> None:
     assert (script.reward_funcs, model.lora_target_modules) == (["rewards.right"], "all-linear")
 
 
+def test_a_number_in_a_file_is_a_list_of_one_where_numbers_are_meant(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(f"reward_weights: 0.5\noutput_dir: {tmp_path}\n")
+    (training,) = Parser((GRPOConfig,), "optimal-sampling test", "").read([f"--config={config}", *CPU])
+    assert training.reward_weights == [0.5]
+
+
+@pytest.mark.parametrize(("value", "held"), [("7", "7"), ("no", "False"), ("[a, 8]", "8"), ("{a: b}", "{'a': 'b'}")])
+def test_what_is_no_text_in_a_file_is_refused_where_texts_are_meant(
+    value: str, held: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(f"label_names: {value}\noutput_dir: {tmp_path}\n")
+    told = refused(["--config", config, *CPU], capsys)
+    assert f"`label_names` in the YAML file holds {held}; wanted texts. Put it into quotes." in told
+
+
 def test_a_configuration_that_refuses_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     told = refused(["--log_theta_tolerance", "-1", *CPU], capsys)
     assert "`log_theta_tolerance` is -1.0; wanted a number of at least 0" in told

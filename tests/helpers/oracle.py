@@ -57,11 +57,16 @@ def common_logits(of_theta: Tensor, of_teacher: Tensor, ending: Ending | None = 
 
 
 def truncate(logits: Tensor, seen: set[int], sampling: Sampling) -> Tensor:
-    """log q (V,) after all that a sampler does to the mixture's logits (V,): penalty, temperature, min_p, k, p."""
+    """log q (V,) after all that a sampler does to the mixture's logits (V,): penalty, temperature, min_p, k, p.
+
+    At temperature 0 the likeliest token is taken, and nothing is cut off.
+    """
     x = logits.clone()
     for token in seen:
         x[token] = x[token] / sampling.repetition_penalty if x[token] > 0 else x[token] * sampling.repetition_penalty
-    x = x / (sampling.temperature or 1.0)
+    if sampling.temperature == 0:
+        return x.log_softmax(0)
+    x = x / sampling.temperature
     if sampling.min_p > 0:
         x[x.softmax(0) < sampling.min_p * x.softmax(0).max()] = -torch.inf
     if 0 < sampling.top_k < len(x):

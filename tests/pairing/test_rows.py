@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pandas
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
@@ -41,6 +42,11 @@ def test_columns_and_lists_say_the_same() -> None:
         ((Dataset.from_dict({"prompt": ["a"]}), ["b"]), "wanted its column `teacher_prompt`"),
         ((DatasetDict(train=Dataset.from_dict({"prompt": ["a"]})),), "has the splits train"),
         ((stream({"text": "a"}),), "rows without 'prompt'"),
+        (
+            (Dataset.from_dict({"prompt": ["a"], "answer": ["1"]})[:1],),
+            r"`prompts` is keyed by 'prompt', 'answer'; wanted a data set or a list.*`data\.select\(range",
+        ),
+        ((pandas.DataFrame({"prompt": ["a"]}),), "`prompts` is keyed by 'prompt'; wanted a data set"),
     ],
 )
 def test_what_is_refused(given: tuple[Any, ...], words: str) -> None:

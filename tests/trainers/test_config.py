@@ -50,6 +50,11 @@ def test_limits_of_the_teachers_pull(tmp_path: Path, config: Any, name: str, val
     config(str(tmp_path), use_cpu=True, bf16=False, **loss, **{name.replace("coefficient", "clip"): None})
 
 
+def test_a_text_is_no_flag_of_the_sampled_tokens(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`sampled_token_centre` is 'false'; wanted True or False"):
+        DistillationConfig(str(tmp_path), use_cpu=True, bf16=False, loss="sampled_token", sampled_token_centre="false")
+
+
 @pytest.mark.parametrize("kind", ["grpo", "rloo", "divergence"])
 def test_trls_own_config_gets_our_defaults(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
     plain = {"grpo": trl.GRPOConfig, "rloo": trl.RLOOConfig, "divergence": trl.DistillationConfig}[kind]

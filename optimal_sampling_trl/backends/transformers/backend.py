@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ...options import check_whole, unknown_option
+from ...options import check_choice, check_whole, unknown_option
 from ...pairing import (
     MODEL_OPTIONS,
     NamedWeights,
@@ -33,6 +33,8 @@ from ...rollouts.request import Request
 from ...rollouts.rollout import Rollout, check_solved
 from .decoding import Reader, Rows
 
+DTYPES = ("auto", "bfloat16", "double", "float", "float16", "float32", "float64", "half")
+"""Words for a dtype that models can be loaded in."""
 ENGINE_OPTIONS = ("device", "max_model_len", "max_num_seqs", *MODEL_OPTIONS)
 """All options of this backend, under vLLM's names where vLLM has them."""
 
@@ -72,6 +74,8 @@ class TransformersBackend:
         for name in model_options:
             if name not in MODEL_OPTIONS:
                 raise ValueError(unknown_option("argument of the transformers backend", name, ENGINE_OPTIONS))
+        if not isinstance(dtype := model_options.get("dtype"), torch.dtype | dict | None):
+            check_choice("dtype", dtype, DTYPES)
         check_whole("The transformers backend", "max_num_seqs", max_num_seqs, 1, "Drop it for 256 rows at once.")
         of_teacher, of_theta = name_sources(teacher, theta, model_options)
         for source in (of_teacher, of_theta):

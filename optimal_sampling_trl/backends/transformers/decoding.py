@@ -257,11 +257,16 @@ def _recent(stops: Sequence[str]) -> deque[int]:
 
 
 def _processors(sampling: Sampling) -> LogitsProcessorList:
-    """Return transformers' own processors, in vLLM's order: penalty, temperature, min_p, top_k, top_p."""
+    """Return transformers' own processors, in vLLM's order: penalty, temperature, min_p, top_k, top_p.
+
+    At temperature 0 the likeliest token is taken whatever is cut off: as in vLLM, the penalty alone changes log q.
+    """
     processors = LogitsProcessorList()
     if sampling.repetition_penalty != 1.0:
         processors.append(RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
-    if sampling.temperature not in (0.0, 1.0):
+    if sampling.temperature == 0:
+        return processors
+    if sampling.temperature != 1.0:
         processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
     if sampling.min_p > 0:
         processors.append(MinPLogitsWarper(sampling.min_p))

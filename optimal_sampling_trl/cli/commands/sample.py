@@ -61,13 +61,13 @@ class SampleArguments(ScriptArguments):
             top_k=self.top_k,
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
-            stop=tuple(self.stop),
+            stop=tuple(self.stop or ()),
         )
 
     def dense(self) -> Dense | None:
         """Return the dense records that are wanted."""
         asked = self.dense_scalars or self.dense_top_k
-        return Dense(tuple(self.dense_scalars), self.dense_top_k) if asked else None
+        return Dense(tuple(self.dense_scalars or ()), self.dense_top_k) if asked else None
 
 
 def run(words: Sequence[str] | None = None) -> None:

@@ -295,6 +295,7 @@ def test_padding_reaches_no_state(tmp_path: Path, family: str, monkeypatch: pyte
         {"repetition_penalty": 2},
         {"top_k": 30, "top_p": 0.8, "min_p": 0.01, "repetition_penalty": 0.8, "temperature": 0.9},
         {"temperature": 0, "repetition_penalty": 1.3},
+        {"temperature": 0, "top_k": 1, "top_p": 0.5, "min_p": 0.3},
     ],
     ids=lambda settings: "-".join(map(str, settings)),
 )
