@@ -328,6 +328,12 @@ def test_a_request_that_cannot_be_served(backend: Any, prompt: list[int], theta_
     assert backend.generate([]) == []
 
 
+def test_a_stop_text_that_no_text_can_hold(backend: Any) -> None:
+    with pytest.raises(ValueError, match="Request 1 has the stop text '<pad>'"):
+        backend.generate([request("fine", stop=("<eos>",), ignore_eos=False), request("x", stop=("<pad>",))])
+    assert not backend.llm.llm_engine.has_unfinished_requests()
+
+
 @pytest.mark.parametrize("temperature", [0.001, 2.5])
 def test_a_temperature_that_vllm_would_change(backend: Any, temperature: float) -> None:
     with pytest.raises(ValueError, match=f"Request 0 has `temperature` {temperature}; wanted 0, or 0.01 to 2"):
