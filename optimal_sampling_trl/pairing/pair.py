@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..options import check_flag
-from .ending import Ending, end_of_sequence
+from .ending import Ending, check_stop_texts, end_of_sequence, special_tokens
 from .prompts import template_digest
 from .source import MODEL_OPTIONS, Source
 
@@ -55,6 +56,15 @@ class Pair:
     shares_caches: bool = False
     teacher_tokenizer: PreTrainedTokenizerBase | None = None
     one_model: bool = False
+
+    @cached_property
+    def special_tokens(self) -> dict[int, str]:
+        """The tokens that a completion's text leaves out, by their ids."""
+        return special_tokens(self.tokenizer)
+
+    def check_stop_texts(self, stop: Sequence[str], ignore_eos: bool, index: int) -> None:
+        """Refuse a stop text that would never end a completion: see `ending.check_stop_texts`."""
+        check_stop_texts(stop, self.special_tokens, () if ignore_eos else self.ending.stop, index)
 
 
 def is_student(teacher: Any) -> bool:

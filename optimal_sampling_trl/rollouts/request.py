@@ -25,7 +25,8 @@ class Sampling:
         top_k: keep the k likeliest tokens of q; -1 or 0 keeps all.
         min_p: keep tokens with at least this share of the likeliest token's probability under q.
         repetition_penalty: divides (or, where negative, multiplies) the mixture's logit of each token seen before.
-        stop: texts that end a completion; the text is cut before them, the tokens are kept.
+        stop: texts that end a completion; the text is cut before the first, the tokens are kept. No text holds a
+            special token of the tokenizer, and an engine refuses one.
         seed: from 0 to 2^63 - 1; makes the completion the same in any batch; None draws from torch's global generator.
         ignore_eos: go on after an end-of-sequence token.
 

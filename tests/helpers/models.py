@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     LlamaConfig,
+    LlamaTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     T5Config,
@@ -143,6 +144,15 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE, **special)
 
 
+def make_spaced_tokenizer() -> LlamaTokenizer:
+    """As Llama-2's, of as many tokens as `make_tokenizer`'s: every other letter has a space before it, as `▁`."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {f"▁{letter}" if index % 2 else letter: index for index, letter in enumerate(letters)}
+    vocabulary |= {"<eos>": EOS, "<pad>": PAD}
+    special = {"bos_token": "<eos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<pad>"}
+    return LlamaTokenizer(vocab=vocabulary, merges=[], **special)
+
+
 def make_model(
     folder: str | Path,
     family: str,
@@ -204,6 +214,14 @@ def make_model(
     model.to(dtype).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+def make_spaced_pair(root: Path) -> tuple[str, str]:
+    """Write a teacher and a student whose tokenizer is that of `make_spaced_tokenizer`, and return their folders."""
+    folders = [make_model(root / name, "llama", i, vocab_size=TOKENS) for i, name in enumerate(("teacher", "theta"))]
+    for folder in folders:
+        make_spaced_tokenizer().save_pretrained(folder)
+    return folders[0], folders[1]
 
 
 @torch.no_grad()

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from helpers.models import EOS, PAD, make_model, make_tokenizer
 from optimal_sampling_trl.backends.transformers import TransformersBackend
 from optimal_sampling_trl.mixture import Mixture
 from optimal_sampling_trl.pairing import Ending, end_of_sequence, stop_tokens
+from optimal_sampling_trl.pairing.ending import check_stop_texts, special_tokens
 from optimal_sampling_trl.rollouts.request import Request, Sampling
 
 Z = make_tokenizer().convert_tokens_to_ids("z")
@@ -31,6 +32,39 @@ def test_the_teachers_tokenizer_may_name_its_ending_alone() -> None:
 def test_endings_that_are_no_token_of_both_models_are_left_out() -> None:
     assert end_of_sequence(config(300, 5), config(EOS, 400, -1), EOS, 301, vocabulary=288) == Ending((EOS,), (5,))
     assert stop_tokens(config(EOS, 400), 287, vocabulary=288) == (287, EOS)
+
+
+def test_special_tokens_are_those_that_a_text_leaves_out() -> None:
+    """Those that the tokenizer has no name for, too, as Llama 3's `<|eot_id|>`; not other added ones."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|eot|>", special=True), AddedToken("<tool>", special=False)])
+    assert special_tokens(tokenizer) == {EOS: "<eos>", PAD: "<pad>", 258: "<|eot|>"}
+    assert tokenizer.decode([Z, EOS, PAD, 258, 259], skip_special_tokens=True) == "z<tool>"
+
+
+@pytest.mark.parametrize("text", ["<pad>", "\n<pad>", "<eos>"])
+def test_a_stop_text_that_no_text_can_hold(text: str) -> None:
+    special = {EOS: "<eos>", PAD: "<pad>"}
+    check_stop_texts(("z", "<", "pad>"), special, (), 3)
+    check_stop_texts(("z", text), special, (EOS, PAD), 3)  # it ends there anyway
+    id, token = (EOS, "<eos>") if text == "<eos>" else (PAD, "<pad>")
+    with pytest.raises(ValueError, match="`eos_token_id` in the student's generation config") as error:
+        check_stop_texts(("z", text), special, (), 3)
+    assert f"Request 3 has the stop text {text!r}, and {token!r} is a special token" in str(error.value)
+    assert f"add its id, {id}, to" in str(error.value)
+
+
+def test_a_special_token_ends_where_the_refusal_says(tmp_path: Path) -> None:
+    folders = models(tmp_path)
+    asked = [Request([1, 2], [1, 2], Mixture(), Sampling(max_tokens=200, seed=i, stop=("<pad>",))) for i in range(8)]
+    with pytest.raises(ValueError, match=r"Request 0 has the stop text '<pad>'.*`generation_config\.json`"):
+        TransformersBackend(*folders, device="cpu").generate(asked)
+    config(EOS, PAD).save_pretrained(folders[1])
+    rollouts = TransformersBackend(*folders, device="cpu").generate(asked)
+    assert PAD in {rollout.completion_ids[-1] for rollout in rollouts if rollout.finish_reason == "stop"}
+    unending = Request([1, 2], [1, 2], Mixture(), Sampling(stop=("<pad>",), ignore_eos=True))
+    with pytest.raises(ValueError, match="Request 0 has the stop text '<pad>'"):
+        TransformersBackend(*folders, device="cpu").generate([unending])
 
 
 def models(root: Path, **teacher: Any) -> tuple[str, str]:

@@ -126,7 +126,7 @@ FIELDS = {
     "vllm.v1.outputs:LogprobsTensors": ["logprob_token_ids", "logprobs", "selected_token_ranks"],
     "vllm.logprobs:FlatLogprobs": ["token_ids", "logprobs"],
     "vllm.v1.outputs:LogprobsLists": ["logprob_token_ids", "logprobs"],
-    "vllm.v1.engine.logprobs:LogprobsProcessor": ["logprobs"],
+    "vllm.v1.engine.logprobs:LogprobsProcessor": ["logprobs", "tokenizer"],
     "vllm.v1.sample.metadata:SamplingMetadata": ["max_num_logprobs", "generators"],
     "vllm.v1.outputs:SamplerOutput": ["sampled_token_ids", "logprobs_tensors"],
     "vllm.sampling_params:SamplingParams": ["extra_args", "flat_logprobs", "structured_outputs", "logprobs", "seed"],
@@ -219,7 +219,7 @@ MENTIONED = {
     "vllm.distributed.weight_transfer.factory": ["if name in cls._registry:"],
     "vllm.model_executor.layers.mamba.mamba_mixer2": ["self.conv_weights"],
     "vllm.v1.worker.cpu_worker": ["sleep mode is not supported on CPU, ignore it"],
-    "vllm.v1.engine.logprobs": ["num_logprobs", "self._update_sample_logprobs("],
+    "vllm.v1.engine.logprobs": ["num_logprobs", "self._update_sample_logprobs(", "if self.tokenizer is None:"],
     "vllm.v1.engine.output_processor": [
         "self.request_states: dict[str",
         "self.request_states[request_id] = req_state",

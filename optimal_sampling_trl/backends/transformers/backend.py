@@ -101,13 +101,15 @@ class TransformersBackend:
         return self.pair.tokenizer
 
     def check(self, request: Request, index: int) -> None:
-        """Refuse a request with a prompt that a model cannot read, or for more likeliest tokens than there are.
+        """Refuse a request with a prompt that a model cannot read or a stop text that never comes, or for more
+        likeliest tokens than there are.
 
         Raises:
-            ValueError: naming the prompt or the number, what was got and what was wanted.
+            ValueError: naming the prompt, the text or the number, what was got and what was wanted.
         """
         for role, ids in (("teacher", request.prompt_ids), ("student", request.theta_prompt_ids)):
             check_prompt(ids, self.pair.context, self.pair.vocabulary, index, role)
+        self.pair.check_stop_texts(request.sampling.stop, request.sampling.ignore_eos, index)
         if request.dense is not None:
             request.dense.check_vocabulary(self.pair.vocabulary)
 

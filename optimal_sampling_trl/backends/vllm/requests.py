@@ -44,12 +44,13 @@ def check_request(request: Request, pair: Pair, index: int, max_logprobs: int) -
 
     Raises:
         ValueError: on a prompt that is empty, too long or not of tokens, on two prompts where the models read one
-        stream,
-            on a temperature that vLLM would not sample at, and on more dense records than the engine hands back.
+            stream, on a stop text that never comes, on a temperature that vLLM would not sample at, and on more dense
+            records than the engine hands back.
     """
     if list(request.prompt_ids) != list(request.theta_prompt_ids):
         _check_two_prompts(request, pair, index)
     check_prompt(request.prompt_ids, pair.context, pair.vocabulary, index, "teacher")
+    pair.check_stop_texts(request.sampling.stop, request.sampling.ignore_eos, index)
     if request.sampling.temperature and not COLDEST <= request.sampling.temperature <= HOTTEST:
         raise ValueError(
             f"Request {index} has `temperature` {request.sampling.temperature}; wanted 0, or {COLDEST} to {HOTTEST}, "
@@ -222,5 +223,5 @@ def _to_rollout(output: RequestOutput, request: Request, pair: Pair) -> Rollout:
     else:
         rows, values = given.arrays()
         records, dense = read_packed(rows, values, ids, request.dense, pair.engine_vocabulary)
-    text = completion.text if request.sampling.stop else str(pair.tokenizer.decode(ids, skip_special_tokens=True))
+    text = request.sampling.cut(str(pair.tokenizer.decode(ids, skip_special_tokens=True)))
     return Rollout.from_request(request, ids, records, text, str(completion.finish_reason), dense)

@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from helpers.models import EOS, FAMILIES, PAD, make_model, make_tokenizer, publish
+from helpers.models import EOS, FAMILIES, PAD, make_model, make_spaced_pair, make_tokenizer, publish
 from helpers.oracle import check_rollout, check_rollouts, expected_records, with_wishes
 from helpers.strategies import RANGED
 from optimal_sampling_trl.backends import make_backend
@@ -471,6 +471,18 @@ def test_stop_texts(pair: Pair, stops: int) -> None:
     assert cut.text == free.text[: free.text.index(stop)]
     assert cut.completion_ids == free.completion_ids[: len(cut.completion_ids)]
     assert pair.backend.tokenizer.decode(cut.completion_ids, skip_special_tokens=True) == cut.text + stop
+
+
+def test_stop_texts_where_tokens_carry_spaces(tmp_path: Path) -> None:
+    """A stop text may begin with a space, which a tokenizer like Llama-2's drops where a text begins."""
+    backend = TransformersBackend(*make_spaced_pair(tmp_path), device="cpu")
+    long = {"max_tokens": 30, "ignore_eos": True}
+    (free,) = backend.generate([ask(**long)])
+    place = free.text.index(" ", 4)
+    stops = ("never there",), (free.text[place : place + 2],)
+    whole, cut = backend.generate([ask(stop=stop, **long) for stop in stops])
+    assert (whole.text, whole.finish_reason) == (free.text, "length")
+    assert (cut.text, cut.finish_reason) == (free.text[: free.text.index(stops[1][0])], "stop")
 
 
 def test_rows_that_ended_leave_the_batch(pair: Pair, batches: list[int]) -> None:

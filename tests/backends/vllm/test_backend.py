@@ -8,13 +8,14 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from helpers.engines import TEXTS, Oracle, request, runner_of, start
-from helpers.models import EOS, TOKENS, make_model
+from helpers.models import EOS, TOKENS, make_model, make_spaced_pair
 from helpers.oracle import with_wishes
 from optimal_sampling_trl.backends.vllm.launch import quiet
 from optimal_sampling_trl.mixture import Mixture
@@ -258,6 +259,52 @@ def test_stop_texts(backend: Any, oracle: Oracle) -> None:
     assert cut.completion_ids == free.completion_ids[: len(cut.completion_ids)]
 
 
+def test_a_stop_text_that_never_comes_changes_no_text(backend: Any) -> None:
+    """Half a character at a completion's end is shown as such, with stop texts and without."""
+    free, stopped = (
+        backend.generate([request(TEXTS[i % 6], seed=i, stop=stop) for i in range(40)])
+        for stop in ((), ("never there",))
+    )
+    assert [one.text for one in stopped] == [one.text for one in free]
+    assert any(one.text.endswith("\N{REPLACEMENT CHARACTER}") for one in free)
+
+
+def test_the_text_ends_before_the_first_stop_text(backend: Any) -> None:
+    """Of two that end at one token, too, and whichever is named first: as on transformers and from a server."""
+    (free,) = backend.generate([request(TEXTS[1], max_tokens=30)])
+    end = next(i for i in range(6, 30) if free.text[i - 1 : i + 1].isascii() and free.text.index(free.text[i]) == i)
+    stops = free.text[end], free.text[end - 1 : end + 1]
+    for cut in backend.generate([request(TEXTS[1], max_tokens=30, stop=stop) for stop in (stops, stops[::-1])]):
+        assert cut.text == free.text[: end - 1]
+
+
+def test_stop_texts_where_tokens_carry_spaces(tmp_path: Path) -> None:
+    """vLLM cannot turn an id beyond the vocabulary into text with such a tokenizer: its engine would die of it."""
+    from vllm import SamplingParams, TokensPrompt
+
+    from optimal_sampling_trl.backends.vllm.requests import to_rollouts, to_sampling_params
+
+    engine = start(*make_spaced_pair(tmp_path))
+    try:
+        (free,) = engine.generate([request(TEXTS[1], max_tokens=30)])
+        place = free.text.index(" ", 4)
+        stops = ((), ("never there",), (free.text[place : place + 2],))
+        asked = [request(TEXTS[1], max_tokens=30, stop=stop) for stop in stops]
+        params = [to_sampling_params(one, engine.pair.ending) for one in asked]
+        plain = SamplingParams(max_tokens=30, seed=0, logprobs=2, ignore_eos=True)
+        prompt = TokensPrompt(prompt_token_ids=asked[0].prompt_ids)
+        *outputs, other = engine.llm.generate([prompt] * 4, [*params, plain], use_tqdm=False)
+        for rollout, stop in zip(to_rollouts(outputs, asked, engine.pair), stops, strict=True):
+            found = free.text.find(stop[0]) if stop else -1
+            assert rollout.text == (free.text if found == -1 else free.text[:found])
+            assert rollout.finish_reason == ("length" if found == -1 else "stop")
+        for token, columns in zip(other.outputs[0].token_ids, other.outputs[0].logprobs, strict=True):
+            raw = engine.tokenizer.convert_ids_to_tokens(token)
+            assert columns[token].decoded_token == raw.replace("▁", " "), "a stranger's request keeps its texts"
+    finally:
+        engine.close()
+
+
 def test_the_context_ends_a_completion(backend: Any, oracle: Oracle) -> None:
     requests = [request("a" * 505, max_tokens=100)]
     (rollout,) = backend.generate(requests)
@@ -279,6 +326,12 @@ def test_a_request_that_cannot_be_served(backend: Any, prompt: list[int], theta_
         backend.generate([request("fine"), Request(prompt, theta_prompt, Mixture(), Sampling())])
     assert not backend.llm.llm_engine.has_unfinished_requests()
     assert backend.generate([]) == []
+
+
+def test_a_stop_text_that_no_text_can_hold(backend: Any) -> None:
+    with pytest.raises(ValueError, match="Request 1 has the stop text '<pad>'"):
+        backend.generate([request("fine", stop=("<eos>",), ignore_eos=False), request("x", stop=("<pad>",))])
+    assert not backend.llm.llm_engine.has_unfinished_requests()
 
 
 @pytest.mark.parametrize("temperature", [0.001, 2.5])

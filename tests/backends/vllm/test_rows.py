@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from helpers.models import make_tokenizer
 from optimal_sampling_trl.backends.vllm.rows import RecordRows, keep_rows
 from optimal_sampling_trl.backends.vllm.wire import column_ids, pack
 from optimal_sampling_trl.rollouts.dense import Dense
@@ -69,18 +70,21 @@ def test_a_step_is_not_held() -> None:
     assert all(np.array_equal(one, other) for one, other in zip(kept.arrays(), before, strict=True))
 
 
-def test_only_requests_for_dense_records_are_kept_so() -> None:
-    processor = SimpleNamespace(request_states={})
+def test_what_is_kept_of_a_request_depends_on_what_it_asks_for() -> None:
+    """The rows of dense records; no text of any record's columns; and all that vLLM keeps for a stranger."""
+    tokenizer, processor = make_tokenizer(), SimpleNamespace(request_states={})
 
     def add_request(request: SimpleNamespace, prompt: str) -> None:
-        own = SimpleNamespace(logprobs="vLLM's", _update_sample_logprobs=None)
+        own = SimpleNamespace(logprobs="vLLM's", _update_sample_logprobs=None, tokenizer=tokenizer)
         processor.request_states[request.request_id] = SimpleNamespace(logprobs_processor=own)
 
     processor.add_request = add_request
     keep_rows(SimpleNamespace(output_processor=processor))
-    for name, extra in (("plain", None), ("record", {"optimal_sampling_record": 1}), ("dense", {"dense_top_k": 2})):
+    record = {"optimal_sampling_record": 1}
+    for name, extra in (("plain", None), ("record", record), ("dense", record | {"dense_top_k": 2})):
         params = SimpleNamespace(extra_args=extra)
         processor.add_request(SimpleNamespace(request_id=name, sampling_params=params), "prompt")
-    kept = {name: state.logprobs_processor.logprobs for name, state in processor.request_states.items()}
-    assert (kept["plain"], kept["record"]) == ("vLLM's", "vLLM's")
-    assert kept["dense"].dense == Dense(top_k=2)
+    kept = {name: state.logprobs_processor for name, state in processor.request_states.items()}
+    assert (kept["plain"].logprobs, kept["record"].logprobs) == ("vLLM's", "vLLM's")
+    assert kept["dense"].logprobs.dense == Dense(top_k=2)
+    assert [kept[name].tokenizer for name in ("plain", "record", "dense")] == [tokenizer, None, None]
