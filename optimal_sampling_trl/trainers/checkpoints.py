@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from contextlib import ExitStack
 from dataclasses import fields
@@ -75,13 +76,22 @@ def warn_of_other_settings(checkpoint: Path, generator: OptimalSamplingGenerator
         return
     now = _settings(generator)
     changed = [
-        f"`{name}` was {kept[name]!r}, is {value!r}" for name, value in now.items() if kept.get(name, value) != value
+        f"`{name}` was {kept[name]!r}, is {value!r}"
+        for name, value in now.items()
+        if kept.get(name, value) != value and not (name == "teacher" and _one_folder(kept[name], value))
     ]
     if changed:
         warn_user(
             f"The checkpoint {str(checkpoint)!r} was trained with other settings of `generator`: {'; '.join(changed)}."
             " Training goes on with the new ones. Pass the old ones to go on as it began."
         )
+
+
+def _one_folder(first: Any, second: Any) -> bool:
+    """Return True for two spellings of one folder."""
+    return all(isinstance(path, str) and os.path.isdir(path) for path in (first, second)) and os.path.samefile(
+        first, second
+    )
 
 
 def _settings(generator: OptimalSamplingGenerator) -> dict[str, Any]:

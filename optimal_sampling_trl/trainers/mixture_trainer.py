@@ -154,7 +154,8 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
 
         Raises:
             RuntimeError: where another trainer trains into the folder, in all processes.
-            ValueError: where no checkpoint is whole, or the data set has too few rows for one batch.
+            ValueError: where no checkpoint is whole, or the data set has too few rows for one batch; of a stream
+                that is known at its end.
         """
         self._check_rows()
         with ExitStack() as stack:
@@ -165,7 +166,13 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
             if resume_from_checkpoint and self.accelerator.is_main_process:
                 warn_of_other_settings(Path(resume_from_checkpoint), self.generator)
             print_summary(self)
-            return super().train(resume_from_checkpoint, *positional, **keywords)
+            output = super().train(resume_from_checkpoint, *positional, **keywords)
+        if self.state.global_step == 0 < self.state.max_steps:
+            raise ValueError(
+                "Training ended without a step: `train_dataset`, a stream, has fewer rows than a batch takes. Pass "
+                "more rows, or lower `per_device_train_batch_size` or `gradient_accumulation_steps`."
+            )
+        return output
 
     def _check_rows(self) -> None:
         """Refuse a data set without the rows of one batch: TRL leaves an incomplete one out, and would end at once."""

@@ -16,7 +16,7 @@ from trl.trainer.utils import is_async_callable
 from ..options import shown
 
 FINITE = "a finite number (at most 3.4e38 in size, as float32 holds it)"
-"""What a reward is, in the words of a refusal."""
+"""Words for a reward that float32 holds, in a refusal."""
 
 
 def check_reward_funcs(reward_funcs: Any) -> None:

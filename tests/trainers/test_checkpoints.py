@@ -5,6 +5,7 @@ Kills between two checkpoints, and two trainers in one folder: tests/whole/test_
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from pathlib import Path
@@ -48,6 +49,7 @@ def test_a_run_resumed_with_the_same_settings_says_nothing(pair: tuple[str, str]
     """Of the teacher's files only their revision counts; the engine, its size and what rollouts carry may change."""
     make_trainer("raft", pair, tmp_path, generator={"theta_fraction": 1 / 3, "schedule": 0.3}, **SAVED).train()
     others = {"theta_fraction": 1 / 3, "schedule": 0.3, "engine_arguments": {"max_num_seqs": 2}}
+    others["teacher"] = os.path.relpath(pair[0])  # the same folder
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "The checkpoint")
         make_trainer("raft", pair, tmp_path, generator=others, max_steps=2).train(resume_from_checkpoint=True)

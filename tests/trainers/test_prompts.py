@@ -184,6 +184,9 @@ def test_a_data_set_of_less_than_one_batch(pair: tuple[str, str], tmp_path: Path
     )
     with pytest.raises(ValueError, match=words):
         make_trainer(kind, pair, tmp_path, trainer=few, max_steps=1).train()
+    stream = few | {"train_dataset": few["train_dataset"].to_iterable_dataset()}
+    with pytest.raises(ValueError, match=r"^Training ended without a step: `train_dataset`, a stream, has fewer rows"):
+        make_trainer(kind, pair, tmp_path, trainer=stream, max_steps=1).train()
 
 
 @pytest.mark.parametrize("kind", ["grpo", "rloo", "raft", "sampled_token"])
