@@ -233,7 +233,7 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
 
         A subclass adds its refusals.
         """
-        self._theta_count()
+        alone = self._theta_count()
         if self.generator.two_prompts or self.has_teacher_prompts:
             self._check_two_prompts()
         check_choice("vllm_mode", self.args.vllm_mode, VLLM_MODES)
@@ -253,7 +253,7 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
         if self.calls_tools:
             unread.pop(TOOL_TURNS, None)
         warn_of_unread(self.args, unread)
-        if self._theta_count() == self._group_size():
+        if alone == self._group_size():
             warn_without_mixture(self.generator, self.args)
 
     def _check_own_teacher(self) -> None:

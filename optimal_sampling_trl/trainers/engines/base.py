@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from random import Random
 from typing import Any, TypeVar
 
@@ -107,9 +108,15 @@ class MixturePlan:
         process = row // share * share - number * group  # where the process's rows begin, counted from the group's
         begin, end = max(process, 0), min(process + share, group)
         turn = (number + self.step()) % group
-        first = 0 if self.one_prompt else Random(self.step()).randrange(end - begin)
+        first = 0 if self.one_prompt else _first_place(self.step(), end - begin)
         count = (end * alone + turn) // group - (begin * alone + turn) // group
         return (place - begin - first) % (end - begin) < count
+
+
+@lru_cache(maxsize=16)
+def _first_place(step: int, places: int) -> int:
+    """The place among others at which the student's rows begin in a step; drawn once for all rows of a batch."""
+    return Random(step).randrange(places)
 
 
 class MixtureGeneration:
