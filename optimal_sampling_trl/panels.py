@@ -85,13 +85,15 @@ def draw_curves(
 
     Args:
         colors: colours by name, in place of the palette's.
-        dashed: names of curves that are drawn with dashes.
+        dashed: names of curves that are drawn with dashes and without markers.
     """
     for place, (name, curve) in enumerate(curves.items()):
         seeds = seeds_of(name, curve)
         x, y = seeds[0][0], np.mean([values for _, values in seeds], axis=0)
         color, marker = (colors or {}).get(name, PALETTE[place % len(PALETTE)]), MARKERS[place % len(MARKERS)]
-        style = "--" if name in dashed else STYLES[place // len(PALETTE) % len(STYLES)]
+        style = STYLES[place // len(PALETTE) % len(STYLES)]
+        if name in dashed:
+            style, marker = "--", ""
         every = max(1, len(x) // MARKERS_PER_CURVE)
         label = name if len(seeds) == 1 else f"{name} ({len(seeds)} seeds)"
         panel.plot(x, y, style, label=label, color=color, marker=marker, markersize=4, markevery=every, linewidth=1.8)

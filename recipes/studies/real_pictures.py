@@ -5,8 +5,8 @@
 
     python recipes/studies/real_pictures.py --output recipes/studies
 
-real_text.png: the arms of both tasks over completions, for the README. real_text_pruned.png: those of the student
-without a third of its layers, and the longer runs. presets_real.png: the arms of the table of real
+real_text.png: the arms of both tasks over completions, and the longer runs, for the README. real_text_pruned.png:
+those of the student without a third of its layers. presets_real.png: the arms of the table of real
 text in docs/presets.md. Each arm is at the rate of its row in the tables. flagship.png: every trainer of `flagship.py`
 beside TRL's own, over tokens and over seconds.
 """
@@ -44,6 +44,8 @@ PANELS = {
     "Policy gradients": ("GRPO, half mixture", "GRPO", "MENTOR", "Logit Fusion"),
 }  # fmt: skip
 """The arms of presets_real.png, those that were run."""
+WIDEST = 17
+"""Inches of a picture: a page shrinks a wider one until its words are too small."""
 
 
 def over_completions(runs: Sequence[Line]) -> list[list[tuple[float, float]]]:
@@ -106,7 +108,9 @@ def draw(
     labels: Sequence[str],
     colors: Mapping[str, str] = MappingProxyType(GREYS),
 ) -> Path:
-    """Draw panels beside each other, with one y. A legend stands below each, or below all that have the same curves.
+    """Draw panels beside each other, with one y.
+
+    A legend stands below each, or below all where the first has every curve.
 
     Args:
         panels: the curves of each by its heading.
@@ -115,18 +119,20 @@ def draw(
     """
     from matplotlib.figure import Figure
 
-    figure: Any = Figure(figsize=(7 * len(panels), 5.6), dpi=110, layout="constrained")
+    figure: Any = Figure(figsize=(min(7 * len(panels), WIDEST), 5.6), dpi=110, layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True)
     for axis, label, (heading, shown) in zip(axes, labels, panels.items()):
         axis.autoscale(axis="y")  # drawing curves ends it for all panels
         draw_curves(axis, shown, "right answers", colors=colors, dashed=[*GREYS])
-        axis.set_title("" if heading == label else heading)
+        axis.set_title("" if heading == label else heading, fontsize="medium")
         show_percent(axis.yaxis)
         below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.12), "handlelength": 3.6}  # long enough for a dash
         axis.legend(**below, ncols=2, fontsize="small", frameon=False)
         finish(figure, [axis], label, title)
-    if len({tuple(shown) for shown in panels.values()}) == 1:
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    first, *others = panels.values()
+    if all(shown.keys() <= first.keys() for shown in others):
+        handles, _ = axes[0].get_legend_handles_labels()  # its labels tell its own number of seeds
+        figure.legend(handles, [*first], loc="outside lower center", ncols=5, frameon=False, handlelength=3.6)
         for axis in axes:
             axis.get_legend().remove()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +149,7 @@ def main() -> None:
     presets = of_presets(stored("presets_real"))
     one = "Sums of reasoning-gym, SmolLM2-135M, one H200, one seed, one rate for each arm"
     ten = "Sums of reasoning-gym, SmolLM2-135M, equal completions"
-    both = "SmolLM2-135M under a teacher that is right half of the time, three seeds"
+    both = "SmolLM2-135M under a teacher that is right half of the time, one seed to three"
     cut = "SmolLM2-135M without a third of its layers under the same teachers, two seeds or three"
     for name, student, title in (("real_text", "whole", both), ("real_text_pruned", "pruned", cut)):
         panels = of_student(student)

@@ -23,9 +23,11 @@ TITLES = {"sums": "Sums of two numbers", "steps": "Sums of four, with running to
 """Its tasks."""
 STUDENTS = {"whole": "", "pruned": ", a third of the layers cut"}
 UPDATES, LONGER = 340, 1020
-"""Of a run, and of the longer runs of the student without a third of its layers."""
+"""Of a run, and of the longer runs of the steps."""
 LENGTHS = {UPDATES: "", LONGER: ", three times the updates"}
-PLACES = [(task, student, UPDATES) for student in STUDENTS for task in TITLES] + [("steps", "pruned", LONGER)]
+RUNS = (("sums", UPDATES), ("steps", UPDATES), ("steps", LONGER))
+"""Tasks and updates that each student ran."""
+PLACES = [(task, student, updates) for student in STUDENTS for task, updates in RUNS]
 """Tasks, students and updates, a row each."""
 
 

@@ -160,6 +160,7 @@ TABLES = {
     "teachers": Table(STUDIES, partial(teachers, RESULTS)),
     "steps, whole": Table(STUDIES, partial(place, "steps", "whole")),
     "rates of steps, whole": Table(STUDIES, partial(rates_of, "steps", "whole")),
+    "steps, whole, longer": Table(STUDIES, partial(place, "steps", "whole", LONGER)),
     "sums, pruned": Table(STUDIES, partial(place, "sums", "pruned")),
     "steps, pruned": Table(STUDIES, partial(place, "steps", "pruned")),
     "rates of sums, pruned": Table(STUDIES, partial(rates_of, "sums", "pruned")),
