@@ -238,7 +238,7 @@ class RAFTConfig(TeacherMeasureConfig, DenseTermConfig, GuardConfig, trl.GRPOCon
     Example:
         ```python
         RAFTConfig("output/raft", accept=0.5)  # imitates completions with a reward of at least 0.5
-        RAFTConfig("output/raft", dense_coefficient=1.0, dense_fade=0.5)  # the teacher first: the choice on real text
+        RAFTConfig("output/raft", dense_coefficient=1.0, dense_fade=0.5)  # the teacher first, for a quick start
         RAFTConfig("output/raft", completion_weight="reward", denominator="accepted")
         ```
     """
