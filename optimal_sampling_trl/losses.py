@@ -96,7 +96,7 @@ class Correction:
         inclusive: bool = True,
         total: Callable[[Tensor], Tensor] = lambda sums: sums,
     ) -> Float[Tensor, "B T"]:
-        """Return the weight of each token; 1 in rows that the student sampled. Carries no gradient.
+        """Return the weight of each token; 1 in rows that the student sampled, and on padding. Carries no gradient.
 
         Args:
             log_theta: log-probability of each token under the student.
@@ -117,7 +117,7 @@ class Correction:
             tokens = rows * mask
             count, whole = total(torch.stack([tokens.sum(), (weight * tokens).sum()]))
             weight = weight * count / whole.clamp(min=torch.finfo(weight.dtype).tiny)
-        return torch.where(rows, weight, ones)
+        return torch.where(rows & (mask != 0), weight, ones)  # TRL's VESPO adds the logarithms up over padding, too
 
     def _shape(self, weight: Tensor, shape: str) -> Tensor:
         if shape == "truncate":

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 VESPO = ("none", "token_truncate", "token_mask")
 """Corrections that the loss of this name takes: a weight of each token, and 1 on padding."""
+TOKEN_LOSSES = ("cispo", "vespo")
+"""Losses of TRL that multiply each token's log θ by its own advantage, whatever the level of the ratio."""
 RATIO_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 RATIO_DETAILS = tuple(f"vllm_importance_sampling_{detail}" for detail in ("mode", "clip_max", "clip_min"))
 """TRL's names, in its configuration and on its trainer, of what its ratio of the trainer to the engine reads."""
@@ -142,6 +144,12 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
                 "generator's `theta_fraction`, or leave `baseline` at 'group'."
             )
         self._check_credit()
+        self._check_level()
+        if self.args.loss_type == "dr_grpo" and self.args.max_completion_length is None:
+            raise ValueError(
+                "`max_completion_length` is None and `loss_type` 'dr_grpo', which divides by it; wanted a whole "
+                "number of at least 1. Set it, or take another `loss_type`."
+            )
         if self.args.loss_type == "vespo":
             if self.correction.name not in VESPO:
                 raise ValueError(
@@ -154,7 +162,7 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
                 "Watch the evaluation.",
             )
         reads_threshold = self.args.off_policy_mask_threshold is not None and has_negatives(self.args)
-        if self.args.beta != 0 or reads_threshold:
+        if (self.args.beta != 0 or reads_threshold) and self._trains_on_mixture():
             warn_user(
                 f"`beta` is {self.args.beta} and `off_policy_mask_threshold` {self.args.off_policy_mask_threshold}: "
                 "TRL computes both on the mixture's tokens as if the student had sampled them. "
@@ -171,6 +179,23 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
                 f"{self.args.gradient_accumulation_steps}; wanted one update of each batch, at which the student is "
                 "the one that sampled it. Leave `num_iterations` at 1 and drop `steps_per_generation`, or leave "
                 "`credit` at 'completion'."
+            )
+
+    def _check_level(self) -> None:
+        """Refuse what differs from token to token where TRL's ratio of a completion gives all its tokens the mean."""
+        if self.args.importance_sampling_level != "sequence" or self.args.loss_type in TOKEN_LOSSES:
+            return
+        unread = {
+            "credit": self._setting("credit") == "anchored",
+            "distillation_coefficient": bool(self._setting("distillation_coefficient")),
+            "correction": self.correction.name.startswith(("token", "prefix")),
+        }
+        if names := [f"`{name}` {self._setting(name)!r}" for name, is_set in unread.items() if is_set]:
+            raise ValueError(
+                f"`importance_sampling_level` is 'sequence' with `loss_type` {self.args.loss_type!r} and "
+                f"{', '.join(names)}: each token of a completion would learn from their mean. Leave "
+                f"`importance_sampling_level` at 'token', take `loss_type` {' or '.join(map(repr, TOKEN_LOSSES))}, or "
+                "drop the settings of tokens; a correction of the level 'sequence' goes with it."
             )
 
     def _theta_count(self) -> int:

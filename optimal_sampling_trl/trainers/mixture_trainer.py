@@ -338,6 +338,7 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
         every = self.accelerator.gather(self.accelerator.pad_across_processes(both, pad_index=torch.nan)).float()
         hints = [f"the student has dropout or noise ({', '.join(noise)})"] if noise else []
         engine, trainer = every[~every.isnan().all(1)].unbind(1)  # of all processes
+        self.guard.bound = self._rounding()  # a full evaluation in bfloat16 has cast the model
         self.guard.check(engine, trainer, hints)
 
     def _weigh(self, output: dict[str, Any]) -> None:

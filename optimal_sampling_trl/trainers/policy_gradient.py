@@ -34,11 +34,18 @@ class PolicyGradientTrainer(RewardedTrainer):
                 "them 0.44. Leave `positive_only` at 'all'.",
             )
 
+    def _trains_on_mixture(self) -> bool:
+        """Whether the mixture samples some completions of a group."""
+        return self._theta_count() < self._group_size()
+
     def _log_rewards(self) -> None:
         """Log, in training, the share of the groups whose rewards differ as well."""
         super()._log_rewards()
         if self.model.training:
-            self._append_metrics(metrics.of_groups(self.rewards.view(-1, self.args.num_generations)))
+            rewards = self.rewards
+            if (bounds := getattr(self.args, "reward_clip_range", None)) is not None:  # RLOO's, before its advantages
+                rewards = rewards.clamp(*bounds)
+            self._append_metrics(metrics.of_groups(rewards.view(-1, self.args.num_generations)))
 
     def _advantages(self, output: dict[str, Any]) -> Tensor:
         """Return TRL's advantages (B,), those below 0 set to 0 where `positive_only` asks for it."""

@@ -14,7 +14,7 @@ from ..pairing import Pair, template_refusal, warn_of_templates, with_system_pro
 from ..pairing.prompts import SYSTEM_PROMPTS, TEACHER_PROMPT, render
 from .engines.base import MixtureGeneration, tokenizer_of
 from .generator import OptimalSamplingGenerator
-from .prompts import Row, check_kinds, check_lengths, check_shapes, is_chat, rows_of
+from .prompts import Row, check_lengths, check_no_images, check_one_kind, check_shapes, is_chat, rows_of
 
 TrlTrainer: Any = object
 """The TRL trainer that follows in the method resolution order; Any, so that mypy lets its attributes pass."""
@@ -143,6 +143,8 @@ class PromptReader(TrlTrainer):
             Row(f"row {index} of the batch", self._prompt_of(example), example.get(TEACHER_PROMPT))
             for index, example in enumerate(inputs)
         ]
+        check_no_images(inputs[0], "A row of the batch")
+        check_one_kind(rows)
         if engine.pair is not None and is_chat(rows[0].prompt) and rows[0].teacher_prompt is None:  # of streams; once
             self._compare_templates(engine.pair)
         engine.teacher_prompts = None
@@ -167,7 +169,6 @@ class PromptReader(TrlTrainer):
         system_prompt, way = self.generator.teacher_system_prompt, self.generator.system_message
         groups: dict[tuple[bool, bool], dict[int, Any]] = {}  # by whose tokenizer reads it, and whether it is a chat
         for index, row in enumerate(rows):
-            check_kinds(row)
             prompt = row.prompt if row.teacher_prompt is None else row.teacher_prompt
             group = groups.setdefault((row.teacher_prompt is not None, is_chat(prompt)), {})
             group[index] = with_system_prompt(prompt, system_prompt, way)

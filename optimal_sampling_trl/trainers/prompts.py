@@ -7,7 +7,7 @@ advance, and is checked batch by batch as it comes.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..pairing import Pair, check_prompt, with_system_prompt
@@ -16,6 +16,8 @@ from .generator import OptimalSamplingGenerator
 
 AT_ONCE = 256
 """Prompts that are tokenized at a time."""
+IMAGES = ("image", "images")
+"""Columns from which TRL reads images."""
 
 Tokenize = Callable[[list[Any]], list[list[int]]]
 """The trainer's way from prompts, texts or chats, to token ids; chats and texts in calls of their own."""
@@ -81,7 +83,7 @@ def rows_of(data: Any, name: str) -> Iterator[Row]:
 
 
 def check_columns(data: Any, name: str) -> None:
-    """Refuse a data set, or one of a dictionary, whose columns are known and lack the prompts.
+    """Refuse a data set, or one of a dictionary, whose columns are known and lack the prompts, or may hold images.
 
     Args:
         data: a data set, a dictionary of some, or None.
@@ -98,6 +100,38 @@ def check_columns(data: Any, name: str) -> None:
             f"`{name}` has the columns {', '.join(columns)}; wanted 'prompt'. Rename the column that holds the "
             f"prompts: `data.rename_column({columns[0]!r}, 'prompt')`."
         )
+    else:
+        check_no_images(columns or (), f"`{name}`")
+
+
+def check_no_images(columns: Iterable[str], where: str) -> None:
+    """Refuse the columns that TRL reads images from, empty ones too: TRL takes such rows for those of a vision model.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if found := [column for column in IMAGES if column in columns]:
+        raise ValueError(
+            f"{where} has the column {found[0]!r}, from which TRL reads images; rollouts from the mixture take text "
+            f"alone. Drop it: `data.remove_columns({found})`."
+        )
+
+
+def check_one_kind(rows: Sequence[Row]) -> None:
+    """Refuse a batch whose prompts are no texts or messages, or of both kinds: TRL reads all as it reads the first.
+
+    Raises:
+        ValueError: naming a row.
+    """
+    for row in rows:
+        check_kinds(row)
+        if is_chat(row.prompt) != is_chat(rows[0].prompt):
+            words = {True: "messages", False: "a text"}
+            raise ValueError(
+                f"The prompt in {row.where} is {words[is_chat(row.prompt)]} and the one in {rows[0].where} "
+                f"{words[is_chat(rows[0].prompt)]}; wanted one kind in a data set. Make a chat of each text: "
+                "[{'role': 'user', 'content': text}]."
+            )
 
 
 def has_teacher_prompts(*data: Any) -> bool:

@@ -104,7 +104,7 @@ class RLOOTrainer(PolicyGradientTrainer, trl.RLOOTrainer):
                 "the level 'sequence', for example 'sequence_truncate'."
             )
 
-        if self.args.beta != 0:
+        if self.args.beta != 0 and self._trains_on_mixture():
             warn_user(
                 f"`beta` is {self.args.beta}: RLOO takes β·Σ(log θ − log θ_reference) from the reward of each "
                 "completion, on the mixture's tokens as if the student had sampled them, and so punishes what the "

@@ -100,6 +100,18 @@ def test_each_trainer_compares_on_the_first_batch_after_each_change(
     assert all(tokens > 0 and worst < 1e-4 for tokens, worst in compared)
 
 
+@pytest.mark.parametrize("kind", ["grpo", "divergence"])
+def test_an_evaluation_in_bfloat16_is_held_to_its_bound(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
+    """transformers casts the model for an evaluation outside training, and leaves it so."""
+    trainer = make_trainer(
+        kind, pair, tmp_path, bf16_full_eval=True, trainer={"eval_dataset": Dataset.from_dict({"prompt": TEXTS[:4]})}
+    )
+    trainer.train()
+    assert trainer.guard.bound == CPU_BOUND
+    trainer.evaluate()
+    assert trainer.guard.bound == BOUNDS[torch.bfloat16]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_record_of_another_student_stops_training(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
     """The rollouts come from a copy that is not trained: fine at first, not after a step."""

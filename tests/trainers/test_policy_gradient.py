@@ -221,6 +221,21 @@ def test_the_mixtures_weight_falls_and_ends_with_the_student_alone(pair: tuple[s
             {},
             r"`credit` is 'anchored' with .* `num_iterations` 2, .*wanted one update of each batch",
         ),
+        (
+            {"importance_sampling_level": "sequence", "credit": "anchored", "correction": "token_mask"},
+            {},
+            r"is 'sequence' with `loss_type` 'dapo' and `credit` 'anchored', `correction` 'token_mask': each token",
+        ),
+        (
+            {"importance_sampling_level": "sequence", "loss_type": "luspo", "distillation_coefficient": 0.5},
+            {},
+            r"'luspo' and `distillation_coefficient` 0\.5: .*take `loss_type` 'cispo' or 'vespo'",
+        ),
+        (
+            {"loss_type": "dr_grpo", "max_completion_length": None, "generation_kwargs": {"max_tokens": 6}},
+            {},
+            r"`max_completion_length` is None and `loss_type` 'dr_grpo', which divides by it; wanted",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together(
@@ -250,4 +265,41 @@ def test_settings_that_collapsed_are_warned_of_once(pair: tuple[str, str], tmp_p
         warnings.simplefilter("always")
         make_trainer("grpo", pair, tmp_path, correction="token_truncate")
         make_trainer("grpo", pair, tmp_path, correction="token_truncate", generator={"theta_fraction": 0.0})
-    assert not [w for w in caught if "on the embedded pair" in str(w.message)]
+        for kind in RL:  # a penalty on the student's own tokens is TRL's
+            make_trainer(kind, pair, tmp_path, beta=0.1, generator={"theta_fraction": 1.0})
+    assert not [w for w in caught if "on the embedded pair" in str(w.message) or "`beta` is" in str(w.message)]
+
+
+@pytest.mark.parametrize("credit", ["completion", "anchored"])
+def test_credit_of_tokens_reaches_the_loss_that_takes_it_at_the_level_of_a_sequence(
+    pair: tuple[str, str], tmp_path: Path, credit: str
+) -> None:
+    """The gradient by each token's log θ is its own advantage, where TRL's ratio is one of the completion."""
+    settings: dict[str, Any] = {"loss_type": "cispo", "importance_sampling_level": "sequence", "epsilon_high": 5.0}
+    trainer = make_trainer("grpo", pair, tmp_path, credit=credit, gradient_accumulation_steps=1, **settings)
+    batch = one_batch(trainer, [TEXTS[0]] * 4)
+    leaves: list[torch.Tensor] = []
+    compute = trainer._get_per_token_logps_and_entropies
+
+    def from_leaves(*positional: Any, **keywords: Any) -> Any:
+        log_theta, *rest = compute(*positional, **keywords)
+        leaves.append(log_theta.detach().requires_grad_())
+        return leaves[-1], *rest
+
+    trainer._get_per_token_logps_and_entropies = from_leaves
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.compute_loss(trainer.model, batch).backward()
+    mask = batch["completion_mask"]
+    advantages = (batch["advantages"].view(len(mask), -1) * mask).expand_as(mask)
+    assert torch.allclose(leaves[0].grad * mask.sum(), -advantages, atol=1e-4)
+    spread = advantages.max(1).values - advantages.where(mask.bool(), torch.inf).min(1).values
+    assert (float(spread.max()) > 0.01) == (credit == "anchored")
+
+
+def test_groups_with_signal_are_those_of_the_rewards_that_rloo_clips(pair: tuple[str, str], tmp_path: Path) -> None:
+    prompts = [text for text in TEXTS[:4] for _ in range(4)]
+    for bounds, none in (((-1.0, 0.0), True), (None, False)):
+        trainer = make_trainer("rloo", pair, tmp_path, reward_clip_range=bounds)
+        batch = one_batch(trainer, prompts)
+        (share,) = trainer._metrics["train"]["mixture/groups_with_signal"]
+        assert (share == 0) == (not bool(batch["advantages"].any())) == none

@@ -110,6 +110,31 @@ def test_streamed_data_is_checked_as_it_comes(pair: tuple[str, str], tmp_path: P
         one_batch(trainer, [USER] * 4)
 
 
+def test_texts_and_chats_in_one_stream(pair: tuple[str, str], tmp_path: Path) -> None:
+    """TRL reads a batch as it reads its first prompt."""
+    rows = data(USER)["train_dataset"].to_iterable_dataset()
+    trainer = make_trainer("grpo", pair, tmp_path, trainer={"train_dataset": rows})
+    for prompts, words in (
+        ([USER, USER, "7", USER], "The prompt in row 2 of the batch is a text and the one in row 0 .* messages"),
+        (["7", USER, "7", "7"], "The prompt in row 1 of the batch is messages and the one in row 0 .* a text"),
+        (["7", None, "7", "7"], r"The prompt in row 1 of the batch is 'None' \(NoneType\); wanted a text or a list"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            one_batch(trainer, prompts)
+
+
+@pytest.mark.parametrize("column", ["image", "images"])
+def test_columns_of_images(pair: tuple[str, str], tmp_path: Path, column: str) -> None:
+    """Empty ones too, which TRL takes for a vision model's."""
+    given = data(USER, USER)["train_dataset"].add_column(column, [None, None])
+    words = rf"`train_dataset` has the column '{column}', .*Drop it: `data\.remove_columns\(\['{column}'\]\)`"
+    with pytest.raises(ValueError, match=words):
+        make_trainer("grpo", pair, tmp_path, trainer={"train_dataset": given})
+    trainer = make_trainer("grpo", pair, tmp_path, trainer=data(USER))
+    with pytest.raises(ValueError, match=f"A row of the batch has the column '{column}'"):
+        trainer._generate_and_score_completions([{"prompt": USER, column: None}] * 4)
+
+
 @pytest.mark.parametrize(("mode", "content"), [("replace", "Be terse."), ("append", "Count.\n\nBe terse.")])
 def test_a_system_message_is_replaced_or_appended_to(
     pair: tuple[str, str], tmp_path: Path, mode: str, content: str
