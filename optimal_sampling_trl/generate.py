@@ -12,6 +12,7 @@ from .mixture import SWAP, Mixture
 from .options import check_flag, check_whole, shown, suggest_arguments
 from .output import OptimalSamplingOutput
 from .pairing import NamedWeights, Prompt, check_system_prompts, encode, reads_two_prompts, warn_of_templates
+from .pairing.prompts import warn_of_context
 from .pairing.rows import check_not_keyed, teacher_prompts_of
 from .rollouts.dense import Dense, check_dense
 from .rollouts.params import takes_sampling_params
@@ -199,7 +200,11 @@ class OptimalSamplingV1:
             for sample in range(n)
         ]
         with Progress(len(requests), is_watched() if use_tqdm is None else use_tqdm) as progress:
-            return self._output(self.backend.generate(requests, progress))
+            rollouts = self.backend.generate(requests, progress)
+        warn_of_context(
+            sum(one.is_cut_by_context(max_tokens) for one in rollouts), max_tokens, self.backend.pair.context
+        )
+        return self._output(rollouts)
 
     def chat(self, messages: Sequence[Any], *positional: Any, **keywords: Any) -> OptimalSamplingOutput:
         """Sample n answers to each conversation, with vLLM's name for it.

@@ -197,6 +197,20 @@ def test_sampling_settings_reach_the_backend(sampler: OptimalSamplingV1, monkeyp
     assert asked[2].sampling == Sampling(max_tokens=100, stop=("x", "yz"))
 
 
+def test_completions_that_the_context_cuts_are_counted(sampler: OptimalSamplingV1, tmp_path: Path) -> None:
+    context = sampler.backend.pair.context
+    prompts = [[EOS + 1] * (context - 3), [EOS + 1] * 3]
+    words = rf"1 completions have fewer tokens than `max_tokens`, 5, since the context of {context} ends there"
+    with pytest.warns(UserWarning, match=words):
+        output = sampler.generate(prompts, max_tokens=5, seed=1)
+    assert [len(one.completion_ids) for one in output.rollouts] == [3, 5]
+    with pytest.warns(UserWarning, match=words):
+        sample_to_folder(sampler, prompts, tmp_path / "cut", sampling=Sampling(max_tokens=5), seed=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sampler.generate(prompts, max_tokens=3, seed=1)
+
+
 def test_context_manager_and_close(root: Path) -> None:
     with build(root) as sampler:
         assert len(sampler.generate("a", max_tokens=2).rollouts) == 1

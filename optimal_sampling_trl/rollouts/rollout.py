@@ -115,6 +115,10 @@ class Rollout:
             dense=dense,
         )
 
+    def is_cut_by_context(self, max_tokens: int) -> bool:
+        """Whether the completion ended where the models' context did, before `max_tokens` tokens."""
+        return self.finish_reason == "length" and len(self.completion_ids) < max_tokens
+
     def __repr__(self) -> str:
         return f"Rollout({', '.join(f'{name} {value}' for name, value in self._summary().items())})"
 
