@@ -281,7 +281,7 @@ def _share(value: float) -> str:
 
 
 def _number(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.3f}"
+    return "" if math.isnan(value) else f"{round(value, 3) + 0.0:.3f}"  # a divergence of -1e-9 is 0.000
 
 
 def _cells(found: Probe) -> list[list[str]]:

@@ -216,6 +216,12 @@ class Cells(HTMLParser):
             self.cells[-1] += data
 
 
+def test_a_divergence_that_rounding_takes_below_zero_is_shown_without_a_sign(found: Probe) -> None:
+    rows = [replace(row, kl_theta=-1e-9) for row in found.rows]
+    assert "0.000" in (text := probe_text(replace(found, rows=rows)))
+    assert "-0.000" not in text
+
+
 def test_both_pages_have_the_same_table(found: Probe) -> None:
     text, page = probe_text(found), probe_page(found, "A <b> & a pair")
     lines = text.splitlines()

@@ -57,7 +57,13 @@ class ServerGeneration(PushedGeneration):
     def _init_vllm(self) -> None:
         connect = partial(self._connect, vllm_generation.VLLMClient)
         with patch.object(vllm_generation, "VLLMClient", connect):
-            super()._init_vllm()
+            try:
+                super()._init_vllm()
+            except NotImplementedError as error:  # of TRL's client, which sends by NCCL alone
+                raise ValueError(
+                    f"`vllm_mode` is 'server' and the trainer is on {self.accelerator.device}: weights go to a server "
+                    "over NCCL, for which trainer and server need a GPU each. Leave `vllm_mode` at 'colocate'."
+                ) from error
 
     def _connect(self, client_class: type, **arguments: Any) -> Any:
         """Build TRL's client: a server that cannot be used is refused before weights are sent."""

@@ -640,6 +640,12 @@ def test_trainers_on_a_server(
         assert set(sent) == {2, 4}, "half a group is a request, and a whole one where all is the student's"
 
 
+def test_a_trainer_without_a_gpu_is_refused_in_words(trained: Server, pair: tuple[str, str], tmp_path: Path) -> None:
+    """By TRL's own client, which sends weights over NCCL alone."""
+    with pytest.raises(ValueError, match=r"the trainer is on cpu: weights go to a server over NCCL, .*'colocate'"):
+        build("grpo", pair, tmp_path, trained)
+
+
 def test_the_teacher_is_measured_on_a_server(
     trained: Server, pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
