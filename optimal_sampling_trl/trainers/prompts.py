@@ -16,6 +16,8 @@ from .generator import OptimalSamplingGenerator
 
 AT_ONCE = 256
 """Prompts that are tokenized at a time."""
+CONVERSATIONS = ("messages", "conversations")
+"""Columns that hold whole conversations by habit, answers included."""
 IMAGES = ("image", "images")
 """Columns from which TRL reads images."""
 
@@ -96,10 +98,14 @@ def check_columns(data: Any, name: str) -> None:
         for key, part in data.items():
             check_columns(part, f"{name}[{key!r}]")
     elif (columns := getattr(data, "column_names", None)) and "prompt" not in columns and isinstance(columns, list):
-        raise ValueError(
-            f"`{name}` has the columns {', '.join(columns)}; wanted 'prompt'. Rename the column that holds the "
-            f"prompts: `data.rename_column({columns[0]!r}, 'prompt')`."
+        whole = next((column for column in CONVERSATIONS if column in columns), None)
+        advice = (
+            f"Rename the column that holds the prompts: `data.rename_column({columns[0]!r}, 'prompt')`."
+            if whole is None
+            else f"A row's {whole!r} end with the answer; keep the turns before it: `data.map(lambda row: "
+            f"{{'prompt': row[{whole!r}][:-1]}})`."
         )
+        raise ValueError(f"`{name}` has the columns {', '.join(columns)}; wanted 'prompt'. {advice}")
     else:
         check_no_images(columns or (), f"`{name}`")
 

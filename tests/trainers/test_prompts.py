@@ -198,6 +198,11 @@ def test_a_data_set_without_prompts(pair: tuple[str, str], tmp_path: Path, kind:
         make_trainer(kind, pair, tmp_path, trainer={"train_dataset": asked})
     with pytest.raises(ValueError, match=r"`eval_dataset\['hard'\]` has the columns question, answer; wanted"):
         make_trainer(kind, pair, tmp_path, trainer={"eval_dataset": {"hard": asked}})
+    spoken = Dataset.from_dict({"id": [1], "messages": [[*USER, {"role": "assistant", "content": "1"}]]})
+    with pytest.raises(ValueError, match=r"columns id, messages; wanted 'prompt'\. .*\{'prompt': row\['messages'\]\["):
+        make_trainer(kind, pair, tmp_path, trainer={"train_dataset": spoken})
+    advised = spoken.map(lambda row: {"prompt": row["messages"][:-1]})
+    assert advised[0]["prompt"] == USER
 
 
 @pytest.mark.parametrize(("kind", "wanted"), [("grpo", 2), ("rloo", 2), ("raft", 8), ("sampled_token", 8)])
