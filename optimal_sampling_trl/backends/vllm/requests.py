@@ -121,7 +121,7 @@ def check_params(params: Any, prompt_ids: Sequence[int], settings: dict[str, Any
     for name in extra:
         if name not in known:
             raise ValueError(unknown_option("extra argument of a request", name, known))
-    _check_scoring(params, mixture_of(extra, settings.get("mixture", {})), settings)
+    _check_scoring(params, mixture_of(extra), settings)
     _check_records(params, extra, settings)
     if prompt_ids and max(prompt_ids) >= settings["vocabulary"]:  # vLLM knows the teacher's vocabulary alone
         wanted = f"wanted ids below {settings['vocabulary']}, which both models read."

@@ -180,9 +180,8 @@ class MixtureSampler(nn.Module):
 
     def _read_mixtures(self, requests: list[str], device: torch.device) -> None:
         params = [self.runner.requests[name].sampling_params for name in requests]
-        default = self.runner.model.default_mixture
         self.mixtures = BatchMixtures.of(
-            [mixture_of(one.extra_args, default) for one in params],
+            [mixture_of(one.extra_args) for one in params],
             [one.temperature for one in params],
             [one.structured_outputs is not None for one in params],
             device,

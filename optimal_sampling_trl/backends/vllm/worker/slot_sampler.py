@@ -67,7 +67,7 @@ class SlotSampler:
         """Note a new request's settings. vLLM's hook; the request's parameters come last in every version."""
         self.base.add_request(slot, *args)
         params = args[-1]
-        mixture = mixture_of(params.extra_args, self.model.default_mixture)
+        mixture = mixture_of(params.extra_args)
         self.staged.np[slot] = (*mixture.numbers(), params.temperature or 1.0)
         self.wanted.np[slot] = self.wanted_np[slot] = bool((params.extra_args or {}).get(RECORD))
         self.masked_np[slot] = params.structured_outputs is not None
