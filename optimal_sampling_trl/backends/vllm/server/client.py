@@ -19,6 +19,7 @@ from ....pairing import STUDENT, checkpoint_digest, is_student
 from ....rollouts.request import Request
 from ....rollouts.rollout import Rollout, check_solved, has_nan
 from ....user_warnings import warn_user
+from ..limits import ONE_PROMPT
 from ..requests import check_request
 from .messages import pair_of, to_arguments, to_rollouts
 
@@ -62,13 +63,12 @@ class FusedServer:
         """Refuse a server whose models read one prompt.
 
         Raises:
-            RuntimeError: where a model has sliding windows, latent attention or linear attention.
+            RuntimeError: where a model's layers have what `limits.ONE_PROMPT` names.
         """
         with self._explain_errors("does not fit the trainer"):
             if not self.pair.two_prompts:
                 raise ValueError(
-                    "teacher and student are to read different prompts, which takes models without sliding windows, "
-                    "latent attention and linear attention."
+                    f"teacher and student are to read different prompts, which takes models without {ONE_PROMPT}."
                 )
 
     def check_ending(self, stop: Sequence[int]) -> None:

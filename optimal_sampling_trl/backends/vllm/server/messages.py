@@ -148,7 +148,7 @@ def _to_rollout(choice: dict[str, Any], request: Request, pair: Pair) -> Rollout
     else:
         names, rows = _all_columns(tokens, 1 + columns_of(request.dense))
         records, dense = read_named(names, _restored(rows), ids, request.dense, pair.engine_vocabulary)
-    text = request.sampling.cut(str(pair.tokenizer.decode(ids, skip_special_tokens=True)))
+    text = request.sampling.cut(pair.text(ids))
     return Rollout.from_request(request, ids, records, text, str(choice["finish_reason"]), dense)
 
 
