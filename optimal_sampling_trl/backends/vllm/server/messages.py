@@ -64,6 +64,8 @@ def pair_of(info: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Pair:
     Raises:
         ValueError: where the server runs something else than this package serves, or a student of other tokens.
     """
+    if "model_config" not in info:
+        raise ValueError("its `/server_info` has no `model_config`, by which vLLM's servers tell what they run.")
     model = info["model_config"]
     settings = (info.get("additional_config") or {}).get("optimal_sampling") or {}
     if "version" not in settings:
