@@ -111,10 +111,10 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
             evaluation_reads_teacher=self._evaluation_reads_teacher(),
             will_evaluate_alone=self._will_evaluate_alone(),
         )
-        longest = on_all_ranks(self._check_shapes, self.accelerator)
+        first_lengths = on_all_ranks(self._check_shapes, self.accelerator)
         self.vllm_generation = engine = build_generation(plan, self._loaded_teacher(), **trl_arguments)
         self._share_teacher_tokenizer(engine)
-        on_all_ranks(lambda: self._check_lengths(longest, engine), self.accelerator)
+        on_all_ranks(lambda: self._check_lengths(first_lengths, engine), self.accelerator)
         warn_of_unread(self.args, engine.unread_settings())
         return engine
 
