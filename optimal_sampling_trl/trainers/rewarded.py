@@ -91,6 +91,10 @@ class RewardedTrainer(TwoRounds, DenseTermTrainer):
         rows = (self.rewards, self._accepts(self.rewards), *halves)
         self._append_metrics(metrics.of_acceptance(*(values.view(-1, size) for values in rows)))
 
+    def _own_rows(self, of_all: Tensor) -> Tensor:
+        """Return this process's part of a value for each row of all processes, which have equally many."""
+        return of_all.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
+
     def _accepts(self, rewards: Tensor) -> Tensor:
         """Return True for each reward that accepts its completion."""
         return accept_rewards(rewards)
