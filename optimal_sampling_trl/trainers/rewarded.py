@@ -75,7 +75,7 @@ class RewardedTrainer(TwoRounds, DenseTermTrainer):
         self._log_rewards()
         if not self.model.training:
             self._evaluated.append(self.rewards)
-        elif self.generator.two_rounds is None:  # else the mixture's are for prompts where the student fails
+        elif not self.generator.two_rounds:  # else the mixture's are for prompts where the student fails
             self._tell(self._overtaking.add(self.rewards, self._theta_rows()))
         return rewards
 
