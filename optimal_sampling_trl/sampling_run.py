@@ -26,7 +26,7 @@ from .pairing.prompts import SYSTEM_MESSAGE, warn_of_context
 from .pairing.rows import read_prompts
 from .rollouts.card import make_card
 from .rollouts.dense import Dense, check_dense
-from .rollouts.folder import CARD, RUN, Key, RolloutFolder
+from .rollouts.folder import CARD, RUN, Key, RolloutFolder, shard_name
 from .rollouts.progress import Progress
 from .rollouts.request import Request, Sampling
 from .rollouts.rollout import Rollout, UnsolvedError
@@ -317,7 +317,7 @@ def _missing(store: RolloutFolder, total: int, n: int, batch_size: int) -> dict[
     there = {path.name: path for path in store.shards()}
     missing = {}
     for number, keys in enumerate(_batches(total, n, batch_size)):
-        path = there.pop(f"rollouts-{number:06}.parquet", None)
+        path = there.pop(shard_name(number), None)
         if path is None:
             missing[number] = keys
             continue

@@ -146,17 +146,14 @@ def _read_for_vllm(
     from .vllm.launch import quiet
 
     quiet()
-    from .vllm.limits import check_pair, check_platform
+    from .vllm.limits import ONE_PROMPT, check_pair, check_platform
     from .vllm.plugin import require
 
     require()
     check_platform(engine_arguments)
     pair = check_pair(teacher, theta, engine_arguments, tokenizer, theta_settings)
     if two_prompts and not pair.two_prompts:
-        raise ValueError(
-            "teacher and student read different prompts, which takes models without sliding windows, latent attention "
-            "and linear attention"
-        )
+        raise ValueError(f"teacher and student read different prompts, which takes models without {ONE_PROMPT}")
     return pair
 
 

@@ -11,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .arithmetic import log_average
-from .settings import FORMS, Mixture, MixtureRows, precision
+from .settings import SWAP, Mixture, MixtureRows, precision
 from .solver import solve_alpha
-from .swap import likeliest, swaps
+from .swap import likeliest
 
 
 def mix(
@@ -155,10 +155,10 @@ def mix_at(
     weight = alpha[:, None].to(theta.dtype)
     theta_sum, teacher_sum = ((row / scale).logsumexp(-1, keepdim=True) for row in (theta, teacher))
     log_theta, log_teacher = theta / scale - theta_sum, teacher / scale - teacher_sum
-    is_swapped = swaps(rows)
+    is_swapped = rows.are(method=SWAP)
     if rows.most_swapped:
         log_theta = log_theta.masked_fill(is_swapped[:, None] & ~likeliest(teacher, rows), -torch.inf)
     log_q = log_average(log_theta, log_teacher, alpha, whole=is_swapped)
-    is_blended = (weight == 0) | (weight == 1) | (rows.form == FORMS.index("geometric"))[:, None]
+    is_blended = (weight == 0) | (weight == 1) | rows.are(form="geometric")[:, None]
     average = scale * (log_q + (1 - weight) * theta_sum + weight * teacher_sum)
     return torch.where(is_blended & ~is_swapped[:, None], geometric, average)

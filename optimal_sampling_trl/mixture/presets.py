@@ -16,12 +16,21 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 """The settings of each mixture, by the name of its preset. The other settings keep their defaults."""
 
 
+def check_preset(name: str) -> None:
+    """Refuse a name that is no preset.
+
+    Raises:
+        ValueError: naming the nearest one.
+    """
+    if name not in PUBLISHED:
+        raise ValueError(unknown_option("preset", name, PUBLISHED))
+
+
 def published(name: str) -> dict[str, Any]:
     """Return the settings of a published mixture.
 
     Raises:
-        ValueError: on a name that is no preset.
+        ValueError: see `check_preset`.
     """
-    if name not in PUBLISHED:
-        raise ValueError(unknown_option("preset", name, PUBLISHED))
+    check_preset(name)
     return PUBLISHED[name]

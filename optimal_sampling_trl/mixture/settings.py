@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import reduce
+from operator import and_
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..options import check_number, check_whole, suggest_arguments, unknown_option
@@ -249,7 +251,11 @@ class MixtureRows(NamedTuple):
         """Return the methods that occur in the rows of a form."""
         return frozenset(method for other, method in self.present if other == form)
 
-    def rows(self, index: Int[Tensor, " K"]) -> MixtureRows:
+    def are(self, **words: str) -> Bool[Tensor, " N"]:
+        """Return the rows of a `method`, of a `form`, or of both."""
+        return reduce(and_, (getattr(self, name) == CHOICES[name].index(word) for name, word in words.items()))
+
+    def at(self, index: Int[Tensor, " K"]) -> MixtureRows:
         """Return the rows at `index`."""
         return self._replace(**{name: getattr(self, name)[index] for name in FIELDS})
 

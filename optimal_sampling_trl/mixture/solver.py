@@ -11,8 +11,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .arithmetic import first_alpha, is_unbounded, kl_and_slope, symmetric_alpha
-from .settings import FORMS, METHODS, SAME_DIVERGENCE, MixtureRows
-from .swap import swapped_mass, swaps
+from .settings import SAME_DIVERGENCE, SWAP, MixtureRows
+from .swap import swapped_mass
 
 SOLVER_STEPS = 48
 """The most passes over a row. The solver needs 4 to 8; bisection from 1 to 1e-9 would need 30."""
@@ -40,12 +40,12 @@ def solve_alpha(
     if "entropy" in rows.methods("geometric") | rows.methods("arithmetic"):
         theta, teacher = (torch.special.entr(row.exp()).sum(-1) for row in (log_theta, log_teacher))
         share = torch.where(theta + teacher > 0, theta / (theta + teacher), middle)
-        alpha = torch.where(rows.method == METHODS.index("entropy"), share, alpha)
+        alpha = torch.where(rows.are(method="entropy"), share, alpha)
     if "entropy_gate" in rows.methods("geometric") | rows.methods("arithmetic"):
         gate = torch.special.entr(log_theta.exp()).sum(-1) / rows.entropy_scale
-        alpha = torch.where(rows.method == METHODS.index("entropy_gate"), gate, alpha)
+        alpha = torch.where(rows.are(method="entropy_gate"), gate, alpha)
     if rows.most_swapped:
-        alpha = torch.where(swaps(rows), swapped_mass(log_theta, log_teacher, rows), alpha)
+        alpha = torch.where(rows.are(method=SWAP), swapped_mass(log_theta, log_teacher, rows), alpha)
     if rows.methods("geometric") & _RESIDUALS.keys():
         family = _Family(log_theta.masked_fill(~support, -torch.inf), log_ratio)
         alpha = _solve_geometric(family, rows, alpha, middle)
@@ -66,7 +66,7 @@ def _unsolvable(
     """Return the rows that have a NaN, or no token with mass under q."""
     broken = log_theta.isnan().any(-1) | log_teacher.isnan().any(-1)
     nowhere = ~support.any(-1) & (alpha != 0) & (alpha != 1)
-    return broken | (nowhere & (rows.form == FORMS.index("geometric")) & ~swaps(rows))
+    return broken | (nowhere & rows.are(form="geometric") & ~rows.are(method=SWAP))
 
 
 class _Moments(NamedTuple):
@@ -141,7 +141,7 @@ def _solve_geometric(family: _Family, rows: MixtureRows, alpha: Tensor, middle: 
         root = _find_root(partial(_RESIDUALS[name], family), rows, start)
         if name != "trust_region":
             root = torch.where(divergence < SAME_DIVERGENCE, middle, root)
-        alpha = torch.where(_are(rows, "geometric", name), root, alpha)
+        alpha = torch.where(rows.are(form="geometric", method=name), root, alpha)
     return alpha
 
 
@@ -157,13 +157,13 @@ def _solve_arithmetic(
     if "kl_symmetry" in rows.methods("arithmetic"):
         root, jeffreys = symmetric_alpha(log_theta, log_teacher, log_ratio)
         root = torch.where(jeffreys < SAME_DIVERGENCE, middle, root)
-        alpha = torch.where(_are(rows, "arithmetic", "kl_symmetry"), root, alpha)
+        alpha = torch.where(rows.are(form="arithmetic", method="kl_symmetry"), root, alpha)
     if "trust_region" in rows.methods("arithmetic"):
         start = first_alpha(log_theta, log_teacher, rows.epsilon)
         start = torch.where(start.isfinite(), start, middle).clamp(rows.alpha_min, rows.alpha_max)
         root = _find_root(partial(_power_residual, log_theta, log_teacher), rows, start)
         root = torch.where(is_unbounded(log_theta, log_teacher), rows.alpha_min, root)
-        alpha = torch.where(_are(rows, "arithmetic", "trust_region"), root, alpha)
+        alpha = torch.where(rows.are(form="arithmetic", method="trust_region"), root, alpha)
     return alpha
 
 
@@ -179,10 +179,6 @@ def _power_residual(log_theta: Tensor, log_teacher: Tensor, alpha: Tensor, epsil
     exponent = (alpha * slope / positive).clamp(1, 2)
     target = alpha * (epsilon / positive) ** (1 / exponent)
     return _Residual(value - epsilon, (value - epsilon) / (alpha - target))
-
-
-def _are(rows: MixtureRows, form: str, method: str) -> Bool[Tensor, " N"]:
-    return (rows.form == FORMS.index(form)) & (rows.method == METHODS.index(method))
 
 
 def _find_root(

@@ -5,12 +5,7 @@ from __future__ import annotations
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .settings import METHODS, SWAP, MixtureRows
-
-
-def swaps(rows: MixtureRows) -> Bool[Tensor, " N"]:
-    """Return the rows of the method."""
-    return rows.method == METHODS.index(SWAP)
+from .settings import MixtureRows
 
 
 def kth_largest(teacher: Float[Tensor, "N V"], rows: MixtureRows) -> Float[Tensor, " N"]:

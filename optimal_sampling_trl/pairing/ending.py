@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -74,26 +73,3 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     """Return the tokens that a completion's text leaves out, by their ids."""
     named = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
     return named | {id: str(token) for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-
-
-def check_stop_texts(stop: Sequence[str], special: Mapping[int, str], ends: Sequence[int], index: int) -> None:
-    """Refuse a stop text that no completion's text can hold, by which nothing would ever end.
-
-    Args:
-        stop: the texts.
-        special: `special_tokens` of the pair's tokenizer.
-        ends: tokens that end the completion anyway; a text that names one does no harm.
-        index: the request's number, for the error.
-
-    Raises:
-        ValueError: naming the text and the token.
-    """
-    for text in stop:
-        for id, token in special.items():
-            if token in text and id not in ends:
-                raise ValueError(
-                    f"Request {index} has the stop text {text!r}, and {token!r} is a special token, which is left out "
-                    "of a completion's text; wanted a text without one. To end at the token, add its id, "
-                    f"{id}, to `eos_token_id` in the student's generation config (`generation_config.json`); else "
-                    "drop the text."
-                )

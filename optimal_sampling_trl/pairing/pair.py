@@ -11,7 +11,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..options import check_flag
-from .ending import Ending, check_stop_texts, end_of_sequence, special_tokens
+from .ending import Ending, end_of_sequence, special_tokens
 from .prompts import template_digest
 from .source import MODEL_OPTIONS, Source
 
@@ -62,9 +62,31 @@ class Pair:
         """The tokens that a completion's text leaves out, by their ids."""
         return special_tokens(self.tokenizer)
 
+    def text(self, ids: Sequence[int]) -> str:
+        """Return the text of a completion's tokens, without the special ones."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
     def check_stop_texts(self, stop: Sequence[str], ignore_eos: bool, index: int) -> None:
-        """Refuse a stop text that would never end a completion: see `ending.check_stop_texts`."""
-        check_stop_texts(stop, self.special_tokens, () if ignore_eos else self.ending.stop, index)
+        """Refuse a stop text that no completion's text can hold, by which nothing would ever end.
+
+        Args:
+            stop: the texts.
+            ignore_eos: whether completions go on after their end tokens, of which a text may otherwise name one.
+            index: the request's number, for the error.
+
+        Raises:
+            ValueError: naming the text and the token.
+        """
+        ends = () if ignore_eos else self.ending.stop
+        for text in stop:
+            for id, token in self.special_tokens.items():
+                if token in text and id not in ends:
+                    raise ValueError(
+                        f"Request {index} has the stop text {text!r}, and {token!r} is a special token, which is left "
+                        "out of a completion's text; wanted a text without one. To end at the token, add its id, "
+                        f"{id}, to `eos_token_id` in the student's generation config (`generation_config.json`); else "
+                        "drop the text."
+                    )
 
 
 def is_student(teacher: Any) -> bool:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..mixture import SWAP
-
-if TYPE_CHECKING:
-    from .folder import RolloutFolder
+from .folder import DATA, SHARDS, RolloutFolder
 
 COLUMNS = {
     "prompt_ids": "token ids that the teacher read",
@@ -47,7 +45,7 @@ configs:
 - config_name: default
   data_files:
   - split: train
-    path: data/rollouts-*.parquet
+    path: {path}
 tags:
 - optimal-sampling-trl
 ---
@@ -95,7 +93,10 @@ def make_card(store: RolloutFolder, run: dict[str, Any]) -> str:
     }
     return "\n".join(
         [
-            HEAD.format(q=FORMULAS[SWAP if method == SWAP else settings.get("mixture.form", "geometric")]),
+            HEAD.format(
+                path=f"{DATA}/{SHARDS}",
+                q=FORMULAS[SWAP if method == SWAP else settings.get("mixture.form", "geometric")],
+            ),
             _table(("", ""), facts),
             "## Columns\n",
             _table(("column", "what it is"), {f"`{name}`": text for name, text in _columns(settings).items()}),

@@ -35,8 +35,10 @@ KEPT = {"settings": dict, "prompts": int, "sha256": str, "versions": list}
 """Fields of run.json, each with its kind."""
 FAILED = b"optimal_sampling.failed"
 """In a shard's metadata: JSON of (prompt_index, sample, reason) of each of its rollouts that could not be sampled."""
-SHARD = re.compile(r"rollouts-(\d{6,})\.parquet")
-LEFTOVER = re.compile(r"\.(rollouts-\d{6,}\.parquet|run\.json|README\.md)\.tmp")
+SHARDS = "rollouts-*.parquet"
+"""The names of the shards, with a star for the number."""
+SHARD = re.compile(re.escape(SHARDS).replace(r"\*", r"(\d{6,})"))
+LEFTOVER = re.compile(rf"\.({SHARD.pattern}|{re.escape(RUN)}|{re.escape(CARD)})\.tmp")
 
 
 class Key(NamedTuple):
@@ -44,6 +46,11 @@ class Key(NamedTuple):
 
     prompt_index: int
     sample: int
+
+
+def shard_name(number: int) -> str:
+    """Return the name of a shard by its place among the shards, from 0."""
+    return SHARDS.replace("*", f"{number:06}")
 
 
 def iterate_rollouts(folder: str | os.PathLike[str]) -> Iterator[Rollout]:
@@ -211,7 +218,7 @@ class RolloutFolder:
         with pq.ParquetWriter(buffer, table.schema) as writer:
             if len(table):  # `datasets` cannot read a group of no rows, which stands where all failed
                 writer.write_table(table)
-        self.write_file(f"{DATA}/rollouts-{number:06}.parquet", buffer.getvalue())
+        self.write_file(f"{DATA}/{shard_name(number)}", buffer.getvalue())
 
     def read_shard(self, path: Path, columns: Sequence[str] | None = None) -> pa.Table:
         """Read a shard, or some columns of it.
@@ -225,10 +232,7 @@ class RolloutFolder:
             with pq.ParquetFile(path) as file:  # reads the chunks of these columns, and no other byte
                 return file.read() if columns is None else file.read(list(columns)).select(list(columns))
         except (OSError, ValueError, KeyError) as error:
-            raise ValueError(
-                f"The shard {str(path)!r} cannot be read ({error}). Delete it and run the same again: its rollouts, "
-                "and no others, are sampled anew."
-            ) from error
+            raise _unreadable(path, error) from error
 
     def keys(self, path: Path) -> list[Key]:
         """Return the places of a shard's rollouts, in their order."""
@@ -247,7 +251,11 @@ class RolloutFolder:
             listed = (pq.read_schema(path).metadata or {}).get(FAILED, b"[]")
             return {Key(*key): reason for *key, reason in json.loads(listed)}
         except (OSError, ValueError, TypeError) as error:
-            raise ValueError(
-                f"The shard {str(path)!r} cannot be read ({error}). Delete it and run the same again: its rollouts, "
-                "and no others, are sampled anew."
-            ) from error
+            raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"The shard {str(path)!r} cannot be read ({error}). Delete it and run the same again: its rollouts, and no "
+        "others, are sampled anew."
+    )

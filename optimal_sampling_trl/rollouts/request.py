@@ -105,7 +105,7 @@ class Request:
     needs_teacher: bool = True
 
     def __post_init__(self) -> None:
-        if not self.needs_teacher and (self.mixture.alpha_max > 0 or self.dense is not None):
+        if not self.needs_teacher and (not self.mixture.is_theta_only or self.dense is not None):
             raise ValueError(
                 f"Request: `needs_teacher` is False with {self.mixture} and `dense` {self.dense}; wanted α 0 "
                 "and no dense records. Drop `needs_teacher`, or pass `Mixture.theta_only()` and no `dense`."

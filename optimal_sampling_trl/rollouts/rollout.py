@@ -96,13 +96,15 @@ class Rollout:
         Args:
             request: its prompts, its mixture and its temperature become the rollout's.
             completion_ids: the T sampled tokens.
-            records: a row for each of `RECORDS`, in their order; log t is dropped where the request needs no teacher.
+            records: a row for each of `RECORDS`, in their order. Where the request needs no teacher log t is dropped,
+                and α is 0.
             text: the completion without special tokens.
             finish_reason: `"stop"` or `"length"`.
             dense: the dense records that the request asked for.
         """
-        if not request.needs_teacher:  # no engine's number, since in some the teacher did not run
-            records = records.index_fill(0, torch.tensor(RECORDS.index("log_teacher")), torch.nan)
+        if not request.needs_teacher:  # no engine's number, since in some the student ran in the teacher's place
+            alpha, log_q, log_theta, log_teacher = records.unbind(0)
+            records = torch.stack([alpha * 0, log_q, log_theta, torch.full_like(log_teacher, torch.nan)])  # NaN stays
         return cls(
             prompt_ids=list(request.prompt_ids),
             theta_prompt_ids=list(request.theta_prompt_ids),

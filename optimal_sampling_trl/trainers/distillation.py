@@ -187,9 +187,10 @@ class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
     def _check_settings(self) -> None:
         super()._check_settings()
         self._check_read()
-        if (setting := self.generator.two_rounds) is not None:
+        if self.generator.two_rounds:
             raise ValueError(
-                f"{setting}, and distillation has no rewards to compare with it. Drop it, or use GRPO, RLOO or RAFT."
+                f"{self.generator.two_rounds_setting()}, and distillation has no rewards to compare with it. Drop it, "
+                "or use GRPO, RLOO or RAFT."
             )
         if self.loss == "divergence" and self.generator.is_own_teacher:
             raise ValueError(

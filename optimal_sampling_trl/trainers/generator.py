@@ -164,10 +164,13 @@ class OptimalSamplingGenerator:
                 )
 
     @property
-    def two_rounds(self) -> str | None:
-        """Words for the setting by which the student's own rows are sampled and scored first; None where none is."""
-        given = [f"`{name}` is {getattr(self, name)}" for name in TWO_ROUNDS if getattr(self, name) is not None]
-        return given[0] if given else None
+    def two_rounds(self) -> bool:
+        """True where the student's own rows are sampled and scored first."""
+        return any(getattr(self, name) is not None for name in TWO_ROUNDS)
+
+    def two_rounds_setting(self) -> str:
+        """Return words for the setting by which there are two rounds, for an error."""
+        return next(f"`{name}` is {getattr(self, name)}" for name in TWO_ROUNDS if getattr(self, name) is not None)
 
     @property
     def is_own_teacher(self) -> bool:

@@ -207,16 +207,16 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
     def _advantages(self, output: dict[str, Any]) -> Tensor:
         """Return the advantages (B,), over the student's own baseline and weighted down where that is asked for."""
         if self._setting("baseline") == "own":
-            output["advantages"] = self._own_advantages(len(output["advantages"]))
+            output["advantages"] = self._own_advantages()
         weight = mixture_weight(self.state.global_step, self._setting("mixture_weight_steps"))
         return torch.where(output["mixture_rows"], weight, 1.0) * super()._advantages(output)
 
-    def _own_advantages(self, rows: int) -> Tensor:
-        """Return the advantages (rows,) of this process over the student's own baseline."""
-        group, first = self._group_size(), self.accelerator.process_index * rows
+    def _own_advantages(self) -> Tensor:
+        """Return the advantages (B,) of this process over the student's own baseline."""
+        group = self._group_size()
         theta_rows = self._theta_rows().view(-1, group)
         advantages = own_baseline(self.rewards.view(-1, group), theta_rows, self.args.scale_rewards == "group")
-        return advantages.flatten()[first : first + rows]
+        return self._own_rows(advantages.flatten())
 
     def _weigh(self, output: dict[str, Any]) -> None:
         """Put our weights where TRL has its ratio of the trainer to the engine, times it if that is asked for."""
@@ -233,10 +233,8 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
 
         The mean is over all processes.
         """
-        mask = loss_mask(output)
-        first = self.accelerator.process_index * len(mask)
-        wrong = ~self._accepts(self.rewards[first : first + len(mask)])
-        routed = wrong[:, None] * mask.float()
+        wrong = ~self._accepts(self._own_rows(self.rewards))
+        routed = wrong[:, None] * loss_mask(output).float()
         weights = confidence(output[f"dense_{CONFIDENCE}"], routed)
         total, count = self.accelerator.reduce(torch.stack([weights.sum(), routed.sum()]))
         return weights * count / total.clamp(min=torch.finfo(total.dtype).tiny)

@@ -111,10 +111,10 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
             evaluation_reads_teacher=self._evaluation_reads_teacher(),
             will_evaluate_alone=self._will_evaluate_alone(),
         )
-        longest = on_all_ranks(self._check_shapes, self.accelerator)
+        first_lengths = on_all_ranks(self._check_shapes, self.accelerator)
         self.vllm_generation = engine = build_generation(plan, self._loaded_teacher(), **trl_arguments)
         self._share_teacher_tokenizer(engine)
-        on_all_ranks(lambda: self._check_lengths(longest, engine), self.accelerator)
+        on_all_ranks(lambda: self._check_lengths(first_lengths, engine), self.accelerator)
         warn_of_unread(self.args, engine.unread_settings())
         return engine
 
@@ -160,7 +160,7 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
         self._check_rows()
         with ExitStack() as stack:
             on_all_ranks(lambda: self._lock_folder(stack), self.accelerator)
-            self._last_loaded_step = -1  # TRL's, by which it knows whether the weights have to be pushed
+            self._push_before_sampling()
             if resume_from_checkpoint is True:
                 resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
             if resume_from_checkpoint and self.accelerator.is_main_process:
@@ -269,7 +269,7 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
         """Add the records of `stack_records` to TRL's batch, whose shuffle and split carry them with their rows."""
         self._dataset_rows = inputs
         if self._last_loaded_step == self.state.global_step and self.vllm_generation.has_changed():
-            self._last_loaded_step = -1
+            self._push_before_sampling()
         with endings_known(self):
             output = super()._generate_and_score_completions(self._with_own_prompts(inputs))
         if "longrope" in rope_kinds(self.model.config.get_text_config()):
@@ -293,8 +293,12 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
 
     def evaluation_loop(self, *positional: Any, **keywords: Any) -> Any:
         """Evaluate or predict as TRL does, with the weights as they are now: a checkpoint may have been loaded."""
-        self._last_loaded_step = -1
+        self._push_before_sampling()
         return super().evaluation_loop(*positional, **keywords)
+
+    def _push_before_sampling(self) -> None:
+        """Let TRL push the weights before the next rollouts: it does so in another step than that of the last push."""
+        self._last_loaded_step = -1
 
     def _rounding(self) -> float:
         """Difference of log θ that rounding explains in this run."""

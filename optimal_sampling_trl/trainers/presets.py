@@ -14,7 +14,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Any
 
 from ..mixture import Mixture
-from ..mixture.presets import published
+from ..mixture.presets import check_preset, published
 from .generator import OptimalSamplingGenerator
 
 
@@ -146,7 +146,7 @@ def preset_settings(name: str) -> dict[str, Any]:
     Raises:
         ValueError: on a name that is no preset.
     """
-    published(name)
+    check_preset(name)
     return dict(PRESETS[name].settings)
 
 
@@ -159,7 +159,7 @@ def apply_preset(config: Any) -> None:
     name, kind = config.preset, type(config).__name__
     if name is None:
         return
-    published(name)
+    check_preset(name)
     if (wanted := PRESETS[name].trainer) not in {base.__name__ for base in type(config).__mro__}:
         raise ValueError(
             f"`preset` is {name!r} in a `{kind}`; wanted it in a `{wanted}`, whose loss the source uses. Use that "

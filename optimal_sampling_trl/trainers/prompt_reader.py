@@ -37,12 +37,12 @@ class PromptReader(TrlTrainer):
             return {}
         return check_shapes(self._rows(), self.generator, self._token_ids)
 
-    def _check_lengths(self, longest: dict[Any, int], engine: MixtureGeneration) -> None:
+    def _check_lengths(self, first_lengths: dict[Any, int], engine: MixtureGeneration) -> None:
         """Check lengths as `prompts.check_lengths` does; warn where the teacher has another chat template."""
         if self.accelerator.is_main_process and engine.pair is not None:
-            longest |= check_shapes(self._rows(), self.generator, self._own_token_ids, of_column=True)
+            first_lengths |= check_shapes(self._rows(), self.generator, self._own_token_ids, of_column=True)
             tokenize = {False: self._token_ids, True: self._own_token_ids}
-            check_lengths(self._rows(), longest, self.generator, tokenize, engine.pair)
+            check_lengths(self._rows(), first_lengths, self.generator, tokenize, engine.pair)
             if any(row.teacher_prompt is None and is_chat(row.prompt) for row in self._rows()):
                 self._compare_templates(engine.pair)
 

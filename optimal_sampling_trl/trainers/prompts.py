@@ -186,13 +186,13 @@ def check_shapes(
     Raises:
         ValueError: naming the row, and the setting that does not go with it.
     """
-    longest: dict[Any, int] = {}
+    first_lengths: dict[Any, int] = {}
     for row in rows:
         check_kinds(row)
         for reading in readings(row, generator):
-            if reading.is_own == of_column and (kind := reading.kind) not in longest:
-                longest[kind] = _read_first(row.where, reading, generator.system_message, tokenize)
-    return longest
+            if reading.is_own == of_column and (kind := reading.kind) not in first_lengths:
+                first_lengths[kind] = _read_first(row.where, reading, generator.system_message, tokenize)
+    return first_lengths
 
 
 def shape_of(prompt: Any) -> Any:
@@ -218,7 +218,7 @@ def _read_first(where: str, reading: Reading, system_message: str, tokenize: Tok
 
 def check_lengths(
     rows: Iterator[Row],
-    longest: Mapping[Any, int],
+    first_lengths: Mapping[Any, int],
     generator: OptimalSamplingGenerator,
     tokenize: Mapping[bool, Tokenize],
     pair: Pair,
@@ -229,7 +229,7 @@ def check_lengths(
 
     Args:
         rows: prompts and where they stand.
-        longest: of `check_shapes`: more than all that a template adds.
+        first_lengths: of `check_shapes`: more than all that a template adds.
         generator: the trainer's.
         tokenize: see `Tokenize`; at True that of the teacher's own prompts, at False that of all others.
         pair: says what the models can read.
@@ -248,7 +248,7 @@ def check_lengths(
     for row in rows:
         for reading in readings(row, generator):
             size, system = _bytes(reading.prompt), len((reading.system_prompt or "").encode())
-            if size and size + system + longest.get(reading.kind, pair.context) < pair.context:
+            if size and size + system + first_lengths.get(reading.kind, pair.context) < pair.context:
                 continue
             batch = batches.setdefault((reading.role, reading.is_own, is_chat(reading.prompt)), [])
             batch.append((row.where, reading))

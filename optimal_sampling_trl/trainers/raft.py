@@ -174,11 +174,9 @@ class RAFTTrainer(RewardedTrainer, trl.GRPOTrainer):
         The loss of an evaluation imitates the student's accepted completions.
         """
         super()._weigh(output)
-        weights, mask = self._imitation_weights(), loss_mask(output)
-        first = self.accelerator.process_index * len(mask)
-        output["imitation_weights"] = weights = weights[first : first + len(mask)]
+        output["imitation_weights"] = weights = self._own_rows(self._imitation_weights())
         if self._setting("denominator") == "accepted":
-            output["num_items_in_batch"] = self.accelerator.reduce((weights[:, None] * mask).sum())
+            output["num_items_in_batch"] = self.accelerator.reduce((weights[:, None] * loss_mask(output)).sum())
 
     def _correct(self, output: dict[str, Any]) -> None:
         """Do nothing: the weights are those of an evaluation too."""

@@ -79,7 +79,8 @@ def placed(turns: Turns, completion_ids: Tensor) -> Iterator[tuple[int, slice, R
 
 def _check_sampled(mask: Tensor, is_sampled: Tensor) -> None:
     """Refuse tokens (B, T) that are trained on and have no record."""
-    for row, place in (mask & ~is_sampled).nonzero()[:1].tolist():
+    if found := (mask & ~is_sampled).nonzero()[:1].tolist():
+        row, place = found[0]
         raise RuntimeError(
             f"Token {place} of completion {row} would be trained on, and no model sampled it; wanted a turn for it, "
             "or 0 in the `env_mask` of `rollout_func`."

@@ -75,7 +75,7 @@ class RewardedTrainer(TwoRounds, DenseTermTrainer):
         self._log_rewards()
         if not self.model.training:
             self._evaluated.append(self.rewards)
-        elif self.generator.two_rounds is None:  # else the mixture's are for prompts where the student fails
+        elif not self.generator.two_rounds:  # else the mixture's are for prompts where the student fails
             self._tell(self._overtaking.add(self.rewards, self._theta_rows()))
         return rewards
 
@@ -90,6 +90,10 @@ class RewardedTrainer(TwoRounds, DenseTermTrainer):
         size: Any = self.args.num_generations if self.model.training else self.num_generations_eval
         rows = (self.rewards, self._accepts(self.rewards), *halves)
         self._append_metrics(metrics.of_acceptance(*(values.view(-1, size) for values in rows)))
+
+    def _own_rows(self, of_all: Tensor) -> Tensor:
+        """Return this process's part of a value for each row of all processes, which have equally many."""
+        return of_all.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
 
     def _accepts(self, rewards: Tensor) -> Tensor:
         """Return True for each reward that accepts its completion."""

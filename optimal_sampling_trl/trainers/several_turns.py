@@ -56,12 +56,11 @@ class SeveralTurns(PromptReader):
                 f"`{maker}` was passed and `max_completion_length` is None; wanted the most tokens of all turns of a "
                 "completion together, those of tools included. Set it."
             )
-        if (setting := self.generator.two_rounds) is not None:
-            for name in self._row_makers():
-                raise ValueError(
-                    f"`{name}` was passed and {setting}: an environment belongs to a row of the whole batch, which is "
-                    "then sampled in two parts. Drop one of the two."
-                )
+        if self.generator.two_rounds and (makers := self._row_makers()):
+            raise ValueError(
+                f"`{makers[0]}` was passed and {self.generator.two_rounds_setting()}: an environment belongs to a row "
+                "of the whole batch, which is then sampled in two parts. Drop one of the two."
+            )
 
     def _row_makers(self) -> list[str]:
         """Return those of the turns' makers that treat each row of a batch in its own way."""
@@ -70,10 +69,10 @@ class SeveralTurns(PromptReader):
     def _check_two_prompts(self) -> None:
         """Refuse a teacher with another prompt where an environment adds to that of the student."""
         super()._check_two_prompts()
-        for name in self._row_makers():
+        if makers := self._row_makers():
             raise ValueError(
-                f"`{name}` was passed, and the teacher reads another prompt than the student: what an environment "
-                "adds to a prompt reaches the student's alone. Give both one prompt, or use `tools`."
+                f"`{makers[0]}` was passed, and the teacher reads another prompt than the student: what an "
+                "environment adds to a prompt reaches the student's alone. Give both one prompt, or use `tools`."
             )
 
     def _tool_call_loop(self, prompts: list[Any], prompt_ids: list[list[int]], *further: Any) -> Any:

@@ -40,7 +40,7 @@ def _share(trainer: Any) -> str:
     share = 1 - trainer._theta_count() / trainer._group_size()
     annealed = "" if generator.schedule is None else f", annealed over {generator.schedule:g} of training"
     annealed += "" if generator.alpha_by_success is None else ", annealed by the student's successes"
-    most = "" if generator.two_rounds is None else "up to "
+    most = "up to " if generator.two_rounds else ""
     return f"{most}{share:.0%} of the completions from the mixture ({_words(generator.mixture)}{annealed})"
 
 

@@ -44,9 +44,9 @@ class TwoRounds(MixtureTrainer):
 
     def _check_settings(self) -> None:
         super()._check_settings()
-        setting = self.generator.two_rounds
-        if setting is None:
+        if not self.generator.two_rounds:
             return
+        setting = self.generator.two_rounds_setting()
         group, alone = self.args.num_generations, self._theta_count()
         rows = self.args.per_device_train_batch_size * self.args.steps_per_generation
         if group < 2 or not 0 < alone < group:
@@ -77,7 +77,7 @@ class TwoRounds(MixtureTrainer):
         Returns:
             what TRL's returns of all rows.
         """
-        if self.generator.two_rounds is None or not self.model.training:
+        if not self.generator.two_rounds or not self.model.training:
             return super()._generate(prompts)
         first, second = self._rounds(len(prompts))
         if not second:  # once `mixture_weight_steps` are over, all rows are the student's
@@ -109,7 +109,7 @@ class TwoRounds(MixtureTrainer):
         Of two rounds the first stands for the student: in the second it has the prompts that it solved in the first.
         """
         student_rows = theta_rows = self._theta_rows()
-        if self.generator.two_rounds is not None and self.model.training:
+        if self.generator.two_rounds and self.model.training:
             first, _ = self._rounds(len(theta_rows))  # each process's rows are whole groups
             student_rows = torch.zeros_like(theta_rows)
             student_rows[first] = True

@@ -188,7 +188,7 @@ def test_rows_do_not_see_each_other() -> None:
     columns = MixtureRows.of(rows)
     assert torch.equal(mix(theta, teacher, columns, temperature)[0], alpha)
     order = torch.randperm(25, generator=generator)
-    picked = mix(theta[order], teacher[order], columns.rows(order), temperature[order])
+    picked = mix(theta[order], teacher[order], columns.at(order), temperature[order])
     assert (picked[0] - alpha[order]).abs().max() < 1e-6
 
 

@@ -147,6 +147,10 @@ def test_the_order_of_the_fields_is_that_of_every_table() -> None:
     assert rows.present == {("geometric", method) for method in METHODS}
     assert rows.methods("geometric") == frozenset(METHODS)
     assert not rows.methods("arithmetic")
+    assert rows.are(method="top_k_swap").tolist() == [mixture.method == "top_k_swap" for mixture in mixtures]
+    both = MixtureRows.of([Mixture("fixed"), Mixture("fixed", form="arithmetic"), Mixture(form="arithmetic")])
+    assert both.are(form="arithmetic").tolist() == [False, True, True]
+    assert both.are(form="arithmetic", method="fixed").tolist() == [False, True, False]
     assert rows.most_swapped == 7
     assert MixtureRows.from_table(table, most_swapped=7).methods("geometric") == frozenset(METHODS)
     assert MixtureRows.from_table(table[:-1]).methods("geometric") == frozenset(RANGED)

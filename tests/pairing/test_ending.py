@@ -12,8 +12,8 @@ from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, Genera
 from helpers.models import EOS, PAD, make_model, make_tokenizer
 from optimal_sampling_trl.backends.transformers import TransformersBackend
 from optimal_sampling_trl.mixture import Mixture
-from optimal_sampling_trl.pairing import Ending, end_of_sequence, stop_tokens
-from optimal_sampling_trl.pairing.ending import check_stop_texts, special_tokens
+from optimal_sampling_trl.pairing import Ending, Pair, end_of_sequence, stop_tokens
+from optimal_sampling_trl.pairing.ending import special_tokens
 from optimal_sampling_trl.rollouts.request import Request, Sampling
 
 Z = make_tokenizer().convert_tokens_to_ids("z")
@@ -44,12 +44,12 @@ def test_special_tokens_are_those_that_a_text_leaves_out() -> None:
 
 @pytest.mark.parametrize("text", ["<pad>", "\n<pad>", "<eos>"])
 def test_a_stop_text_that_no_text_can_hold(text: str) -> None:
-    special = {EOS: "<eos>", PAD: "<pad>"}
-    check_stop_texts(("z", "<", "pad>"), special, (), 3)
-    check_stop_texts(("z", text), special, (EOS, PAD), 3)  # it ends there anyway
+    pair = Pair("", "", make_tokenizer(), 258, 258, 64, Ending((EOS, PAD), ()))
+    pair.check_stop_texts(("z", "<", "pad>"), True, 3)
+    pair.check_stop_texts(("z", text), False, 3)  # it ends there anyway
     id, token = (EOS, "<eos>") if text == "<eos>" else (PAD, "<pad>")
     with pytest.raises(ValueError, match="`eos_token_id` in the student's generation config") as error:
-        check_stop_texts(("z", text), special, (), 3)
+        pair.check_stop_texts(("z", text), True, 3)
     assert f"Request 3 has the stop text {text!r}, and {token!r} is a special token" in str(error.value)
     assert f"add its id, {id}, to" in str(error.value)
 

@@ -9,7 +9,9 @@ import torch
 
 from helpers.rollouts import LOG, empty, rollout
 from optimal_sampling_trl.mixture import Mixture
-from optimal_sampling_trl.rollouts.rollout import RECORDS, UnsolvedError, check_solved
+from optimal_sampling_trl.rollouts.dense import Dense
+from optimal_sampling_trl.rollouts.request import Request
+from optimal_sampling_trl.rollouts.rollout import RECORDS, Rollout, UnsolvedError, check_solved
 
 
 def test_weights_by_hand() -> None:
@@ -114,3 +116,33 @@ def test_its_text_is_short_and_no_markup() -> None:
     assert len(repr(long)) < 220
     assert "<script>" not in long._repr_html_()
     assert "tokens 0" in repr(empty())
+
+
+ALONE = [Mixture.theta_only(), Mixture("fixed", fixed_alpha=0.0), Mixture("trust_region", epsilon=0.0)]
+"""Mixtures by which the student samples alone, whatever says so."""
+
+
+@pytest.mark.parametrize("mixture", ALONE)
+def test_the_student_alone_needs_no_teacher(mixture: Mixture) -> None:
+    """What an engine has for the teacher is dropped: beside itself a student has any α. A failed row is still seen."""
+    request = Request([1], [1], mixture, needs_teacher=False)
+    records = torch.tensor([[0.5, 0.0, torch.nan], [-1.0, -2.0, -3.0], [-4.0, -5.0, -6.0], [-7.0, -8.0, -9.0]])
+    made = Rollout.from_request(request, [2, 3, 4], records, "", "length")
+    assert made.alpha.nan_to_num(9.0).tolist() == [0.0, 0.0, 9.0]
+    assert (made.log_q.tolist(), made.log_theta.tolist()) == ([-1.0, -2.0, -3.0], [-4.0, -5.0, -6.0])
+    assert bool(made.log_teacher.isnan().all())
+    assert records[0, 0] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("mixture", "dense"),
+    [
+        (Mixture(), None),
+        (Mixture("fixed"), None),
+        (Mixture("trust_region", epsilon=0.0, alpha_min=0.1), None),
+        (Mixture.theta_only(), Dense(("overlap",))),
+    ],
+)
+def test_a_mixture_or_dense_records_need_the_teacher(mixture: Mixture, dense: Dense | None) -> None:
+    with pytest.raises(ValueError, match=r"`needs_teacher` is False .*wanted α 0 and no dense records"):
+        Request([1], [1], mixture, dense=dense, needs_teacher=False)

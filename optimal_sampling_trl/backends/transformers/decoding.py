@@ -229,14 +229,11 @@ class Rows:
         stopped = token in self.pair.ending.stop and not sampling.ignore_eos
         if sampling.stop and not stopped and token not in self.special_ids:
             self.recent[request].append(token)
-            text = self._text(list(self.recent[request]))
+            text = self.pair.text(list(self.recent[request]))
             stopped = any(stop in text for stop in sampling.stop)
         if stopped:
             self.reasons[request] = "stop"
         return stopped or self.step >= self.limits[request]
-
-    def _text(self, ids: list[int]) -> str:
-        return str(self.pair.tokenizer.decode(ids, skip_special_tokens=True))
 
     def rollouts(self) -> list[Rollout]:
         """Return a rollout for each request."""
@@ -245,7 +242,7 @@ class Rows:
         for row, (request, length) in enumerate(zip(self.requests, self.lengths, strict=True)):
             ids = tokens[row, :length].tolist()
             copied = records[row, :length].T.contiguous()  # (4, T): a view would keep all rows of the batch alive
-            text = request.sampling.cut(self._text(ids))
+            text = request.sampling.cut(self.pair.text(ids))
             rollouts.append(Rollout.from_request(request, ids, copied, text, self.reasons[row], dense[row]))
         return rollouts
 

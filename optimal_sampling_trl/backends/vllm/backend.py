@@ -16,6 +16,8 @@ from ...pairing import NamedWeights, Pair
 from ...rollouts.progress import Progress
 from ...rollouts.request import Request
 from ...rollouts.rollout import Rollout, UnsolvedError
+from .. import GPU_MEMORY_UTILIZATION
+from .families import is_on_cpu
 from .launch import engine_settings, in_this_process, quick_settings, quiet, warn_of_precision
 from .limits import check_arguments, check_pair, check_platform
 from .neighbours import Neighbour
@@ -62,7 +64,7 @@ class VLLMBackend:
         theta: str,
         *,
         pair: Pair | None = None,
-        gpu_memory_utilization: float = 0.5,
+        gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION,
         **engine_arguments: Any,
     ) -> None:
         quiet()
@@ -312,9 +314,7 @@ class VLLMBackend:
             self.llm.wake_up(tags=tags)
 
     def _sleeps(self, what: str) -> bool:
-        from vllm.platforms import current_platform
-
-        if current_platform.is_cpu():
+        if is_on_cpu():
             return False
         if not self.llm.llm_engine.model_config.enable_sleep_mode:
             raise ValueError(f"This engine cannot {what}: build it with `enable_sleep_mode=True`.")

@@ -59,7 +59,7 @@ def check_family(config: PreTrainedConfig, role: str, context: int) -> None:
     Raises:
         ValueError: naming the model, the reason and the way out.
     """
-    for reason in _reasons(config, role, context):
+    if reason := next(_reasons(config, role, context), None):
         name = f"{config.name_or_path!r} ({', '.join(config.architectures or [config.model_type])})"
         raise ValueError(
             f"The {role} {name} {reason}. Wanted a dense or MoE decoder of a family in docs/models.md. {OTHER_BACKEND}"

@@ -14,7 +14,8 @@ import torch
 from ...pairing import Pair
 from ...user_warnings import warn_user
 from . import states
-from .families import OTHER_BACKEND
+from .families import OTHER_BACKEND, is_on_cpu
+from .limits import ONE_PROMPT
 from .plugin import ARCHITECTURE, HYBRID
 from .speculation import speculative_settings
 
@@ -36,8 +37,7 @@ def engine_settings(pair: Pair, engine_arguments: Mapping[str, Any], **further: 
     if pair.one_model and not pair.two_prompts:
         raise ValueError(
             f"The teacher is the student {pair.theta!r} itself, with a prompt of its own, and the engine gives both "
-            "models one prompt where layers have sliding windows, latent attention or linear attention. Wanted a "
-            f"student without. {OTHER_BACKEND}"
+            f"models one prompt where layers have {ONE_PROMPT}. Wanted a student without. {OTHER_BACKEND}"
         )
     ending = {"stop": pair.ending.stop, "folded": pair.ending.folded}
     # Windows of one length share a table of blocks with layers that read all; others need one each, and so do layers
@@ -68,9 +68,7 @@ def engine_settings(pair: Pair, engine_arguments: Mapping[str, Any], **further: 
 
 def platform_settings() -> dict[str, str]:
     """Return the variables that vLLM starts under: Model Runner V2 on a GPU, V1 on a CPU, even one with Triton."""
-    from vllm.platforms import current_platform
-
-    return {"VLLM_USE_V2_MODEL_RUNNER": "0" if current_platform.is_cpu() else "1"}
+    return {"VLLM_USE_V2_MODEL_RUNNER": "0" if is_on_cpu() else "1"}
 
 
 def quiet() -> None:
@@ -89,9 +87,7 @@ def quiet() -> None:
 
 def quick_settings() -> dict[str, Any]:
     """Return the defaults of engine arguments: no bar for each shard, and on a CPU no compilation."""
-    from vllm.platforms import current_platform
-
-    return {"use_tqdm_on_load": False} | ({"enforce_eager": True} if current_platform.is_cpu() else {})
+    return {"use_tqdm_on_load": False} | ({"enforce_eager": True} if is_on_cpu() else {})
 
 
 def warn_of_precision(model_config: Any, arguments: Mapping[str, Any]) -> None:

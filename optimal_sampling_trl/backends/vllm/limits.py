@@ -21,6 +21,7 @@ from .families import (
     has_experts,
     has_several_tables,
     has_window,
+    is_on_cpu,
     latent_sizes,
 )
 from .speculation import NUM_SPECULATIVE_TOKENS, check_speculation
@@ -61,6 +62,8 @@ SIZES = {
 CACHE_TYPES = ("auto", "float16", "bfloat16", "float32")
 LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "mistral", "npcache", "pt")
 """Those of vLLM's default loader, which reads the student's files after the teacher's."""
+ONE_PROMPT = "sliding windows, latent attention or linear attention"
+"""Features of layers with which both models of a pair read one prompt, as `check_pair` finds; for the errors."""
 
 
 def check_pair(
@@ -209,9 +212,7 @@ def check_platform(arguments: Mapping[str, Any]) -> None:
         ValueError: on Model Runner V1 on a GPU, a size that is none, or models spread over processes that this one
             does not run in.
     """
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu() and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "0":
+    if not is_on_cpu() and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "0":
         raise ValueError(
             "VLLM_USE_V2_MODEL_RUNNER is 0: vLLM would use Model Runner V1, whose rows this backend maps to requests "
             "on the host, which a GPU would wait for. Unset the variable."

@@ -11,6 +11,7 @@ from ...pairing import Ending, Pair, check_prompt
 from ...rollouts.dense import SCALARS, Dense
 from ...rollouts.request import Request
 from ...rollouts.rollout import Rollout, check_solved
+from .limits import ONE_PROMPT
 from .wire import (
     DENSE,
     RECORD,
@@ -80,8 +81,8 @@ def _check_two_prompts(request: Request, pair: Pair, index: int) -> None:
     )
     if not pair.two_prompts:
         raise ValueError(
-            f"{lengths} Where layers have sliding windows, latent attention or linear attention, both models read one "
-            "stream of tokens. Use backend='transformers', or give both the same prompt."
+            f"{lengths} Where layers have {ONE_PROMPT}, both models read one stream of tokens. Use "
+            "backend='transformers', or give both the same prompt."
         )
     check_prompt(request.theta_prompt_ids, pair.context, pair.vocabulary, index, "student")
 
@@ -121,7 +122,7 @@ def check_params(params: Any, prompt_ids: Sequence[int], settings: dict[str, Any
     for name in extra:
         if name not in known:
             raise ValueError(unknown_option("extra argument of a request", name, known))
-    _check_scoring(params, mixture_of(extra, settings.get("mixture", {})), settings)
+    _check_scoring(params, mixture_of(extra), settings)
     _check_records(params, extra, settings)
     if prompt_ids and max(prompt_ids) >= settings["vocabulary"]:  # vLLM knows the teacher's vocabulary alone
         wanted = f"wanted ids below {settings['vocabulary']}, which both models read."
@@ -173,8 +174,7 @@ def _check_theta_prompt(prompt: Any, longest: int, settings: dict[str, Any]) -> 
     if not settings["two_prompts"]:
         raise ValueError(
             f"The request has the extra argument `{THETA_PROMPT}`; both models of this server read one stream of "
-            "tokens, as where layers have sliding windows, latent attention or linear attention. Drop it, or serve a "
-            "pair without."
+            f"tokens, as where layers have {ONE_PROMPT}. Drop it, or serve a pair without."
         )
     vocabulary = settings["vocabulary"]
     if not isinstance(prompt, list) or not all(type(token) is int and 0 <= token < vocabulary for token in prompt):
@@ -223,5 +223,5 @@ def _to_rollout(output: RequestOutput, request: Request, pair: Pair) -> Rollout:
     else:
         rows, values = given.arrays()
         records, dense = read_packed(rows, values, ids, request.dense, pair.engine_vocabulary)
-    text = request.sampling.cut(str(pair.tokenizer.decode(ids, skip_special_tokens=True)))
+    text = request.sampling.cut(pair.text(ids))
     return Rollout.from_request(request, ids, records, text, str(completion.finish_reason), dense)

@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig
 from ...options import check_whole
 from ...pairing import Pair, has_states, shares_caches
 from ...rollouts.request import Request
-from .families import has_experts, has_window, latent_sizes
+from .families import has_experts, has_window, is_on_cpu, latent_sizes
 from .versions import minor_version
 
 NUM_SPECULATIVE_TOKENS = "num_speculative_tokens"
@@ -94,9 +94,8 @@ def check_speculation(configs: Mapping[str, PreTrainedConfig], arguments: Mappin
 
 def _reason_against(configs: Mapping[str, PreTrainedConfig], arguments: Mapping[str, Any], context: int) -> str | None:
     from vllm import __version__
-    from vllm.platforms import current_platform
 
-    if current_platform.is_cpu():
+    if is_on_cpu():
         return "the engine is to run on a CPU, where vLLM's runner verifies no drafts; wanted a GPU"
     if not is_checked():
         wanted = " or ".join(".".join(map(str, version)) for version in VERSIONS)

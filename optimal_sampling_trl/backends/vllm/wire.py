@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...mixture import Mixture
+from ...mixture import FIELDS, Mixture
 from ...pairing import Ending
 from ...rollouts.dense import Dense, DenseRecords
 from ...rollouts.request import Request
@@ -93,11 +93,10 @@ def extra_arguments(request: Request) -> dict[str, Any]:
     return extra
 
 
-def mixture_of(extra_args: dict[str, Any] | None, default: dict[str, Any]) -> Mixture:
+def mixture_of(extra_args: dict[str, Any] | None) -> Mixture:
     """Return the mixture that a request's extra arguments describe, flat, under the names of `Mixture`'s fields."""
     given = extra_args or {}
-    names = Mixture.__dataclass_fields__
-    return Mixture(**(default | {name: given[name] for name in names if name in given}))
+    return Mixture(**{name: given[name] for name in FIELDS if name in given})
 
 
 def dense_of(extra_args: dict[str, Any] | None) -> Dense | None:

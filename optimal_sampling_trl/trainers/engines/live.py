@@ -46,8 +46,8 @@ class LiveGeneration(MixtureGeneration):
             )
         given = plan.generator.engine_arguments or {}
         settled = {"device", "tokenizer"} | set(MODEL_OPTIONS if plan.generator.is_own_teacher else ())
-        for name in sorted(given.keys() & settled):
-            raise ValueError(f"`engine_arguments` has `{name}`, which is the trainer's here. Drop it.")
+        if found := sorted(given.keys() & settled):
+            raise ValueError(f"`engine_arguments` has `{found[0]}`, which is the trainer's here. Drop it.")
         options = {name: trl_arguments[name] for name in ("max_num_seqs", "trust_remote_code")}
         if trl_arguments["max_model_length"] is not None:
             options["max_model_len"] = trl_arguments["max_model_length"]

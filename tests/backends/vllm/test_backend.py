@@ -350,11 +350,12 @@ def teacher_steps(backend: Any) -> Iterator[list[int]]:
     handle.remove()
 
 
-def test_the_student_alone(backend: Any, oracle: Oracle, teacher_steps: list[int]) -> None:
+@pytest.mark.parametrize("mixture", [Mixture.theta_only(), Mixture("trust_region", epsilon=0.0)])
+def test_the_student_alone(mixture: Mixture, backend: Any, oracle: Oracle, teacher_steps: list[int]) -> None:
     """The same tokens, log q and log θ as beside the teacher, which reads nothing; nothing is left in the caches."""
     long = [text + "a long prompt of several blocks" * 8 for text in TEXTS]
     settings = {"temperature": 0.8, "top_k": 40, "repetition_penalty": 1.2}
-    both = [request(text, Mixture.theta_only(), seed=i, **settings) for i, text in enumerate(long)]
+    both = [request(text, mixture, seed=i, **settings) for i, text in enumerate(long)]
     alone = [replace(one, needs_teacher=False) for one in both]
     without = backend.generate(alone)
     assert not teacher_steps

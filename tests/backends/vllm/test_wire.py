@@ -118,18 +118,18 @@ def test_a_wish_travels_flat_and_comes_back() -> None:
     assert wire.dense_of(extra) == DENSE
     assert json.loads(json.dumps(extra)) == extra
     assert wire.dense_of(wire.extra_arguments(REQUEST)) is wire.dense_of(None) is None
-    assert wire.mixture_of(extra, {}) == REQUEST.mixture
+    assert wire.mixture_of(extra) == REQUEST.mixture
 
 
 def test_a_mixture_travels_flat_and_comes_back() -> None:
     extra = wire.extra_arguments(REQUEST)
-    assert wire.mixture_of(extra, {}) == REQUEST.mixture
+    assert wire.mixture_of(extra) == REQUEST.mixture
     assert wire.wants_record(SimpleNamespace(extra_args=extra))  # type: ignore[arg-type]
     assert not wire.wants_record(SimpleNamespace(extra_args=None))  # type: ignore[arg-type]
-    assert wire.mixture_of(None, Mixture("entropy").to_dict()) == Mixture("entropy")
+    assert wire.mixture_of(None) == wire.mixture_of({}) == Mixture()
     swap = Mixture("top_k_swap", swap_top_k=7)
     extra = json.loads(json.dumps(wire.extra_arguments(replace(REQUEST, mixture=swap))))
-    assert wire.mixture_of(extra, Mixture().to_dict()) == swap
+    assert wire.mixture_of(extra) == swap
 
 
 def test_the_students_prompt_travels_where_it_is_another() -> None:

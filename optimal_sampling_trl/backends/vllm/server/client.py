@@ -19,6 +19,7 @@ from ....pairing import STUDENT, checkpoint_digest, is_student
 from ....rollouts.request import Request
 from ....rollouts.rollout import Rollout, check_solved, has_nan
 from ....user_warnings import warn_user
+from ..limits import ONE_PROMPT
 from ..requests import check_request
 from .messages import pair_of, to_arguments, to_rollouts
 
@@ -46,7 +47,8 @@ class FusedServer:
         for scheme in ("http://", "https://"):
             client.session.mount(scheme, TimeoutAdapter(timeout, client.session.adapters[scheme].max_retries))
         with self._explain_errors("does not fit the trainer"):
-            info = client.get_server_info()
+            with _trl_errors():
+                info = client.get_server_info()
             self.pair = pair_of(info, tokenizer)
             self.max_logprobs = info["model_config"]["max_logprobs"]
             self.dtype: torch.dtype = getattr(torch, str(info["model_config"]["dtype"]).removeprefix("torch."))
@@ -62,13 +64,12 @@ class FusedServer:
         """Refuse a server whose models read one prompt.
 
         Raises:
-            RuntimeError: where a model has sliding windows, latent attention or linear attention.
+            RuntimeError: where a model's layers have what `limits.ONE_PROMPT` names.
         """
         with self._explain_errors("does not fit the trainer"):
             if not self.pair.two_prompts:
                 raise ValueError(
-                    "teacher and student are to read different prompts, which takes models without sliding windows, "
-                    "latent attention and linear attention."
+                    f"teacher and student are to read different prompts, which takes models without {ONE_PROMPT}."
                 )
 
     def check_ending(self, stop: Sequence[int]) -> None:
@@ -114,7 +115,8 @@ class FusedServer:
                 self._check_weights(before, self.pushed)
             if any(state["stale"] for state in before):
                 self._call_workers("abandon_weight_update")
-            yield
+            with _trl_errors():
+                yield
             if not self._drop_prefix_cache():
                 raise ValueError("it kept what it had cached under the old ones: somebody else samples from it.")
             self.pushed = [state | {"updates": state["updates"] + 1, "stale": None} for state in before]
@@ -154,12 +156,11 @@ class FusedServer:
 
     def _drop_prefix_cache(self) -> bool:
         """Drop the blocks that the server has cached, and tell whether it did; TRL's own call ignores the answer."""
-        return bool(self.client._post(f"{self.client.base_url}/reset_prefix_cache").get("success", True))
+        return bool(_post(self.client, "reset_prefix_cache").get("success", True))
 
     def _call_workers(self, method: str, *arguments: str) -> list[dict[str, Any]]:
         """Return the answer of each of the server's processes."""
-        url = f"{self.client.base_url}/collective_rpc"
-        return self.client._post(url, json={"method": method, "args": arguments})["results"]
+        return _post(self.client, "collective_rpc", json={"method": method, "args": arguments})["results"]
 
     @staticmethod
     def _check_weights(states: list[dict[str, Any]], wanted: list[dict[str, Any]] | None) -> None:
@@ -179,10 +180,14 @@ class FusedServer:
 
     @contextmanager
     def _explain_errors(self, what: str) -> Iterator[None]:
-        """Turn an error inside the block into one that names the server and says what to start."""
+        """Turn an error inside the block into one that names the server and says what to start.
+
+        Those are the refusals in this package, and what fails on the way to the server, in it, and in sending weights.
+        Any other is a fault of the program, and stays what it is.
+        """
         try:
             yield
-        except Exception as error:
+        except (http.RequestException, RuntimeError, ValueError) as error:
             raise RuntimeError(
                 f"The server at {self.client.base_url} {what}: {self._cause(error)}\nStart one with "
                 f"`optimal-sampling-serve --teacher {self.teacher} --theta <the student>`, and the trainer anew, from "
@@ -216,7 +221,28 @@ def complete(client: Any, arguments: dict[str, Any]) -> list[dict[str, Any]]:
     prompt, nested = further.pop("prompts"), further.pop("generation_kwargs")
     flags = {"return_token_ids": True, "return_tokens_as_token_ids": True}
     body = {"model": client.model, "prompt": prompt, **flags, **further, **nested}
-    return client._post(f"{client.base_url}/v1/completions", json=body)["choices"]
+    return _post(client, "v1/completions", json=body)["choices"]
+
+
+def _post(client: Any, path: str, **keywords: Any) -> dict[str, Any]:
+    """Post to a server by TRL's client, which has no public method for paths that it does not use itself."""
+    with _trl_errors():
+        return client._post(f"{client.base_url}/{path}", **keywords)
+
+
+@contextmanager
+def _trl_errors() -> Iterator[None]:
+    """Turn a bare `Exception` inside the block into a `RuntimeError`.
+
+    TRL's client raises one where an answer has another status than 200. To catch it further out would be to catch the
+    faults of any code as well.
+    """
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise RuntimeError(str(error)) from error
 
 
 class TimeoutAdapter(HTTPAdapter):

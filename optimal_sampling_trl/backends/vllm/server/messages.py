@@ -64,6 +64,8 @@ def pair_of(info: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Pair:
     Raises:
         ValueError: where the server runs something else than this package serves, or a student of other tokens.
     """
+    if "model_config" not in info:
+        raise ValueError("its `/server_info` has no `model_config`, by which vLLM's servers tell what they run.")
     model = info["model_config"]
     settings = (info.get("additional_config") or {}).get("optimal_sampling") or {}
     if "version" not in settings:
@@ -148,7 +150,7 @@ def _to_rollout(choice: dict[str, Any], request: Request, pair: Pair) -> Rollout
     else:
         names, rows = _all_columns(tokens, 1 + columns_of(request.dense))
         records, dense = read_named(names, _restored(rows), ids, request.dense, pair.engine_vocabulary)
-    text = request.sampling.cut(str(pair.tokenizer.decode(ids, skip_special_tokens=True)))
+    text = request.sampling.cut(pair.text(ids))
     return Rollout.from_request(request, ids, records, text, str(choice["finish_reason"]), dense)
 
 

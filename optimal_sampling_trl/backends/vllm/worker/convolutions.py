@@ -6,7 +6,8 @@ from importlib import import_module
 from typing import Any
 
 from torch import Tensor, nn
-from vllm.platforms import current_platform
+
+from ..families import is_on_cpu
 
 KERNELS = "vllm.model_executor.layers.mamba.ops.cpu.causal_conv1d"
 WIDTH = 4
@@ -22,7 +23,7 @@ def convolve_by_torch(model: nn.Module) -> None:
     Upstream: none found.
     Delete when: test_records passes for the pair "lfm2" without this function.
     """
-    if not current_platform.is_cpu():
+    if not is_on_cpu():
         return
     short = [module for module in model.modules() if type(module).__name__ == "ShortConv"]
     for module in short:

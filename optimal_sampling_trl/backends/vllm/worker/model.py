@@ -56,8 +56,7 @@ class OptimalSamplingForCausalLM(nn.Module):
     """Teacher and student as one model of vLLM; the engine's own model is the teacher.
 
     `additional_config["optimal_sampling"]` describes the rest: `theta` is the student's folder, `ending` the `stop`
-    and `folded` token ids (see `pairing.Ending`), `mixture` that of a request without one, as `Mixture.to_dict` gives
-    it, `one_model` whether the teacher is the student itself.
+    and `folded` token ids (see `pairing.Ending`), `one_model` whether the teacher is the student itself.
     """
 
     is_text_generation_model = True
@@ -71,7 +70,6 @@ class OptimalSamplingForCausalLM(nn.Module):
         additional: Any = vllm_config.additional_config
         settings = additional["optimal_sampling"]
         self.ending = Ending(**{name: tuple(ids) for name, ids in settings["ending"].items()})
-        self.default_mixture: dict[str, Any] = settings.get("mixture", {})
         cache_config = copy_cache_config(vllm_config)
         with set_model_tag("teacher"):
             # Without a prefix: a quantised checkpoint names the layers that it leaves out by their own names.

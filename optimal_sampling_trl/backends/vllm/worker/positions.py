@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 from vllm.model_executor.layers.attention import MLAAttention
-from vllm.platforms import current_platform
+
+from ..families import is_on_cpu
 
 
 def read_query_scale(config: PreTrainedConfig) -> None:
@@ -39,7 +40,7 @@ def rotate_every_head(model: nn.Module) -> None:
     Upstream: none found; vLLM pull request 12777 is the same for GPUs.
     Delete when: test_records passes for the pairs "moonlight" and "lfm2" without this function.
     """
-    if not current_platform.is_cpu():
+    if not is_on_cpu():
         return
     for module in model.modules():
         if isinstance(getattr(module, "mla_attn", None), MLAAttention) or type(module).__name__ == "Lfm2Attention":

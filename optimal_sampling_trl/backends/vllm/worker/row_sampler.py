@@ -95,7 +95,7 @@ def _solve(theta: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"], mixtures:
         temperature = 1.0 if mixtures.temperature is None else mixtures.temperature[part]
         logits = (theta, teacher) if whole else (theta[part], teacher[part])
         log_theta, log_teacher = log_distributions(*logits, temperature)
-        solved.append(solve_alpha(log_theta, log_teacher, mixtures.rows if whole else mixtures.rows.rows(part)))
+        solved.append(solve_alpha(log_theta, log_teacher, mixtures.rows if whole else mixtures.rows.at(part)))
     return mixtures.known.index_copy(0, rows, torch.cat(solved))
 
 
@@ -180,9 +180,8 @@ class MixtureSampler(nn.Module):
 
     def _read_mixtures(self, requests: list[str], device: torch.device) -> None:
         params = [self.runner.requests[name].sampling_params for name in requests]
-        default = self.runner.model.default_mixture
         self.mixtures = BatchMixtures.of(
-            [mixture_of(one.extra_args, default) for one in params],
+            [mixture_of(one.extra_args) for one in params],
             [one.temperature for one in params],
             [one.structured_outputs is not None for one in params],
             device,

@@ -17,7 +17,7 @@ from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 from ....mixture import FIELDS, FORMS, SWAP, Mixture, MixtureRows
 from ....mixture.kernels.launch import mix_logits
 from ....rollouts.dense import Dense
-from ..wire import RECORD, dense_of, mixture_of
+from ..wire import dense_of, mixture_of, wants_record
 from .dense import Group, Packed, group_rows, measure_groups, with_dense
 from .records import Mixed, with_records
 
@@ -67,9 +67,9 @@ class SlotSampler:
         """Note a new request's settings. vLLM's hook; the request's parameters come last in every version."""
         self.base.add_request(slot, *args)
         params = args[-1]
-        mixture = mixture_of(params.extra_args, self.model.default_mixture)
+        mixture = mixture_of(params.extra_args)
         self.staged.np[slot] = (*mixture.numbers(), params.temperature or 1.0)
-        self.wanted.np[slot] = self.wanted_np[slot] = bool((params.extra_args or {}).get(RECORD))
+        self.wanted.np[slot] = self.wanted_np[slot] = wants_record(params)
         self.masked_np[slot] = params.structured_outputs is not None
         self.arithmetic_np[slot] = mixture.form == "arithmetic"
         self.swapped_np[slot] = mixture.swap_top_k if mixture.method == SWAP else 0

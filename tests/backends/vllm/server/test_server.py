@@ -313,6 +313,18 @@ def test_a_push_that_breaks_off_is_noticed_and_mended(
     oracle.check(served.sample(asked), asked)
 
 
+def test_a_fault_of_the_program_is_not_called_the_servers(
+    server: Server, models: tuple[str, str], oracle: Oracle, tmp_path: Path
+) -> None:
+    served = connect(server, models, tmp_path)
+    with pytest.raises(KeyError, match="ours"), served.push():
+        raise KeyError("ours")
+    push(served, oracle.models["theta"])
+    served.pushed = [{}]
+    with pytest.raises(KeyError, match="instance"):
+        served.sample([request("hello")])
+
+
 def test_no_cache_of_old_weights_is_kept(
     server: Server, models: tuple[str, str], oracle: Oracle, tmp_path: Path
 ) -> None:
@@ -347,6 +359,7 @@ def test_nan_is_named_and_leaves_nothing_behind(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        ({"model_config": None}, "its `/server_info` has no `model_config`"),
         ({"additional_config": {}}, "it serves '.*teacher' alone, and no pair"),
         ({"version": "9.9"}, r"it runs version 9\.9 of this package, and the trainer 0"),
         ({"template": None}, "it runs another build of this package, which does not tell its template"),
@@ -366,7 +379,7 @@ def test_another_server_than_wanted_is_refused(
         if isinstance(value, dict):
             info[name] = info[name] | value if value else value
         elif value is None:
-            del settings[name]
+            del (settings if name in settings else info)[name]
         else:
             settings[name] = value
     monkeypatch.setattr(client, "get_server_info", lambda: info)
