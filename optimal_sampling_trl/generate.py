@@ -12,13 +12,12 @@ from .mixture import SWAP, Mixture
 from .options import check_flag, check_whole, shown, suggest_arguments
 from .output import OptimalSamplingOutput
 from .pairing import NamedWeights, Prompt, check_system_prompts, encode, reads_two_prompts, warn_of_templates
-from .pairing.prompts import warn_of_context
 from .pairing.rows import check_not_keyed, teacher_prompts_of
 from .rollouts.dense import Dense, check_dense
 from .rollouts.params import takes_sampling_params
 from .rollouts.progress import Progress, is_watched
 from .rollouts.request import Request, Sampling
-from .rollouts.rollout import Rollout
+from .rollouts.rollout import Rollout, warn_of_context
 
 OLD_NAMES = {"model_base": "model_theta", "model_guide": "model_teacher"}
 """Arguments of an older version, and what they are called now."""
@@ -200,11 +199,7 @@ class OptimalSamplingV1:
             for sample in range(n)
         ]
         with Progress(len(requests), is_watched() if use_tqdm is None else use_tqdm) as progress:
-            rollouts = self.backend.generate(requests, progress)
-        warn_of_context(
-            sum(one.is_cut_by_context(max_tokens) for one in rollouts), max_tokens, self.backend.pair.context
-        )
-        return self._output(rollouts)
+            return self._output(self.backend.generate(requests, progress), max_tokens)
 
     def chat(self, messages: Sequence[Any], *positional: Any, **keywords: Any) -> OptimalSamplingOutput:
         """Sample n answers to each conversation, with vLLM's name for it.
@@ -250,7 +245,8 @@ class OptimalSamplingV1:
             return teacher, teacher
         return teacher, encode(prompt, pair.tokenizer, index=index, **of_theta)
 
-    def _output(self, rollouts: list[Rollout]) -> OptimalSamplingOutput:
+    def _output(self, rollouts: list[Rollout], max_tokens: int) -> OptimalSamplingOutput:
+        warn_of_context(rollouts, max_tokens, self.backend.pair.context)
         return OptimalSamplingOutput.of(rollouts, self.backend.tokenizer, self.track_alpha_stats)
 
     def load_theta(self, named_parameters: NamedWeights) -> None:

@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, Any
 from .mixture import Mixture
 from .options import check_flag, check_whole, shown
 from .pairing import folder_digest
-from .pairing.prompts import SYSTEM_MESSAGE, warn_of_context
+from .pairing.prompts import SYSTEM_MESSAGE
 from .pairing.rows import read_prompts
 from .rollouts.card import make_card
 from .rollouts.dense import Dense, check_dense
 from .rollouts.folder import CARD, RUN, Key, RolloutFolder, shard_name
 from .rollouts.progress import Progress
 from .rollouts.request import Request, Sampling
-from .rollouts.rollout import Rollout, UnsolvedError
+from .rollouts.rollout import Rollout, UnsolvedError, warn_of_context
 
 if TYPE_CHECKING:
     from .backends import Backend
@@ -117,18 +117,17 @@ def sample_to_folder(
         encode = _encoder(sampler, mixture, sampling, dense)
         settings = _settings(sampler, mixture, sampling, dense) | {"n": n, "seed": seed, "batch_size": batch_size}
         run = _open_run(store, {"settings": settings, "prompts": len(texts), "sha256": _digest(texts, encode)})
-        total, cut = len(texts) * n, 0
+        total = len(texts) * n
         batches = _missing(store, total, n, batch_size)
         with Progress(total, use_tqdm, done=total - sum(map(len, batches.values()))) as progress:
             for number, keys in batches.items():
                 requests = [_seeded(encode(key.prompt_index, *texts[key.prompt_index]), seed, key) for key in keys]
                 sampled = _sample(sampler.backend, dict(zip(keys, requests)), progress, store)
                 store.write_shard(number, *sampled, dense)
-                cut += sum(one.is_cut_by_context(sampling.max_tokens) for one in sampled[0].values())
+                warn_of_context(sampled[0].values(), sampling.max_tokens, sampler.backend.pair.context)
         if batches or not (store.path / CARD).exists():
             store.write_file(CARD, make_card(store, run).encode())
             _name_failed(store)
-    warn_of_context(cut, sampling.max_tokens, sampler.backend.pair.context)
     return store.path
 
 

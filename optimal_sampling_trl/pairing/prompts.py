@@ -68,22 +68,6 @@ def check_prompt(prompt_ids: Sequence[int], context: int, vocabulary: int, index
         )
 
 
-def warn_of_context(cut: int, max_tokens: int, context: int) -> None:
-    """Warn where completions ended because the context did.
-
-    Args:
-        cut: how many.
-        max_tokens: that they were allowed.
-        context: most tokens, prompt and completion together.
-    """
-    if cut:
-        warn_user(
-            f"{cut} completions have fewer tokens than `max_tokens`, {max_tokens}, since the context of {context} "
-            "ends there, prompt included. Shorten the prompts, raise `max_model_len` where it was set, or pass models "
-            "with a longer context."
-        )
-
-
 def encode(
     prompt: Prompt,
     tokenizer: PreTrainedTokenizerBase,

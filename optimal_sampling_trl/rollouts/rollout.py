@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..losses import effective_sample_size
 from ..mixture import Mixture
+from ..user_warnings import warn_user
 from .dense import DenseRecords
 from .request import Request
 
@@ -116,10 +117,6 @@ class Rollout:
             temperature=request.sampling.temperature,
             dense=dense,
         )
-
-    def is_cut_by_context(self, max_tokens: int) -> bool:
-        """Whether the completion ended where the models' context did, before `max_tokens` tokens."""
-        return self.finish_reason == "length" and len(self.completion_ids) < max_tokens
 
     def __repr__(self) -> str:
         return f"Rollout({', '.join(f'{name} {value}' for name, value in self._summary().items())})"
@@ -242,3 +239,18 @@ def _unsolved(rollout: Rollout) -> str | None:
     if bool(nan["alpha"][token]):
         return f"token {token}: no token has mass under both models"
     return f"token {token}: log q is NaN, as no token was left to draw from"
+
+
+def warn_of_context(rollouts: Iterable[Rollout], max_tokens: int, context: int) -> None:
+    """Warn where completions ended because the models' context did: they look as if `max_tokens` had ended them.
+
+    Args:
+        max_tokens: tokens that each was allowed.
+        context: most tokens, prompt and completion together.
+    """
+    if any(one.finish_reason == "length" and len(one.completion_ids) < max_tokens for one in rollouts):
+        warn_user(
+            f"Completions end before they have `max_tokens`, {max_tokens}, since the context of {context} tokens ends "
+            "there, prompt included. Shorten the prompts, raise `max_model_len` where it was set, or pass models with "
+            "a longer context."
+        )

@@ -35,7 +35,7 @@ class PolicyGradientTrainer(RewardedTrainer):
             )
 
     def _trains_on_mixture(self) -> bool:
-        """Whether the mixture samples some completions of a group."""
+        """Return True where the mixture samples some completions of a group."""
         return self._theta_count() < self._group_size()
 
     def _log_rewards(self) -> None:
