@@ -124,7 +124,6 @@ def sample_to_folder(
                 requests = [_seeded(encode(key.prompt_index, *texts[key.prompt_index]), seed, key) for key in keys]
                 sampled = _sample(sampler.backend, dict(zip(keys, requests)), progress, store)
                 store.write_shard(number, *sampled, dense)
-                warn_of_context(sampled[0].values(), sampling.max_tokens, sampler.backend.pair.context)
         if batches or not (store.path / CARD).exists():
             store.write_file(CARD, make_card(store, run).encode())
             _name_failed(store)
@@ -157,7 +156,9 @@ def _sample(
         if len(error.failed) == len(keys) and not store.shards():
             raise
         rollouts, failed = error.rollouts, {keys[index]: reason for index, reason in error.failed.items()}
-    return {key: rollout for key, rollout in zip(keys, rollouts, strict=True) if rollout is not None}, failed
+    found = {key: rollout for key, rollout in zip(keys, rollouts, strict=True) if rollout is not None}
+    warn_of_context(found.values(), requests[keys[0]].sampling.max_tokens, backend.pair.context)
+    return found, failed
 
 
 def _name_failed(store: RolloutFolder) -> None:

@@ -28,8 +28,10 @@ from datasets import Dataset, load_dataset
 from transformers import AutoTokenizer
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
 
+from optimal_sampling_trl.cli.refusals import refusals
 from optimal_sampling_trl.cli.training import RewardArguments, load_data, load_options
 from optimal_sampling_trl.losses import accept_rewards
+from optimal_sampling_trl.pairing import is_chat
 
 
 @dataclass
@@ -54,7 +56,7 @@ def rewards(rows: Dataset, script: RolloutArguments, tokenizer: Any) -> list[flo
         source = load_data(script, evaluate=False)["train_dataset"].select(rows["prompt_index"])
         columns = {name: list(source[name]) for name in source.column_names}
     prompts = columns.pop("prompt", None) or tokenizer.batch_decode(list(rows["prompt_ids"]), skip_special_tokens=True)
-    if not isinstance(prompts[0], str):
+    if is_chat(prompts[0]):
         completions = [[{"role": "assistant", "content": text}] for text in completions]
     columns["completion_ids"] = list(rows["completion_ids"])
     scores = [function(prompts=prompts, completions=completions, **columns) for function in script.rewards()]
@@ -82,7 +84,9 @@ def training_data(script: RolloutArguments, tokenizer: Any) -> Dataset:
     )
 
 
-if __name__ == "__main__":
+@refusals("sft.py")
+def main() -> None:
+    """Train on the rollouts."""
     script, training, model = TrlParser((RolloutArguments, SFTConfig, ModelConfig)).parse_args_and_config()
     tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path)
     options = load_options(model, training)
@@ -93,3 +97,7 @@ if __name__ == "__main__":
     trainer.save_model(training.output_dir)
     trainer.accelerator.print(f"The model is in {training.output_dir}.")
     trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -18,6 +18,8 @@ from .presets import published
 METHODS = ("kl_symmetry", "ess_balance", "trust_region", "entropy", "fixed", "entropy_gate", "top_k_swap")
 SWAP = "top_k_swap"
 """The method that says what q is, and not α alone."""
+OWN = {"fixed_alpha": "fixed", "epsilon": "trust_region", "entropy_scale": "entropy_gate", "swap_top_k": SWAP}
+"""The fields that one method alone reads, and that method. The other fields hold for every method."""
 FORMS = ("geometric", "arithmetic")
 CHOICES = {"method": METHODS, "form": FORMS}
 """The fields of a mixture whose value is a word, with the words that each may have."""
@@ -85,13 +87,9 @@ class Mixture:
             )
         for name in ("alpha_min", "alpha_max", "fixed_alpha"):
             check_number("Mixture", name, getattr(self, name), 0.0, 1.0)
-        for name in ("epsilon", "entropy_scale"):
-            check_number("Mixture", name, getattr(self, name), 0.0)
-        if self.entropy_scale == 0:
-            raise ValueError(
-                "Mixture: `entropy_scale` is 0, by which an entropy would be divided; wanted a number above 0, in "
-                "nats. For the teacher alone use Mixture.teacher_only()."
-            )
+        check_number("Mixture", "epsilon", self.epsilon, 0.0)
+        alone = "An entropy, in nats, is divided by it; for the teacher alone use Mixture.teacher_only()."
+        check_number("Mixture", "entropy_scale", self.entropy_scale, above=0.0, advice=alone)
         if self.alpha_min > self.alpha_max:
             raise ValueError(
                 f"Mixture: `alpha_min` is {self.alpha_min} and `alpha_max` is {self.alpha_max}; "
@@ -148,6 +146,32 @@ class Mixture:
         no_budget = self.method == "trust_region" and self.epsilon == 0
         no_weight = self.method == "fixed" and self.fixed_alpha == 0
         return self.alpha_max == 0.0 or (self.alpha_min == 0.0 and (no_budget or no_weight))
+
+    def own(self) -> dict[str, Any]:
+        """Return the field that this method alone reads, with its value; nothing where it has none."""
+        return {name: getattr(self, name) for name, method in OWN.items() if method == self.method}
+
+    def unread(self) -> dict[str, str]:
+        """Return the fields that are set and that this method does not read, each with the method that does."""
+        set_ones = {name: method for name, method in OWN.items() if getattr(self, name) != getattr(Mixture, name)}
+        return {name: method for name, method in set_ones.items() if method != self.method}
+
+    def check_read(self, owner: str) -> None:
+        """Refuse a field that is set and that the method does not read.
+
+        Where a user's settings come in; the constructor takes them, since an annealed mixture has such a field.
+
+        Args:
+            owner: the class that takes the mixture, for the error.
+
+        Raises:
+            ValueError: naming the field, and the method that reads it.
+        """
+        for name, method in self.unread().items():
+            raise ValueError(
+                f"{owner}: `{name}` is {getattr(self, name)!r}, and the method {self.method!r} does not read it; "
+                f"wanted it with {method!r}. Drop it, or choose that method."
+            )
 
     def anneal(self, share: float) -> Mixture:
         """Return the mixture at a share of the way to the student alone.
