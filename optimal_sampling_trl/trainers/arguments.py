@@ -30,8 +30,8 @@ class SamplerArguments:
     alpha_min: float | None = field(
         default=None,
         metadata={
-            "help": f"Smallest weight of the teacher; by default {Mixture.alpha_min:g} in a trainer, and in sampling "
-            "that of `OptimalSamplingV1`."
+            "help": f"Smallest weight of the teacher; by default {Mixture.alpha_min:g} in a trainer, and 0.5 in "
+            "`sample` (0 with the methods 'trust_region', 'fixed' and 'top_k_swap')."
         },
     )
     alpha_max: float = field(default=Mixture.alpha_max, metadata={"help": "Largest weight of the teacher."})

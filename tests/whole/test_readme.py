@@ -97,6 +97,7 @@ RUN_BY = {
     "python recipes/": "tests/recipes/test_recipes.py::test_every_script_is_run",
     "accelerate launch recipes/": "tests/recipes/test_recipes.py::test_every_script_is_run",
     "optimal-sampling ": "tests/cli/test_main.py::test_a_command_is_one_file",
+    "curl ": f"{SERVER}::test_200_requests_at_once_with_strangers_among_them",
     "optimal-sampling-serve": f"{SERVER}::test_the_command_listens_on_loopback_unless_told",
 }
 """The commands of README.md and docs/ by their beginnings: the test that runs each, or the reason why none does."""
