@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import load_dataset
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from .. import trainers
@@ -122,14 +123,31 @@ def load_options(model: ModelConfig, training: Any) -> dict[str, Any]:
     }
 
 
-def checkpoint(given: str | bool | None) -> str | bool | None:
-    """Return what a trainer takes for the flag `--resume_from_checkpoint`: TRL's parser reads `True` as a text."""
-    return True if given in ("True", "true") else given
+def checkpoint(given: str | bool | None, output_dir: str) -> str | bool | None:
+    """Return what a trainer takes for the flag `--resume_from_checkpoint`: TRL's parser reads `True` as a text.
+
+    Args:
+        given: the flag's value: a checkpoint's folder, or true for the last one.
+        output_dir: the folder of the run, which holds its checkpoints.
+
+    Raises:
+        ValueError: where there is no such checkpoint, naming those of the run.
+    """
+    if given is None or given is False:
+        return given
+    known = sorted(str(path.parent) for path in Path(output_dir).glob(f"checkpoint-*/{TRAINER_STATE_NAME}"))
+    is_last = given in (True, "True", "true")
+    if not (known if is_last else (Path(str(given)) / TRAINER_STATE_NAME).is_file()):
+        raise ValueError(
+            f"`--resume_from_checkpoint` is {given!r}, and no checkpoint is there; wanted true, for the last one, or "
+            f"the folder of one. {output_dir!r} has {', '.join(known) or 'none'}. Name one, or drop the flag."
+        )
+    return True if is_last else given
 
 
 def run(trainer: Any) -> None:
     """Train, resume where asked to, evaluate where there is data, and save."""
-    trainer.train(resume_from_checkpoint=checkpoint(trainer.args.resume_from_checkpoint))
+    trainer.train(resume_from_checkpoint=checkpoint(trainer.args.resume_from_checkpoint, trainer.args.output_dir))
     if trainer.eval_dataset is not None:
         trainer.log_metrics("eval", trainer.evaluate())
     trainer.save_model(trainer.args.output_dir)
@@ -190,6 +208,7 @@ class Job:
         sampling, script, model, training = parser.read(sys.argv[1:] if words is None else words, further)
         with parser.refusing():
             generator = sampling.generator()
+            checkpoint(training.resume_from_checkpoint, training.output_dir)
             rewards = {"reward_funcs": script.rewards()} if self.rewarded else {}
             data = load_data(script, evaluate=training.eval_strategy != "no")
         trainer = getattr(trainers, f"{self.method}Trainer")(

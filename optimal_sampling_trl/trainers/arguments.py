@@ -17,39 +17,12 @@ FLAGS = {"method": "alpha_method", "epsilon": "mixture_epsilon", "form": "mixtur
 
 
 @dataclass
-class SamplerArguments:
-    """Flags of the teacher, the mixture and the engine; see `OptimalSamplingV1` and `Mixture`."""
+class PairArguments:
+    """Flags of the teacher, the prompts and the engine; see `OptimalSamplingV1`."""
 
     teacher: str = field(
         default="",
         metadata={"help": "Folder or model id of the teacher; or 'student', the student itself."},
-    )
-    alpha_method: str = field(
-        default=Mixture.method, metadata={"help": "Equation that alpha solves.", "choices": METHODS}
-    )
-    alpha_min: float | None = field(
-        default=None,
-        metadata={
-            "help": f"Smallest weight of the teacher; by default {Mixture.alpha_min:g} in a trainer, and 0.5 in "
-            "`sample` (0 with the methods 'trust_region', 'fixed' and 'top_k_swap')."
-        },
-    )
-    alpha_max: float = field(default=Mixture.alpha_max, metadata={"help": "Largest weight of the teacher."})
-    fixed_alpha: float = field(default=Mixture.fixed_alpha, metadata={"help": "alpha of the method 'fixed'."})
-    mixture_epsilon: float = field(
-        default=Mixture.epsilon,
-        metadata={"help": "Budget KL(q||theta) of the method 'trust_region', in nats a token."},
-    )
-    mixture_form: str = field(
-        default=Mixture.form, metadata={"help": "Geometric or arithmetic mean of the two.", "choices": FORMS}
-    )
-    entropy_scale: float = field(
-        default=Mixture.entropy_scale,
-        metadata={"help": "Entropy of the student, in nats, from which on alpha of the method 'entropy_gate' is 1."},
-    )
-    swap_top_k: int = field(
-        default=Mixture.swap_top_k,
-        metadata={"help": "Likeliest tokens of the teacher among which 'top_k_swap' keeps the student's token."},
     )
     teacher_system_prompt: str | None = field(default=None, metadata={"help": "System prompt of the teacher."})
     theta_system_prompt: str | None = field(default=None, metadata={"help": "System prompt of the student."})
@@ -87,10 +60,6 @@ class SamplerArguments:
             )
         return arguments
 
-    def mixture(self) -> dict[str, Any]:
-        """Return the fields of the `Mixture`; an `alpha_min` of None is for its reader to choose."""
-        return {name: getattr(self, FLAGS.get(name, name)) for name in FIELDS}
-
     def check_teacher(self) -> str:
         """Return the teacher's name.
 
@@ -101,20 +70,19 @@ class SamplerArguments:
             raise ValueError("`--teacher` is missing; wanted a folder or a model id.")
         return self.teacher
 
-    def sampler(self, theta: str) -> OptimalSamplingV1:
+    def sampler(self, theta: str, **mixture: Any) -> OptimalSamplingV1:
         """Build the sampler that the flags describe.
 
         Args:
             theta: the student, a folder or a model id.
+            **mixture: as `OptimalSamplingV1` takes it.
 
         Raises:
             ValueError: where no teacher is named, or a setting is out of range.
         """
-        mixture = self.mixture()
         return OptimalSamplingV1(
             self.check_teacher(),
             theta,
-            alpha_method=mixture.pop("method"),
             **mixture,
             teacher_system_prompt=self.teacher_system_prompt,
             theta_system_prompt=self.theta_system_prompt,
@@ -122,6 +90,48 @@ class SamplerArguments:
             backend=self.backend,
             **self.engine(),
         )
+
+
+@dataclass
+class SamplerArguments(PairArguments):
+    """Flags of a pair and its mixture; see `OptimalSamplingV1` and `Mixture`."""
+
+    alpha_method: str = field(
+        default=Mixture.method, metadata={"help": "Equation that alpha solves.", "choices": METHODS}
+    )
+    alpha_min: float | None = field(
+        default=None,
+        metadata={
+            "help": f"Smallest weight of the teacher; by default {Mixture.alpha_min:g} in a trainer, and 0.5 in "
+            "`sample` (0 with the methods 'trust_region', 'fixed' and 'top_k_swap')."
+        },
+    )
+    alpha_max: float = field(default=Mixture.alpha_max, metadata={"help": "Largest weight of the teacher."})
+    fixed_alpha: float = field(default=Mixture.fixed_alpha, metadata={"help": "alpha of the method 'fixed'."})
+    mixture_epsilon: float = field(
+        default=Mixture.epsilon,
+        metadata={"help": "Budget KL(q||theta) of the method 'trust_region', in nats a token."},
+    )
+    mixture_form: str = field(
+        default=Mixture.form, metadata={"help": "Geometric or arithmetic mean of the two.", "choices": FORMS}
+    )
+    entropy_scale: float = field(
+        default=Mixture.entropy_scale,
+        metadata={"help": "Entropy of the student, in nats, from which on alpha of the method 'entropy_gate' is 1."},
+    )
+    swap_top_k: int = field(
+        default=Mixture.swap_top_k,
+        metadata={"help": "Likeliest tokens of the teacher among which 'top_k_swap' keeps the student's token."},
+    )
+
+    def mixture(self) -> dict[str, Any]:
+        """Return the fields of the `Mixture`; an `alpha_min` of None is for its reader to choose."""
+        return {name: getattr(self, FLAGS.get(name, name)) for name in FIELDS}
+
+    def sampler(self, theta: str, **mixture: Any) -> OptimalSamplingV1:
+        """Build the sampler that the flags describe, those of the mixture too."""
+        mixture = self.mixture() | mixture
+        return super().sampler(theta, alpha_method=mixture.pop("method"), **mixture)
 
 
 @dataclass

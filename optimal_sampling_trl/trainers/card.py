@@ -88,7 +88,7 @@ def card_facts(trainer: Any) -> dict[str, Any]:
         trainer: a `MixtureTrainer`.
     """
     generator, mixture, args = trainer.generator, trainer.generator.mixture, trainer.args
-    group, own = trainer._group_size(), mixture.own()
+    group, fields_read = trainer._group_size(), mixture.own()
     alone = generator.theta_count(group, trainer.default_theta_fraction)  # as set: it may grow while training runs
     facts: dict[str, Any] = {
         "trainer": trainer._name,
@@ -96,10 +96,10 @@ def card_facts(trainer: Any) -> dict[str, Any]:
         "teacher's revision": (generator.engine_arguments or {}).get("revision"),
         "student": model_name(trainer.model),
         "mixture": SWAP if mixture.method == SWAP else f"{mixture.method}, {mixture.form}",
-        "likeliest tokens of the teacher that the student may draw": own.get("swap_top_k"),
-        "α": own.get("fixed_alpha", f"{mixture.alpha_min:g} to {mixture.alpha_max:g}"),
-        "budget of KL(q‖θ), nats a token": own.get("epsilon"),
-        "entropy of the student where α is 1, nats": own.get("entropy_scale"),
+        "likeliest tokens of the teacher that the student may draw": fields_read.get("swap_top_k"),
+        "α": fields_read.get("fixed_alpha", f"{mixture.alpha_min:g} to {mixture.alpha_max:g}"),
+        "budget of KL(q‖θ), nats a token": fields_read.get("epsilon"),
+        "entropy of the student where α is 1, nats": fields_read.get("entropy_scale"),
         "quantile of the entropies that sets it": generator.entropy_quantile,
         "annealed to the student over": None if generator.schedule is None else f"{generator.schedule:g} of training",
         "completions of the student alone": f"{alone} of {group}",

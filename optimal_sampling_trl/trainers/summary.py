@@ -48,11 +48,11 @@ def _share(trainer: Any) -> str:
 
 
 def _words(mixture: Mixture) -> str:
-    own = [f"{LETTERS[name]} = {value:g}" for name, value in mixture.own().items()]
+    numbers = [f"{LETTERS[name]} = {value:g}" for name, value in mixture.own().items()]
     if mixture.method == "fixed":
-        return own[0]
+        return numbers[0]
     bounds = [] if mixture.method == SWAP else [f"α in [{mixture.alpha_min:g}, {mixture.alpha_max:g}]"]
-    return ", ".join([mixture.method, *own, *bounds])
+    return ", ".join([mixture.method, *numbers, *bounds])
 
 
 def _loss(trainer: Any) -> str:

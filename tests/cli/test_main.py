@@ -62,6 +62,8 @@ def test_env_is_for_a_bug_report(capsys: pytest.CaptureFixture[str]) -> None:
     told = capsys.readouterr().out
     for name in ("optimal-sampling-trl", "platform", "torch", "trl", "vllm", "devices", "engine vllm"):
         assert f"- {name}: " in told
+    main(["env", "--help"])
+    assert "Print versions, devices" in capsys.readouterr().out
     assert refused(["env", "--all"], capsys) == "optimal-sampling env: '--all' is not known; wanted no flags. Drop it."
 
 
@@ -115,6 +117,7 @@ def test_a_probe_prints_its_numbers(
         ("prompts", "-1", "`prompts` is -1; "),
         ("temperature", "0", "`temperature` is 0"),
         ("n", "0", "optimal-sampling probe: probe: `n` is 0; wanted a whole number"),
+        ("alpha_min", "0.5", "Unknown flag '--alpha_min'"),  # its mixtures are its own
     ):
         words = ["probe", *pair, *flags, "--reward_funcs", "judge.even", f"--{flag}", value]
         assert wanted in refused(words, capsys)

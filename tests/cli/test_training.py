@@ -12,12 +12,20 @@ from optimal_sampling_trl import GRPOConfig
 from optimal_sampling_trl.cli.training import Job, RewardArguments, checkpoint, load_data
 
 
-def test_resuming_as_a_flag_says_it() -> None:
+def test_resuming_as_a_flag_says_it(tmp_path: Path) -> None:
     (arguments,) = TrlParser((GRPOConfig,)).parse_args_and_config(["--resume_from_checkpoint", "True", "--use_cpu"])
     assert arguments.resume_from_checkpoint == "True"  # TRL's parser; `train` would look for a folder of this name
-    assert checkpoint(arguments.resume_from_checkpoint) is True
-    assert checkpoint("output/checkpoint-3") == "output/checkpoint-3"
-    assert checkpoint(None) is None
+    third = tmp_path / "checkpoint-3"
+    for given, words in (("True", "is 'True', and no checkpoint is there"), (str(third), rf"{tmp_path}' has none\.")):
+        with pytest.raises(ValueError, match=words):
+            checkpoint(given, str(tmp_path))
+    third.mkdir()
+    (third / "trainer_state.json").write_text("{}")
+    assert checkpoint(arguments.resume_from_checkpoint, str(tmp_path)) is True
+    assert checkpoint(str(third), str(tmp_path)) == str(third)
+    assert checkpoint(None, str(tmp_path)) is None
+    with pytest.raises(ValueError, match=rf"is 'last', and no checkpoint .* has {third}\. Name one"):
+        checkpoint("last", str(tmp_path))
 
 
 def test_a_reward_without_a_module_is_named() -> None:

@@ -190,6 +190,8 @@ def _wanted_instead(name: str, value: Any) -> str | None:
         return "'processed_logprobs', which are log q"
     if name == "max_logprobs" and value != -1 and value < RECORD_COLUMNS:
         return f"at least {RECORD_COLUMNS}, which carry the records"
+    if name == "gpu_memory_utilization" and not 0 < value <= 1:
+        return "a share above 0, of at most 1 (`vllm_gpu_memory_utilization` in a trainer)"
     if name == "pipeline_parallel_size" and value != 1:
         return "1: a stage would have to pass on two hidden states"
     if name == "kv_cache_dtype" and value not in CACHE_TYPES:

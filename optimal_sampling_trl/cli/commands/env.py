@@ -20,6 +20,8 @@ PACKAGES = (
 
 def run(words: Sequence[str] = ()) -> None:
     """Print one line for each."""
+    if words and words[0] in ("-h", "--help"):
+        return print(f"usage: optimal-sampling env\n\n{__doc__}")
     if words:
         raise ValueError(f"{words[0]!r} is not known; wanted no flags. Drop it.")
     for name, value in describe().items():
@@ -54,9 +56,9 @@ def _devices() -> list[str]:
 
 def _engine() -> str:
     """Say whether the fused engine can start here: its pair is judged when it is named."""
-    low, high = (".".join(map(str, each)) for each in (OLDEST, NEWEST))
     try:
         reason = unsupported()
     except Exception as error:  # a broken installation is what a report is about
         reason = f"{type(error).__name__}: {error}"
-    return f"works with vLLM {low} to {high}" if reason is None else reason
+    low, high = (".".join(map(str, each)) for each in (OLDEST, NEWEST))
+    return f"works ({low} to {high} are accepted)" if reason is None else reason

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ...options import check_whole
 from ...probe import probe, probe_json, probe_page, probe_text
-from ...trainers import SamplerArguments
+from ...trainers.arguments import PairArguments
 from ..parser import Parser
 from ..training import RewardArguments, load_data
 
@@ -37,7 +37,7 @@ def run(words: Sequence[str]) -> None:
     Args:
         words: the command line after the command.
     """
-    parser = Parser((SamplerArguments, ProbeArguments), "optimal-sampling probe", __doc__ or "")
+    parser = Parser((PairArguments, ProbeArguments), "optimal-sampling probe", __doc__ or "")
     pair, script = parser.read(words)
     if not script.model_name_or_path:
         raise ValueError("`--model_name_or_path` is missing; wanted the student's folder or model id.")

@@ -325,6 +325,7 @@ def test_a_teacher_with_an_fp8_cache(pair: tuple[str, str], tmp_path: Path) -> N
         ({"max_logprobs": 2}, "`max_logprobs` is 2; wanted at least 3"),
         ({"pipeline_parallel_size": 2}, "`pipeline_parallel_size` is 2; wanted 1"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "`kv_cache_dtype` is 'fp8_e5m2'; wanted no FP8"),
+        ({"gpu_memory_utilization": 1.5}, "`gpu_memory_utilization` is 1.5; wanted a share above 0, of at most 1"),
         ({"load_format": "dummy"}, "`load_format` is 'dummy'; wanted a format that loads"),
         ({"watermark_config": {"key": 1}}, "`watermark_config` cannot be set: its tokens are drawn by a key instead"),
         ({"runner": "pooling"}, "`runner` is 'pooling'; wanted 'generate'"),
