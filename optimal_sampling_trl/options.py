@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 C = TypeVar("C", bound=Callable[..., Any])
 
+INFINITY = float("inf")
+
 MANY = 40
 """Number of known names above which they are not listed."""
 FEW = 5
@@ -95,8 +97,18 @@ def suggest_arguments(**instead: str) -> Callable[[C], C]:
     return decorate
 
 
-def check_number(owner: str, name: str, value: object, low: float, high: float = float("inf")) -> None:
-    """Refuse a value that is not a finite number in [low, high].
+def check_number(
+    owner: str,
+    name: str,
+    value: object,
+    low: float = -INFINITY,
+    high: float = INFINITY,
+    advice: str = "Pass one.",
+    *,
+    above: float = -INFINITY,
+    below: float = INFINITY,
+) -> None:
+    """Refuse a value that is not a finite number in the range that the limits leave.
 
     Args:
         owner: the class or function that takes the option, for the error.
@@ -104,16 +116,25 @@ def check_number(owner: str, name: str, value: object, low: float, high: float =
         value: the value that was given.
         low: the smallest value that is allowed.
         high: the largest.
+        advice: ends the error, and tells the user how to go on.
+        above: in place of `low`, the largest value that is too small.
+        below: in place of `high`, the smallest value that is too large.
 
     Raises:
         ValueError: naming the option, the value and the range.
     """
     number = isinstance(value, int | float) and not isinstance(value, bool)
     largest = sys.float_info.max
-    if not number or not max(low, -largest) <= value <= min(high, largest):  # type: ignore[operator]
-        wanted = "a finite number" if low == float("-inf") else f"a finite number of at least {low:g}"
-        wanted = wanted if high == float("inf") else f"a number in [{low:g}, {high:g}]"
-        raise ValueError(f"{owner}: `{name}` is {shown(value)}; wanted {wanted}. Pass one.")
+    if number and max(low, -largest) <= value <= min(high, largest) and above < value < below:  # type: ignore[operator]
+        return
+    least, most = max(low, above), min(high, below)
+    if most < INFINITY:
+        wanted = f"a number in {'[' if low > above else '('}{least:g}, {most:g}{']' if high < below else ')'}"
+    elif least > -INFINITY:
+        wanted = f"a finite number {'of at least' if low > above else 'above'} {least:g}"
+    else:
+        wanted = "a finite number"
+    raise ValueError(f"{owner}: `{name}` is {shown(value)}; wanted {wanted}. {advice}")
 
 
 def check_whole(

@@ -138,9 +138,8 @@ def probe(
         ```
     """
     check_whole("probe", "n", n, 1)
-    check_number("probe", "temperature", temperature, 0.0)
-    if temperature == 0:
-        raise ValueError("probe: `temperature` is 0; wanted one above 0: the likeliest tokens are tried beside it.")
+    beside = "Pass one; the likeliest tokens are tried beside it."
+    check_number("probe", "temperature", temperature, above=0.0, advice=beside)
     from .pairing.rows import check_not_keyed
 
     check_not_keyed(

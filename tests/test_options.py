@@ -94,6 +94,25 @@ def test_other_values_are_refused(value: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("limits", "inside", "outside", "wanted"),
+    [
+        ({}, [-1e300, 0], [float("nan"), -float("inf")], "a finite number"),
+        ({"above": 0.0}, [1e-300, 3], [0, -0.0, -1, float("inf")], "a finite number above 0"),
+        ({"high": 1.0, "above": 0.0}, [1e-9, 1], [0.0, 1.01, True], "a number in (0, 1]"),
+        ({"above": 0.0, "below": 1.0}, [0.5], [0, 1, 1.0], "a number in (0, 1)"),
+        ({"low": 0.0, "below": 1.0}, [0, 0.999], [-1e-9, 1], "a number in [0, 1)"),
+    ],
+)
+def test_a_limit_may_be_open(limits: dict[str, float], inside: list[Any], outside: list[Any], wanted: str) -> None:
+    for value in inside:
+        check_number("Owner", "name", value, **limits)
+    for value in outside:
+        with pytest.raises(ValueError) as error:  # noqa: PT011
+            check_number("Owner", "name", value, advice="One is best.", **limits)
+        assert str(error.value) == f"Owner: `name` is {value!r}; wanted {wanted}. One is best."
+
+
+@pytest.mark.parametrize(
     ("limits", "value", "wanted"),
     [
         ({}, 1.0, "wanted a whole number. Pass one."),

@@ -85,13 +85,9 @@ class Mixture:
             )
         for name in ("alpha_min", "alpha_max", "fixed_alpha"):
             check_number("Mixture", name, getattr(self, name), 0.0, 1.0)
-        for name in ("epsilon", "entropy_scale"):
-            check_number("Mixture", name, getattr(self, name), 0.0)
-        if self.entropy_scale == 0:
-            raise ValueError(
-                "Mixture: `entropy_scale` is 0, by which an entropy would be divided; wanted a number above 0, in "
-                "nats. For the teacher alone use Mixture.teacher_only()."
-            )
+        check_number("Mixture", "epsilon", self.epsilon, 0.0)
+        alone = "An entropy, in nats, is divided by it; for the teacher alone use Mixture.teacher_only()."
+        check_number("Mixture", "entropy_scale", self.entropy_scale, above=0.0, advice=alone)
         if self.alpha_min > self.alpha_max:
             raise ValueError(
                 f"Mixture: `alpha_min` is {self.alpha_min} and `alpha_max` is {self.alpha_max}; "

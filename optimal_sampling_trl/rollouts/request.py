@@ -52,15 +52,12 @@ class Sampling:
     def __post_init__(self) -> None:
         check_whole("Sampling", "max_tokens", self.max_tokens, 1)
         check_number("Sampling", "temperature", self.temperature, 0.0)
-        check_number("Sampling", "top_p", self.top_p, 0.0, 1.0)
+        likeliest = "Pass one; for the likeliest token alone set `temperature=0`."
+        check_number("Sampling", "top_p", self.top_p, high=1.0, above=0.0, advice=likeliest)
         check_whole("Sampling", "top_k", self.top_k, -1, "-1 keeps all tokens.")
         check_number("Sampling", "min_p", self.min_p, 0.0, 1.0)
-        check_number("Sampling", "repetition_penalty", self.repetition_penalty, 0.0)
-        if self.top_p == 0.0 or self.repetition_penalty == 0.0:
-            raise ValueError(
-                f"Sampling: `top_p` is {self.top_p} and `repetition_penalty` is {self.repetition_penalty}; "
-                "wanted both above 0. For the likeliest token alone set `temperature=0`."
-            )
+        no_penalty = "Pass one; 1 is no penalty."
+        check_number("Sampling", "repetition_penalty", self.repetition_penalty, above=0.0, advice=no_penalty)
         if self.seed is not None:
             check_whole("Sampling", "seed", self.seed, 0, high=LAST_SEED)
         check_flag("Sampling", "ignore_eos", self.ignore_eos)

@@ -190,8 +190,8 @@ class GRPOConfig(PresetConfig, CreditConfig, PolicyGradientConfig, trl.GRPOConfi
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("GRPOConfig", "distillation_coefficient", self.distillation_coefficient, float("-inf"))
-        check_clip("distillation_clip", self.distillation_clip)
+        check_number("GRPOConfig", "distillation_coefficient", self.distillation_coefficient)
+        check_clip("GRPOConfig", "distillation_clip", self.distillation_clip)
         check_choice("baseline", self.baseline, BASELINES)
         if self.mixture_weight_steps is not None:
             check_whole("GRPOConfig", "mixture_weight_steps", self.mixture_weight_steps, 1)
@@ -272,7 +272,7 @@ class RAFTConfig(TeacherMeasureConfig, DenseTermConfig, GuardConfig, trl.GRPOCon
     def __post_init__(self) -> None:
         check_whole("RAFTConfig", "num_generations", self.num_generations, 1)
         if self.accept is not None:
-            check_number("RAFTConfig", "accept", self.accept, float("-inf"))
+            check_number("RAFTConfig", "accept", self.accept)
         check_choice("completion_weight", self.completion_weight, WEIGHTS)
         check_choice("denominator", self.denominator, DENOMINATORS)
         number = self.num_generations
@@ -327,20 +327,20 @@ class DistillationConfig(PresetConfig, DenseLossConfig, CorrectionConfig, trl.Di
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_clip("sampled_token_clip", self.sampled_token_clip)
+        check_clip("DistillationConfig", "sampled_token_clip", self.sampled_token_clip)
         check_flag(type(self).__name__, "sampled_token_centre", self.sampled_token_centre)
         if self.loss not in LOSSES:
             raise ValueError(unknown_option("loss of distillation", self.loss, LOSSES))
 
 
-def check_clip(name: str, value: float | None) -> None:
+def check_clip(owner: str, name: str, value: float | None) -> None:
     """Refuse a limit of log t − log θ that is no number of nats.
 
     Raises:
         ValueError: on one that is not finite and above 0: below 0 every token would have the same pull, at 0 none.
     """
-    if value is not None and not 0 < value < float("inf"):
-        raise ValueError(f"`{name}` is {value!r}; wanted a number above 0, in nats, or None for no limit. Pass one.")
+    if value is not None:
+        check_number(owner, name, value, above=0.0, advice="Pass one, in nats, or None for no limit.")
 
 
 def check_kind(args: Any, wanted: type) -> None:

@@ -58,9 +58,8 @@ class DenseTermConfig:
         check_number(owner, "dense_coefficient", self.dense_coefficient, 0.0)
         check_choice("dense_divergence", self.dense_divergence, DIVERGENCES)
         if self.dense_fade is not None:
-            check_number(owner, "dense_fade", self.dense_fade, 0.0, 1.0)
-            if self.dense_fade == 0:
-                raise ValueError("`dense_fade` is 0; wanted a share of training above 0, or None to keep the term.")
+            share = "Pass a share of training, or None to keep the term."
+            check_number(owner, "dense_fade", self.dense_fade, high=1.0, above=0.0, advice=share)
         check_whole(owner, "dense_top_k", self.dense_top_k, 1)
         for name in ("dense_divergence", "dense_fade", "dense_top_k"):
             value = getattr(self, name)

@@ -110,9 +110,8 @@ class OptimalSamplingGenerator:
             check_number("OptimalSamplingGenerator", "theta_fraction", self.theta_fraction, 0.0, 1.0)
         self._check_two_rounds()
         if self.schedule is not None:
-            check_number("OptimalSamplingGenerator", "schedule", self.schedule, 0.0, 1.0)
-            if self.schedule == 0:
-                raise ValueError("`schedule` is 0; wanted a share of training above 0, or None to keep the mixture.")
+            share = "Pass a share of training, or None to keep the mixture."
+            check_number("OptimalSamplingGenerator", "schedule", self.schedule, high=1.0, above=0.0, advice=share)
         for name in ("schedule", "alpha_by_success"):
             if getattr(self, name) is not None and self.mixture.method == SWAP:
                 raise ValueError(
@@ -189,11 +188,8 @@ class OptimalSamplingGenerator:
 
     def _check_entropy_quantile(self) -> None:
         """Refuse a quantile that nothing reads, or that α could not tell."""
-        check_number("OptimalSamplingGenerator", "entropy_quantile", self.entropy_quantile, 0.0, 1.0)
-        if self.entropy_quantile in (0, 1):
-            raise ValueError(
-                f"`entropy_quantile` is {self.entropy_quantile}; wanted a share between 0 and 1, or None."
-            )
+        owner, share = "OptimalSamplingGenerator", "Pass a share of the tokens, or None to keep the scale."
+        check_number(owner, "entropy_quantile", self.entropy_quantile, above=0.0, below=1.0, advice=share)
         gate = self.mixture
         if gate.method != "entropy_gate" or (gate.alpha_min, gate.alpha_max) != (0, 1) or self.schedule is not None:
             raise ValueError(

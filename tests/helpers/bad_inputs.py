@@ -126,7 +126,7 @@ CASES: dict[str, tuple[Callable[[Room], Any], tuple[str, ...]]] = {
     "mix: T = 0": (lambda r: mix(LOGITS, LOGITS, Mixture(), 0.0), ("`temperature`", "0.0", "wanted", "solve at 1")),
     "sampling: tokens": (lambda r: Sampling(max_tokens=0), ("`max_tokens`", "0", "wanted a whole number", "Pass one")),
     "sampling: half": (lambda r: Sampling(max_tokens=1.5), ("`max_tokens`", "1.5", "wanted a whole", "Pass one")),  # type: ignore[arg-type]
-    "sampling: top_p": (lambda r: Sampling(top_p=2.0), ("`top_p`", "2.0", "wanted a number in [0, 1]", "Pass one")),
+    "sampling: top_p": (lambda r: Sampling(top_p=2.0), ("`top_p`", "2.0", "wanted a number in (0, 1]", "Pass one")),
     "sampling: top_k": (lambda r: Sampling(top_k=-7), ("`top_k`", "-7", "wanted a whole number", "-1 keeps all")),
     "sampling: seed": (lambda r: Sampling(seed=2**63), ("`seed`", str(2**63), "wanted a whole number from", "Pass")),
     "sampling: stop": (lambda r: Sampling(stop="x"), ("`stop`", "'x'", "wanted a tuple of texts", "write `stop=(")),  # type: ignore[arg-type]
@@ -162,7 +162,7 @@ CASES: dict[str, tuple[Callable[[Room], Any], tuple[str, ...]]] = {
     ),
     "generator: schedule": (
         lambda r: OptimalSamplingGenerator("t", schedule=0),
-        ("`schedule`", "0", "wanted a share", "or None to keep"),
+        ("`schedule`", "0", "wanted a number in (0, 1]", "or None to keep"),
     ),
     "generator: backend": (
         lambda r: OptimalSamplingGenerator("t", backend="vlm"),

@@ -35,11 +35,11 @@ def test_positive_only_names_completions(tmp_path: Path, config: Any) -> None:
 @pytest.mark.parametrize(
     ("config", "name", "value", "wanted"),
     [
-        (GRPOConfig, "distillation_clip", -1.0, "a number above 0, in nats, or None"),
-        (GRPOConfig, "distillation_clip", 0.0, "a number above 0, in nats, or None"),
+        (GRPOConfig, "distillation_clip", -1.0, "a finite number above 0. Pass one, in nats, or None"),
+        (GRPOConfig, "distillation_clip", 0.0, "a finite number above 0. Pass one, in nats, or None"),
         (GRPOConfig, "distillation_coefficient", float("nan"), "a finite number"),
-        (DistillationConfig, "sampled_token_clip", -1.0, "a number above 0, in nats, or None"),
-        (DistillationConfig, "sampled_token_clip", float("nan"), "a number above 0, in nats, or None"),
+        (DistillationConfig, "sampled_token_clip", -1.0, "a finite number above 0. Pass one, in nats, or None"),
+        (DistillationConfig, "sampled_token_clip", float("nan"), "a finite number above 0"),
     ],
 )
 def test_limits_of_the_teachers_pull(tmp_path: Path, config: Any, name: str, value: float, wanted: str) -> None:

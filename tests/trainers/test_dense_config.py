@@ -29,8 +29,11 @@ def config(made: Any, folder: Path, **settings: Any) -> Any:
             {"dense_coefficient": 1.0, "dense_divergence": "revers"},
             r"^Unknown value of `dense_divergence` 'revers'\. Known: forward, js, reverse\. Did you mean 'reverse'\?",
         ),
-        ({"dense_coefficient": 1.0, "dense_fade": 1.5}, r"`dense_fade` is 1\.5; wanted a number in \[0, 1\]"),
-        ({"dense_coefficient": 1.0, "dense_fade": 0.0}, "`dense_fade` is 0; wanted a share of training above 0"),
+        ({"dense_coefficient": 1.0, "dense_fade": 1.5}, r"`dense_fade` is 1\.5; wanted a number in \(0, 1\]"),
+        (
+            {"dense_coefficient": 1.0, "dense_fade": 0.0},
+            r"`dense_fade` is 0\.0; wanted a number in \(0, 1\]\. Pass a share of training, or None",
+        ),
         ({"dense_coefficient": 1.0, "dense_top_k": 0}, "`dense_top_k` is 0; wanted a whole number of at least 1"),
         ({"dense_divergence": "js"}, "`dense_divergence` is 'js' and `dense_coefficient` 0, so that nothing reads it"),
         ({"dense_fade": 0.5}, r"`dense_fade` is 0\.5 and `dense_coefficient` 0"),
