@@ -11,7 +11,7 @@ from .backends import GPU_MEMORY_UTILIZATION, Backend, make_backend
 from .mixture import SWAP, Mixture
 from .options import check_flag, check_whole, shown, suggest_arguments
 from .output import OptimalSamplingOutput
-from .pairing import NamedWeights, Prompt, check_system_prompts, encode, reads_two_prompts, warn_of_templates
+from .pairing import NamedWeights, Prompt, check_system_prompts, encode, is_chat, reads_two_prompts, warn_of_templates
 from .pairing.prompts import warn_of_context
 from .pairing.rows import check_not_keyed, teacher_prompts_of
 from .rollouts.dense import Dense, check_dense
@@ -242,7 +242,8 @@ class OptimalSamplingV1:
             tokenizer = pair.teacher_tokenizer or pair.tokenizer
             teacher = encode(teacher_prompt, tokenizer, index=index, name="Teacher's prompt", **of_teacher)
             return teacher, encode(prompt, pair.tokenizer, index=index, **of_theta)
-        if not self._has_compared_templates and _is_chat(prompt, self.enable_chat_template):
+        is_rendered = self.enable_chat_template if isinstance(prompt, str) else is_chat(prompt)
+        if is_rendered and not self._has_compared_templates:
             self._has_compared_templates = True
             warn_of_templates(pair.teacher, pair.teacher_template, pair.tokenizer)
         teacher = encode(prompt, pair.tokenizer, index=index, **of_teacher)
@@ -283,13 +284,6 @@ class OptimalSamplingV1:
         self.close()
 
 
-def _is_chat(prompt: Any, enable_chat_template: bool) -> bool:
-    """Tell whether a prompt goes through the chat template."""
-    if isinstance(prompt, str):
-        return enable_chat_template
-    return isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], dict)
-
-
 def _name(model: Any) -> str:
     return str(getattr(model, "name_or_path", model))
 
@@ -322,9 +316,9 @@ def _conversations(messages: Any) -> list[Any]:
     wanted = "a list of messages, or several such lists"
     check_not_keyed("chat: `messages`", messages, wanted, "Put a single message into a list.")
     listed = list(messages) if isinstance(messages, Iterable) and not isinstance(messages, str) else []
-    if listed and isinstance(listed[0], dict):
+    if is_chat(listed):
         return [listed]
-    if listed and all(isinstance(one, Sequence) and all(isinstance(item, dict) for item in one) for one in listed):
+    if listed and all(map(is_chat, listed)):
         return listed
     raise ValueError(
         f"chat: `messages` is {shown(listed or messages)}; wanted {wanted}. Pass texts and token ids to `generate`."

@@ -194,11 +194,13 @@ class _Task:
 
     def accepted(self, rollouts: Sequence[Rollout]) -> Float[Tensor, " N"]:
         """Return 1 where the reward accepts a completion, else 0; 0 too where it could not score one."""
+        from .pairing.prompts import is_chat
+
         n = len(rollouts) // len(self.rows)
         rows = [row for row in self.rows for _ in range(n)]
-        chats = [isinstance(row["prompt"], list) for row in rows]
         texts = [
-            [{"role": "assistant", "content": one.text}] if chat else one.text for one, chat in zip(rollouts, chats)
+            [{"role": "assistant", "content": one.text}] if is_chat(row["prompt"]) else one.text
+            for one, row in zip(rollouts, rows)
         ]
         columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
         given = self.reward(

@@ -30,6 +30,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
 
 from optimal_sampling_trl.cli.training import RewardArguments, load_data, load_options
 from optimal_sampling_trl.losses import accept_rewards
+from optimal_sampling_trl.pairing import is_chat
 
 
 @dataclass
@@ -54,7 +55,7 @@ def rewards(rows: Dataset, script: RolloutArguments, tokenizer: Any) -> list[flo
         source = load_data(script, evaluate=False)["train_dataset"].select(rows["prompt_index"])
         columns = {name: list(source[name]) for name in source.column_names}
     prompts = columns.pop("prompt", None) or tokenizer.batch_decode(list(rows["prompt_ids"]), skip_special_tokens=True)
-    if not isinstance(prompts[0], str):
+    if is_chat(prompts[0]):
         completions = [[{"role": "assistant", "content": text}] for text in completions]
     columns["completion_ids"] = list(rows["completion_ids"])
     scores = [function(prompts=prompts, completions=completions, **columns) for function in script.rewards()]

@@ -487,6 +487,8 @@ def test_refused_before_a_model_is_run(sampler: OptimalSamplingV1, case: str) ->
         ("3 + 4 =", r"chat: `messages` is '3 \+ 4 ='; wanted a list of messages, or several"),
         (TWO, r"chat: `messages` is \['a', 'b'\]; wanted a list of messages, or several .* `generate`"),
         ([CHAT, "a"], "'a'\\]; wanted a list of messages, or several"),
+        ([CHAT[0], 3], r"3\]; wanted a list of messages, or several"),
+        ([CHAT, []], r"\[\]\]; wanted a list of messages, or several"),
         ([], r"chat: `messages` is \[\]; wanted"),
         (None, "chat: `messages` is None; wanted"),
     ],

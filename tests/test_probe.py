@@ -166,6 +166,23 @@ def test_the_teacher_reads_its_own_prompts_as_in_training(found: Probe, sampler:
 
 
 @pytest.mark.parametrize(
+    ("prompt", "is_text"), [("3=", True), ([8, 9, 10], True), ([{"role": "user", "content": "3="}], False)]
+)
+def test_a_reward_is_given_messages_for_a_chat_alone(sampler: OptimalSamplingV1, prompt: Any, is_text: bool) -> None:
+    """Token ids are a list, too, and no chat."""
+    seen: list[Any] = []
+
+    def reward(completions: Sequence[Any], **columns: Any) -> list[float]:
+        seen.extend(completions)
+        return [1.0] * len(completions)
+
+    probe(sampler, [{"prompt": prompt}], reward, n=1, max_tokens=2)
+    assert len(seen) == 9
+    assert all(isinstance(one, str) == is_text for one in seen)
+    assert is_text or all([message["role"] for message in one] == ["assistant"] for one in seen)
+
+
+@pytest.mark.parametrize(
     ("rows", "settings", "wanted"),
     [
         ([], {}, r"`dataset` has no rows, or rows without a `prompt`; wanted rows as a trainer takes them"),

@@ -39,6 +39,12 @@ def check_system_prompts(owner: Any) -> None:
     check_choice("system_message", owner.system_message, SYSTEM_MESSAGE)
 
 
+def is_chat(prompt: Any) -> bool:
+    """Tell whether a prompt is chat messages: at least one, and nothing else. A text and token ids are none."""
+    sequence = isinstance(prompt, Sequence) and not isinstance(prompt, str)
+    return sequence and len(prompt) > 0 and all(isinstance(item, dict) for item in prompt)
+
+
 def check_prompt(prompt_ids: Sequence[int], context: int, vocabulary: int, index: int | str, role: str) -> None:
     """Refuse a prompt that a model cannot read.
 
@@ -117,7 +123,7 @@ def encode(
         if not chat:
             return list(tokenizer(with_system_prompt(prompt, system_prompt))["input_ids"])
         prompt = [{"role": "user", "content": prompt}]
-    if isinstance(prompt, Sequence) and len(prompt) and all(isinstance(item, dict) for item in prompt):
+    if is_chat(prompt):
         try:
             messages = with_system_prompt(list(prompt), system_prompt, system_message)
         except ValueError as error:

@@ -10,11 +10,11 @@ from unittest.mock import patch
 from accelerate.utils import broadcast_object_list
 from jinja2 import TemplateError
 
-from ..pairing import Pair, template_refusal, warn_of_templates, with_system_prompt
+from ..pairing import Pair, is_chat, template_refusal, warn_of_templates, with_system_prompt
 from ..pairing.prompts import SYSTEM_PROMPTS, TEACHER_PROMPT, render
 from .engines.base import MixtureGeneration, tokenizer_of
 from .generator import OptimalSamplingGenerator
-from .prompts import Row, check_lengths, check_no_images, check_one_kind, check_shapes, is_chat, rows_of
+from .prompts import Row, check_lengths, check_no_images, check_one_kind, check_shapes, rows_of
 
 TrlTrainer: Any = object
 """The TRL trainer that follows in the method resolution order; Any, so that mypy lets its attributes pass."""

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..pairing import Pair, check_prompt, with_system_prompt
+from ..pairing import Pair, check_prompt, is_chat, with_system_prompt
 from ..pairing.prompts import SYSTEM_PROMPTS, TEACHER_PROMPT, ignored_refusal
 from .generator import OptimalSamplingGenerator
 
@@ -61,11 +61,6 @@ def readings(row: Row, generator: OptimalSamplingGenerator) -> Iterator[Reading]
     elif generator.two_prompts:
         yield Reading("teacher", False, row.prompt, generator.teacher_system_prompt)
     yield Reading("student", False, row.prompt, generator.theta_system_prompt)
-
-
-def is_chat(prompt: Any) -> bool:
-    """Tell whether a prompt is a list of messages."""
-    return isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt)
 
 
 def rows_of(data: Any, name: str) -> Iterator[Row]:
@@ -157,13 +152,14 @@ def check_kinds(row: Row) -> None:
         given[f"`{TEACHER_PROMPT}`"] = row.teacher_prompt
     for name, prompt in given.items():
         absent = "" if name == "prompt" else " None lets the teacher read the student's prompt."
-        if not isinstance(prompt, str) and not is_chat(prompt):
+        if isinstance(prompt, str | list) and not prompt:
+            raise ValueError(f"The {name} in {row.where} is empty; wanted at least one token. Drop it.{absent}")
+        chat = isinstance(prompt, list) and is_chat(prompt)  # TRL takes no other sequence for messages
+        if not isinstance(prompt, str) and not chat:
             kind = f"{str(prompt)[:60]!r} ({type(prompt).__name__})"
             raise ValueError(
                 f"The {name} in {row.where} is {kind}; wanted a text or a list of messages. Fix or drop it.{absent}"
             )
-        if not prompt:
-            raise ValueError(f"The {name} in {row.where} is empty; wanted at least one token. Drop it.{absent}")
 
 
 def check_shapes(

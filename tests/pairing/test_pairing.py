@@ -28,6 +28,7 @@ from optimal_sampling_trl.pairing import (
     context_length,
     encode,
     end_of_sequence,
+    is_chat,
     is_student,
     load_config,
     load_generation_config,
@@ -300,6 +301,27 @@ def test_token_ids_are_taken_as_they_are(chat: bool) -> None:
         ids = encode(prompt, make_tokenizer(), None, chat, 0)
         assert ids == [3, 1, 2]
         assert [type(index) for index in ids] == [int] * 3
+
+
+@pytest.mark.parametrize(
+    ("prompt", "wanted"),
+    [
+        (CHAT, True),
+        (tuple(CHAT), True),
+        ([*CHAT, 1], False),
+        ([1, *CHAT], False),
+        (CHAT[0], False),
+        ([CHAT], False),
+        ([], False),
+        ("", False),
+        ("7", False),
+        ([1, 2], False),
+        (torch.tensor([1, 2]), False),
+        (None, False),
+    ],
+)
+def test_a_chat_is_messages_and_nothing_else(prompt: Any, wanted: bool) -> None:
+    assert is_chat(prompt) is wanted
 
 
 @pytest.mark.parametrize("prompt", [None, 3, 1.5, [1.5, 2.0], ["a", "b"], [1, "b"], [CHAT[0], 1], {"role": "user"}])

@@ -77,6 +77,13 @@ def test_a_row_is_named_at_the_start(pair: tuple[str, str], tmp_path: Path, prom
         make_trainer("grpo", pair, tmp_path, generator=WISE, trainer=data(*prompts))
 
 
+def test_messages_of_a_stream_stand_in_a_list(pair: tuple[str, str], tmp_path: Path) -> None:
+    """TRL would take a tuple of messages for a text. A stored data set makes lists of them."""
+    trainer = make_trainer("grpo", pair, tmp_path, generator=WISE)
+    with pytest.raises(ValueError, match=r"\(tuple\); wanted a text or a list of messages"):
+        one_batch(trainer, [tuple(USER)] * 4)
+
+
 def test_a_chat_that_its_template_refuses(pair: tuple[str, str], tmp_path: Path) -> None:
     given = data(USER, SYSTEM) | {"processing_class": template(pair[1], NO_SYSTEM + "OLD")}
     with pytest.raises(ValueError, match=r"In row 1 of `train_dataset`: .*System role not supported\. Fix the row"):
