@@ -56,7 +56,8 @@ class OptimalSamplingV1:
             the teacher's. Pass a student of another revision as a folder.
 
     Raises:
-        ValueError: on an unknown argument, a setting out of range, or a pair that cannot be mixed.
+        ValueError: on an unknown argument, a setting out of range or that the method does not read, or a pair that
+            cannot be mixed.
 
     Example:
         ```python
@@ -98,8 +99,16 @@ class OptimalSamplingV1:
         if alpha_min is None:
             alpha_min = 0.0 if alpha_method in ("trust_region", "fixed", SWAP) else 0.5
         self.mixture = Mixture(
-            alpha_method, alpha_min, alpha_max, fixed_alpha, epsilon, form, entropy_scale, swap_top_k
+            method=alpha_method,
+            alpha_min=alpha_min,
+            alpha_max=alpha_max,
+            fixed_alpha=fixed_alpha,
+            epsilon=epsilon,
+            form=form,
+            entropy_scale=entropy_scale,
+            swap_top_k=swap_top_k,
         )
+        self.mixture.check_read("OptimalSamplingV1")
         self.system_message = system_message
         self.teacher_system_prompt = teacher_system_prompt
         self.theta_system_prompt = theta_system_prompt

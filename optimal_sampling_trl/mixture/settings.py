@@ -18,6 +18,8 @@ from .presets import published
 METHODS = ("kl_symmetry", "ess_balance", "trust_region", "entropy", "fixed", "entropy_gate", "top_k_swap")
 SWAP = "top_k_swap"
 """The method that says what q is, and not α alone."""
+OWN = {"fixed_alpha": "fixed", "epsilon": "trust_region", "entropy_scale": "entropy_gate", "swap_top_k": SWAP}
+"""The fields that one method alone reads, and that method. The other fields hold for every method."""
 FORMS = ("geometric", "arithmetic")
 CHOICES = {"method": METHODS, "form": FORMS}
 """The fields of a mixture whose value is a word, with the words that each may have."""
@@ -144,6 +146,32 @@ class Mixture:
         no_budget = self.method == "trust_region" and self.epsilon == 0
         no_weight = self.method == "fixed" and self.fixed_alpha == 0
         return self.alpha_max == 0.0 or (self.alpha_min == 0.0 and (no_budget or no_weight))
+
+    def own(self) -> dict[str, Any]:
+        """Return the field that this method alone reads, with its value; nothing where it has none."""
+        return {name: getattr(self, name) for name, method in OWN.items() if method == self.method}
+
+    def unread(self) -> dict[str, str]:
+        """Return the fields that are set and that this method does not read, each with the method that does."""
+        set_ones = {name: method for name, method in OWN.items() if getattr(self, name) != getattr(Mixture, name)}
+        return {name: method for name, method in set_ones.items() if method != self.method}
+
+    def check_read(self, owner: str) -> None:
+        """Refuse a field that is set and that the method does not read.
+
+        Where a user's settings come in; the constructor takes them, since an annealed mixture has such a field.
+
+        Args:
+            owner: the class that takes the mixture, for the error.
+
+        Raises:
+            ValueError: naming the field, and the method that reads it.
+        """
+        for name, method in self.unread().items():
+            raise ValueError(
+                f"{owner}: `{name}` is {getattr(self, name)!r}, and the method {self.method!r} does not read it; "
+                f"wanted it with {method!r}. Drop it, or choose that method."
+            )
 
     def anneal(self, share: float) -> Mixture:
         """Return the mixture at a share of the way to the student alone.

@@ -8,9 +8,12 @@ from typing import Any
 
 from ..backends import BACKENDS
 from ..generate import OptimalSamplingV1
-from ..mixture import FORMS, METHODS, Mixture
+from ..mixture import FIELDS, FORMS, METHODS, Mixture
 from ..pairing.prompts import SYSTEM_MESSAGE
 from .generator import OptimalSamplingGenerator
+
+FLAGS = {"method": "alpha_method", "epsilon": "mixture_epsilon", "form": "mixture_form"}
+"""The flags of those fields of a mixture whose own names say too little on a command line, or that TRL has."""
 
 
 @dataclass
@@ -84,6 +87,10 @@ class SamplerArguments:
             )
         return arguments
 
+    def mixture(self) -> dict[str, Any]:
+        """Return the fields of the `Mixture`; an `alpha_min` of None is for its reader to choose."""
+        return {name: getattr(self, FLAGS.get(name, name)) for name in FIELDS}
+
     def check_teacher(self) -> str:
         """Return the teacher's name.
 
@@ -103,21 +110,16 @@ class SamplerArguments:
         Raises:
             ValueError: where no teacher is named, or a setting is out of range.
         """
+        mixture = self.mixture()
         return OptimalSamplingV1(
             self.check_teacher(),
             theta,
-            self.alpha_method,
-            self.fixed_alpha,
-            self.alpha_min,
-            self.alpha_max,
+            alpha_method=mixture.pop("method"),
+            **mixture,
             teacher_system_prompt=self.teacher_system_prompt,
             theta_system_prompt=self.theta_system_prompt,
-            epsilon=self.mixture_epsilon,
             system_message=self.system_message,
             backend=self.backend,
-            form=self.mixture_form,
-            entropy_scale=self.entropy_scale,
-            swap_top_k=self.swap_top_k,
             **self.engine(),
         )
 
@@ -174,20 +176,12 @@ class GeneratorArguments(SamplerArguments):
         Raises:
             ValueError: where no teacher is named, or a setting is out of range.
         """
-        alpha_min = Mixture.alpha_min if self.alpha_min is None else self.alpha_min
-        mixture = Mixture(
-            self.alpha_method,
-            alpha_min,
-            self.alpha_max,
-            self.fixed_alpha,
-            self.mixture_epsilon,
-            self.mixture_form,
-            self.entropy_scale,
-            self.swap_top_k,
-        )
+        mixture = self.mixture()
+        if self.alpha_min is None:
+            del mixture["alpha_min"]
         return OptimalSamplingGenerator(
             teacher=self.check_teacher(),
-            mixture=mixture,
+            mixture=Mixture(**mixture),
             theta_fraction=self.theta_fraction,
             schedule=self.schedule,
             entropy_quantile=self.entropy_quantile,

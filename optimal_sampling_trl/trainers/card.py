@@ -88,18 +88,18 @@ def card_facts(trainer: Any) -> dict[str, Any]:
         trainer: a `MixtureTrainer`.
     """
     generator, mixture, args = trainer.generator, trainer.generator.mixture, trainer.args
-    group, gated, swapped = trainer._group_size(), mixture.method == "entropy_gate", mixture.method == SWAP
+    group, own = trainer._group_size(), mixture.own()
     alone = generator.theta_count(group, trainer.default_theta_fraction)  # as set: it may grow while training runs
     facts: dict[str, Any] = {
         "trainer": trainer._name,
         "teacher": _teacher(generator),
         "teacher's revision": (generator.engine_arguments or {}).get("revision"),
         "student": model_name(trainer.model),
-        "mixture": SWAP if swapped else f"{mixture.method}, {mixture.form}",
-        "likeliest tokens of the teacher that the student may draw": mixture.swap_top_k if swapped else None,
-        "α": f"{mixture.alpha_min:g} to {mixture.alpha_max:g}" if mixture.method != "fixed" else mixture.fixed_alpha,
-        "budget of KL(q‖θ), nats a token": mixture.epsilon if mixture.method == "trust_region" else None,
-        "entropy of the student where α is 1, nats": mixture.entropy_scale if gated else None,
+        "mixture": SWAP if mixture.method == SWAP else f"{mixture.method}, {mixture.form}",
+        "likeliest tokens of the teacher that the student may draw": own.get("swap_top_k"),
+        "α": own.get("fixed_alpha", f"{mixture.alpha_min:g} to {mixture.alpha_max:g}"),
+        "budget of KL(q‖θ), nats a token": own.get("epsilon"),
+        "entropy of the student where α is 1, nats": own.get("entropy_scale"),
         "quantile of the entropies that sets it": generator.entropy_quantile,
         "annealed to the student over": None if generator.schedule is None else f"{generator.schedule:g} of training",
         "completions of the student alone": f"{alone} of {group}",

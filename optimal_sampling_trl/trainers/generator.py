@@ -70,7 +70,8 @@ class OptimalSamplingGenerator:
             model below the adapter, which is not trained; with transformers it is in memory once.
 
     Raises:
-        ValueError: on a `mixture` or `dense` of another type, an unknown backend, or a number out of range.
+        ValueError: on a `mixture` or `dense` of another type, a field of the mixture that its method does not read, an
+            unknown backend, or a number out of range.
 
     Example:
         ```python
@@ -99,6 +100,7 @@ class OptimalSamplingGenerator:
     def __post_init__(self) -> None:
         if not isinstance(self.mixture, Mixture):
             raise ValueError(f"`mixture` is {self.mixture!r}; wanted a `Mixture`, for example `Mixture()`.")
+        self.mixture.check_read("OptimalSamplingGenerator")
         if self.engine_arguments is not None and not isinstance(self.engine_arguments, Mapping):
             raise ValueError(
                 f"`engine_arguments` is {shown(self.engine_arguments)}; wanted a dictionary, for example "

@@ -18,6 +18,9 @@ POSITIVE = {
 }
 """Meaning of each value of `positive_only`."""
 
+LETTERS = {"fixed_alpha": "α", "epsilon": "ε", "entropy_scale": "γ", "swap_top_k": "K"}
+"""Letter of each field of a mixture that one method alone reads."""
+
 
 def print_summary(trainer: Any) -> None:
     """Print the line of a trainer, in one process, unless its `log_level` asks for errors alone."""
@@ -45,12 +48,11 @@ def _share(trainer: Any) -> str:
 
 
 def _words(mixture: Mixture) -> str:
+    own = [f"{LETTERS[name]} = {value:g}" for name, value in mixture.own().items()]
     if mixture.method == "fixed":
-        return f"α = {mixture.fixed_alpha:g}"
-    if mixture.method == SWAP:
-        return f"{SWAP}, K = {mixture.swap_top_k}"
-    budget = f", ε = {mixture.epsilon:g}" if mixture.method == "trust_region" else ""
-    return f"{mixture.method}{budget}, α in [{mixture.alpha_min:g}, {mixture.alpha_max:g}]"
+        return own[0]
+    bounds = [] if mixture.method == SWAP else [f"α in [{mixture.alpha_min:g}, {mixture.alpha_max:g}]"]
+    return ", ".join([mixture.method, *own, *bounds])
 
 
 def _loss(trainer: Any) -> str:

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 
 from helpers.strategies import RANGED, mixtures
-from optimal_sampling_trl.mixture import CHOICES, FIELDS, FORMS, METHODS, Mixture, MixtureRows
+from optimal_sampling_trl.mixture import CHOICES, FIELDS, FORMS, METHODS, Mixture, MixtureRows, mix
+from optimal_sampling_trl.mixture.settings import OWN
 
 
 @pytest.mark.parametrize(
@@ -97,6 +98,35 @@ def test_a_key_that_no_mixture_has_is_refused() -> None:
         Mixture.from_dict({"method": "fixed", "alpha_mn": 0.1})
     with pytest.raises(ValueError, match=r"`alpha_min` is 0\.9 and `alpha_max` is 0\.1"):
         Mixture.from_dict({"alpha_min": 0.9, "alpha_max": 0.1})
+
+
+def test_a_field_of_another_method_is_told() -> None:
+    given = {"fixed_alpha": 0.25, "epsilon": 0.01, "entropy_scale": 1.5, "swap_top_k": 3}
+    assert set(OWN) == set(given)
+    assert set(FIELDS) - set(OWN) == {"method", "form", "alpha_min", "alpha_max"}
+    for name, reads in OWN.items():
+        for method in METHODS:
+            mixture = Mixture(method, **{name: given[name]})
+            assert mixture.unread() == ({} if method == reads else {name: reads})
+    assert Mixture("trust_region", epsilon=0.1).own() == {"epsilon": 0.1}
+    assert Mixture().own() == {}
+    assert Mixture(epsilon=0.01, swap_top_k=3).unread() == {"epsilon": "trust_region", "swap_top_k": "top_k_swap"}
+    wanted = (
+        r"^Owner: `swap_top_k` is 3, and the method 'entropy' does not read it; wanted it with 'top_k_swap'\. Drop"
+    )
+    with pytest.raises(ValueError, match=wanted):
+        Mixture("entropy", swap_top_k=3).check_read("Owner")
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_the_table_of_fields_is_what_the_solver_reads(name: str) -> None:
+    """α of a row moves with a field under the method that the table names, and under no other."""
+    torch.manual_seed(0)
+    pair = torch.randn(2, 20, 40).double().log_softmax(-1)
+    one, other = {"fixed_alpha": (0.2, 0.7), "epsilon": (0.01, 0.2), "swap_top_k": (2, 20)}.get(name, (4.0, 9.0))
+    for method in METHODS:
+        first, second = (mix(*pair, Mixture(method, **{name: value}))[0] for value in (one, other))
+        assert torch.equal(first, second) == (method != OWN[name]), method
 
 
 def test_theta_only_and_teacher_only() -> None:

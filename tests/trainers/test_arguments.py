@@ -32,6 +32,37 @@ def test_without_flags_the_sampler_is_the_default(tmp_path: Path, method: str) -
         assert by_flags.mixture == by_hand.mixture
 
 
+def test_each_flag_of_the_mixture_reaches_its_field(pair: tuple[str, str]) -> None:
+    line = (
+        "--alpha_method trust_region --alpha_min 0.1 --alpha_max 0.9 --mixture_epsilon 0.2 --mixture_form arithmetic"
+    )
+    wanted = Mixture("trust_region", alpha_min=0.1, alpha_max=0.9, epsilon=0.2, form="arithmetic")
+    words = f"--teacher {pair[0]} --backend transformers {line}".split()
+    (arguments,) = TrlParser((GeneratorArguments,)).parse_args_and_config(words)
+    assert arguments.generator().mixture == wanted
+    with arguments.sampler(pair[1]) as sampler:
+        assert sampler.mixture == wanted
+
+
+@pytest.mark.parametrize(
+    ("flag", "told"),
+    [
+        ("--fixed_alpha 0.2", "`fixed_alpha` is 0.2, and the method 'kl_symmetry' does not read it; wanted it with"),
+        ("--mixture_epsilon 0.2", "`epsilon` is 0.2, and the method"),
+        ("--entropy_scale 2", "`entropy_scale` is 2.0, and the method"),
+        ("--swap_top_k 3", "wanted it with 'top_k_swap'. Drop it, or choose that method."),
+    ],
+)
+def test_a_flag_that_the_method_does_not_read_is_refused(flag: str, told: str) -> None:
+    """Before a model is looked for."""
+    words = f"--teacher no_model --backend transformers {flag}".split()
+    (arguments,) = TrlParser((GeneratorArguments,)).parse_args_and_config(words)
+    for owner, build in (("Generator", arguments.generator), ("V1", lambda: arguments.sampler("no_model"))):
+        with pytest.raises(ValueError, match=f"^OptimalSampling{owner}: ") as error:
+            build()
+        assert told in str(error.value)
+
+
 def test_flags_of_a_teacher_that_is_the_student() -> None:
     flags = ("--teacher student --teacher_refresh never", "--teacher student --teacher_adapter False")
     wanted = ({"teacher_refresh": "never"}, {"teacher_adapter": False})

@@ -77,6 +77,10 @@ def test_a_resumed_run_goes_on_where_it_was(pair: tuple[str, str], tmp_path: Pat
     [
         ({"teacher": "t", "mixture": "kl_symmetry"}, r"`mixture` is 'kl_symmetry'; wanted a `Mixture`"),
         ({"teacher": "t", "theta_fraction": 1.5}, r"`theta_fraction` is 1\.5; wanted a number in \[0, 1\]"),
+        (
+            {"teacher": "t", "mixture": Mixture(epsilon=0.01)},
+            r"^OptimalSamplingGenerator: `epsilon` is 0\.01, and the method 'kl_symmetry' does not read it; wanted it",
+        ),
         ({"teacher": "t", "schedule": 2}, r"`schedule` is 2; wanted a number in \(0, 1\]"),
         (
             {"teacher": "t", "schedule": 0},
