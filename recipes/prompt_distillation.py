@@ -38,6 +38,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import ModelConfig, ScriptArguments, TrlParser
 
 from optimal_sampling_trl import DistillationConfig, DistillationTrainer, Mixture, OptimalSamplingV1
+from optimal_sampling_trl.cli.refusals import refusals
 from optimal_sampling_trl.cli.training import load_data, load_options, run
 from optimal_sampling_trl.plots import plot_learning
 from optimal_sampling_trl.trainers import GeneratorArguments
@@ -125,7 +126,9 @@ class Measure(TrainerCallback):
         print("Answers of the student, without the prompt:", *self.examples, f"Curve: {picture}", sep="\n")
 
 
-if __name__ == "__main__":
+@refusals("prompt_distillation.py")
+def main() -> None:
+    """Train, and measure on the way."""
     parser = TrlParser((RoleArguments, DistillationConfig, ModelConfig, GeneratorArguments))
     script, training, model, sampling = parser.parse_args_and_config()
     if script.dataset_name:
@@ -150,3 +153,7 @@ if __name__ == "__main__":
     run(trainer)
     if trainer.is_world_process_zero():
         measure.write(Path(training.output_dir))
+
+
+if __name__ == "__main__":
+    main()

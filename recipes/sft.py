@@ -28,6 +28,7 @@ from datasets import Dataset, load_dataset
 from transformers import AutoTokenizer
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
 
+from optimal_sampling_trl.cli.refusals import refusals
 from optimal_sampling_trl.cli.training import RewardArguments, load_data, load_options
 from optimal_sampling_trl.losses import accept_rewards
 from optimal_sampling_trl.pairing import is_chat
@@ -83,7 +84,9 @@ def training_data(script: RolloutArguments, tokenizer: Any) -> Dataset:
     )
 
 
-if __name__ == "__main__":
+@refusals("sft.py")
+def main() -> None:
+    """Train on the rollouts."""
     script, training, model = TrlParser((RolloutArguments, SFTConfig, ModelConfig)).parse_args_and_config()
     tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path)
     options = load_options(model, training)
@@ -94,3 +97,7 @@ if __name__ == "__main__":
     trainer.save_model(training.output_dir)
     trainer.accelerator.print(f"The model is in {training.output_dir}.")
     trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -31,11 +31,12 @@ def profiles() -> list[str]:
 def launch_words(parser: Parser, words: Sequence[str]) -> list[str]:
     """Return accelerate's words among those that a command does not know, with a profile's name as its file.
 
-    Ends the process on a flag that neither knows, naming the nearest, and on a profile that does not exist.
-
     Args:
         parser: the command's.
         words: those that it did not read.
+
+    Raises:
+        ValueError: on a flag that neither knows, naming the nearest, and on a profile that does not exist.
     """
     words = apart(words, PROFILE)
     parser.refuse(words, launch_flags())

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from traceback import walk_tb
 
 from ..options import unknown_option
+from .refusals import refusals
 
 PROGRAM = "optimal-sampling"
 FOLDER = Path(__file__).with_name("commands")
@@ -50,21 +50,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif name in commands():
         if name != "serve":  # whose log is what a server is watched by
             _quiet()
-        _run(name, words)
+        with refusals(f"{PROGRAM} {name}"):
+            import_module(f".commands.{name}", __package__).run(words)
     else:
-        raise SystemExit(f"{PROGRAM}: {unknown_option('command', name, commands())}")
-
-
-def _run(name: str, words: Sequence[str]) -> None:
-    """Run a command; a `ValueError` of this package's own lines, which is a refusal, ends it without a traceback."""
-    try:
-        import_module(f".commands.{name}", __package__).run(words)
-    except ValueError as error:
-        innermost = [frame for frame, _ in walk_tb(error.__traceback__)][-1]
-        if str(innermost.f_globals.get("__name__")).split(".")[0] != __package__.split(".")[0]:
-            raise
-        print(f"{PROGRAM} {name}: {error}", file=sys.stderr)
-        raise SystemExit(2) from error  # as argparse ends a command
+        with refusals(PROGRAM):
+            raise ValueError(unknown_option("command", name, commands()))
 
 
 def _quiet() -> None:

@@ -41,7 +41,7 @@ class Parser(TrlParser):
 
     Args:
         kinds: the dataclasses; the help lists their flags in this order.
-        prog: the command, which begins each error.
+        prog: the command, as the help names it.
         description: the first lines of the help.
     """
 
@@ -57,11 +57,14 @@ class Parser(TrlParser):
         self._group_flags()
 
     def read(self, words: Sequence[str], further: Iterable[str] = ()) -> tuple[Any, ...]:
-        """Return the dataclasses that a command line describes; end the process on what it does not know.
+        """Return the dataclasses that a command line describes.
 
         Args:
             words: the command line after the command.
             further: fields of the YAML file that something else reads.
+
+        Raises:
+            ValueError: on a flag or a value that is not known, or that a dataclass refuses.
         """
         of_file, of_line = self.unread(words)
         self.refuse([*of_line, *(flag for flag in of_file[::2] if flag.removeprefix("--") not in set(further))])
@@ -74,8 +77,11 @@ class Parser(TrlParser):
     def unread(self, words: Sequence[str]) -> tuple[list[str], list[str]]:
         """Return the words of the YAML file and of the command line that are no flags of this parser's.
 
-        Nothing is built of the flags: a configuration counts processes, which may be started later. Ends the process
-        on a value that is none of a flag's choices, and after `--help`.
+        Nothing is built of the flags: a configuration counts processes, which may be started later. `--help` ends the
+        process.
+
+        Raises:
+            ValueError: on a value that is none of a flag's choices.
         """
         words, of_file = apart(words, CONFIG), {}
         if CONFIG in words:
@@ -87,11 +93,14 @@ class Parser(TrlParser):
         return rest, self.parse_known_args(words)[1]
 
     def refuse(self, unread: Iterable[str], further: Iterable[str] = ()) -> None:
-        """End the process where a word is neither a flag of `further` nor stands after one.
+        """Refuse a word that is neither a flag of `further` nor stands after one.
 
         Args:
             unread: the words that this parser does not know.
             further: flags that something else reads.
+
+        Raises:
+            ValueError: naming the word, and the nearest flag.
         """
         further, before = set(further), ""
         for word in unread:
@@ -128,10 +137,13 @@ class Parser(TrlParser):
         return super().set_defaults_with_config(**{**config, **lists})
 
     def _read_file(self, named: Sequence[str]) -> dict[str, Any]:
-        """Return the flags of a YAML file; end the process where it is none.
+        """Return the flags of a YAML file.
 
         Args:
             named: its path, or nothing.
+
+        Raises:
+            ValueError: where it is none.
         """
         if not named:
             self.error(f"`{CONFIG}` stands at the end; wanted the path of a YAML file behind it.")
@@ -149,15 +161,23 @@ class Parser(TrlParser):
 
     @contextmanager
     def refusing(self) -> Iterator[None]:
-        """End the process with one line where the block refuses what it is asked for, or a file cannot be used."""
+        """Refuse what the block refuses, in whosever lines, and a file that cannot be used.
+
+        Raises:
+            ValueError: with the words of the error.
+        """
         try:
             yield
         except (OSError, ValueError) as error:
             self.error(str(error))
 
     def error(self, message: str) -> NoReturn:
-        """End the process with one line, where argparse prints the names of all flags above it."""
-        self.exit(2, f"{self.prog}: {message}\n")
+        """Refuse a command line, where argparse prints the names of all flags and ends the process.
+
+        Raises:
+            ValueError: with the message.
+        """
+        raise ValueError(message)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:

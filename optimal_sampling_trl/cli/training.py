@@ -19,6 +19,7 @@ from ..options import unknown_option
 from ..trainers import GeneratorArguments
 from .launch import launch, launch_flags, launch_words, needs_launch
 from .parser import Parser
+from .refusals import refusals
 
 
 @dataclass
@@ -31,49 +32,61 @@ class RewardArguments(ScriptArguments):
     )
 
     def rewards(self) -> list[Any]:
-        """Return the functions that the paths name; the working directory is searched too."""
+        """Return the functions that the paths name; the working directory is searched too.
+
+        Raises:
+            ValueError: where there is none, or a path names no function.
+        """
         if not self.reward_funcs:
-            raise SystemExit("`--reward_funcs` is missing; wanted an import path such as trl.rewards.accuracy_reward.")
+            raise ValueError("`--reward_funcs` is missing; wanted an import path such as trl.rewards.accuracy_reward.")
         for path in self.reward_funcs:
             if "." not in path.strip("."):
-                raise SystemExit(f"`--reward_funcs` has {path!r}; wanted an import path such as my_module.{path}.")
+                raise ValueError(f"`--reward_funcs` has {path!r}; wanted an import path such as my_module.{path}.")
         sys.path.insert(0, os.getcwd())
         return [find_function(path) for path in self.reward_funcs]
 
 
 def find_function(path: str) -> Any:
-    """Return the function that an import path names; what a module lacks that it imports itself is Python's error."""
+    """Return the function that an import path names; what a module lacks that it imports itself is Python's error.
+
+    Raises:
+        ValueError: where there is no such module or function.
+    """
     place, _, name = path.rpartition(".")
     try:
         module = import_module(place)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{place}.".startswith(f"{error.name}."):
             raise
-        raise SystemExit(
+        raise ValueError(
             f"`--reward_funcs` has {path!r}, and there is no module {error.name!r}. Install it, or start the command "
             "in the folder of its file: `right` in my_rewards.py is my_rewards.right."
         ) from error
     found = getattr(module, name, None)
     if not callable(found):
         known = [each for each in dir(module) if each[0] != "_" and inspect.isfunction(getattr(module, each))]
-        raise SystemExit(f"`--reward_funcs`: {unknown_option(f'function of {place}', name, known)}")
+        raise ValueError(f"`--reward_funcs`: {unknown_option(f'function of {place}', name, known)}")
     return found
 
 
 def load_data(script: ScriptArguments, evaluate: bool) -> dict[str, Any]:
-    """Load `train_dataset` and `eval_dataset` from the Hub, a folder or a file (.jsonl, .json, .csv, .parquet)."""
+    """Load `train_dataset` and `eval_dataset` from the Hub, a folder or a file (.jsonl, .json, .csv, .parquet).
+
+    Raises:
+        ValueError: where none is named, none is found, or a split is missing.
+    """
     if not script.dataset_name:
-        raise SystemExit("`--dataset_name` is missing; wanted a dataset with the column 'prompt'.")
+        raise ValueError("`--dataset_name` is missing; wanted a dataset with the column 'prompt'.")
     try:
         data = _load(script.dataset_name, script)
     except OSError as error:  # what `datasets` raises of files, folders and the Hub
-        raise SystemExit(
+        raise ValueError(
             f"`--dataset_name` is {script.dataset_name!r}, and no data was found there: {error}. Wanted a name on the "
             "Hub, a folder, or a file (.jsonl, .json, .csv, .parquet)."
         ) from error
     for flag in ("dataset_train_split", "dataset_test_split")[: 2 if evaluate else 1]:
         if (split := getattr(script, flag)) not in data:
-            raise SystemExit(
+            raise ValueError(
                 f"`--{flag}` is {split!r}, and {script.dataset_name} has {', '.join(map(repr, data))}. Name one of "
                 "those, or a folder with a file for each split, such as train.jsonl and test.jsonl; "
                 "`--eval_strategy no` needs no test split."
@@ -163,11 +176,15 @@ class Job:
         launch(f"{__package__}.commands.{self.name}", launcher, _without(words, of_line))
 
     def train(self, words: Sequence[str] | None = None) -> None:
-        """Train in this process, of which accelerate or torchrun may have started several.
+        """Train in this process, of which accelerate or torchrun may have started several; a refusal ends it.
 
         Args:
             words: the command line; by default this process's.
         """
+        with refusals(f"optimal-sampling {self.name}"):
+            self._train(words)
+
+    def _train(self, words: Sequence[str] | None) -> None:
         parser = self.parser()
         further = {flag.removeprefix("--") for flag in launch_flags()}
         sampling, script, model, training = parser.read(sys.argv[1:] if words is None else words, further)

@@ -21,9 +21,9 @@ def test_resuming_as_a_flag_says_it() -> None:
 
 
 def test_a_reward_without_a_module_is_named() -> None:
-    with pytest.raises(SystemExit, match=r"`--reward_funcs` has 'reward'; wanted .* such as my_module\.reward"):
+    with pytest.raises(ValueError, match=r"`--reward_funcs` has 'reward'; wanted .* such as my_module\.reward"):
         RewardArguments(reward_funcs=["reward"]).rewards()
-    with pytest.raises(SystemExit, match=r"`--reward_funcs` is missing"):
+    with pytest.raises(ValueError, match=r"`--reward_funcs` is missing"):
         RewardArguments().rewards()
     home = "optimal_sampling_trl.demo.pair"
     for path, wanted in (
@@ -32,7 +32,7 @@ def test_a_reward_without_a_module_is_named() -> None:
         ("nowhere.right", "has 'nowhere.right', and there is no module 'nowhere'. Install it, or start"),
         ("optimal_sampling_trl.no_such_module.reward", "and there is no module 'optimal_sampling_trl.no_such_module'"),
     ):
-        with pytest.raises(SystemExit, match=wanted):
+        with pytest.raises(ValueError, match=wanted):
             RewardArguments(reward_funcs=[path]).rewards()
     (found,) = RewardArguments(reward_funcs=[f"{home}.reward"]).rewards()
     assert found(["21="], ["12"]) == [1.0]
@@ -46,9 +46,9 @@ def test_a_file_is_data(tmp_path: Path) -> None:
     script = ScriptArguments(dataset_name=str(tmp_path / "data.jsonl"), dataset_streaming=True)
     assert isinstance(load_data(script, evaluate=False)["train_dataset"], IterableDataset)
     for name in ("nowhere.jsonl", "nobody/nothing"):
-        with pytest.raises(SystemExit, match=f"`--dataset_name` is '{name}', and no data was found there: .* Wanted"):
+        with pytest.raises(ValueError, match=f"`--dataset_name` is '{name}', and no data was found there: .* Wanted"):
             load_data(ScriptArguments(dataset_name=name), evaluate=False)
-    with pytest.raises(SystemExit, match="`--dataset_name` is missing"):
+    with pytest.raises(ValueError, match="`--dataset_name` is missing"):
         load_data(ScriptArguments(), evaluate=False)
 
 

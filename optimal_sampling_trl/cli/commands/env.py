@@ -21,7 +21,7 @@ PACKAGES = (
 def run(words: Sequence[str] = ()) -> None:
     """Print one line for each."""
     if words:
-        raise SystemExit(f"optimal-sampling env: {words[0]!r} is not known; wanted no flags.")
+        raise ValueError(f"{words[0]!r} is not known; wanted no flags. Drop it.")
     for name, value in describe().items():
         print(f"- {name}: {value}")
 

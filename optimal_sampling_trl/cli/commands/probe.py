@@ -40,10 +40,10 @@ def run(words: Sequence[str]) -> None:
     parser = Parser((SamplerArguments, ProbeArguments), "optimal-sampling probe", __doc__ or "")
     pair, script = parser.read(words)
     if not script.model_name_or_path:
-        raise SystemExit("`--model_name_or_path` is missing; wanted the student's folder or model id.")
+        raise ValueError("`--model_name_or_path` is missing; wanted the student's folder or model id.")
     rewards = script.rewards()
     if len(rewards) != 1:
-        raise SystemExit(f"`--reward_funcs` names {len(rewards)} functions; wanted one, which says what a success is.")
+        raise ValueError(f"`--reward_funcs` names {len(rewards)} functions; wanted one, which says what a success is.")
     check_whole("probe", "prompts", script.prompts, 1)
     rows = list(islice(load_data(script, evaluate=False)["train_dataset"], script.prompts))
     with pair.sampler(script.model_name_or_path) as sampler:

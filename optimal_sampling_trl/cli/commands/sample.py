@@ -18,6 +18,7 @@ from ...rollouts.request import Sampling
 from ...sampling_run import sample_to_folder
 from ...trainers import SamplerArguments
 from ..parser import Parser
+from ..refusals import refusals
 from ..training import load_data
 
 
@@ -70,8 +71,9 @@ class SampleArguments(ScriptArguments):
         return Dense(tuple(self.dense_scalars or ()), self.dense_top_k) if asked else None
 
 
+@refusals("optimal-sampling sample")
 def run(words: Sequence[str] | None = None) -> None:
-    """Sample what a command line asks for.
+    """Sample what a command line asks for; a refusal ends the process.
 
     Args:
         words: the command line after the command; by default this process's.
@@ -79,7 +81,7 @@ def run(words: Sequence[str] | None = None) -> None:
     parser = Parser((SamplerArguments, SampleArguments), "optimal-sampling sample", __doc__ or "")
     pair, script = parser.read(sys.argv[1:] if words is None else words)
     if not script.model_name_or_path:
-        raise SystemExit("`--model_name_or_path` is missing; wanted the student's folder or model id.")
+        raise ValueError("`--model_name_or_path` is missing; wanted the student's folder or model id.")
     with parser.refusing():
         prompts, sampling, dense = script.prompts(), script.sampling(), script.dense()
         with pair.sampler(script.model_name_or_path) as sampler:
