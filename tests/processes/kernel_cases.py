@@ -33,6 +33,7 @@ from helpers.strategies import (
     temperatures,
 )
 from optimal_sampling_trl.backends.transformers import decoding
+from optimal_sampling_trl.backends.vllm.worker.grammar import rule_out
 from optimal_sampling_trl.mixture import (
     FORMS,
     METHODS,
@@ -59,6 +60,8 @@ VARIATION_TOLERANCE = 1e-5
 ARITHMETIC = [Mixture(method, form="arithmetic") for method in RANGED if method != "ess_balance"]
 SWAPS = [Mixture("top_k_swap", swap_top_k=K) for K in (1, 3, 60, 1000)]
 ENDS = [Mixture.theta_only(), Mixture.teacher_only()]
+MASKED = torch.tensor([[True], [False], [True]])
+"""Rows with a grammar."""
 
 
 def run(
@@ -244,12 +247,11 @@ def test_a_grammar_holds_at_any_alpha(alpha: float, form: str) -> None:
     ruled_out = torch.rand(3, 130, generator=torch.Generator().manual_seed(0)) < 0.7
     teacher = teacher.masked_fill(ruled_out, -torch.inf)
     rows = [Mixture("fixed", alpha_min=alpha, alpha_max=alpha, fixed_alpha=alpha, form=form)] * 3
-    masked = torch.tensor([True, False, True], device=DEVICE)
-    got = run(Pair(theta, teacher), rows, masked=masked)
-    want = mix_at(theta, teacher, torch.full((3,), alpha), MixtureRows.of(rows))
-    want[[0, 2]] = want[[0, 2]].masked_fill(ruled_out[[0, 2]], -torch.inf)
-    assert torch.equal(got.logits.isneginf(), want.isneginf())
-    assert (got.logits - want)[want.isfinite()].abs().max() < 1e-5
+    pair = Pair(rule_out(theta, teacher, MASKED), teacher)
+    got = run(pair, rows)
+    assert_rows(pair, rows, [1.0] * 3, got)
+    assert torch.equal(got.logits[[0, 2]].isneginf(), ruled_out[[0, 2]])
+    assert bool(got.logits[1].isneginf().any()) == (alpha == 1 or (alpha > 0 and form == "geometric"))
 
 
 @pytest.mark.parametrize("kind", BROKEN)
@@ -359,14 +361,14 @@ def test_a_graph_replays_on_other_logits() -> None:
 
 
 def test_a_grammar_that_leaves_the_student_no_token() -> None:
-    """At α = 0, too, there is nothing to draw where the teacher's mask rules out all that the student has."""
+    """At α = 0, too, there is nothing to draw where the grammar rules out all that the student has."""
     theta = torch.full((3, 300), -torch.inf)
     theta[:, :5] = 1.0
     teacher = torch.full((3, 300), -torch.inf)
     teacher[:, 5:9] = 0.0
     rows = [Mixture.theta_only(), Mixture.theta_only(), Mixture.teacher_only()]
-    got = run(Pair(theta, teacher), rows, masked=torch.tensor([True, False, True], device=DEVICE), stop=(7,))
-    assert got.alpha.isnan().tolist() == [True, False, False]
+    got = run(Pair(rule_out(theta, teacher, MASKED), teacher), rows, stop=(7,))
+    assert got.alpha.isnan().tolist() == [True, False, True]
     assert not bool(got.logits.log_softmax(-1).isnan().any())
     assert got.logits[0].argmax() == 7
 
@@ -446,9 +448,10 @@ def test_swapped_rows_share_a_batch() -> None:
 def test_a_grammar_holds_where_a_token_is_swapped() -> None:
     theta, teacher = random_pair(3, 130)
     ruled_out = torch.rand(3, 130, generator=torch.Generator().manual_seed(0)) < 0.7
-    pair = Pair(theta, teacher.masked_fill(ruled_out, -torch.inf))
+    teacher = teacher.masked_fill(ruled_out, -torch.inf)
+    pair = Pair(rule_out(theta, teacher, MASKED), teacher)
     rows = [Mixture("top_k_swap", swap_top_k=K) for K in (5, 25, 130)]
-    got = run(pair, rows, masked=torch.tensor([True, False, True], device=DEVICE))
+    got = run(pair, rows)
     assert_rows(pair, rows, [1.0] * 3, got)
     assert torch.equal(got.logits.isneginf(), ruled_out)
 

@@ -92,6 +92,7 @@ SIGNATURES = {
     "vllm.entrypoints.openai.api_server:build_and_serve": ["engine_client", "listen_address", "sock", "args"],
     "vllm.entrypoints.serve.utils.api_utils:cli_env_setup": [],
     "vllm.entrypoints.generate.beam_search.online:BeamSearchOnlineMixin.beam_search": [],
+    "vllm.v1.engine.llm_engine:LLMEngine.add_request": ["request_id", "prompt", "params"],
     "vllm.v1.engine.async_llm:AsyncLLM.generate": ["prompt", "sampling_params", "request_id"],
     "vllm.v1.engine.async_llm:AsyncLLM.collective_rpc": ["method", "timeout", "args", "kwargs"],
     "vllm.v1.engine.async_llm:AsyncLLM.reset_prefix_cache": ["reset_running_requests", "reset_connector"],

@@ -22,7 +22,7 @@ from .launch import engine_settings, in_this_process, quick_settings, quiet, war
 from .limits import check_arguments, check_pair, check_platform
 from .neighbours import Neighbour
 from .plugin import require
-from .requests import check_request, most_columns, to_rollouts, to_sampling_params
+from .requests import check_request, most_columns, refuse_added, to_rollouts, to_sampling_params
 from .rows import keep_rows
 from .speculation import NUM_SPECULATIVE_TOKENS, check_drafted
 from .wire import scheduled_prompt
@@ -94,6 +94,7 @@ class VLLMBackend:
         with in_this_process():
             llm = LLM(self.pair.teacher, **settings)
         keep_rows(llm.llm_engine)
+        refuse_added(llm.llm_engine, self.pair)
         return llm
 
     @property

@@ -111,18 +111,20 @@ def check_params(params: Any, prompt_ids: Sequence[int], settings: dict[str, Any
     Args:
         params: vLLM's parameters of the request.
         prompt_ids: its prompt.
-        settings: what the server tells about itself: see `messages.describe`.
+        settings: what the engine's configuration tells about the pair: see `engine_settings`, `messages.describe`.
 
     Raises:
-        ValueError: on an extra argument that is unknown or out of range, on records without their columns, and on a
-            token that one of the models does not know.
+        ValueError: on an extra argument that is unknown or out of range, on records without their columns or beside
+            a grammar, and on a token that one of the models does not know.
     """
     extra = params.extra_args or {}
     known = (RECORD, THETA_PROMPT, TEACHER_SHIFT, *DENSE, *Mixture.__dataclass_fields__)
     for name in extra:
         if name not in known:
             raise ValueError(unknown_option("extra argument of a request", name, known))
-    _check_scoring(params, mixture_of(extra), settings)
+    _check_grammar(params, extra, settings)
+    _check_tokens(params, settings["vocabulary"])
+    _check_scoring(params, mixture_of(extra))
     _check_records(params, extra, settings)
     if prompt_ids and max(prompt_ids) >= settings["vocabulary"]:  # vLLM knows the teacher's vocabulary alone
         wanted = f"wanted ids below {settings['vocabulary']}, which both models read."
@@ -133,18 +135,62 @@ def check_params(params: Any, prompt_ids: Sequence[int], settings: dict[str, Any
         _check_teacher_shift(extra, len(prompt_ids))
 
 
-def _check_scoring(params: Any, mixture: Mixture, settings: dict[str, Any]) -> None:
-    """Refuse what vLLM would compute with the teacher alone: log-probabilities of a prompt, and a grammar's end."""
+def refuse_added(engine: Any, pair: Pair) -> None:
+    """Check each request of an engine in this process before it is added, whoever made its parameters.
+
+    Args:
+        engine: vLLM's.
+        pair: what it serves.
+    """
+    settings = {
+        **engine.vllm_config.additional_config["optimal_sampling"],
+        "vocabulary": pair.vocabulary,
+        "two_prompts": pair.two_prompts,
+    }
+    add_request = engine.add_request
+
+    def add(request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        check_params(params, (prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None) or (), settings)
+        return add_request(request_id, prompt, params, *args, **kwargs)
+
+    engine.add_request = add
+
+
+def _check_scoring(params: Any, mixture: Mixture) -> None:
+    """Refuse what vLLM would compute with the teacher alone: log-probabilities of a prompt."""
     if params.prompt_logprobs is not None and mixture.alpha_min < 1:
         raise ValueError(
             f"`prompt_logprobs` (or `echo`) is {params.prompt_logprobs!r}, and vLLM computes it of the teacher alone; "
             "wanted it with the mixture of the teacher alone (alpha_min 1). Drop it."
         )
-    if params.structured_outputs is not None and settings["ending"]["folded"]:
+
+
+def _check_grammar(params: Any, extra: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Refuse a grammar that would end with a token of the teacher's alone, or would leave no log t to record."""
+    if params.structured_outputs is None:
+        return
+    if settings["ending"]["folded"]:
         raise ValueError(
             "The request asks for structured outputs, whose grammar ends with the teacher's token; here that counts "
             "as the student's, since the two models end differently. Drop them."
         )
+    if extra.get(RECORD):
+        raise ValueError(
+            "The request asks for structured outputs and for records, whose log t is over all tokens of both models, "
+            "and vLLM hands on what the grammar left of the teacher; wanted one of the two. Drop the structured "
+            f"outputs, or the extra argument `{RECORD}`."
+        )
+
+
+def _check_tokens(params: Any, vocabulary: int) -> None:
+    """Refuse to allow or to favour a token that one of the models does not know: it has no mass, whatever is asked."""
+    for name in ("allowed_token_ids", "logit_bias"):
+        beyond = [token for token in getattr(params, name) or () if token >= vocabulary]
+        if beyond:
+            raise ValueError(
+                f"`{name}` names the token {max(beyond)}, which is never drawn; wanted ids below {vocabulary}, which "
+                "both models know. Leave it out."
+            )
 
 
 def _check_records(params: Any, extra: dict[str, Any], settings: dict[str, Any]) -> None:

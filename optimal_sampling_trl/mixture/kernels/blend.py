@@ -13,7 +13,6 @@ from .layout import (
     ROW_ARITHMETIC,
     ROW_BOUND,
     ROW_INVERSE_TEMPERATURE,
-    ROW_MASKED,
     ROW_METHOD,
     ROW_SLOTS,
     TOP_K_SWAP,
@@ -45,7 +44,6 @@ def blend(
     out += row * V_teacher
     rows += row * ROW_SLOTS
     alpha = tl.load(rows + ROW_ALPHA).to(tl.float32)
-    masked = tl.load(rows + ROW_MASKED)
     folded = fold_endings(teacher, endings, V, FOLDED)
     for start in range(piece * chunk, tl.minimum(piece * chunk + chunk, V_teacher), OUTER * INNER):
         s, t, index = load_tile(theta, teacher, endings, folded, start, V, FOLDED, OUTER, INNER)
@@ -61,8 +59,6 @@ def blend(
                     s, t, alpha, tl.load(rows + ROW_BOUND).to(tl.float32), tl.load(theta_sum + row),
                     tl.load(teacher_sum + row), tl.load(rows + ROW_INVERSE_TEMPERATURE).to(tl.float32),
                 )  # fmt: skip
-        if masked != 0:
-            mixed = tl.where(t == NOWHERE, NOWHERE, mixed)
         if alpha != alpha:
             mixed = tl.where(index < V, 0.0, NOWHERE)
             if STOP:

@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 import torch
 import triton
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from ..folding import fold_eos
@@ -63,7 +63,6 @@ def mix_logits(
     teacher: Float[Tensor, "N V_teacher"],
     rows: MixtureRows,
     temperature: Float[Tensor, " N"] | None = None,
-    masked: Bool[Tensor, " N"] | None = None,
     stop: Sequence[int] = (),
     folded: Sequence[int] = (),
     *,
@@ -80,8 +79,6 @@ def mix_logits(
         teacher: the teacher's raw logits, likewise.
         rows: how each row's α is chosen; its columns are of any number type and any stride.
         temperature: above 0; acts on both models before α is solved. None is 1 in all rows.
-        masked: rows in which a token that the teacher rules out is ruled out at any α, as under a grammar. None is no
-            row.
         stop: the student's end-of-sequence ids; the first takes the mass of `folded`.
         folded: the teacher's end-of-sequence ids that the student does not end with.
         chunk: logits that one program reads, a power of 2. Tests and timings set it.
@@ -125,7 +122,7 @@ def mix_logits(
     shapes = {"FOLDED": len(folded) if stop else 0, "OUTER": outer, "INNER": inner, "num_warps": warps}
     arithmetic, swapped = bool(rows.methods("arithmetic")), bound is not None
     columns = {name: getattr(rows, name) for name in FIELDS if name != "swap_top_k"}
-    columns |= {"bound": bound, "temperature": temperature, "masked": masked}
+    columns |= {"bound": bound, "temperature": temperature}
     columns["form"] = rows.form if arithmetic else None
     strides = {f"{name}_stride": 0 if column is None else column.stride(0) for name, column in columns.items()}
     sums = {"theta_sum": mixed.theta_sum, "teacher_sum": mixed.teacher_sum}

@@ -43,30 +43,28 @@ ROW_ALPHA_MIN = tl.constexpr(3)
 ROW_ALPHA_MAX = tl.constexpr(4)
 ROW_EPSILON = tl.constexpr(5)
 ROW_INVERSE_TEMPERATURE = tl.constexpr(6)
-ROW_MASKED = tl.constexpr(7)
-"""1 where a token that the teacher rules out is ruled out at any α, else 0."""
-ROW_TOP_THETA = tl.constexpr(8)
+ROW_TOP_THETA = tl.constexpr(7)
 """The student's largest raw logit."""
-ROW_OFFSET = tl.constexpr(9)
+ROW_OFFSET = tl.constexpr(8)
 """The offset in x = (t - s - offset) / temperature of raw logits t and s. At the root, x is then near 0."""
-ROW_C = tl.constexpr(10)
+ROW_C = tl.constexpr(9)
 """c, with ℓ = x - c."""
-ROW_SUM_THETA = tl.constexpr(11)
+ROW_SUM_THETA = tl.constexpr(10)
 """Σe^s over the student's whole row."""
-ROW_ONLY_THETA = tl.constexpr(12)
+ROW_ONLY_THETA = tl.constexpr(11)
 """Σe^s over the tokens that have no mass under the teacher."""
-ROW_FAR = tl.constexpr(13)
+ROW_FAR = tl.constexpr(12)
 """1 where the exponents of a step may leave float32's range unless they are shifted, else 0."""
-ROW_BRACKET_LOW = tl.constexpr(14)
-ROW_BRACKET_HIGH = tl.constexpr(15)
+ROW_BRACKET_LOW = tl.constexpr(13)
+ROW_BRACKET_HIGH = tl.constexpr(14)
 """The root lies between the two."""
-ROW_LAST_STEP = tl.constexpr(16)
+ROW_LAST_STEP = tl.constexpr(15)
 """|Δα| of the last step."""
-ROW_END_UNTRIED = tl.constexpr(17)
+ROW_END_UNTRIED = tl.constexpr(16)
 """1 until a step beyond alpha_min or alpha_max has tried that end, then 0."""
-ROW_ARITHMETIC = tl.constexpr(18)
+ROW_ARITHMETIC = tl.constexpr(17)
 """1 in a row of the arithmetic form, else 0; written where some row may be of it."""
-ROW_BOUND = tl.constexpr(19)
+ROW_BOUND = tl.constexpr(18)
 """The teacher's K-th largest raw logit, of which `swap` has the use; written where some row may be of that method."""
 
 # A chunk, float32: written by its program, joined by the last program of its row.

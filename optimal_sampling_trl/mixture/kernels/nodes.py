@@ -53,7 +53,6 @@ from .layout import (
     ROW_FAR,
     ROW_INVERSE_TEMPERATURE,
     ROW_LAST_STEP,
-    ROW_MASKED,
     ROW_METHOD,
     ROW_OFFSET,
     ROW_ONLY_THETA,
@@ -71,9 +70,9 @@ from .swap import is_likely
 @triton.jit
 def begin(
     theta, teacher, theta_stride, teacher_stride, endings, V, chunk, chunks, method, alpha_min, alpha_max, fixed_alpha,
-    epsilon, form, entropy_scale, bound, temperature, masked, method_stride, alpha_min_stride, alpha_max_stride,
+    epsilon, form, entropy_scale, bound, temperature, method_stride, alpha_min_stride, alpha_max_stride,
     fixed_alpha_stride, epsilon_stride, form_stride, entropy_scale_stride, bound_stride, temperature_stride,
-    masked_stride, parts, rows, arrived, theta_sum, teacher_sum,
+    parts, rows, arrived, theta_sum, teacher_sum,
     FOLDED: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """Sum one chunk of a row; the last program of the row writes its `ROW_*` slots and the two normalisers.
@@ -98,9 +97,6 @@ def begin(
     )  # fmt: skip
     if is_last(arrived + row, chunks):
         rows += row * ROW_SLOTS
-        mask = 0.0
-        if masked is not None:
-            mask = tl.where(tl.load(masked + row * masked_stride) != 0, 1.0, 0.0)
         budget = tl.load(epsilon + row * epsilon_stride).to(tl.float64)
         fixed = tl.load(fixed_alpha + row * fixed_alpha_stride).to(tl.float64)
         scale = tl.load(entropy_scale + row * entropy_scale_stride).to(tl.float64)
@@ -114,12 +110,11 @@ def begin(
         tl.store(rows + ROW_ALPHA_MAX, high)
         tl.store(rows + ROW_EPSILON, budget)
         tl.store(rows + ROW_INVERSE_TEMPERATURE, inverse)
-        tl.store(rows + ROW_MASKED, mask)
         if bound is not None:
             tl.store(rows + ROW_BOUND, least.to(tl.float64))
         _start(
             parts, rows, theta_sum + row, teacher_sum + row, chunks, chosen, low, high, fixed, budget, scale, inverse,
-            root, mask, is_average, form is not None, bound is not None,
+            root, is_average, form is not None, bound is not None,
         )  # fmt: skip
 
 
@@ -200,7 +195,7 @@ def _sum_chunk(
 
 @triton.jit
 def _start(
-    parts, rows, theta_sum, teacher_sum, chunks, method, low, high, fixed, epsilon, scale, inverse, root, mask,
+    parts, rows, theta_sum, teacher_sum, chunks, method, low, high, fixed, epsilon, scale, inverse, root,
     is_average, ARITHMETIC: tl.constexpr, SWAPPED: tl.constexpr,
 ):  # fmt: skip
     """Join the chunks of a row and store its normalisers, its α or a guess of it, and the state of the search."""
@@ -241,13 +236,11 @@ def _start(
                 alpha = tl.minimum(outside / whole_theta, high)
     sum_theta, sum_teacher = tl.log(whole_theta) + top_theta * inverse, tl.log(whole_teacher) + top_teacher * inverse
     finite = (tl.abs(sum_theta) < float("inf")) & (tl.abs(sum_teacher) < float("inf"))
-    # Under a grammar α = 0 needs a common token, too: what the teacher rules out is ruled out.
-    is_free = (mask == 0) | (alpha != 0)
-    solvable = finite & (common | ((root == 0) & ((alpha == 0) | (alpha == 1)) & is_free))
+    solvable = finite & (common | ((root == 0) & ((alpha == 0) | (alpha == 1))))
     if ARITHMETIC:
-        solvable |= finite & is_average & is_free
+        solvable |= finite & is_average
     if SWAPPED:
-        solvable |= finite & (method == TOP_K_SWAP) & is_free
+        solvable |= finite & (method == TOP_K_SWAP)
     tl.store(rows + ROW_ALPHA, tl.where(solvable, alpha, float("nan")))
     tl.store(rows + ROW_DONE, tl.where(done | (solvable == 0), 1.0, 0.0).to(tl.float64))
     tl.store(rows + ROW_TOP_THETA, top_theta)

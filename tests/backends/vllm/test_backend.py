@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.engines import TEXTS, Oracle, request, runner_of, start
+from helpers.engines import TEXTS, TOLERANCE, Oracle, request, runner_of, start
 from helpers.models import EOS, TOKENS, make_model, make_spaced_pair
 from helpers.oracle import with_wishes
 from optimal_sampling_trl.backends.vllm.launch import quiet
@@ -475,6 +475,48 @@ def test_a_grammar_holds_at_any_alpha(backend: Any) -> None:
     for output in backend.llm.generate(["a number: "] * 3, params, use_tqdm=False):
         assert output.outputs[0].text.isdigit()
         assert len(output.outputs[0].text) == 4
+
+
+@pytest.mark.parametrize("mixture", [Mixture(), Mixture("ess_balance"), Mixture(form="arithmetic")], ids=str)
+def test_under_a_grammar_q_is_that_of_both_models_without_other_tokens(
+    backend: Any, oracle: Oracle, mixture: Mixture
+) -> None:
+    """vLLM masks the teacher's logits before the mixture; held to q, the student would have all the weight."""
+    from vllm import SamplingParams, TokensPrompt
+    from vllm.sampling_params import StructuredOutputsParams
+
+    digits = [backend.tokenizer(str(digit))["input_ids"][0] for digit in range(10)]
+    grammar = {"structured_outputs": StructuredOutputsParams(regex="[0-9]{4}"), "extra_args": mixture.to_dict()}
+    params = SamplingParams(max_tokens=4, seed=1, logprobs=1, **grammar)
+    ids = request("a number: ").prompt_ids
+    completion = backend.llm.generate([TokensPrompt(prompt_token_ids=ids)], params, use_tqdm=False)[0].outputs[0]
+    assert set(completion.token_ids) <= set(digits)
+    sides = [side[:, digits] for side in oracle.logits(ids, completion.token_ids)]
+    alpha, log_q = reference(*sides, mixture)
+    assert bool(((alpha > 0) & (alpha < 1)).all())
+    for row, token, got in zip(log_q, completion.token_ids, completion.logprobs):
+        assert abs(got[token].logprob - float(row[digits.index(token)])) < TOLERANCE
+
+
+def test_what_nobody_may_ask_of_an_engine_in_this_process(backend: Any, oracle: Oracle) -> None:
+    """Whoever holds `backend.llm` makes the parameters, so that they are checked where the engine takes them."""
+    from vllm import SamplingParams, TokensPrompt
+    from vllm.sampling_params import StructuredOutputsParams
+
+    from optimal_sampling_trl.backends.vllm.requests import to_sampling_params
+
+    one, V = request("hello"), backend.pair.vocabulary
+    recorded = to_sampling_params(one, backend.pair.ending)
+    recorded.structured_outputs = StructuredOutputsParams(regex="[0-9]{4}")
+    for params, words in (
+        (recorded, "structured outputs and for records.*wanted one of the two"),
+        (SamplingParams(allowed_token_ids=[V, V + 1]), f"`allowed_token_ids` names the token {V + 1}.*below {V}"),
+        (SamplingParams(logit_bias={V: 100.0}), f"`logit_bias` names the token {V}"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            backend.llm.generate([TokensPrompt(prompt_token_ids=one.prompt_ids)] * 2, params, use_tqdm=False)
+    assert not backend.llm.llm_engine.has_unfinished_requests()
+    oracle.check(backend.generate([one]), [one])
 
 
 def test_sleep_is_nothing_on_a_cpu(backend: Any) -> None:

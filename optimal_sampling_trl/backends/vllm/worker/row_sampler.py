@@ -12,13 +12,14 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ....mixture import CERTAIN_LOGIT, Mixture, MixtureRows, log_distributions, mix_at, solve_alpha
 from ....pairing import Ending
 from ..wire import dense_of, mixture_of, wants_record
 from .dense import Group, group_rows, measure_groups, with_dense
+from .grammar import rule_out
 from .records import Mixed, with_records
 
 _CACHED = 1 << 16
@@ -30,14 +31,14 @@ class BatchMixtures(NamedTuple):
     """The mixture of each row of a batch; made once for as long as the batch has the same requests.
 
     `solve` holds the rows whose α depends on the logits: None where it is all of them. `temperature` is None where it
-    is 1 in all rows.
+    is 1 in all rows. `masked` holds the rows with a grammar: None where there is none.
     """
 
     rows: MixtureRows
     temperature: Float[Tensor, " N"] | None
     known: Float[Tensor, " N"]
     solve: Int[Tensor, " K"] | None
-    bitmask: Tensor | None
+    masked: Bool[Tensor, "N 1"] | None
 
     @classmethod
     def of(
@@ -65,18 +66,18 @@ def mix_step(
     """
     V_engine = teacher.shape[1]
     V = min(theta.shape[1], V_engine)
+    if mixtures.masked is not None:
+        theta = rule_out(theta, teacher, mixtures.masked)
     log_theta, log_teacher = theta[:, :V].float(), ending.fold(teacher[:, :V].float())  # up to a constant of the row
     is_known = mixtures.solve is not None and len(mixtures.solve) == 0
     alpha = mixtures.known if is_known else _solve(log_theta, log_teacher, mixtures)
     temperature = 1.0 if mixtures.temperature is None else mixtures.temperature
     mixed = mix_at(log_theta, log_teacher, alpha.float(), mixtures.rows, temperature)
-    if mixtures.bitmask is not None:  # a grammar's mask lands on the teacher's logits and must hold at α = 0 too
-        mixed = mixed.masked_fill(mixtures.bitmask & log_teacher.isneginf(), -torch.inf)
     if mixtures.temperature is not None:
         log_theta, log_teacher = (x / mixtures.temperature[:, None] for x in (log_theta, log_teacher))
     theta_sum, teacher_sum = log_theta.logsumexp(-1), log_teacher.logsumexp(-1)
     # A NaN among the logits is one in their sum; no finite logit at all is no distribution either. In the mixture
-    # there is none where no token has mass under both models, or where a grammar leaves the student no token.
+    # there is none where no token has mass under both models.
     solved = theta_sum.isfinite() & teacher_sum.isfinite() & ~mixed.amax(-1).isneginf()
     alpha = alpha.float().masked_fill(~solved, torch.nan)
     if bool(alpha.isnan().any()):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 
@@ -19,6 +19,7 @@ from ....mixture.kernels.launch import mix_logits
 from ....rollouts.dense import Dense
 from ..wire import dense_of, mixture_of, wants_record
 from .dense import Group, Packed, group_rows, measure_groups, with_dense
+from .grammar import rule_out
 from .records import Mixed, with_records
 
 SLOT_COLUMNS = (*FIELDS, "temperature")
@@ -112,8 +113,10 @@ class SlotSampler:
         most_swapped = int(self.swapped_np[slots_np].max(initial=0))
         rows, temperature = MixtureRows.from_table(table[:, :-1], forms, most_swapped), table[:, -1]
         masked = self._masked(slots_np, slots.device)
+        if masked is not None:
+            theta = rule_out(theta, logits, masked)
         ending = self.model.ending
-        found = mix_logits(theta, logits, rows, temperature, masked, ending.stop, ending.folded)
+        found = mix_logits(theta, logits, rows, temperature, ending.stop, ending.folded)
         mixed = Mixed(
             found.logits, found.alpha, theta, logits, found.theta_sum, found.teacher_sum, temperature, ending
         )
@@ -136,7 +139,9 @@ class SlotSampler:
         output.logprobs_tensors = columns
         return output
 
-    def _masked(self, slots_np: np.ndarray, device: torch.device) -> Tensor | None:
-        """Return the rows whose logits a grammar masks; None where there are none."""
+    def _masked(self, slots_np: np.ndarray, device: torch.device) -> Bool[Tensor, "N 1"] | None:
+        """Return which rows a grammar masks; None where there are none."""
         masked = self.masked_np[slots_np]
-        return torch.from_numpy(masked).pin_memory().to(device, non_blocking=True) if masked.any() else None
+        if not masked.any():
+            return None
+        return torch.from_numpy(masked)[:, None].pin_memory().to(device, non_blocking=True)

@@ -192,6 +192,12 @@ def test_200_requests_at_once_with_strangers_among_them(
             "`prompt_logprobs` (or `echo`) is 0 in a request for records",
         ),
         ({"use_beam_search": True, "n": 2}, "vLLM would search without the request's mixture"),
+        (
+            {"structured_outputs": {"regex": "[0-9]{3}"}, "logprobs": 3, "vllm_xargs": RECORDED},
+            "structured outputs and for records",
+        ),
+        ({"allowed_token_ids": [5, 280]}, "`allowed_token_ids` names the token 280, which is never drawn"),
+        ({"logit_bias": {"280": 5.0}}, "`logit_bias` names the token 280, which is never drawn; wanted ids below 272"),
         ({"prompt": [1, 280]}, "The prompt has the token 280; wanted ids below 272, which both models read"),
     ],
 )
