@@ -24,6 +24,7 @@ TRAPS = {
     "forget_dead_groups",
     "answer_for_replicas",
     "generators_of_kept_rows",
+    "keep_generators",
     "keep_parallel_groups",
     "keep_rows",
     "load_copies",

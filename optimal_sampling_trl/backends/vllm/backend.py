@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +14,11 @@ from tqdm.auto import tqdm
 
 from ...pairing import NamedWeights, Pair
 from ...rollouts.progress import Progress
-from ...rollouts.request import Request
+from ...rollouts.request import LAST_SEED, Request
 from ...rollouts.rollout import Rollout, UnsolvedError
 from .. import GPU_MEMORY_UTILIZATION
 from .families import is_on_cpu
-from .launch import engine_settings, in_this_process, quick_settings, quiet, warn_of_precision
+from .launch import engine_settings, in_this_process, keep_generators, quick_settings, quiet, warn_of_precision
 from .limits import check_arguments, check_pair, check_platform
 from .neighbours import Neighbour
 from .plugin import require
@@ -91,7 +91,8 @@ class VLLMBackend:
         most = {"max_logprobs": most_columns(self.pair)}
         settings = {**most, **arguments, **engine_settings(self.pair, arguments)}
         settings.pop(NUM_SPECULATIVE_TOKENS, None)
-        with in_this_process():
+        seeds = nullcontext() if arguments.get("seed") is not None else keep_generators()
+        with in_this_process(), seeds:
             llm = LLM(self.pair.teacher, **settings)
         keep_rows(llm.llm_engine)
         refuse_added(llm.llm_engine, self.pair)
@@ -211,19 +212,25 @@ class VLLMBackend:
             pass
 
     def share_seeds(self, parameters: Sequence[SamplingParams]) -> None:
-        """Under tensor parallelism, give requests without a seed one that all ranks have.
+        """Give requests without a seed one of torch's global generator, the same on all ranks of tensor parallelism.
 
-        Symptom: each rank goes on with a token of its own, and the caches no longer match.
-        Cause: a request without a seed is drawn from a generator of the process, which a training process shares.
-        Safe: the first rank draws a seed for each such request and sends it to the others.
+        Symptom: each rank goes on with a token of its own, and the caches no longer match; on a GPU torch's seed does
+            not repeat the tokens of one rank either.
+        Cause: a request without a seed is drawn from a generator of the process, which a training process shares. It
+            is torch's on a CPU, and NumPy's in Model Runner V2.
+        Safe: the first rank draws a seed for each such request and sends it to the others; one rank alone on a CPU
+            needs none.
         Upstream: none found. TRL starts the ranks from one seed, which holds until one of them draws on its own.
-        Delete when: vLLM's ranks agree on the token.
+        Delete when: vLLM's ranks agree on the token, and draw from torch's generator.
         """
-        if self.llm.llm_engine.vllm_config.parallel_config.tensor_parallel_size == 1:
-            return
         from vllm.distributed.parallel_state import get_tp_group
 
-        seeds = get_tp_group().broadcast_object(torch.randint(2**31, (len(parameters),)).tolist())
+        has_ranks = self.llm.llm_engine.vllm_config.parallel_config.tensor_parallel_size > 1
+        if all(one.seed is not None for one in parameters) or (is_on_cpu() and not has_ranks):
+            return
+        seeds = torch.randint(LAST_SEED, (len(parameters),)).tolist()
+        if has_ranks:
+            seeds = get_tp_group().broadcast_object(seeds)
         for one, seed in zip(parameters, seeds, strict=True):
             one.seed = seed if one.seed is None else one.seed
 

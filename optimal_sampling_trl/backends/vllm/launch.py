@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 from ...pairing import Pair
@@ -111,6 +113,30 @@ def warn_of_precision(model_config: Any, arguments: Mapping[str, Any]) -> None:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+@contextmanager
+def keep_generators() -> Iterator[None]:
+    """Put the process's random generators back as they were before the block.
+
+    Symptom: whatever seed a program sets before it builds an engine, requests without a seed get the same tokens.
+    Cause: `seed` of vLLM's engine is 0 by default, and its worker seeds `random`, NumPy and torch with it.
+    Safe: a worker of the caller's process leaves the caller's generators alone, unless the caller sets `seed`.
+    Upstream: none found.
+    Delete when: an engine can be built without a seed.
+    """
+    of_random, of_numpy, of_torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        random.setstate(of_random)
+        np.random.set_state(of_numpy)
+        torch.set_rng_state(of_torch)
+        if on_gpus is not None:
+            torch.cuda.set_rng_state_all(on_gpus)
+        elif torch.cuda.is_initialized():  # those of GPUs had not begun, and begin with the seed of the CPU's
+            torch.cuda.manual_seed_all(torch.initial_seed())
 
 
 @contextmanager
