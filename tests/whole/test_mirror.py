@@ -18,7 +18,6 @@ ELSEWHERE = {
     "backends/transformers/dense.py": ("backends/transformers/test_backend.py", "dense records of its batches"),
     "backends/vllm/blocks.py": ("backends/vllm/worker/test_shift.py", "blocks below the student's stream"),
     "backends/vllm/hooks.py": ("backends/vllm/test_limits.py", "what vLLM sets for an architecture"),
-    "backends/vllm/launch.py": ("backends/vllm/test_backend.py", "starts each live engine"),
     "backends/vllm/plugin.py": ("whole/test_upstream_vllm.py", "vLLM calls it by name"),
     "backends/vllm/requests.py": ("backends/vllm/test_backend.py", "each live batch goes in and out by it"),
     "backends/vllm/versions.py": ("backends/vllm/test_limits.py", "a version that was never run is refused"),
@@ -27,6 +26,10 @@ ELSEWHERE = {
     "backends/vllm/server/serve.py": ("backends/vllm/server/test_server.py", "the server's command"),
     "backends/vllm/worker/convolutions.py": ("backends/vllm/worker/test_hybrid.py", "the pair of LFM2"),
     "backends/vllm/worker/dense.py": ("backends/vllm/test_backend.py", "dense records of live rows"),
+    "backends/vllm/worker/grammar.py": (
+        "backends/vllm/worker/test_row_sampler.py",
+        "the rows of a step with a grammar",
+    ),
     "backends/vllm/worker/incoming.py": ("backends/vllm/worker/test_weights.py", "sets of weights, whole or not"),
     "backends/vllm/worker/submodels.py": ("backends/vllm/test_families.py", "both models of every family in one"),
     "backends/vllm/worker/model.py": ("backends/vllm/test_families.py", "both models of every family in one"),
