@@ -172,9 +172,9 @@ class OptimalSamplingV1:
             UnsolvedError: naming each sequence for which a model returned NaN; its `rollouts` holds the others.
         """
         prompts = _prompt_list(prompts)
-        check_whole("generate", "n", n, 1)
+        n = check_whole("generate", "n", n, 1)
         if seed is not None:
-            check_whole("generate", "seed", seed)
+            seed = check_whole("generate", "seed", seed)
         check_dense("generate", dense)
         _check_flags(use_optimal_sampling, use_tqdm)
         if mixture is not None and not use_optimal_sampling:

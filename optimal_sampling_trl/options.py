@@ -144,8 +144,8 @@ def check_whole(
     low: int | None = None,
     advice: str = "Pass one.",
     high: int | None = None,
-) -> None:
-    """Refuse a value that is not a whole number in [low, high].
+) -> int:
+    """Return a whole number as Python's own, since JSON and engines take no other; refuse one outside of [low, high].
 
     Args:
         owner: the class or function that takes the option, for the error.
@@ -163,6 +163,7 @@ def check_whole(
         wanted = "a whole number"
         wanted += "" if low is None else f" of at least {low}" if high is None else f" from {low} to {high}"
         raise ValueError(f"{owner}: `{name}` is {shown(value)}; wanted {wanted}. {advice}")
+    return int(value)  # type: ignore[call-overload, no-any-return]
 
 
 def check_flag(owner: str, name: str, value: object) -> None:

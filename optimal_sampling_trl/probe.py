@@ -137,7 +137,7 @@ def probe(
             print(probe_text(probe(sampler, dataset.select(range(64)), reward)))
         ```
     """
-    check_whole("probe", "n", n, 1)
+    n = check_whole("probe", "n", n, 1)
     beside = "Pass one; the likeliest tokens are tried beside it."
     check_number("probe", "temperature", temperature, above=0.0, advice=beside)
     from .pairing.rows import check_not_keyed

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -176,6 +177,8 @@ def test_seeds(sampler: OptimalSamplingV1) -> None:
     settings = {"max_tokens": 8, "temperature": 1.5}
     first = sampler.generate(PROMPTS, n=2, seed=5, **settings).generated_ids
     assert sampler.generate(PROMPTS, n=2, seed=5, **settings).generated_ids == first
+    numpy = {"n": np.int64(2), "seed": np.int64(5), "top_k": np.int64(-1), "max_tokens": np.int64(8)}
+    assert sampler.generate(PROMPTS, **settings | numpy).generated_ids == first
     assert sampler.generate(PROMPTS, n=2, seed=50, **settings).generated_ids != first
     assert sampler.generate(PROMPTS[1], seed=7, **settings).generated_ids == [first[2]]
     equal = sampler.generate(["a"] * 4, seed=5, **settings).generated_ids
@@ -402,6 +405,10 @@ GENERATE: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no ids": ({"prompts": ["a", []], "n": 3}, ["Prompt 1 holds no token", "wanted at least one"]),
     "ids unwrapped": ({"prompts": [1, 2]}, ["Prompt 0 is '1' (int)", "wanted a text, a list of token ids"]),
     "texts as ids": ({"prompts": [["a"]]}, ["Prompt 0 is \"['a']\" (list)", "wanted a text, a list of token ids"]),
+    "bytes": ({"prompts": [b"abc"]}, ["Prompt 0 is \"b'abc'\" (bytes)", "wanted a text, a list of token ids"]),
+    "bytes that change": ({"prompts": [bytearray(b"abc")]}, ["(bytearray)", "wanted a text, a list of token ids"]),
+    "truth as ids": ({"prompts": [[5, True]]}, ["Prompt 0 is '[5, True]' (list)", "wanted a text, a list of token"]),
+    "a mask as ids": ({"prompts": [torch.ones(3).bool()]}, ["(Tensor)", "wanted a text, a list of token ids"]),
     "floats as ids": ({"prompts": [[1.5]]}, ["Prompt 0 is '[1.5]' (list)", "wanted a text, a list of token ids"]),
     "chat unwrapped": ({"prompts": CHAT}, ["Prompt 0 is", "(dict)", "wanted a text", "a list of chat messages"]),
     "id too large": ({"prompts": [[288]]}, ["prompt 0 holds token 288", "wanted ids from 0 to 287"]),

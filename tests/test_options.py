@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 
 from optimal_sampling_trl.options import (
@@ -125,7 +126,7 @@ def test_whole_numbers(limits: dict[str, Any], value: Any, wanted: str) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011
         check_whole("Owner", "name", value, **limits)
     assert str(error.value) == f"Owner: `name` is {value!r}; {wanted}"
-    check_whole("Owner", "name", 2, **limits)
+    assert type(check_whole("Owner", "name", np.int64(2), **limits)) is int
 
 
 def test_a_flag_is_no_text() -> None:

@@ -100,7 +100,8 @@ class Mixture:
                 f"Mixture: `fixed_alpha` is {self.fixed_alpha}, outside of [alpha_min, alpha_max] = "
                 f"[{self.alpha_min}, {self.alpha_max}], to which every α is clamped. Widen the range."
             )
-        check_whole("Mixture", "swap_top_k", self.swap_top_k, 1, high=MOST_SWAPPED)
+        whole = check_whole("Mixture", "swap_top_k", self.swap_top_k, 1, high=MOST_SWAPPED)
+        object.__setattr__(self, "swap_top_k", whole)
         if self.method == SWAP:
             self._check_swap()
 

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
@@ -114,7 +115,9 @@ def encode(
             raise ValueError(f"{name}: {error}") from error
         return _encode_chat(messages, tokenizer, name, SYSTEM_PROMPTS[role] if system_prompt else None)
     try:
-        ids = [item.__index__() for item in prompt]  # type: ignore[union-attr]
+        if isinstance(prompt, bytes | bytearray | memoryview):
+            raise TypeError("bytes are no token ids, though their items are numbers")
+        ids = [_token(item) for item in prompt]
     except (TypeError, AttributeError) as error:
         raise ValueError(
             f"{name} is {str(prompt)[:80]!r} ({type(prompt).__name__}); "
@@ -128,6 +131,13 @@ def encode(
             "put. Pass the text or the messages, or put the system prompt's tokens into the ids."
         )
     return ids
+
+
+def _token(item: Any) -> int:
+    """Return a token id; refuse True and False, which Python and torch take for 1 and 0."""
+    if isinstance(item, bool) or getattr(item, "dtype", None) is torch.bool:
+        raise TypeError("a truth value is no token id")
+    return item.__index__()  # type: ignore[no-any-return]
 
 
 def reads_two_prompts(teacher_system_prompt: str | None, theta_system_prompt: str | None) -> bool:

@@ -49,7 +49,7 @@ class Dense:
                 raise ValueError(unknown_option("dense scalar", name, SCALARS))
         if len(set(self.scalars)) < len(self.scalars):
             raise ValueError(f"Dense: `scalars` is {self.scalars}; wanted each name once. Drop the repeated ones.")
-        check_whole("Dense", "top_k", self.top_k, 0, "0 is none.")
+        object.__setattr__(self, "top_k", check_whole("Dense", "top_k", self.top_k, 0, "0 is none."))
         if not self.scalars and not self.top_k:
             raise ValueError(
                 "Dense: `scalars` is empty and `top_k` is 0, which asks for nothing; wanted at least one of the two. "

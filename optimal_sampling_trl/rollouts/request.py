@@ -50,16 +50,16 @@ class Sampling:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        check_whole("Sampling", "max_tokens", self.max_tokens, 1)
+        object.__setattr__(self, "max_tokens", check_whole("Sampling", "max_tokens", self.max_tokens, 1))
         check_number("Sampling", "temperature", self.temperature, 0.0)
         likeliest = "Pass one; for the likeliest token alone set `temperature=0`."
         check_number("Sampling", "top_p", self.top_p, high=1.0, above=0.0, advice=likeliest)
-        check_whole("Sampling", "top_k", self.top_k, -1, "-1 keeps all tokens.")
+        object.__setattr__(self, "top_k", check_whole("Sampling", "top_k", self.top_k, -1, "-1 keeps all tokens."))
         check_number("Sampling", "min_p", self.min_p, 0.0, 1.0)
         no_penalty = "Pass one; 1 is no penalty."
         check_number("Sampling", "repetition_penalty", self.repetition_penalty, above=0.0, advice=no_penalty)
         if self.seed is not None:
-            check_whole("Sampling", "seed", self.seed, 0, high=LAST_SEED)
+            object.__setattr__(self, "seed", check_whole("Sampling", "seed", self.seed, 0, high=LAST_SEED))
         check_flag("Sampling", "ignore_eos", self.ignore_eos)
         if not isinstance(self.stop, tuple | list) or not all(isinstance(stop, str) and stop for stop in self.stop):
             raise ValueError(
