@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -31,6 +33,12 @@ from .wrappers import WRAPPERS, is_wrapper, language_model
 
 MODEL_OPTIONS = ("attn_implementation", "dtype", "revision", "trust_remote_code")
 """Options that go to `from_pretrained`; `revision` to the teacher's alone, as vLLM has it."""
+
+NO_ROLLOUT_READS = {
+    *("_name_or_path", "architectures", "transformers_version", "use_cache", "id2label", "label2id"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+}
+"""Fields of a configuration that change no rollout, or do so as the pair's ending alone."""
 
 EVERY_RANK = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
 """Under FSDP, transformers loads real weights on rank 0 only. Ours are not wrapped: each rank must load them."""
@@ -96,6 +104,11 @@ class Source:
     def text_config(self) -> PreTrainedConfig:
         """The configuration of the language model alone, where it is inside of a multimodal wrapper."""
         return language_model(self.config)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the fields of the language model's configuration on which its rollouts depend."""
+        fields = self.text_config.to_dict()
+        return {name: value for name, value in fields.items() if name not in NO_ROLLOUT_READS}
 
     @cached_property
     def weight_names(self) -> WeightNames | None:
@@ -268,15 +281,23 @@ def load_generation_config(model: str, config: PreTrainedConfig, **kwargs: Any) 
 
 
 def weight_digest(model: nn.Module) -> str:
-    """Return a number that changes with any weight of a model: SHA-256 of all of their bytes.
+    """Return a number that changes with any weight of a model, a kept buffer too: SHA-256 of all of their bytes.
 
     Waits for the device, and copies each weight to the host once.
     """
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(parameter.detach().reshape(-1).view(torch.uint8).cpu().numpy().data)
+    for name, weight in chain(model.named_parameters(), kept_buffers(model)):
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        digest.update(weight.detach().reshape(-1).view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()
+
+
+def kept_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Iterate over the buffers that a checkpoint holds, by name: weights that are not trained."""
+    for place, module in model.named_modules():
+        for name, buffer in module.named_buffers(prefix=place, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                yield name, buffer
 
 
 @torch.no_grad()

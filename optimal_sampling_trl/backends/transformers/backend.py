@@ -23,6 +23,7 @@ from ...pairing import (
     check_prompt,
     context_length,
     is_wrapper,
+    kept_buffers,
     name_sources,
     read_pair,
     weight_digest,
@@ -37,6 +38,13 @@ DTYPES = ("auto", "bfloat16", "double", "float", "float16", "float32", "float64"
 """Words for a dtype that models can be loaded in."""
 ENGINE_OPTIONS = ("device", "max_model_len", "max_num_seqs", *MODEL_OPTIONS)
 """All options of this backend, under vLLM's names where vLLM has them."""
+
+NO_CACHE = {"recurrent_gemma"}
+"""Kinds of models that take a cache and hand none back."""
+STATES_BESIDE = {"deepseek_v4", "minimax"}
+"""Kinds of models whose cache cannot be cut to some of its rows."""
+DISTANCES = {"bloom", "mpt"}
+"""Kinds of models that need no positions: they read the distances between tokens, which padding does not change."""
 
 
 class TransformersBackend:
@@ -76,11 +84,14 @@ class TransformersBackend:
                 raise ValueError(unknown_option("argument of the transformers backend", name, ENGINE_OPTIONS))
         if not isinstance(dtype := model_options.get("dtype"), torch.dtype | dict | None):
             check_choice("dtype", dtype, DTYPES)
-        check_whole("The transformers backend", "max_num_seqs", max_num_seqs, 1, "Drop it for 256 rows at once.")
+        max_num_seqs = check_whole(
+            "The transformers backend", "max_num_seqs", max_num_seqs, 1, "Drop it for 256 rows at once."
+        )
         of_teacher, of_theta = name_sources(teacher, theta, model_options)
         for source in (of_teacher, of_theta):
             _check_cache(source.config, source.role)
-        _check_max_model_len(max_model_len, context_length(of_teacher.text_config, of_theta.text_config))
+        longest = context_length(of_teacher.text_config, of_theta.text_config)
+        max_model_len = _check_max_model_len(max_model_len, longest)
         self.pair = read_pair(
             of_teacher,
             of_theta,
@@ -163,7 +174,8 @@ class TransformersBackend:
         Those of a multimodal wrapper may come under the wrapper's names or the language model's; its towers' stay.
 
         Args:
-            named_parameters: every weight under its name, as pairs or as a `state_dict`.
+            named_parameters: every parameter under its name, as pairs or as a `state_dict`; a buffer that a checkpoint
+                holds stays where it is not given.
 
         Raises:
             ValueError: where the student is a module that the caller trains, a name is missing or unknown, a shape
@@ -176,7 +188,11 @@ class TransformersBackend:
                 "The student of this backend is the live module itself: there is nothing to load. Drop the call."
             )
         loaded = dict(self.theta.named_parameters(remove_duplicate=False))
-        current, new = (dict(self._of_text(weights.items())) for weights in (loaded, dict(named_parameters)))
+        current, new, buffers = (
+            dict(self._of_text(weights.items()))
+            for weights in (loaded, dict(named_parameters), dict(kept_buffers(self.theta)))
+        )
+        current |= {name: buffer for name, buffer in buffers.items() if name in new}  # `state_dict` has them as well
         wrong = _misfits(current, new)
         if wrong:
             raise ValueError(
@@ -234,13 +250,27 @@ class TransformersBackend:
 
 
 def _check_cache(config: PreTrainedConfig, role: str) -> None:
-    """Refuse a purely recurrent model (Mamba). A hybrid, which has a cache of keys and values too, is fine."""
+    """Refuse a model that a batch of rows cannot be read with token by token.
+
+    That is a purely recurrent one (Mamba), and one that cannot be told where a row's prompt begins behind padding. A
+    hybrid, which has a cache of keys and values too, is fine.
+
+    Raises:
+        ValueError: naming the model, its class and what it lacks.
+    """
     model: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if model is not None and "cache_params" in inspect.signature(model.forward).parameters:
-        raise ValueError(
-            f"The {role} {config.name_or_path!r} ({model.__name__}) keeps a state instead of a cache; wanted a "
-            "decoder with attention, or a hybrid. Pass another pair."
-        )
+    if model is None:
+        return
+    taken = inspect.signature(model.forward).parameters
+    if "cache_params" in taken or "past_key_values" not in taken or config.model_type in NO_CACHE:
+        lacking = "keeps a state instead of a cache, or neither; wanted a decoder with attention, or a hybrid"
+    elif config.model_type in STATES_BESIDE:
+        lacking = "keeps states beside its cache, which stay where a row leaves it; wanted another decoder"
+    elif "position_ids" not in taken and config.model_type not in DISTANCES:
+        lacking = "takes no `position_ids` and would count padding as tokens; wanted a decoder that takes them"
+    else:
+        return
+    raise ValueError(f"The {role} {config.name_or_path!r} ({model.__name__}) {lacking}. Pass another pair.")
 
 
 def _device(device: torch.device | str) -> torch.device:
@@ -285,12 +315,13 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
             module.training = True
 
 
-def _check_max_model_len(max_model_len: int | None, longest: int) -> None:
+def _check_max_model_len(max_model_len: int | None, longest: int) -> int | None:
     if max_model_len is None:
-        return
-    check_whole("The transformers backend", "max_model_len", max_model_len, 2)
+        return None
+    max_model_len = check_whole("The transformers backend", "max_model_len", max_model_len, 2)
     if max_model_len > longest:
         raise ValueError(
             f"`max_model_len` is {max_model_len}; wanted 2 to {longest}, the shorter of the two models' contexts. "
             "Lower it, or drop it for the whole context."
         )
+    return max_model_len

@@ -116,7 +116,7 @@ class Rows:
         self.records = torch.zeros(count, max(self.limits), len(RECORDS), device=device)
         self.lengths = [0] * count
         self.reasons = ["length"] * count
-        self.special_ids = set(pair.tokenizer.all_special_ids)
+        self.special_ids = set(pair.special_tokens)  # those that a text leaves out, more than the tokenizer's own
         self.recent = [_recent(request.sampling.stop) for request in requests]
         self.step = 0
         seeds = [request.sampling.seed for request in requests]

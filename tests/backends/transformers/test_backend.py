@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from tokenizers import AddedToken
 from torch import Tensor
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -23,7 +25,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from helpers.models import EOS, FAMILIES, PAD, make_model, make_spaced_pair, make_tokenizer, publish
+from helpers.models import EOS, FAMILIES, KEPT, PAD, make_model, make_spaced_pair, make_tokenizer, publish
 from helpers.oracle import check_rollout, check_rollouts, expected_records, with_wishes
 from helpers.strategies import RANGED
 from optimal_sampling_trl.backends import make_backend
@@ -485,6 +487,18 @@ def test_stop_texts_where_tokens_carry_spaces(tmp_path: Path) -> None:
     assert (cut.text, cut.finish_reason) == (free.text[: free.text.index(stops[1][0])], "stop")
 
 
+def test_a_stop_text_around_tokens_that_are_special_to_the_text_alone(pair: Pair) -> None:
+    """A token may be left out of texts without being among the tokenizer's special ones."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|sp|>", special=True, normalized=False)], special_tokens=False)
+    (added,) = tokenizer("<|sp|>").input_ids
+    assert added not in tokenizer.all_special_ids
+    request = ask(stop=("ab",), max_tokens=64, ignore_eos=True)
+    rows = Rows([request], replace(pair.backend.pair, tokenizer=tokenizer), pair.backend.device)
+    drawn = [*ids("a"), *[added] * 9, *ids("b")]
+    assert [rows._ended(0, token) for token in drawn] == [False] * 10 + [True]
+
+
 def test_rows_that_ended_leave_the_batch(pair: Pair, batches: list[int]) -> None:
     requests = [
         ask(TEXTS[i % 6], mixture, seed=i, max_tokens=length, ignore_eos=True)
@@ -628,6 +642,26 @@ def test_a_wrapper_is_loaded_under_each_of_its_names(tmp_path: Path, pair: Pair,
         named.pop(next(name for name in named if name.endswith("model.norm.weight")))
         with pytest.raises(ValueError, match=r"do not fit the student \(1 differ\): .* is missing"):
             backend.load_theta(named.items())
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gemma4_text", "gemma4"])
+def test_a_state_dict_brings_its_buffers(tmp_path: Path, family: str) -> None:
+    """Biases of experts and scales of layers, which are no parameters; without them the old ones stay."""
+    folders = [make_model(tmp_path / str(seed), family, seed) for seed in range(2)]
+    new = model_class(AutoConfig.from_pretrained(folders[1])).from_pretrained(folders[1])
+    backend = TransformersBackend(*folders[:1] * 2, device="cpu")
+    old = {name: value.clone() for name, value in backend.theta.state_dict().items() if name.endswith(KEPT)}
+    wanted = {name: value for name, value in new.state_dict().items() if name.endswith(KEPT)}
+    assert any(not torch.equal(value, wanted[name]) for name, value in old.items())
+    for named, kept in ((new.named_parameters(), old), (new.state_dict(), wanted)):
+        backend.load_theta(named)
+        assert all(torch.equal(backend.theta.state_dict()[name], value) for name, value in kept.items())
+    requests = [ask(text, max_tokens=4) for text in TEXTS]
+    teacher = model_class(new.config).from_pretrained(folders[0]).eval()
+    check_rollouts(backend.generate(requests), requests, teacher, new.eval())
+    name = next(iter(wanted))
+    with pytest.raises(ValueError, match=rf"{name.split('.')[-1]} has shape \(3,\), wanted"):
+        backend.load_theta(new.state_dict() | {name: torch.ones(3)})
 
 
 @pytest.mark.parametrize(
@@ -872,6 +906,50 @@ def test_a_model_with_a_state_alone_is_refused(pair: Pair, tmp_path: Path) -> No
     TOKENIZER.save_pretrained(tmp_path / "mamba")
     with pytest.raises(ValueError, match=r"The student '.*' \(Mamba2ForCausalLM\) keeps a state instead of a cache"):
         TransformersBackend(pair.folders[0], str(tmp_path / "mamba"))
+
+
+DECODER = {"is_decoder": True, "is_encoder_decoder": False, "vocab_size": 288}
+UNREAD: dict[str, tuple[dict[str, Any], str]] = {
+    **dict.fromkeys(("openai-gpt", "rwkv", "recurrent_gemma"), ({}, "keeps a state instead of a cache, or neither")),
+    **dict.fromkeys(("minimax", "deepseek_v4"), ({}, "keeps states beside its cache")),
+    **dict.fromkeys(("bart", "marian", "pegasus", "trocr"), (DECODER, "takes no `position_ids` and would count pad")),
+}
+
+
+@pytest.mark.parametrize("family", UNREAD)
+def test_a_model_that_no_batch_can_be_read_with_is_refused_before_it_is_loaded(
+    pair: Pair, tmp_path: Path, family: str
+) -> None:
+    """The folders hold no weights: reading them would fail in another way."""
+    fields, words = UNREAD[family]
+    CONFIG_MAPPING[family](**fields).save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    for role, pair_of in (("teacher", ("model", "theta")), ("student", ("theta", "model"))):
+        folders = [str(tmp_path / "model") if name == "model" else pair.folders[1] for name in pair_of]
+        with pytest.raises(ValueError, match=rf"^The {role} '.*model' \(\w+\) {words}.*; wanted .* Pass another pair"):
+            TransformersBackend(*folders)
+
+
+SMALL = {"vocab_size": 288, "eos_token_id": EOS, "pad_token_id": PAD, "initializer_range": 0.2}
+BY_DISTANCE = {
+    "bloom": SMALL | {"hidden_size": 64, "n_layer": 2, "n_head": 4},
+    "mpt": SMALL | {"d_model": 64, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2, "max_seq_len": 128},
+}
+
+
+@pytest.mark.parametrize("family", BY_DISTANCE)
+def test_models_without_positions(tmp_path: Path, family: str) -> None:
+    """Attention by distances takes no `position_ids`, and padding changes no distance."""
+    folders = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**BY_DISTANCE[family]), dtype=torch.float32)
+        folders.append(str(tmp_path / str(seed)))
+        model.save_pretrained(folders[-1])
+        TOKENIZER.save_pretrained(folders[-1])
+    several = Pair(folders[0], folders[1])
+    requests = [ask("a b c" * times, seed=times, max_tokens=3 * times, ignore_eos=True) for times in (1, 7, 3, 5)]
+    several.check(several.backend.generate(requests), requests)
 
 
 def test_a_setting_that_does_nothing_is_refused(pair: Pair) -> None:
