@@ -16,6 +16,7 @@ import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,9 @@ MAY_CHANGE_ON_RESUME = ("device", "enforce_eager", "kv_cache_memory_bytes", "max
 """Arguments of an engine that a resumed run may change: its rollouts then agree with the others up to rounding."""
 DIGEST = "sha256:"
 """Prefix of the digest of a model's weights. Earlier versions wrote another number, without it."""
+
+NOT_NOTED = ("context", "ending.stop", "ending.folded")
+"""Settings that earlier versions did not write. A folder without them goes on, and a warning says so."""
 
 NO_DENSE: dict[str, Any] = {"dense.scalars": [], "dense.top_k": 0}
 """The settings of a run without dense records."""
@@ -99,9 +103,9 @@ def sample_to_folder(
         print(load_rollouts("output/rollouts")[0].text)
         ```
     """
-    check_whole("sample_to_folder", "n", n, 1)
-    check_whole("sample_to_folder", "batch_size", batch_size, 1)
-    check_whole("sample_to_folder", "seed", seed)
+    n = check_whole("sample_to_folder", "n", n, 1)
+    batch_size = check_whole("sample_to_folder", "batch_size", batch_size, 1)
+    seed = check_whole("sample_to_folder", "seed", seed)
     check_dense("sample_to_folder", dense)
     check_flag("sample_to_folder", "use_tqdm", use_tqdm)
     sampling = Sampling() if sampling is None else sampling
@@ -116,7 +120,9 @@ def sample_to_folder(
     with RolloutFolder(folder) as store:
         encode = _encoder(sampler, mixture, sampling, dense)
         settings = _settings(sampler, mixture, sampling, dense) | {"n": n, "seed": seed, "batch_size": batch_size}
-        run = _open_run(store, {"settings": settings, "prompts": len(texts), "sha256": _digest(texts, encode)})
+        configurations = _in_json(sampler.backend.pair.configurations)
+        run = {"settings": settings, "prompts": len(texts), "sha256": _digest(texts, encode)}
+        run = _open_run(store, run | {"configurations": configurations})
         total = len(texts) * n
         batches = _missing(store, total, n, batch_size)
         with Progress(total, use_tqdm, done=total - sum(map(len, batches.values()))) as progress:
@@ -209,6 +215,7 @@ def _settings(sampler: OptimalSamplingV1, mixture: Mixture, sampling: Sampling, 
     """Return everything beside the prompts on which the rollouts depend, in JSON's types."""
     arguments = {name: value for name, value in sampler.engine_arguments.items() if name not in MAY_CHANGE_ON_RESUME}
     drawn = {name: value for name, value in asdict(sampling).items() if name != "seed"}
+    pair = sampler.backend.pair
     settings = {
         "model_teacher": sampler.model_teacher,
         "model_theta": sampler.model_theta,
@@ -219,12 +226,23 @@ def _settings(sampler: OptimalSamplingV1, mixture: Mixture, sampling: Sampling, 
         "system_message": sampler.system_message,
         "enable_chat_template": sampler.enable_chat_template,
         "backend": sampler.backend.name,
+        "context": pair.context,
+        **{f"ending.{name}": value for name, value in asdict(pair.ending).items()},
         **{f"engine.{name}": value for name, value in arguments.items()},
         **{f"mixture.{name}": value for name, value in mixture.to_dict().items()},
         **drawn,
         **(NO_DENSE if dense is None else {f"dense.{name}": value for name, value in asdict(dense).items()}),
     }
-    return json.loads(json.dumps(settings, default=str))
+    return _in_json(settings)
+
+
+def _in_json(values: dict[str, Any]) -> dict[str, Any]:
+    """Return values as JSON gives them back; of an engine's arguments some are no JSON, such as torch's dtypes."""
+
+    def plain(value: Any) -> Any:
+        return int(value) if isinstance(value, Integral) else float(value) if isinstance(value, Real) else str(value)
+
+    return json.loads(json.dumps(values, default=plain))
 
 
 def _weights(sampler: OptimalSamplingV1, role: str) -> str | None:
@@ -258,7 +276,7 @@ def _open_run(store: RolloutFolder, run: dict[str, Any]) -> dict[str, Any]:
         return run
     old = store.read_run()
     if differ := _differences(old, run, store.path):
-        named = "; ".join(f"`{name}` was {before!r}, now is {now!r}" for name, (before, now) in differ.items())
+        named = "; ".join(f"`{name}` was {shown(was)}, now is {shown(now)}" for name, (was, now) in differ.items())
         raise ValueError(
             f"The folder {str(store.path)!r} was begun with other settings: {named}. Its rollouts and the new ones "
             "would not be of one kind. Run with the settings of its run.json, or name another folder."
@@ -288,6 +306,12 @@ def _differences(old: dict[str, Any], run: dict[str, Any], folder: Path) -> dict
         {**values["settings"], "prompts": f"{values['prompts']} with SHA-256 {values['sha256'][:12]}"}
         for values in (old, run)
     )
+    if not (before.keys() >= set(NOT_NOTED) and "configurations" in old):
+        before = {name: now[name] for name in NOT_NOTED} | before
+        logger.warning(
+            "The folder %s was begun by a version that did not note the models' configurations and end tokens; "
+            "whether they are the same cannot be said.", folder,
+        )  # fmt: skip
     before = {name: defaults[name] for name in now.keys() & defaults.keys()} | before
     differ = {name: (before.get(name), now.get(name)) for name in before | now if before.get(name) != now.get(name)}
     for role in ("teacher", "theta"):
@@ -300,7 +324,14 @@ def _differences(old: dict[str, Any], run: dict[str, Any], folder: Path) -> dict
             )  # fmt: skip
         elif weights not in differ and now[weights] is not None:
             differ.pop(f"model_{role}", None)  # the same weights under another name
+        differ |= _reconfigured(role, *(values.get("configurations", {}).get(role, {}) for values in (old, run)))
     return differ
+
+
+def _reconfigured(role: str, before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the fields of a model's configuration that differ. Another transformers has more, or fewer, fields."""
+    both = [name for name in before if name in now]
+    return {f"config_{role}.{name}": (before[name], now[name]) for name in both if before[name] != now[name]}
 
 
 def _batches(total: int, n: int, batch_size: int) -> Iterator[list[Key]]:

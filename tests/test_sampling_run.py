@@ -16,14 +16,16 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from helpers.children import wait_until
-from helpers.models import make_model
+from helpers.models import EOS, PAD, make_model
 from helpers.oracle import check_rollout
 from optimal_sampling_trl import (
     Dense,
@@ -272,6 +274,19 @@ def test_refused_before_anything_is_sampled(sampler: OptimalSamplingV1, tmp_path
     assert content(tmp_path) == {}
 
 
+def test_numbers_of_numpy_are_pythons(sampler: OptimalSamplingV1, root: Path, whole: Path, tmp_path: Path) -> None:
+    """A run that was begun with them is the run of the same numbers, and the other way round."""
+    numbers = {name: np.int64(value) for name, value in RUN.items() if name != "sampling"}
+    numbers["sampling"] = Sampling(max_tokens=np.int64(24), top_k=np.int64(-1))
+    mixture = Mixture(alpha_min=np.float64(0), swap_top_k=np.int64(25))
+    folder = sample_to_folder(sampler, PROMPTS, tmp_path / "run", use_tqdm=False, mixture=mixture, **numbers)
+    assert content(folder) == content(whole)
+    wish = {"dense": Dense(top_k=np.int64(2)), "use_tqdm": False}
+    longest, plain = (build(root, max_model_len=kind(64)) for kind in (np.int64, int))
+    sample_to_folder(longest, ["a"], tmp_path / "dense", **wish)
+    sample_to_folder(plain, ["a"], tmp_path / "dense", **wish | {"dense": Dense(top_k=2)})
+
+
 # Going on.
 
 OTHER: dict[str, tuple[dict[str, Any], dict[str, Any], list[str], str]] = {
@@ -316,6 +331,75 @@ def test_a_student_trained_in_its_folder_is_another(root: Path, tmp_path: Path) 
         sample_to_folder(build(root, model_theta=str(tmp_path / "one")), ["a"], folder, use_tqdm=False)
 
 
+EDITED: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
+    "angles": (
+        "config.json",
+        lambda config: config["rope_parameters"].update(rope_theta=10.0),
+        "`config_theta.rope_parameters` was {'rope_theta': 10000.0, 'rope_type': 'default'}, now is {'rope_theta': 10",
+    ),
+    "norms": (
+        "config.json",
+        lambda config: config.update(rms_norm_eps=0.5),
+        "`config_theta.rms_norm_eps` was 1e-06, now is 0.5",
+    ),
+    "context": (
+        "config.json",
+        lambda config: config.update(max_position_embeddings=256),
+        "`context` was 512, now is 256; `config_theta.max_position_embeddings` was 512",
+    ),
+    "ending": (
+        "generation_config.json",
+        lambda config: config.update(eos_token_id=[EOS, 10]),
+        "settings: `ending.stop` was [256], now is [256, 10]. Its",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EDITED)
+def test_a_student_of_other_settings_beside_its_weights_is_another(root: Path, tmp_path: Path, case: str) -> None:
+    name, edit, words = EDITED[case]
+    make_model(tmp_path / "one", "qwen2", 1, tied=True)
+    pair, folder = {"model_theta": str(tmp_path / "one")}, tmp_path / "run"
+    sample_to_folder(build(root, **pair), ["a"], folder, use_tqdm=False)
+    config = json.loads((tmp_path / "one" / name).read_text())
+    edit(config)
+    (tmp_path / "one" / name).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="was begun with other settings") as error:
+        sample_to_folder(build(root, **pair), ["a"], folder, use_tqdm=False)
+    assert words in str(error.value)
+
+
+def test_the_teachers_own_ending_is_a_setting(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "teacher", tmp_path / "one")
+    pair, folder = {"model_teacher": str(tmp_path / "one")}, tmp_path / "run"
+    sample_to_folder(build(root, **pair), ["a"], folder, use_tqdm=False)
+    config = json.loads((tmp_path / "one" / "generation_config.json").read_text())
+    (tmp_path / "one" / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [EOS, PAD]}))
+    with pytest.raises(ValueError, match=r"settings: `ending.folded` was \[\], now is \[257\]\. Its"):
+        sample_to_folder(build(root, **pair), ["a"], folder, use_tqdm=False)
+
+
+def test_a_loaded_model_is_that_of_its_folder(root: Path, whole: Path) -> None:
+    """Its configuration in memory is the one that the files have, whatever its attention runs on."""
+    loaded = AutoModelForCausalLM.from_pretrained(root / "theta", attn_implementation="eager")
+    loaded.config.use_cache = False  # as a trainer with gradient checkpointing leaves it
+    sample_to_folder(build(root, model_theta=loaded), PROMPTS, whole, use_tqdm=False, **RUN)
+
+
+def test_a_buffer_of_the_files_is_a_weight(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "one", "gemma4_text", 1)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    before = weight_digest(model)
+    name, scale = next(item for item in model.named_buffers() if item[0].endswith("layer_scalar"))
+    assert name in load_file(f"{folder}/model.safetensors")
+    scale.mul_(5)
+    assert weight_digest(model) != before
+    scale.div_(5)
+    angles = next(buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq"))
+    angles.mul_(5)  # computed from the configuration, which has its own place among the settings
+    assert weight_digest(model) == before
+
+
 @pytest.mark.parametrize("place", [0, 64, 5_000, -1])
 def test_the_digests_cover_every_weight(tmp_path: Path, place: int) -> None:
     """One number of one weight, anywhere in the middle of a file, is another student."""
@@ -355,12 +439,14 @@ def test_a_field_that_an_older_version_did_not_know_had_its_default(
     shutil.copytree(whole, folder)
     run = json.loads((folder / "run.json").read_text())
     run["settings"]["weights_teacher"] = run["settings"]["weights_theta"] = "0123abcd"
-    for name in ("min_p", "mixture.epsilon"):
+    for name in ("min_p", "mixture.epsilon", "context", "ending.stop", "ending.folded"):
         del run["settings"][name]
+    del run["configurations"]
     (folder / "run.json").write_text(json.dumps(run))
     (folder / "data" / "rollouts-000002.parquet").unlink()
     sample_to_folder(sampler, PROMPTS, folder, use_tqdm=False, **RUN)
-    assert "cannot be said" in caplog.text
+    for words in ("a part of the weights of `model_theta`", "the models' configurations and end tokens"):
+        assert words in caplog.text
     shard = "data/rollouts-000002.parquet"
     assert content(folder)[shard] == content(whole)[shard]
     with pytest.raises(ValueError, match=r"`mixture.epsilon` was 0.05, now is 0.1"):

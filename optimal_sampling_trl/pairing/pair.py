@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -40,6 +40,7 @@ class Pair:
         teacher_template: `template_digest` of the teacher's own tokenizer; None where it has no chat template.
         teacher_tokenizer: the teacher's own, which reads the prompts that the teacher alone is given.
         one_model: whether the teacher is the student itself: one set of weights, which a reload replaces for both.
+        configurations: `Source.settings` of `"teacher"` and `"theta"`; empty where a server holds the models.
     """
 
     teacher: str
@@ -56,6 +57,7 @@ class Pair:
     shares_caches: bool = False
     teacher_tokenizer: PreTrainedTokenizerBase | None = None
     one_model: bool = False
+    configurations: dict[str, dict[str, Any]] = field(default_factory=dict, compare=False)
 
     @cached_property
     def special_tokens(self) -> dict[int, str]:
@@ -191,6 +193,7 @@ def read_pair(
         shares_caches=any(map(shares_caches, (teacher.text_config, theta.text_config))),
         teacher_tokenizer=teacher_tokenizer,
         one_model=one_model,
+        configurations={"teacher": teacher.settings(), "theta": theta.settings()},
     )
 
 
