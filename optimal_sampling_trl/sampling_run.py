@@ -120,11 +120,9 @@ def sample_to_folder(
     with RolloutFolder(folder) as store:
         encode = _encoder(sampler, mixture, sampling, dense)
         settings = _settings(sampler, mixture, sampling, dense) | {"n": n, "seed": seed, "batch_size": batch_size}
-        configurations = _in_json(sampler.backend.pair.configurations)
-        run = {"settings": settings, "prompts": len(texts), "sha256": _digest(texts, encode)}
-        run = _open_run(store, run | {"configurations": configurations})
-        total = len(texts) * n
-        batches = _missing(store, total, n, batch_size)
+        run = {"settings": settings, "configurations": _in_json(sampler.backend.pair.configurations)}
+        run = _open_run(store, run | {"prompts": len(texts), "sha256": _digest(texts, encode)})
+        batches = _missing(store, total := len(texts) * n, n, batch_size)
         with Progress(total, use_tqdm, done=total - sum(map(len, batches.values()))) as progress:
             for number, keys in batches.items():
                 requests = [_seeded(encode(key.prompt_index, *texts[key.prompt_index]), seed, key) for key in keys]
