@@ -18,6 +18,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -102,9 +103,10 @@ def _tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
 
 
-def silent(pair: Pair) -> SimpleNamespace:
+def silent(pair: Pair) -> Pair:
     """The pair with a tokenizer whose texts are empty."""
-    return SimpleNamespace(**vars(pair) | {"tokenizer": SimpleNamespace(decode=lambda *_, **__: "")})
+    mute: Any = SimpleNamespace(decode=lambda *_, **__: "")
+    return replace(pair, tokenizer=mute)
 
 
 def cost(work: Callable[[], object], rounds: int) -> float:

@@ -78,10 +78,14 @@ def run(script: str, *flags: object, launcher: tuple[str, ...] | None = None, ok
     return process.stdout
 
 
-def run_failing(script: str, *flags: object) -> str:
-    """Return what a recipe says where it refuses to run."""
+def run_failing(script: str, *flags: object, status: int = 1) -> str:
+    """Return what a recipe says where it refuses to run.
+
+    Args:
+        status: how it ends; a command of the package ends with 2, as with argparse.
+    """
     process = start(script, *flags)
-    assert process.returncode == 1
+    assert process.returncode == status
     assert "Traceback" not in process.stderr
     return process.stderr
 

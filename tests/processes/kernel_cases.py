@@ -10,7 +10,6 @@ variation below 1e-5.
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,6 +31,7 @@ from helpers.strategies import (
     random_pair,
     temperatures,
 )
+from optimal_sampling_trl import pairing
 from optimal_sampling_trl.backends.transformers import decoding
 from optimal_sampling_trl.backends.vllm.worker.grammar import rule_out
 from optimal_sampling_trl.mixture import (
@@ -382,14 +382,14 @@ def test_the_transformers_backend_draws_the_same_by_the_kernels(monkeypatch: pyt
     mixtures = [Mixture(method) for method in methods[:-1]] + [Mixture.theta_only()]
     requests = [Request([1], [1], *both) for both in zip(mixtures, settings, strict=True)]
     assert len(requests) == 8
-    pair = SimpleNamespace(context=64, tokenizer=make_tokenizer(), ending=Ending((256,), ()))
+    pair = pairing.Pair("teacher", "theta", make_tokenizer(), 300, 317, 64, Ending((256,), ()))
     generator = torch.Generator().manual_seed(0)
     logits = [[torch.randn(8, V, generator=generator).to(DEVICE) * 3 for V in (300, 317)] for _ in range(3)]
     logits[2][0][7, 5] = torch.nan
     drawn = []
     for kernels in (False, True):
         monkeypatch.setattr(decoding, "has_kernels", lambda _, kernels=kernels: kernels)
-        rows = decoding.Rows(requests, pair, torch.device(DEVICE))  # type: ignore[arg-type]
+        rows = decoding.Rows(requests, pair, torch.device(DEVICE))
         for both in logits:
             rows.draw(*both)
             rows.step += 1

@@ -248,7 +248,7 @@ def test_a_split_that_is_not_there_is_refused_with_words(made: embedded.Pair, tm
     prompts = Path(made.teacher).parent / "data" / "train.jsonl"
     flags = ("--config", RECIPES / "distill.yaml", "--dataset_name", prompts, "--output_dir", tmp_path)
     models = ("--model_name_or_path", made.student, "--teacher", made.teacher, "--backend", "transformers")
-    told = run_failing("distill.py", *flags, *models)
+    told = run_failing("distill.py", *flags, *models, status=2)
     assert "`--dataset_test_split` is 'test', and " in told
     assert "train.jsonl has 'train'. Name one of those, or a folder with a file for each split" in told
 

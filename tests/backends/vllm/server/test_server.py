@@ -659,12 +659,6 @@ def test_trainers_on_a_server(
         assert set(sent) == {2, 4}, "half a group is a request, and a whole one where all is the student's"
 
 
-def test_a_trainer_without_a_gpu_is_refused_in_words(trained: Server, pair: tuple[str, str], tmp_path: Path) -> None:
-    """By TRL's own client, which sends weights over NCCL alone."""
-    with pytest.raises(ValueError, match=r"the trainer is on cpu: weights go to a server over NCCL, .*'colocate'"):
-        build("grpo", pair, tmp_path, trained)
-
-
 def test_the_teacher_is_measured_on_a_server(
     trained: Server, pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -756,8 +750,11 @@ def test_the_student_as_its_own_teacher_on_a_server(
 
 
 def test_on_a_cpu_trl_sends_no_weights(trained: Server, pair: tuple[str, str], tmp_path: Path) -> None:
-    with pytest.raises(NotImplementedError, match="NCCL weight-transfer engine, which needs a CUDA device, got 'cpu'"):
+    """TRL's own client says so, and the trainer in the user's words."""
+    words = r"the trainer is on cpu: weights go to a server over NCCL, .*'colocate'"
+    with pytest.raises(ValueError, match=words) as refused:
         build("grpo", pair, tmp_path, trained)
+    assert "NCCL weight-transfer engine, which needs a CUDA device, got 'cpu'" in str(refused.value.__cause__)
 
 
 @pytest.mark.parametrize(
