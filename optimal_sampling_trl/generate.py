@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .backends import GPU_MEMORY_UTILIZATION, Backend, make_backend
+from .backends import Backend, make_backend
+from .backends.vllm import GPU_MEMORY_UTILIZATION
 from .mixture import SWAP, Mixture
 from .options import check_flag, check_whole, shown, suggest_arguments
 from .output import OptimalSamplingOutput

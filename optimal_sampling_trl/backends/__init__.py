@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..options import unknown_option
+from .vllm import GPU_MEMORY_UTILIZATION
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "transformers", "vllm")
-GPU_MEMORY_UTILIZATION = 0.5
-"""vLLM's share of a device's memory, where the user gives none."""
 
 NO_LOADED_MODELS = "a loaded model was passed, and vLLM loads its own from a folder or a model id"
 

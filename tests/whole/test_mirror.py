@@ -14,6 +14,7 @@ from helpers.paths import ROOT, TESTS
 PACKAGE = ROOT / "optimal_sampling_trl"
 ELSEWHERE = {
     "__init__.py": ("whole/test_rooms.py", "loads a name when it is first used"),
+    "backends/vllm/__init__.py": ("test_generate.py", "a share of memory is refused on transformers"),
     "backends/transformers/decoding.py": ("backends/transformers/test_backend.py", "the rows of its batches"),
     "backends/transformers/dense.py": ("backends/transformers/test_backend.py", "dense records of its batches"),
     "backends/vllm/blocks.py": ("backends/vllm/worker/test_shift.py", "blocks below the student's stream"),

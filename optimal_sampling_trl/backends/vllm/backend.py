@@ -16,7 +16,7 @@ from ...pairing import NamedWeights, Pair
 from ...rollouts.progress import Progress
 from ...rollouts.request import LAST_SEED, Request
 from ...rollouts.rollout import Rollout, UnsolvedError
-from .. import GPU_MEMORY_UTILIZATION
+from . import GPU_MEMORY_UTILIZATION
 from .families import is_on_cpu
 from .launch import engine_settings, in_this_process, keep_generators, quick_settings, quiet, warn_of_precision
 from .limits import check_arguments, check_pair, check_platform
