@@ -168,7 +168,8 @@ class Mixture:
         Raises:
             ValueError: naming the field, and the method that reads it.
         """
-        for name, method in self.unread().items():
+        if unread := self.unread():
+            name, method = next(iter(unread.items()))
             raise ValueError(
                 f"{owner}: `{name}` is {getattr(self, name)!r}, and the method {self.method!r} does not read it; "
                 f"wanted it with {method!r}. Drop it, or choose that method."
