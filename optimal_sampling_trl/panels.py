@@ -13,6 +13,7 @@ import numpy as np
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 """Okabe and Ito's colours, distinct under every form of colour blindness, without the yellow that white swallows."""
 MARKERS = "os^Dvp*"
+"""One for each colour, so that a curve has the same in every panel."""
 STYLES = ("-", "--", "-.", ":")
 MARKERS_PER_CURVE = 25
 LONG_LEGEND = 6
@@ -90,7 +91,8 @@ def draw_curves(
     for place, (name, curve) in enumerate(curves.items()):
         seeds = seeds_of(name, curve)
         x, y = seeds[0][0], np.mean([values for _, values in seeds], axis=0)
-        color, marker = (colors or {}).get(name, PALETTE[place % len(PALETTE)]), MARKERS[place % len(MARKERS)]
+        color = (colors or {}).get(name, PALETTE[place % len(PALETTE)])
+        marker = MARKERS[PALETTE.index(color) if color in PALETTE else place % len(MARKERS)]
         style = STYLES[place // len(PALETTE) % len(STYLES)]
         if name in dashed:
             style, marker = "--", ""
