@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...mixture import Mixture
-from ...options import unknown_option
+from ...options import shown, unknown_option
 from ...pairing import Ending, Pair, check_prompt
 from ...rollouts.dense import SCALARS, Dense
 from ...rollouts.request import Request
@@ -32,6 +32,12 @@ if TYPE_CHECKING:
 
 COLDEST, HOTTEST = 0.01, 2.0
 """Lowest and highest temperature above 0 that vLLM does not change."""
+SCORES_OF_PROMPTS = {
+    "prompt_logprobs": "`prompt_logprobs` (or `echo`)",
+    "prompt_logprob_token_ids": "`prompt_logprob_token_ids`",
+}
+"""vLLM's parameters that ask for log-probabilities of a prompt, of which older versions have the first, as errors
+name them."""
 
 
 def check_request(request: Request, pair: Pair, index: int, max_logprobs: int) -> None:
@@ -115,7 +121,7 @@ def check_params(params: Any, prompt_ids: Sequence[int], settings: dict[str, Any
 
     Raises:
         ValueError: on an extra argument that is unknown or out of range, on records without their columns or beside
-            a grammar, and on a token that one of the models does not know.
+            a grammar or scores of named tokens, and on a token that one of the models does not know.
     """
     extra = params.extra_args or {}
     known = (RECORD, THETA_PROMPT, TEACHER_SHIFT, *DENSE, *Mixture.__dataclass_fields__)
@@ -158,11 +164,20 @@ def refuse_added(engine: Any, pair: Pair) -> None:
 
 def _check_scoring(params: Any, mixture: Mixture) -> None:
     """Refuse what vLLM would compute with the teacher alone: log-probabilities of a prompt."""
-    if params.prompt_logprobs is not None and mixture.alpha_min < 1:
+    scored = _scored_prompt(params)
+    if scored is not None and mixture.alpha_min < 1:
         raise ValueError(
-            f"`prompt_logprobs` (or `echo`) is {params.prompt_logprobs!r}, and vLLM computes it of the teacher alone; "
-            "wanted it with the mixture of the teacher alone (alpha_min 1). Drop it."
+            f"{scored}, and vLLM computes it of the teacher alone; wanted it with the mixture of the teacher alone "
+            "(alpha_min 1). Drop it."
         )
+
+
+def _scored_prompt(params: Any) -> str | None:
+    """Name the parameter that asks for log-probabilities of a prompt; None where there is none."""
+    for name, shown_as in SCORES_OF_PROMPTS.items():
+        if (value := getattr(params, name, None)) is not None:
+            return f"{shown_as} is {value!r}"
+    return None
 
 
 def _check_grammar(params: Any, extra: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -183,8 +198,11 @@ def _check_grammar(params: Any, extra: dict[str, Any], settings: dict[str, Any])
 
 
 def _check_tokens(params: Any, vocabulary: int) -> None:
-    """Refuse to allow or to favour a token that one of the models does not know: it has no mass, whatever is asked."""
-    for name in ("allowed_token_ids", "logit_bias"):
+    """Refuse to allow, favour or force a token that one of the models does not know: it has no mass, whatever is asked.
+
+    A forced one would stop the step, which looks for its log θ where the student has none.
+    """
+    for name in ("allowed_token_ids", "logit_bias", "trace_decode_token_ids"):
         beyond = [token for token in getattr(params, name) or () if token >= vocabulary]
         if beyond:
             raise ValueError(
@@ -197,10 +215,15 @@ def _check_records(params: Any, extra: dict[str, Any], settings: dict[str, Any])
     """Refuse a wrong request for records: one without their columns, or for more than the models have."""
     if extra.get(RECORD, 0) not in (0, 1):
         raise ValueError(f"The extra argument `{RECORD}` is {extra[RECORD]!r}; wanted 0 or 1.")
-    if extra.get(RECORD) and params.prompt_logprobs is not None:
+    if extra.get(RECORD) and (scored := _scored_prompt(params)):
         raise ValueError(
-            f"`prompt_logprobs` (or `echo`) is {params.prompt_logprobs!r} in a request for records, which are of the "
-            "tokens that are drawn; wanted one of the two. Drop `echo`, or ask without records."
+            f"{scored} in a request for records, which are of the tokens that are drawn; wanted one of the two. Drop "
+            "it, or ask without records."
+        )
+    if extra.get(RECORD) and (named := getattr(params, "logprob_token_ids", None)) is not None:
+        raise ValueError(
+            f"`logprob_token_ids` is {shown(named)} in a request for records, which stand in their places; wanted one "
+            "of the two. Drop it, or ask without records."
         )
     dense = dense_of(extra)
     if dense is not None and not extra.get(RECORD):

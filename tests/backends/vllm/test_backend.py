@@ -510,11 +510,23 @@ def test_what_nobody_may_ask_of_an_engine_in_this_process(backend: Any, oracle: 
     one, V = request("hello"), backend.pair.vocabulary
     recorded = to_sampling_params(one, backend.pair.ending)
     recorded.structured_outputs = StructuredOutputsParams(regex="[0-9]{4}")
-    for params, words in (
+    refused = [
         (recorded, "structured outputs and for records.*wanted one of the two"),
         (SamplingParams(allowed_token_ids=[V, V + 1]), f"`allowed_token_ids` names the token {V + 1}.*below {V}"),
         (SamplingParams(logit_bias={V: 100.0}), f"`logit_bias` names the token {V}"),
+    ]
+    for name, value, words in (  # of later versions of vLLM
+        ("prompt_logprob_token_ids", [5, 6], r"is \[5, 6\], and vLLM computes it of the teacher alone; .*alpha_min 1"),
+        ("trace_decode_token_ids", [5, V], f"names the token {V}, which is never drawn; wanted ids below {V}"),
     ):
+        if name in SamplingParams.__struct_fields__:
+            refused.append((SamplingParams(**{name: value}), f"`{name}` {words}"))
+    for name in ("prompt_logprob_token_ids", "logprob_token_ids"):
+        if name in SamplingParams.__struct_fields__:
+            params = to_sampling_params(replace(one, mixture=Mixture.teacher_only()), backend.pair.ending)
+            setattr(params, name, [5, 6, 7])
+            refused.append((params, rf"`{name}` is \[5, 6, 7\] in a request for records, .*ask without records"))
+    for params, words in refused:
         with pytest.raises(ValueError, match=words):
             backend.llm.generate([TokensPrompt(prompt_token_ids=one.prompt_ids)] * 2, params, use_tqdm=False)
     assert not backend.llm.llm_engine.has_unfinished_requests()
