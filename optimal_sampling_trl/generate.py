@@ -168,8 +168,9 @@ class OptimalSamplingV1:
                 among them is the prompt itself.
 
         Raises:
-            ValueError: on an empty or unreadable prompt, a setting out of range, or where mixtures, temperatures or
-                teacher's prompts are given and differ in number from the prompts.
+            ValueError: on an empty or unreadable prompt, a setting out of range or that the mixture's method does not
+                read, or where mixtures, temperatures or teacher's prompts are given and differ in number from the
+                prompts.
             UnsolvedError: naming each sequence for which a model returned NaN; its `rollouts` holds the others.
         """
         prompts = _prompt_list(prompts)
@@ -185,6 +186,8 @@ class OptimalSamplingV1:
             )
         default = self.mixture if use_optimal_sampling else Mixture.teacher_only()
         mixtures = _one_each(default if mixture is None else mixture, Mixture, len(prompts), "mixture")
+        for one in dict.fromkeys(mixtures):
+            one.check_read("generate")
         temperatures = _one_each(temperature, int | float, len(prompts), "temperature")
         stop = (stop,) if isinstance(stop, str) else stop
         instead = teacher_prompts_of(teacher_prompts, len(prompts))

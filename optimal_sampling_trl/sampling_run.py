@@ -111,6 +111,7 @@ def sample_to_folder(
     sampling = Sampling() if sampling is None else sampling
     mixture = sampler.mixture if mixture is None else mixture
     _check_kinds(sampling, mixture)
+    mixture.check_read("sample_to_folder")
     if sampling.seed is not None:
         raise ValueError(
             f"sample_to_folder: `sampling.seed` is {sampling.seed}; wanted none, for each rollout has a seed of its "

@@ -442,6 +442,10 @@ GENERATE: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["`mixture`: got 3 of them", "wanted one Mixture, or one for each of the 2"],
     ),
     "mixture text": ({"mixture": "entropy"}, ["`mixture`: got 'entropy'", "wanted one Mixture"]),
+    "mixture with a field of another method": (
+        {"mixture": [Mixture(), Mixture(epsilon=0.1)]},
+        ["generate: `epsilon` is 0.1", "'kl_symmetry' does not read it", "wanted it with 'trust_region'", "Drop it"],
+    ),
     "mixture and teacher": (
         {"mixture": Mixture(), "use_optimal_sampling": False},
         ["`mixture` is Mixture(", "`use_optimal_sampling` is False", "wanted one of the two"],

@@ -235,6 +235,11 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
     "mixture": (["a"], {"mixture": "fixed"}, ["sample_to_folder: `mixture` is 'fixed'", "wanted a `Mixture`"]),
     "mixtures": (["a"], {"mixture": [Mixture()]}, ["`mixture` is [Mixture(", "wanted a `Mixture`"]),
     "no mixture": (["a"], {"mixture": ""}, ["`mixture` is ''", "wanted a `Mixture`"]),
+    "unread": (
+        ["a"],
+        {"mixture": Mixture("entropy", swap_top_k=3)},
+        ["sample_to_folder: `swap_top_k` is 3", "'entropy' does not read it", "wanted it with 'top_k_swap'"],
+    ),
     "bar": (["a"], {"use_tqdm": "false"}, ["sample_to_folder: `use_tqdm` is 'false'", "wanted True or False"]),
 }
 
@@ -450,7 +455,7 @@ def test_a_field_that_an_older_version_did_not_know_had_its_default(
     shard = "data/rollouts-000002.parquet"
     assert content(folder)[shard] == content(whole)[shard]
     with pytest.raises(ValueError, match=r"`mixture.epsilon` was 0.05, now is 0.1"):
-        sample_to_folder(sampler, PROMPTS, folder, use_tqdm=False, **RUN, mixture=Mixture(epsilon=0.1))
+        sample_to_folder(sampler, PROMPTS, folder, use_tqdm=False, **RUN, mixture=Mixture("trust_region", epsilon=0.1))
 
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="reads are counted by Linux")

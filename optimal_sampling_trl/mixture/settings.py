@@ -160,10 +160,11 @@ class Mixture:
     def check_read(self, owner: str) -> None:
         """Refuse a field that is set and that the method does not read.
 
-        Where a user's settings come in; the constructor takes them, since an annealed mixture has such a field.
+        Where a user's settings come in; the constructor takes them, since rollouts that earlier versions stored have
+        such a field.
 
         Args:
-            owner: the class that takes the mixture, for the error.
+            owner: what takes the mixture, for the error.
 
         Raises:
             ValueError: naming the field, and the method that reads it.
@@ -197,12 +198,8 @@ class Mixture:
         rest = 1.0 - share
         if self.method == "trust_region":  # alpha_min overrules the budget, so it shrinks with it
             return replace(self, epsilon=self.epsilon * rest, alpha_min=self.alpha_min * rest)
-        return replace(
-            self,
-            alpha_min=self.alpha_min * rest,
-            alpha_max=self.alpha_max * rest,
-            fixed_alpha=self.fixed_alpha * rest,
-        )
+        constant = {"fixed_alpha": self.fixed_alpha * rest} if self.method == "fixed" else {}
+        return replace(self, alpha_min=self.alpha_min * rest, alpha_max=self.alpha_max * rest, **constant)
 
     def numbers(self) -> tuple[float, ...]:
         """Return the fields in the order of `FIELDS` as numbers; a word as its place among its `CHOICES`."""

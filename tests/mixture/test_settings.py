@@ -154,8 +154,9 @@ def test_anneal_is_linear_and_ends_at_the_student(method: str) -> None:
             alpha_max = 0.8 * (1 - gone)
             assert annealed.alpha_max == pytest.approx(alpha_max)
             assert annealed.alpha_min == pytest.approx(0.3 * (1 - gone))
-            assert annealed.fixed_alpha == pytest.approx(0.6 * (1 - gone))
+            assert annealed.fixed_alpha == pytest.approx(0.6 * (1 - gone) if method == "fixed" else 0.6)
             assert (annealed.method, annealed.epsilon) == (method, 0.4)
+        Mixture(method).anneal(gone).check_read("an engine, which takes annealed mixtures, too")
 
 
 @pytest.mark.parametrize("gone", [-0.1, 1.1, math.nan, "0.5", True, None])

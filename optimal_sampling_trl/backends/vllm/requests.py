@@ -120,8 +120,9 @@ def check_params(params: Any, prompt_ids: Sequence[int], settings: dict[str, Any
         settings: what the engine's configuration tells about the pair: see `engine_settings`, `messages.describe`.
 
     Raises:
-        ValueError: on an extra argument that is unknown or out of range, on records without their columns or beside
-            a grammar or scores of named tokens, and on a token that one of the models does not know.
+        ValueError: on an extra argument that is unknown, out of range or not read by the mixture's method, on records
+            without their columns or beside a grammar or scores of named tokens, and on a token that one of the models
+            does not know.
     """
     extra = params.extra_args or {}
     known = (RECORD, THETA_PROMPT, TEACHER_SHIFT, *DENSE, *Mixture.__dataclass_fields__)
@@ -130,7 +131,9 @@ def check_params(params: Any, prompt_ids: Sequence[int], settings: dict[str, Any
             raise ValueError(unknown_option("extra argument of a request", name, known))
     _check_grammar(params, extra, settings)
     _check_tokens(params, settings["vocabulary"])
-    _check_scoring(params, mixture_of(extra))
+    mixture = mixture_of(extra)
+    mixture.check_read("The request's mixture")
+    _check_scoring(params, mixture)
     _check_records(params, extra, settings)
     if prompt_ids and max(prompt_ids) >= settings["vocabulary"]:  # vLLM knows the teacher's vocabulary alone
         wanted = f"wanted ids below {settings['vocabulary']}, which both models read."
@@ -198,7 +201,7 @@ def _check_grammar(params: Any, extra: dict[str, Any], settings: dict[str, Any])
 
 
 def _check_tokens(params: Any, vocabulary: int) -> None:
-    """Refuse to allow, favour or force a token that one of the models does not know: it has no mass, whatever is asked.
+    """Refuse to allow, favour or force a token that one of the models does not know: it is never drawn.
 
     A forced one would stop the step, which looks for its log θ where the student has none.
     """

@@ -514,6 +514,7 @@ def test_what_nobody_may_ask_of_an_engine_in_this_process(backend: Any, oracle: 
         (recorded, "structured outputs and for records.*wanted one of the two"),
         (SamplingParams(allowed_token_ids=[V, V + 1]), f"`allowed_token_ids` names the token {V + 1}.*below {V}"),
         (SamplingParams(logit_bias={V: 100.0}), f"`logit_bias` names the token {V}"),
+        (SamplingParams(extra_args={"epsilon": 0.1}), "`epsilon` is 0.1, and the method 'kl_symmetry' does not read"),
     ]
     for name, value, words in (  # of later versions of vLLM
         ("prompt_logprob_token_ids", [5, 6], r"is \[5, 6\], and vLLM computes it of the teacher alone; .*alpha_min 1"),

@@ -166,6 +166,7 @@ def test_200_requests_at_once_with_strangers_among_them(
         ({"vllm_xargs": {"alpha_min": 2.0}}, "`alpha_min` is 2.0; wanted a number in [0, 1]"),
         ({"vllm_xargs": {"alpha_max": "high"}}, "`alpha_max` is 'high'; wanted a number"),
         ({"vllm_xargs": {"epsilon": [1, 2]}}, "`epsilon` is [1, 2]; wanted a finite number"),
+        ({"vllm_xargs": {"epsilon": 0.1}}, "mixture: `epsilon` is 0.1, and the method 'kl_symmetry' does not read it"),
         ({"vllm_xargs": {"method": "none"}}, "Unknown mixture method 'none'"),
         ({"vllm_xargs": {"method": "none"}, "stream": True}, "Unknown mixture method 'none'"),
         ({"vllm_xargs": {"alpha_mx": 0.5}}, "Did you mean 'alpha_max'?"),
