@@ -89,7 +89,8 @@ class TransformersBackend:
         )
         of_teacher, of_theta = name_sources(teacher, theta, model_options)
         for source in (of_teacher, of_theta):
-            _check_cache(source.config, source.role)
+            if (known := MODEL_FOR_CAUSAL_LM_MAPPING.get(type(source.config), None)) is not None:
+                _check_cache(known, source.config, source.role)
         longest = context_length(of_teacher.text_config, of_theta.text_config)
         max_model_len = _check_max_model_len(max_model_len, longest)
         self.pair = read_pair(
@@ -105,6 +106,9 @@ class TransformersBackend:
         self._wraps_theta = is_wrapper(of_theta.config)
         self.theta = of_theta.load(self.device)
         self.teacher = self.theta if self.pair.one_model else of_teacher.load(self.device)
+        for source, model in ((of_teacher, self.teacher), (of_theta, self.theta)):
+            if (own := _own_class(model)) is not None:
+                _check_cache(own, source.config, source.role)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -249,19 +253,39 @@ class TransformersBackend:
                 )
 
 
-def _check_cache(config: PreTrainedConfig, role: str) -> None:
+def _own_class(model: PreTrainedModel) -> type | None:
+    """Return the class of a model whose code is not transformers', which is known once it is loaded; else None."""
+    kind = type(model.get_base_model() if hasattr(model, "get_base_model") else model)  # below an adapter
+    return None if kind.__module__.startswith("transformers.") else kind
+
+
+def _taken(model: type) -> set[str]:
+    """Return what a model's `forward` takes by name, or may hand on to that of a base class."""
+    names: set[str] = set()
+    for kind in model.__mro__:
+        if "forward" in vars(kind):
+            parameters = inspect.signature(vars(kind)["forward"]).parameters
+            names |= parameters.keys()
+            if all(one.kind != inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
+                break
+    return names
+
+
+def _check_cache(model: type, config: PreTrainedConfig, role: str) -> None:
     """Refuse a model that a batch of rows cannot be read with token by token.
 
     That is a purely recurrent one (Mamba), and one that cannot be told where a row's prompt begins behind padding. A
     hybrid, which has a cache of keys and values too, is fine.
 
+    Args:
+        model: its class.
+        config: its configuration.
+        role: what errors call it.
+
     Raises:
         ValueError: naming the model, its class and what it lacks.
     """
-    model: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if model is None:
-        return
-    taken = inspect.signature(model.forward).parameters
+    taken = _taken(model)
     if "cache_params" in taken or "past_key_values" not in taken or config.model_type in NO_CACHE:
         lacking = "keeps a state instead of a cache, or neither; wanted a decoder with attention, or a hybrid"
     elif config.model_type in STATES_BESIDE:

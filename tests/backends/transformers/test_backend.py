@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,8 +20,11 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    BartConfig,
+    BartForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaForCausalLM,
     Mamba2Config,
     PreTrainedModel,
 )
@@ -928,6 +932,36 @@ def test_a_model_that_no_batch_can_be_read_with_is_refused_before_it_is_loaded(
         folders = [str(tmp_path / "model") if name == "model" else pair.folders[1] for name in pair_of]
         with pytest.raises(ValueError, match=rf"^The {role} '.*model' \(\w+\) {words}.*; wanted .* Pass another pair"):
             TransformersBackend(*folders)
+
+
+class HandsOn(LlamaForCausalLM):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+def test_a_models_own_code_is_held_to_the_same(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers knows no class for such a configuration: what the loaded model takes is looked at."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    sizes = {"d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 16}
+    folder, config = tmp_path / "own", BartConfig(**DECODER, **sizes, eos_token_id=EOS, pad_token_id=PAD)
+    BartForCausalLM(config).save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    code = "from transformers import BartConfig, BartForCausalLM\nclass OwnConfig(BartConfig):\n"
+    code += "    model_type = 'own_bart'\nclass OwnBart(BartForCausalLM):\n    config_class = OwnConfig\n"
+    (folder / "own.py").write_text(code)
+    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnBart"}
+    fields = json.loads((folder / "config.json").read_text()) | {"auto_map": auto_map, "model_type": "own_bart"}
+    (folder / "config.json").write_text(json.dumps(fields))
+    for role, models in (("teacher", (str(folder), pair.folders[1])), ("student", (pair.folders[0], str(folder)))):
+        words = rf"^The {role} '.*own' \(OwnBart\) takes no `position_ids` and would count padding as tokens"
+        with pytest.raises(ValueError, match=words):
+            TransformersBackend(*models, device="cpu", trust_remote_code=True)
+
+
+def test_a_models_own_code_that_hands_positions_on_is_taken(pair: Pair) -> None:
+    theta = HandsOn.from_pretrained(pair.folders[1], dtype=torch.float32).eval()
+    requests = [ask("a b c" * times, seed=times, max_tokens=5, ignore_eos=True) for times in (1, 7)]
+    pair.check(TransformersBackend(pair.folders[0], theta, device="cpu").generate(requests), requests)
 
 
 SMALL = {"vocab_size": 288, "eos_token_id": EOS, "pad_token_id": PAD, "initializer_range": 0.2}
