@@ -37,7 +37,7 @@ def unknown_option(what: str, got: str, known: Iterable[str], otherwise: str = "
     names = sorted(known)
     near = _nearest(str(got), names)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else otherwise and f" {otherwise}"
-    listed = f" Known: {', '.join(names)}."
+    listed = f" Known: {', '.join(names)}." if names else ""
     if len(names) > MANY:
         listed = "" if near else f" None of the {len(names)} known ones resembles it."
     return f"Unknown {what} {got!r}.{listed}{hint}"

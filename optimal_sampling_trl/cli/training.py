@@ -65,9 +65,18 @@ def find_function(path: str) -> Any:
         ) from error
     found = getattr(module, name, None)
     if not callable(found):
-        known = [each for each in dir(module) if each[0] != "_" and inspect.isfunction(getattr(module, each))]
-        raise ValueError(f"`--reward_funcs`: {unknown_option(f'function of {place}', name, known)}")
+        known = [each for each in dir(module) if each[0] != "_" and _is_reward(getattr(module, each))]
+        wanted = "Wanted a function of `completions` and `**kwargs`."
+        raise ValueError(f"`--reward_funcs`: {unknown_option(f'function of {place}', name, known, wanted)}")
     return found
+
+
+def _is_reward(found: Any) -> bool:
+    """Tell whether what a module holds is a reward: a function of `completions` and of all else that TRL passes."""
+    if not inspect.isfunction(found):
+        return False
+    parameters = inspect.signature(found).parameters
+    return "completions" in parameters and any(one.kind == one.VAR_KEYWORD for one in parameters.values())
 
 
 def load_data(script: ScriptArguments, evaluate: bool) -> dict[str, Any]:

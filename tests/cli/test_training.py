@@ -36,7 +36,12 @@ def test_a_reward_without_a_module_is_named() -> None:
     home = "optimal_sampling_trl.demo.pair"
     for path, wanted in (
         (f"{home}.rewrd", rf"Unknown function of {home} 'rewrd'\. .*Did you mean 'reward'"),
-        (f"{home}.PRIME", rf"Unknown function of {home} 'PRIME'"),  # a number
+        (
+            f"{home}.PRIME",
+            rf"Unknown function of {home} 'PRIME'\. Known: reward\. Wanted a function of",
+        ),  # helpers are none
+        ("trl.rewards.x", "'x'. Known: (?!.*get_).*think_format_reward"),  # what makes rewards is none
+        ("textwrap.x", r"Unknown function of textwrap 'x'\. Wanted a function of `completions` and `\*\*kwargs`"),
         ("nowhere.right", "has 'nowhere.right', and there is no module 'nowhere'. Install it, or start"),
         ("optimal_sampling_trl.no_such_module.reward", "and there is no module 'optimal_sampling_trl.no_such_module'"),
     ):
