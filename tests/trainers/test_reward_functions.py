@@ -117,6 +117,33 @@ def test_a_trainer_says_it(pair: tuple[str, str], tmp_path: Path, kind: str) -> 
     check_reward_funcs([length, "folder/of/a/model", Length()])
 
 
+@pytest.mark.parametrize("kind", ["grpo", "rloo", "raft"])
+def test_a_completion_without_a_reward_teaches_nothing(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
+    """NaN is None; the others of a group are taught as if the completion were not there."""
+
+    def first(completions: list[str], **_: Any) -> list[float | None]:
+        return [None, float("nan"), 1.0, float("nan")] * (len(completions) // 4)
+
+    def second(completions: list[str], **_: Any) -> list[float | None]:
+        return [float("nan"), None, None, -0.5] * (len(completions) // 4)
+
+    given = {"reward_funcs": [first, second]}
+    settings = {} if kind == "raft" else {"positive_only": "none"}
+    settings |= {"num_generations": 4, "reward_weights": [1.0, 2.0]}
+    trainer = make_trainer(kind, pair, tmp_path, trainer=given, **settings)
+    batch = one_batch(trainer, TEXTS[:1] * 4)
+    assert torch.equal(trainer.rewards.isnan(), torch.tensor([True, True, False, False]))
+    assert trainer.rewards[2:].tolist() == [1.0, -1.0]
+    assert trainer._metrics["train"]["reward"] == [0.0]
+    if kind == "raft":
+        assert batch["imitation_weights"].tolist() == [0.0, 0.0, 1.0, 0.0]
+        return
+    advantages = batch["advantages"].view(4, -1)
+    assert not advantages[:2].any()
+    assert bool((advantages[2] > 0).all())
+    assert bool((advantages[3] < 0).all())
+
+
 class Model(torch.nn.Module):
     """A reward model of fixed scores."""
 
