@@ -198,8 +198,8 @@ class Mixture:
         rest = 1.0 - share
         if self.method == "trust_region":  # alpha_min overrules the budget, so it shrinks with it
             return replace(self, epsilon=self.epsilon * rest, alpha_min=self.alpha_min * rest)
-        constant = {"fixed_alpha": self.fixed_alpha * rest} if self.method == "fixed" else {}
-        return replace(self, alpha_min=self.alpha_min * rest, alpha_max=self.alpha_max * rest, **constant)
+        fixed_alpha = self.fixed_alpha * (rest if self.method == "fixed" else 1.0)  # unread, it stays as it is
+        return replace(self, alpha_min=self.alpha_min * rest, alpha_max=self.alpha_max * rest, fixed_alpha=fixed_alpha)
 
     def numbers(self) -> tuple[float, ...]:
         """Return the fields in the order of `FIELDS` as numbers; a word as its place among its `CHOICES`."""

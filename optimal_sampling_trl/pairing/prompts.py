@@ -10,7 +10,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from ..options import check_choice, shown
+from ..options import MAX_MODEL_LEN, check_choice, shown
 from ..user_warnings import warn_user
 
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
@@ -65,7 +65,8 @@ def check_prompt(prompt_ids: Sequence[int], context: int, vocabulary: int, index
     if len(prompt_ids) >= context:
         raise ValueError(
             f"{name} has {len(prompt_ids)} tokens, but the context holds {context}, of which one must be "
-            "left to generate. Shorten the prompt or pass models with a longer context."
+            f"left to generate. Shorten the prompt, raise {MAX_MODEL_LEN} where it was set, or pass models with a "
+            "longer context."
         )
     low, high = min(prompt_ids), max(prompt_ids)
     if low < 0 or high >= vocabulary:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ..losses import effective_sample_size
 from ..mixture import Mixture
+from ..options import MAX_MODEL_LEN
 from ..user_warnings import warn_user
 from .dense import DenseRecords
 from .request import Request
@@ -241,16 +243,27 @@ def _unsolved(rollout: Rollout) -> str | None:
     return f"token {token}: log q is NaN, as no token was left to draw from"
 
 
-def warn_of_context(rollouts: Iterable[Rollout], max_tokens: int, context: int) -> None:
+def warn_of_context(
+    rollouts: Iterable[Rollout], max_tokens: int | Sequence[int], context: int, setting: str = "max_tokens"
+) -> bool:
     """Warn where completions ended because the models' context did: they look as if `max_tokens` had ended them.
 
     Args:
-        max_tokens: tokens that each was allowed.
+        rollouts: the completions.
+        max_tokens: tokens that each was allowed, one number for all or one for each.
         context: most tokens, prompt and completion together.
+        setting: what the user sets `max_tokens` by.
+
+    Returns:
+        True where it warned.
     """
-    if any(one.finish_reason == "length" and len(one.completion_ids) < max_tokens for one in rollouts):
+    rooms = max_tokens if isinstance(max_tokens, Sequence) else repeat(max_tokens)
+    ended = [(one, most) for one, most in zip(rollouts, rooms) if one.finish_reason == "length"]
+    cut = [most for one, most in ended if len(one.completion_ids) < most]
+    if cut:
         warn_user(
-            f"Completions end before they have `max_tokens`, {max_tokens}, since the context of {context} tokens ends "
-            "there, prompt included. Shorten the prompts, raise `max_model_len` where it was set, or pass models with "
-            "a longer context."
+            f"Completions end before they have `{setting}`, {max(cut)}, since the context of {context} tokens ends "
+            f"there, prompt included. Shorten the prompts, raise {MAX_MODEL_LEN} where it was set, or pass models "
+            "with a longer context."
         )
+    return bool(cut)

@@ -246,7 +246,7 @@ def test_decoders_of_text_are_accepted(family: str) -> None:
     [
         ([], r"The student's prompt 3 is empty; wanted at least one token\. Drop it"),
         ([1] * 8, r"The student's prompt 3 has 8 tokens, but the context holds 8, of which one must be left"),
-        ([1] * 20, r"The student's prompt 3 has 20 tokens.*Shorten the prompt or pass models with a longer context"),
+        ([1] * 20, r"The student's prompt 3 has 20 tokens.*Shorten the prompt, raise `max_model_len` \(of a trainer"),
         (
             [1, -1, 9],
             r"The student's prompt 3 holds token -1; wanted ids from 0 to 4\. Was it made with the tokenizer",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,23 @@ def test_engine_arguments_stand_over_trls_settings(pair: tuple[str, str], tmp_pa
         generator = {"engine_arguments": arguments}
         trainer = make_trainer("grpo", pair, tmp_path, generator=generator, vllm_max_model_length=60)
         assert trainer.vllm_generation.pair.context == context
+
+
+@pytest.mark.parametrize("kind", ["grpo", "divergence"])
+def test_a_context_that_is_short_is_named_by_its_flag(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
+    """It cuts completions, of which a trainer warns once, or leaves no room for one."""
+    longest = max(map(len, TEXTS))
+    with pytest.raises(ValueError, match=r"raise `max_model_len` \(of a trainer `vllm_max_model_length`\) where"):
+        make_trainer(kind, pair, tmp_path, vllm_max_model_length=longest)
+    trainer = make_trainer(kind, pair, tmp_path, vllm_max_model_length=longest + 3, max_completion_length=10)
+    words = rf"Completions end before they have `max_completion_length`, 10, since the context of {longest + 3} tokens"
+    prompts = [max(TEXTS, key=len)] * 8
+    with pytest.warns(UserWarning, match=words):
+        one_batch(trainer, prompts)
+    assert len(trainer.rollouts) == 8
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one_batch(trainer, prompts)
 
 
 @pytest.mark.parametrize("kind", ["grpo", "rloo", "raft", "sampled_token"])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ...options import check_choice, check_whole, unknown_option
+from ...options import MAX_MODEL_LEN, check_choice, check_whole, unknown_option
 from ...pairing import (
     MODEL_OPTIONS,
     NamedWeights,
@@ -89,7 +89,8 @@ class TransformersBackend:
         )
         of_teacher, of_theta = name_sources(teacher, theta, model_options)
         for source in (of_teacher, of_theta):
-            if (known := MODEL_FOR_CAUSAL_LM_MAPPING.get(type(source.config), None)) is not None:
+            known: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(source.config), None)
+            if known is not None:
                 _check_cache(known, source.config, source.role)
         longest = context_length(of_teacher.text_config, of_theta.text_config)
         max_model_len = _check_max_model_len(max_model_len, longest)
@@ -107,8 +108,8 @@ class TransformersBackend:
         self.theta = of_theta.load(self.device)
         self.teacher = self.theta if self.pair.one_model else of_teacher.load(self.device)
         for source, model in ((of_teacher, self.teacher), (of_theta, self.theta)):
-            if (own := _own_class(model)) is not None:
-                _check_cache(own, source.config, source.role)
+            if (kind := _own_class(model)) is not None:
+                _check_cache(kind, source.config, source.role)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -253,7 +254,7 @@ class TransformersBackend:
                 )
 
 
-def _own_class(model: PreTrainedModel) -> type | None:
+def _own_class(model: Any) -> type | None:
     """Return the class of a model whose code is not transformers', which is known once it is loaded; else None."""
     kind = type(model.get_base_model() if hasattr(model, "get_base_model") else model)  # below an adapter
     return None if kind.__module__.startswith("transformers.") else kind
@@ -346,6 +347,6 @@ def _check_max_model_len(max_model_len: int | None, longest: int) -> int | None:
     if max_model_len > longest:
         raise ValueError(
             f"`max_model_len` is {max_model_len}; wanted 2 to {longest}, the shorter of the two models' contexts. "
-            "Lower it, or drop it for the whole context."
+            f"Lower {MAX_MODEL_LEN}, or drop it for the whole context."
         )
     return max_model_len

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from ...options import check_whole, unknown_option
+from ...options import MAX_MODEL_LEN, check_whole, unknown_option
 from ...pairing import Pair, Source, context_length, name_sources, read_pair, rope_kinds
 from .families import (
     OTHER_BACKEND,
@@ -155,7 +155,7 @@ def _check_max_model_len(configs: dict[str, PreTrainedConfig], wanted: int | Non
             reason = " (LongRoPE: behind them vLLM's angles would not be those of transformers, which trains)"
             raise ValueError(
                 f"`max_model_len` is {wanted}, but the {role} {config.name_or_path!r} reads at most "
-                f"{context_length(config)} tokens{reason if ends else ''}. Lower `max_model_len`."
+                f"{context_length(config)} tokens{reason if ends else ''}. Lower {MAX_MODEL_LEN}."
             )
 
 

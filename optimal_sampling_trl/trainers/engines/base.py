@@ -20,7 +20,7 @@ from ...options import unknown_option
 from ...pairing import Pair
 from ...rollouts.dense import Dense
 from ...rollouts.request import Request, Sampling
-from ...rollouts.rollout import Rollout
+from ...rollouts.rollout import Rollout, warn_of_context
 from ..generator import OptimalSamplingGenerator
 from .endings import mark_endings
 from .turns import TurnPrompt, rows_of
@@ -151,6 +151,7 @@ class MixtureGeneration:
         self.mixtures: list[Mixture] = []  # of this process's rows
         self.seconds = 0.0
         self.pushes = 0
+        self._has_told_of_context = False
 
     def sync_weights(self) -> None:
         """Bring the trained student into the engine; TRL calls it where the trainer's step has moved."""
@@ -201,11 +202,17 @@ class MixtureGeneration:
     def take(self, prompts: Sequence[list[int]], rollouts: Sequence[Rollout], seconds: float) -> TrlReturns:
         """Keep the rollouts of a call as the turns of their rows; a turn without room has no token.
 
+        The first that the context cuts short are warned of.
+
         Returns:
             what TRL's own `generate` does; see `as_trl_returns`.
         """
         rows = rows_of(prompts)
-        fits = [self._room(self._tail(prompt, row)) > 0 for prompt, row in zip(prompts, rows, strict=True)]
+        rooms = [self._room(self._tail(prompt, row)) for prompt, row in zip(prompts, rows, strict=True)]
+        if self.pair is not None and not self._has_told_of_context:
+            setting = "max_completion_length" if self.sampling.max_tokens == self.longest else "max_tokens"
+            self._has_told_of_context = warn_of_context(rollouts, rooms, self.pair.context, setting)
+        fits = [room > 0 for room in rooms]
         for row, rollout, is_kept in zip(rows, rollouts, fits, strict=True):
             if is_kept:
                 self.turns[row].append(rollout)
