@@ -168,9 +168,8 @@ class OptimalSamplingV1:
                 among them is the prompt itself.
 
         Raises:
-            ValueError: on an empty or unreadable prompt, a setting out of range or that the mixture's method does not
-                read, or where mixtures, temperatures or teacher's prompts are given and differ in number from the
-                prompts.
+            ValueError: on an empty or unreadable prompt, a setting out of range or that its method does not read, or
+                where mixtures, temperatures or teacher's prompts are given and differ in number from the prompts.
             UnsolvedError: naming each sequence for which a model returned NaN; its `rollouts` holds the others.
         """
         prompts = _prompt_list(prompts)
@@ -185,9 +184,7 @@ class OptimalSamplingV1:
                 "wanted one of the two. Drop the other."
             )
         default = self.mixture if use_optimal_sampling else Mixture.teacher_only()
-        mixtures = _one_each(default if mixture is None else mixture, Mixture, len(prompts), "mixture")
-        for one in dict.fromkeys(mixtures):
-            one.check_read("generate")
+        mixtures = _mixtures(default if mixture is None else mixture, len(prompts))
         temperatures = _one_each(temperature, int | float, len(prompts), "temperature")
         stop = (stop,) if isinstance(stop, str) else stop
         instead = teacher_prompts_of(teacher_prompts, len(prompts))
@@ -332,6 +329,14 @@ def _conversations(messages: Any) -> list[Any]:
     raise ValueError(
         f"chat: `messages` is {shown(listed or messages)}; wanted {wanted}. Pass texts and token ids to `generate`."
     )
+
+
+def _mixtures(value: Any, count: int) -> list[Mixture]:
+    """Return the mixture of each of `count` prompts; one with a field that its method does not read is refused."""
+    mixtures = _one_each(value, Mixture, count, "mixture")
+    for one in dict.fromkeys(mixtures):
+        one.check_read("generate")
+    return mixtures
 
 
 def _one_each(value: Any, kind: Any, count: int, name: str) -> list[Any]:

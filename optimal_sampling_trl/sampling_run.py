@@ -111,7 +111,6 @@ def sample_to_folder(
     sampling = Sampling() if sampling is None else sampling
     mixture = sampler.mixture if mixture is None else mixture
     _check_kinds(sampling, mixture)
-    mixture.check_read("sample_to_folder")
     if sampling.seed is not None:
         raise ValueError(
             f"sample_to_folder: `sampling.seed` is {sampling.seed}; wanted none, for each rollout has a seed of its "
@@ -140,6 +139,7 @@ def _check_kinds(sampling: Any, mixture: Any) -> None:
         if not isinstance(value, kind):
             wanted = f"`{kind.__name__}`, one for the whole run"
             raise ValueError(f"sample_to_folder: `{name}` is {shown(value)}; wanted a {wanted}. Pass one.")
+    mixture.check_read("sample_to_folder")
 
 
 def _sample(
