@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...options import MAX_MODEL_LEN, check_choice, check_whole, unknown_option
@@ -254,10 +254,13 @@ class TransformersBackend:
                 )
 
 
-def _own_class(model: Any) -> type | None:
-    """Return the class of a model whose code is not transformers', which is known once it is loaded; else None."""
-    kind = type(model.get_base_model() if hasattr(model, "get_base_model") else model)  # below an adapter
-    return None if kind.__module__.startswith("transformers.") else kind
+def _own_class(model: nn.Module) -> type | None:
+    """Return the class of a model whose code is not transformers', which is known once it is loaded; else None.
+
+    An adapter, and any other module around a model, hands on what it is given.
+    """
+    kind = next((type(module) for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    return None if kind is None or kind.__module__.startswith("transformers.") else kind
 
 
 def _taken(model: type) -> set[str]:
