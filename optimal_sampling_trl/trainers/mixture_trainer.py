@@ -19,6 +19,7 @@ from ..pairing import rope_kinds
 from ..rollouts.dense import Dense
 from ..rollouts.rollout import Rollout
 from ..user_warnings import warn_user
+from . import columns
 from .batch_metrics import BatchMetrics
 from .card import TAG, complete_card
 from .checkpoints import keep_settings, last_whole_checkpoint, lock_folder, warn_of_other_settings
@@ -333,7 +334,7 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
         of_tokens = output.get("old_per_token_logps")
         if of_tokens is not None and not (noise and self.model.training):
             mask = loss_mask(output).bool()
-            engine, trainer = output["log_theta"][mask], of_tokens[mask]
+            engine, trainer = output[columns.LOG_THETA][mask], of_tokens[mask]
         else:  # TRL computed none, or a noisy one
             few = [of_row[0] for of_row in turns[:ROWS]]
             trainer = log_theta_of(self.model, [one.theta_prompt_ids for one in few], few, self.temperature)
@@ -359,10 +360,10 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
     def _correction_weights(self, output: dict[str, Any], inclusive: bool = True) -> Tensor:
         """Weights (B, T) of the correction for a batch; the mean that some are divided by is that of all processes."""
         return self.correction.weights(
-            output["log_theta"],
-            output["log_q"],
+            output[columns.LOG_THETA],
+            output[columns.LOG_Q],
             loss_mask(output).float(),
-            output["mixture_rows"],
+            output[columns.MIXTURE_ROWS],
             inclusive=inclusive,
             total=self.accelerator.reduce,
         )

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import metrics
 from ..losses import keep_positive
 from ..user_warnings import warn_user
+from . import columns
 from .rewarded import RewardedTrainer
 
 
@@ -49,7 +50,7 @@ class PolicyGradientTrainer(RewardedTrainer):
 
     def _advantages(self, output: dict[str, Any]) -> Tensor:
         """Return TRL's advantages (B,), those below 0 set to 0 where `positive_only` asks for it."""
-        advantages, mixed = output["advantages"], output["mixture_rows"]
+        advantages, mixed = output["advantages"], output[columns.MIXTURE_ROWS]
         positive_only = self._setting("positive_only")
         if positive_only == "none":
             return advantages
