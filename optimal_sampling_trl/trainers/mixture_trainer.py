@@ -218,6 +218,10 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
     def _theta_count(self) -> int:
         return self.generator.theta_count(self._group_size(), self.default_theta_fraction)
 
+    def _trains_on_mixture(self) -> bool:
+        """True where the mixture samples some completions of a group."""
+        return self._theta_count() < self._group_size()
+
     def _theta_rows(self) -> Tensor:
         """True in the rows of all processes (rows,) that the student samples alone, by the plan of this batch."""
         processes = self.accelerator.num_processes
@@ -234,7 +238,7 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
 
         A subclass adds its refusals.
         """
-        alone = self._theta_count()
+        trains_on_mixture = self._trains_on_mixture()
         if self.generator.two_prompts or self.has_teacher_prompts:
             self._check_two_prompts()
         check_choice("vllm_mode", self.args.vllm_mode, VLLM_MODES)
@@ -254,7 +258,7 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
         if self.calls_tools:
             unread.pop(TOOL_TURNS, None)
         warn_of_unread(self.args, unread)
-        if alone == self._group_size():
+        if not trains_on_mixture:
             warn_without_mixture(self.generator, self.args)
 
     def _check_own_teacher(self) -> None:

@@ -35,10 +35,6 @@ class PolicyGradientTrainer(RewardedTrainer):
                 "them 0.44. Leave `positive_only` at 'all'.",
             )
 
-    def _trains_on_mixture(self) -> bool:
-        """Return True where the mixture samples some completions of a group."""
-        return self._theta_count() < self._group_size()
-
     def _log_rewards(self) -> None:
         """Log, in training, the share of the groups whose rewards differ as well."""
         super()._log_rewards()
