@@ -145,9 +145,14 @@ def checkpoint(given: str | bool | None, output_dir: str) -> str | bool | None:
     return True if is_last else given
 
 
-def run(trainer: Any) -> None:
-    """Train, resume where asked to, evaluate where there is data, and save."""
-    trainer.train(resume_from_checkpoint=checkpoint(trainer.args.resume_from_checkpoint, trainer.args.output_dir))
+def run(trainer: Any, resume: str | bool | None = None) -> None:
+    """Train, resume where asked to, evaluate where there is data, and save.
+
+    Args:
+        trainer: a trainer of this package.
+        resume: what `checkpoint` returned.
+    """
+    trainer.train(resume_from_checkpoint=resume)
     if trainer.eval_dataset is not None:
         trainer.log_metrics("eval", trainer.evaluate())
     trainer.save_model(trainer.args.output_dir)
@@ -208,13 +213,13 @@ class Job:
         sampling, script, model, training = parser.read(sys.argv[1:] if words is None else words, further)
         with parser.refusing():
             generator = sampling.generator()
-            checkpoint(training.resume_from_checkpoint, training.output_dir)
+            resume = checkpoint(training.resume_from_checkpoint, training.output_dir)
             rewards = {"reward_funcs": script.rewards()} if self.rewarded else {}
             data = load_data(script, evaluate=training.eval_strategy != "no")
         trainer = getattr(trainers, f"{self.method}Trainer")(
             generator=generator, args=training, **rewards, **load_options(model, training), **data
         )
-        run(trainer)
+        run(trainer, resume)
 
 
 def _without(words: Sequence[str], taken: Sequence[str]) -> list[str]:
