@@ -195,22 +195,22 @@ class Job:
         of_file, of_line = parser.unread(words)
         launcher = launch_words(parser, [*of_file, *of_line])
         if not launcher and not needs_launch():
-            return self.train(words)
+            return self._train(words)
         launch(f"{__package__}.commands.{self.name}", launcher, _without(words, of_line))
 
     def train(self, words: Sequence[str] | None = None) -> None:
-        """Train in this process, of which accelerate or torchrun may have started several; a refusal ends it.
+        """Train as a script does, which accelerate or torchrun may have started several times; a refusal ends it.
 
         Args:
             words: the command line; by default this process's.
         """
         with refusals(f"optimal-sampling {self.name}"):
-            self._train(words)
+            self._train(sys.argv[1:] if words is None else words)
 
-    def _train(self, words: Sequence[str] | None) -> None:
+    def _train(self, words: Sequence[str]) -> None:
         parser = self.parser()
         further = {flag.removeprefix("--") for flag in launch_flags()}
-        sampling, script, model, training = parser.read(sys.argv[1:] if words is None else words, further)
+        sampling, script, model, training = parser.read(words, further)
         with parser.refusing():
             generator = sampling.generator()
             resume = checkpoint(training.resume_from_checkpoint, training.output_dir)
