@@ -49,6 +49,19 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
     A subclass names its configuration (`config_class`), the share of a group that the student samples unless the user
     sets one (`default_theta_fraction`), and uses the records in its loss (`_correct`).
 
+    Of TRL's trainers it and its own bases override:
+
+    - `__init__`: settings are refused before a model is loaded, and TRL builds our engine in place of vLLM's.
+    - `train`: a folder has one trainer at a time, and a run is resumed from a checkpoint that is whole.
+    - `_save_checkpoint`: the generator's settings are kept beside the weights.
+    - `create_model_card`: the card says what the rollouts came from.
+    - `_set_signature_columns_if_needed`: the teacher's prompts of a data set are kept.
+    - `_tokenize_prompts`: an error of a chat template is explained.
+    - `_generate_single_turn`, `_tool_call_loop`: processes that share an engine sample equally many turns.
+    - `_generate_and_score_completions`: the records are put beside TRL's batch, compared, weighed and logged.
+    - `evaluation_loop`: an evaluation samples from the weights as they are now.
+    - `log`: histograms of the last batch go out with the numbers.
+
     Attributes:
         rollouts: the rollouts of the last batch, for callbacks; a completion of several turns has one for each.
         advantages: what the loss multiplies each of them with, the mean over its completion's tokens; empty where it
