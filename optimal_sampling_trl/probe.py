@@ -142,12 +142,7 @@ def probe(
     check_number("probe", "temperature", temperature, above=0.0, advice=beside)
     from .pairing.rows import check_not_keyed
 
-    check_not_keyed(
-        "probe: `dataset`",
-        dataset,
-        "rows as a trainer takes them",
-        "A slice of a data set is a dictionary of its columns: pass `data.select(range(n))`.",
-    )
+    check_not_keyed("probe: `dataset`", dataset, "rows as a trainer takes them")
     rows = [dict(row) for row in dataset]
     if not rows or not all("prompt" in row for row in rows):
         raise ValueError(

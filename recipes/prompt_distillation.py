@@ -39,7 +39,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser
 
 from optimal_sampling_trl import DistillationConfig, DistillationTrainer, Mixture, OptimalSamplingV1
 from optimal_sampling_trl.cli.refusals import refusals
-from optimal_sampling_trl.cli.training import load_data, load_options, run
+from optimal_sampling_trl.cli.training import checkpoint, load_data, load_options, run
 from optimal_sampling_trl.plots import plot_learning
 from optimal_sampling_trl.trainers import GeneratorArguments
 
@@ -139,6 +139,7 @@ def main() -> None:
                 {"prompt": [[{"role": "user", "content": text}] for text in questions("train")]}
             )
         }
+    resume = checkpoint(training.resume_from_checkpoint, training.output_dir)
     generator = sampling.generator()
     name = model.model_name_or_path if generator.is_own_teacher else sampling.check_teacher()
     teacher = AutoModelForCausalLM.from_pretrained(name, dtype=model.dtype).to(training.device).eval()
@@ -150,7 +151,7 @@ def main() -> None:
     )
     measure = Measure(teacher, script, sampling, training.max_completion_length)
     trainer.add_callback(measure)
-    run(trainer)
+    run(trainer, resume)
     if trainer.is_world_process_zero():
         measure.write(Path(training.output_dir))
 

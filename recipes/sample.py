@@ -20,7 +20,9 @@ this writes; `optimal_sampling_trl.load_rollouts` and `datasets.load_dataset` re
 may stand in a YAML file, `--config`. `--no_use_tqdm` is quiet.
 """
 
-from optimal_sampling_trl.cli.commands.sample import run
+import sys
+
+from optimal_sampling_trl.cli.main import main
 
 if __name__ == "__main__":
-    run()
+    main(["sample", *sys.argv[1:]])

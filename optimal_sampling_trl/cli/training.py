@@ -154,9 +154,14 @@ def checkpoint(given: str | bool | None, output_dir: str) -> str | bool | None:
     return True if is_last else given
 
 
-def run(trainer: Any) -> None:
-    """Train, resume where asked to, evaluate where there is data, and save."""
-    trainer.train(resume_from_checkpoint=checkpoint(trainer.args.resume_from_checkpoint, trainer.args.output_dir))
+def run(trainer: Any, resume: str | bool | None = None) -> None:
+    """Train, resume where asked to, evaluate where there is data, and save.
+
+    Args:
+        trainer: a trainer of this package.
+        resume: what `checkpoint` returned.
+    """
+    trainer.train(resume_from_checkpoint=resume)
     if trainer.eval_dataset is not None:
         trainer.log_metrics("eval", trainer.evaluate())
     trainer.save_model(trainer.args.output_dir)
@@ -199,31 +204,31 @@ class Job:
         of_file, of_line = parser.unread(words)
         launcher = launch_words(parser, [*of_file, *of_line])
         if not launcher and not needs_launch():
-            return self.train(words)
+            return self._train(words)
         launch(f"{__package__}.commands.{self.name}", launcher, _without(words, of_line))
 
     def train(self, words: Sequence[str] | None = None) -> None:
-        """Train in this process, of which accelerate or torchrun may have started several; a refusal ends it.
+        """Train as a script does, which accelerate or torchrun may have started several times; a refusal ends it.
 
         Args:
             words: the command line; by default this process's.
         """
         with refusals(f"optimal-sampling {self.name}"):
-            self._train(words)
+            self._train(sys.argv[1:] if words is None else words)
 
-    def _train(self, words: Sequence[str] | None) -> None:
+    def _train(self, words: Sequence[str]) -> None:
         parser = self.parser()
         further = {flag.removeprefix("--") for flag in launch_flags()}
-        sampling, script, model, training = parser.read(sys.argv[1:] if words is None else words, further)
+        sampling, script, model, training = parser.read(words, further)
         with parser.refusing():
             generator = sampling.generator()
-            checkpoint(training.resume_from_checkpoint, training.output_dir)
+            resume = checkpoint(training.resume_from_checkpoint, training.output_dir)
             rewards = {"reward_funcs": script.rewards()} if self.rewarded else {}
             data = load_data(script, evaluate=training.eval_strategy != "no")
         trainer = getattr(trainers, f"{self.method}Trainer")(
             generator=generator, args=training, **rewards, **load_options(model, training), **data
         )
-        run(trainer)
+        run(trainer, resume)
 
 
 def _without(words: Sequence[str], taken: Sequence[str]) -> list[str]:

@@ -9,15 +9,15 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback, TrainerCallback
 
-from .pair import COMPLETION_LENGTH, Pair, dataset, measure, reward
+from .pair import COMPLETION_LENGTH, PairFolders, dataset, measure, reward
 
 GROUP = 8
 HELD_OUT = 1024
 """Prompts of each measurement: a standard error of 0.004 at 2 % and of 0.016 at 50 %."""
 
 
-class Job(NamedTuple):
-    """The task of a student: tokens of a completion (EOS included), prompts, reward, and how it is measured."""
+class StudentTask(NamedTuple):
+    """A student's task: tokens of a completion (EOS included), prompts, reward, and how it is measured."""
 
     length: int
     dataset: Callable[..., Any]
@@ -25,7 +25,9 @@ class Job(NamedTuple):
     measure: Callable[[Any, Any], float]
 
 
-EMBEDDED = Job(COMPLETION_LENGTH, dataset, reward, lambda model, tokenizer: measure(model, tokenizer, HELD_OUT))
+EMBEDDED = StudentTask(
+    COMPLETION_LENGTH, dataset, reward, lambda model, tokenizer: measure(model, tokenizer, HELD_OUT)
+)
 
 
 class Bar(ProgressCallback):
@@ -53,8 +55,8 @@ class Bar(ProgressCallback):
 class Watch(TrainerCallback):
     """Exact match of the student's own samples over training, and the rollouts of a few steps for the page."""
 
-    def __init__(self, job: Job, tokenizer: Any, batch: int, every: int) -> None:
-        self.job, self.tokenizer, self.batch, self.every = job, tokenizer, batch, every
+    def __init__(self, task: StudentTask, tokenizer: Any, batch: int, every: int) -> None:
+        self.task, self.tokenizer, self.batch, self.every = task, tokenizer, batch, every
         self.trainer: Any = None
         self.seconds = 0.0
         self.curve: list[tuple[float, float]] = []
@@ -73,7 +75,7 @@ class Watch(TrainerCallback):
         training = model.training
         model.eval()  # gradient checkpointing, which TRL switches on, breaks `generate` in training mode
         with torch.random.fork_rng():  # a measurement changes nothing about the training
-            self.curve.append((state.global_step * self.batch, self.job.measure(model, self.tokenizer)))
+            self.curve.append((state.global_step * self.batch, self.task.measure(model, self.tokenizer)))
         model.train(training)
         taken = getattr(self.trainer, "rollouts", [])
         self.rollouts += taken
@@ -84,11 +86,11 @@ class Watch(TrainerCallback):
 def train(
     trainer_class: Any,
     config_class: Any,
-    pair: Pair,
+    pair: PairFolders,
     steps: int,
     batch: int,
     settings: dict[str, Any],
-    job: Job = EMBEDDED,
+    task: StudentTask = EMBEDDED,
     bar: Bar | None = None,
     **extra: Any,
 ) -> tuple[Any, Watch]:
@@ -101,21 +103,21 @@ def train(
         steps: optimizer steps.
         batch: completions in a step.
         settings: further fields of the configuration.
-        job: what is learned.
+        task: what is learned, and how it is measured.
         bar: shows the progress; by default a bar without a name.
         extra: further arguments of the trainer.
     """
     tokenizer = AutoTokenizer.from_pretrained(pair.student)
-    watch = Watch(job, tokenizer, batch, every=max(steps // 10, 1))
+    watch = Watch(task, tokenizer, batch, every=max(steps // 10, 1))
     grouped = "GRPO" in trainer_class.__name__ or "RLOO" in trainer_class.__name__
     settings = {"temperature": 1.0} | ({"num_generations": GROUP} if grouped else {}) | settings
-    rewards = {} if "Distillation" in trainer_class.__name__ else {"reward_funcs": job.reward}
+    rewards = {} if "Distillation" in trainer_class.__name__ else {"reward_funcs": task.reward}
     trainer = trainer_class(
         model=AutoModelForCausalLM.from_pretrained(pair.student, dtype=torch.float32),
-        train_dataset=job.dataset("train", steps * batch // settings.get("num_generations", 1), seed=1),
+        train_dataset=task.dataset("train", steps * batch // settings.get("num_generations", 1), seed=1),
         processing_class=tokenizer,
         callbacks=[watch],
-        args=_configuration(config_class, steps, batch, job.length, settings),
+        args=_configuration(config_class, steps, batch, task.length, settings),
         **rewards,
         **extra,
     )

@@ -39,7 +39,7 @@ DATA = {"train": 8192, "test": 256}  # prompts in data/<split>.jsonl beside the 
 PRIME = 17  # a prompt whose number is a multiple of this is held out: every digit counts, 1 in 17 is a test prompt
 
 
-class Pair(NamedTuple):
+class PairFolders(NamedTuple):
     """Folders of the two checkpoints, as `from_pretrained` takes them."""
 
     teacher: str
@@ -192,13 +192,13 @@ def read_stamp(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "pair.json").read_text()) if (folder / "pair.json").is_file() else {}
 
 
-def make_pair(folder: Path = DEFAULT) -> Pair:
+def make_pair(folder: Path = DEFAULT) -> PairFolders:
     """Train both models into `folder`, or return at once when they are there, made by the same recipe.
 
     Another folder than the cache's gets a copy of the pair that `optimal-sampling demo` has left there.
     """
     folder = Path(folder).absolute()
-    pair, stamp = Pair(str(folder / "teacher"), str(folder / "student")), read_stamp(folder)
+    pair, stamp = PairFolders(str(folder / "teacher"), str(folder / "student")), read_stamp(folder)
     if stamp.get("recipe") == FINGERPRINT:
         return pair
     if folder.exists() and not stamp:

@@ -22,7 +22,7 @@ from ..page import write_page
 from ..plots import plot_learning
 from ..trainers import GRPOConfig, GRPOTrainer, OptimalSamplingGenerator, RAFTConfig, RAFTTrainer
 from .arm import Bar, Watch, train
-from .pair import DEFAULT, Pair, make_pair, read_stamp, reward
+from .pair import DEFAULT, PairFolders, make_pair, read_stamp, reward
 from .workers import side_by_side
 
 BATCH = 128
@@ -57,7 +57,7 @@ class Result(NamedTuple):
     seconds: float
 
 
-def run_one(name: str, line: int, pair: Pair, steps: int, backend: str, output: Path) -> Result:
+def run_one(name: str, line: int, pair: PairFolders, steps: int, backend: str, output: Path) -> Result:
     """Train once; write the page of the run that has both halves.
 
     Args:

@@ -12,9 +12,11 @@ from .prompts import TEACHER_PROMPT
 
 MOST_KEYS = 8
 """Most keys of a dictionary that an error shows."""
+NO_SLICE = "A slice of a data set is a dictionary of its columns: pass `data.select(range(n))`."
+"""Advice to who passed a dictionary for a data set."""
 
 
-def check_not_keyed(name: str, given: Any, wanted: str, advice: str) -> None:
+def check_not_keyed(name: str, given: Any, wanted: str, advice: str = NO_SLICE) -> None:
     """Refuse a dictionary and a data frame: a loop over one gives its keys, which would be sampled as prompts.
 
     Args:
@@ -100,12 +102,7 @@ def _columns(data: Any) -> tuple[Sequence[Any], Sequence[Any] | None]:
 def _listed(prompts: Iterable[Any]) -> Sequence[Any]:
     if isinstance(prompts, str):
         raise ValueError(f"`prompts` is the text {prompts[:40]!r}; wanted a data set or a list of prompts. Wrap it.")
-    check_not_keyed(
-        "`prompts`",
-        prompts,
-        "a data set or a list of prompts",
-        "A slice of a data set is a dictionary of its columns: pass `data.select(range(n))`.",
-    )
+    check_not_keyed("`prompts`", prompts, "a data set or a list of prompts")
     return prompts if isinstance(prompts, Sequence) else list(prompts)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import metrics
 from ..rollouts.dense import SCALARS
 from ..rollouts.rollout import RECORDS, Rollout
+from . import columns
 from .entropy_scale import next_scale
 from .generator import OptimalSamplingGenerator
 from .loggers import send_histograms
@@ -48,14 +49,14 @@ class BatchMetrics(TrlTrainer):
         self._append_metrics(metrics.of_speed(*self.accelerator.gather(work).view(-1, 2).unbind(1)))
         self._log_difference(output, mask)
         for name in metrics.DENSE_MEANS:
-            if (column := f"dense_{name}") in output:
+            if (column := columns.dense_scalar(name)) in output:
                 self._append_metrics(metrics.of_dense(name, self._gathered(output[column], mask)))
         if not self.model.training:
             return
-        mixed = mask & output["mixture_rows"][:, None]
+        mixed = mask & output[columns.MIXTURE_ROWS][:, None]
         alpha, log_q, log_theta, log_teacher = (self._gathered(output[name], mixed) for name in RECORDS)
-        scalars = {name: output[f"dense_{name}"] for name in SCALARS if f"dense_{name}" in output}
-        exact = {name: self._gathered(values, mixed) for name, values in scalars.items()}
+        recorded = [name for name in SCALARS if columns.dense_scalar(name) in output]
+        exact = {name: self._gathered(output[columns.dense_scalar(name)], mixed) for name in recorded}
         if len(alpha):  # there are none where the schedule has arrived at the student, or `theta_fraction` is 1
             self._append_metrics(metrics.of_mixture(alpha, log_q, log_theta, log_teacher, exact))
             self._append_metrics(metrics.of_drafts(log_q, log_theta, exact))
@@ -65,9 +66,9 @@ class BatchMetrics(TrlTrainer):
     def _log_difference(self, output: dict[str, Any], mask: Tensor) -> None:
         """Log the distance between the engine's log θ and the trainer's, where TRL computed the latter."""
         if (of_tokens := output.get("old_per_token_logps")) is not None:  # GRPO's (B, T)
-            differences = self._gathered(metrics.token_differences(of_tokens, output["log_theta"]), mask)
+            differences = self._gathered(metrics.token_differences(of_tokens, output[columns.LOG_THETA]), mask)
         elif (of_completions := output.get("old_logps")) is not None:  # RLOO's (B,)
-            per_token = metrics.completion_differences(of_completions, output["log_theta"], mask)
+            per_token = metrics.completion_differences(of_completions, output[columns.LOG_THETA], mask)
             differences = self._gathered(per_token[:, None], mask.any(1, keepdim=True))
         else:
             return

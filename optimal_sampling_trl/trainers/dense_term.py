@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import metrics
 from ..divergences import DIVERGENCES, union_divergence
 from ..rollouts.dense import Dense
+from . import columns
 from .dense_config import coefficient_at
 from .dense_head import DenseHead, dense_head
 from .mixture_trainer import MixtureTrainer
@@ -21,7 +22,7 @@ class DenseTermTrainer(MixtureTrainer):
 
     The term is a mean over all tokens of an optimizer's step, of the student's completions and the mixture's alike:
     at each position both models' distributions are compared, whoever drew the token. A subclass may weigh the tokens
-    by `dense_weights` (B, T) in the batch.
+    by the column `DENSE_WEIGHTS` of the batch.
     """
 
     def _dense_of_loss(self) -> Dense | None:
@@ -34,22 +35,22 @@ class DenseTermTrainer(MixtureTrainer):
     def _weigh(self, output: dict[str, Any]) -> None:
         """Put the number of tokens of all processes into the batch, where the dense term divides by it."""
         super()._weigh(output)
-        if "dense_ids" in output:
-            output["dense_tokens"] = self.accelerator.reduce(loss_mask(output).sum())
+        if columns.DENSE_IDS in output:
+            output[columns.DENSE_TOKENS] = self.accelerator.reduce(loss_mask(output).sum())
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *positional: Any, **keywords: Any) -> Any:
         """Compute the loss of the reward, plus the dense term where the batch has its records."""
         coefficient = self._dense_coefficient()
-        if not coefficient or "dense_ids" not in inputs:
+        if not coefficient or columns.DENSE_IDS not in inputs:
             return super().compute_loss(model, inputs, *positional, **keywords)
-        with dense_head(inputs["dense_ids"], inputs["completion_mask"].bool()) as head:
+        with dense_head(inputs[columns.DENSE_IDS], inputs["completion_mask"].bool()) as head:
             loss = super().compute_loss(model, inputs, *positional, **keywords)
         divergences = divergences_of(head, inputs, DIVERGENCES[self.args.dense_divergence])
         total, tokens = self.accelerator.reduce(torch.stack([divergences.detach().sum(), loss_mask(inputs).sum()]))
         self._append_metrics({metrics.DENSE_DIVERGENCE: float(total / tokens.clamp(min=1))})
         self._append_metrics({metrics.DENSE_COEFFICIENT: coefficient})
-        if "dense_weights" in inputs:
-            divergences = divergences * inputs["dense_weights"][loss_mask(inputs).bool()]
+        if columns.DENSE_WEIGHTS in inputs:
+            divergences = divergences * inputs[columns.DENSE_WEIGHTS][loss_mask(inputs).bool()]
         return loss + coefficient * divergences.sum() / self._dense_share(inputs)
 
     def _dense_share(self, inputs: dict[str, Any]) -> Tensor:
@@ -58,7 +59,7 @@ class DenseTermTrainer(MixtureTrainer):
         Where transformers divides the loss of each micro-batch by their number, as it does RLOO's, the share is that
         of a micro-batch.
         """
-        share = inputs["dense_tokens"].clamp(min=1) / self.accelerator.num_processes
+        share = inputs[columns.DENSE_TOKENS].clamp(min=1) / self.accelerator.num_processes
         if not self.model.training:
             return share
         scaled = self.current_gradient_accumulation_steps if self.loss_is_scaled_for_ga else 1
@@ -83,4 +84,4 @@ def divergences_of(head: DenseHead, inputs: dict[str, Any], beta: float) -> Tens
         )
     mask = loss_mask(inputs).bool()
     log_theta = head.log_theta[mask[inputs["completion_mask"].bool()]]
-    return union_divergence(log_theta, inputs["dense_log_teacher"][mask], inputs["dense_ids"][mask], beta)
+    return union_divergence(log_theta, inputs[columns.DENSE_LOG_TEACHER][mask], inputs[columns.DENSE_IDS][mask], beta)

@@ -16,6 +16,7 @@ from ..losses import sampled_token_coefficients
 from ..options import suggest_arguments
 from ..pairing.prompts import TEACHER_PROMPT
 from ..user_warnings import warn_user
+from . import columns
 from .config import DistillationConfig
 from .dense_head import DenseHead, dense_head
 from .dense_term import divergences_of
@@ -239,18 +240,19 @@ class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
         if self.loss == "sampled_token" and self.args.sampled_token_centre:
             mask = loss_mask(output).float()
             log_ratio = sampled_token_coefficients(
-                output["log_teacher"], output["log_theta"], mask, clip=self.args.sampled_token_clip
+                output[columns.LOG_TEACHER], output[columns.LOG_THETA], mask, clip=self.args.sampled_token_clip
             )
             total, count = self.accelerator.reduce(torch.stack([log_ratio.sum(), mask.sum()]))
-            output["mean_log_ratio"] = (total / count.clamp(min=1)).expand(len(mask))  # TRL shuffles and splits rows
-        output["weights"] = self._correction_weights(output, inclusive=self.loss == "sampled_token")
+            mean = total / count.clamp(min=1)
+            output[columns.MEAN_LOG_RATIO] = mean.expand(len(mask))  # TRL shuffles and splits rows
+        output[columns.CORRECTION_WEIGHTS] = self._correction_weights(output, inclusive=self.loss == "sampled_token")
 
     def _compute_loss(self, unwrapped_student: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
         if self.loss != "divergence":
             return self._loss_of_records(unwrapped_student, inputs, num_items_in_batch)
-        if self.correction.name == "none" or "weights" not in inputs:  # an evaluation has none
+        if self.correction.name == "none" or columns.CORRECTION_WEIGHTS not in inputs:  # an evaluation has none
             return super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
-        with weighted_divergence(inputs["weights"], loss_mask(inputs)):
+        with weighted_divergence(inputs[columns.CORRECTION_WEIGHTS], loss_mask(inputs)):
             return super()._compute_loss(unwrapped_student, inputs, num_items_in_batch)
 
     def _loss_of_records(self, student: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
@@ -261,7 +263,7 @@ class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
         """
         ids, mask, counted = inputs["completion_ids"], inputs["completion_mask"], loss_mask(inputs)
         T, dense = ids.shape[1], self.loss == "dense"
-        with dense_head(inputs["dense_ids"], mask.bool()) if dense else nullcontext() as head:
+        with dense_head(inputs[columns.DENSE_IDS], mask.bool()) if dense else nullcontext() as head:
             output = student(
                 input_ids=torch.cat([inputs["prompt_ids"], ids], dim=1),
                 attention_mask=torch.cat([inputs["prompt_mask"], mask], dim=1),
@@ -280,8 +282,8 @@ class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
     def _dense_total(self, head: DenseHead, inputs: dict[str, Any]) -> Tensor:
         """Σ w·divergence over the tokens; w is 1 in an evaluation, which has no weights."""
         divergences = divergences_of(head, inputs, self.beta)
-        if "weights" in inputs:
-            divergences = divergences * inputs["weights"][loss_mask(inputs).bool()]
+        if columns.CORRECTION_WEIGHTS in inputs:
+            divergences = divergences * inputs[columns.CORRECTION_WEIGHTS][loss_mask(inputs).bool()]
         return divergences.sum()
 
     def _sampled_token_total(self, log_theta: Tensor, inputs: dict[str, Any]) -> Tensor:
@@ -290,26 +292,26 @@ class DistillationTrainer(MixtureTrainer, trl.DistillationTrainer):
         On the student's own samples −c = log θ − log t is an estimate of KL(θ‖t) without bias, which the surrogate's
         value is not.
         """
-        training = "weights" in inputs  # an evaluation has none
+        training = columns.CORRECTION_WEIGHTS in inputs  # an evaluation has none
         return self._surrogate(log_theta, inputs) if training else _divergence(log_theta, inputs)
 
     def _surrogate(self, log_theta: Tensor, inputs: dict[str, Any]) -> Tensor:
         """Σ −c·w·log θ(x): its gradient is the loss's, its value is no divergence."""
         mask = loss_mask(inputs)
         coefficients = sampled_token_coefficients(
-            inputs["log_teacher"],
+            inputs[columns.LOG_TEACHER],
             log_theta.detach(),
             mask.float(),
             clip=self.args.sampled_token_clip,
-            mean=inputs.get("mean_log_ratio"),
+            mean=inputs.get(columns.MEAN_LOG_RATIO),
         )
-        return -(coefficients * inputs["weights"] * log_theta * mask).sum()
+        return -(coefficients * inputs[columns.CORRECTION_WEIGHTS] * log_theta * mask).sum()
 
 
 def _divergence(log_theta: Tensor, inputs: dict[str, Any]) -> Tensor:
     """Σ log θ(x) − log t(x) over a batch's tokens, without those that the teacher rules out."""
     mask = loss_mask(inputs).float()
-    return -sampled_token_coefficients(inputs["log_teacher"], log_theta, mask).sum()
+    return -sampled_token_coefficients(inputs[columns.LOG_TEACHER], log_theta, mask).sum()
 
 
 def one_teacher(in_loss: Any, in_rollouts: Any, setting: str = "teacher_model") -> Any:

@@ -18,6 +18,7 @@ from ..losses import (
 )
 from ..options import check_choice, suggest_arguments
 from ..user_warnings import warn_user
+from . import columns
 from .config import GRPOConfig, with_our_default
 from .dense_config import CONFIDENCE
 from .generator import FOR_TRAINERS
@@ -209,7 +210,7 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
         if self._setting("baseline") == "own":
             output["advantages"] = self._own_advantages()
         weight = mixture_weight(self.state.global_step, self._setting("mixture_weight_steps"))
-        return torch.where(output["mixture_rows"], weight, 1.0) * super()._advantages(output)
+        return torch.where(output[columns.MIXTURE_ROWS], weight, 1.0) * super()._advantages(output)
 
     def _own_advantages(self) -> Tensor:
         """Return the advantages (B,) of this process over the student's own baseline."""
@@ -226,7 +227,7 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
             weights = output["importance_sampling_ratio"] * weights  # TRL's (B, T) or (B, 1)
         output["importance_sampling_ratio"] = weights
         if self._setting("credit") == "routed" and self._dense_coefficient():
-            output["dense_weights"] = self._routed_weights(output)
+            output[columns.DENSE_WEIGHTS] = self._routed_weights(output)
 
     def _routed_weights(self, output: dict[str, Any]) -> Tensor:
         """Weight (B, T) of each token in the dense term: 0 in right completions, a mean of 1 over the others' tokens.
@@ -235,22 +236,23 @@ class GRPOTrainer(PolicyGradientTrainer, trl.GRPOTrainer):
         """
         wrong = ~self._accepts(self._own_rows(self.rewards))
         routed = wrong[:, None] * loss_mask(output).float()
-        weights = confidence(output[f"dense_{CONFIDENCE}"], routed)
+        weights = confidence(output[columns.dense_scalar(CONFIDENCE)], routed)
         total, count = self.accelerator.reduce(torch.stack([weights.sum(), routed.sum()]))
         return weights * count / total.clamp(min=torch.finfo(total.dtype).tiny)
 
     def _correct(self, output: dict[str, Any]) -> None:
         output["advantages"] = advantages = self._advantages(output)
-        if "dense_weights" in output:
-            routed = (output["dense_weights"] > 0).any(1)
+        if columns.DENSE_WEIGHTS in output:
+            routed = (output[columns.DENSE_WEIGHTS] > 0).any(1)
             output["advantages"] = advantages = advantages.masked_fill(routed, 0.0)
         if self._setting("credit") == "anchored":
-            of_tokens = advantages[:, None].expand_as(output["log_theta"])
-            output["advantages"] = of_tokens * anchor_factor(of_tokens, output["log_teacher"] - output["log_theta"])
+            log_ratio = output[columns.LOG_TEACHER] - output[columns.LOG_THETA]
+            of_tokens = advantages[:, None].expand_as(log_ratio)
+            output["advantages"] = of_tokens * anchor_factor(of_tokens, log_ratio)
         if coefficient := self._setting("distillation_coefficient"):
             towards_teacher = sampled_token_coefficients(
-                output["log_teacher"],
-                output["log_theta"],
+                output[columns.LOG_TEACHER],
+                output[columns.LOG_THETA],
                 loss_mask(output).float(),
                 clip=self.args.distillation_clip,
             )

@@ -19,6 +19,7 @@ from ..pairing import rope_kinds
 from ..rollouts.dense import Dense
 from ..rollouts.rollout import Rollout
 from ..user_warnings import warn_user
+from . import columns
 from .batch_metrics import BatchMetrics
 from .card import TAG, complete_card
 from .checkpoints import keep_settings, last_whole_checkpoint, lock_folder, warn_of_other_settings
@@ -47,6 +48,19 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
 
     A subclass names its configuration (`config_class`), the share of a group that the student samples unless the user
     sets one (`default_theta_fraction`), and uses the records in its loss (`_correct`).
+
+    Of TRL's trainers it and its own bases override:
+
+    - `__init__`: settings are refused before a model is loaded, and TRL builds our engine in place of vLLM's.
+    - `train`: a folder has one trainer at a time, and a run is resumed from a checkpoint that is whole.
+    - `_save_checkpoint`: the generator's settings are kept beside the weights.
+    - `create_model_card`: the card says what the rollouts came from.
+    - `_set_signature_columns_if_needed`: the teacher's prompts of a data set are kept.
+    - `_tokenize_prompts`: an error of a chat template is explained.
+    - `_generate_single_turn`, `_tool_call_loop`: processes that share an engine sample equally many turns.
+    - `_generate_and_score_completions`: the records are put beside TRL's batch, compared, weighed and logged.
+    - `evaluation_loop`: an evaluation samples from the weights as they are now.
+    - `log`: histograms of the last batch go out with the numbers.
 
     Attributes:
         rollouts: the rollouts of the last batch, for callbacks; a completion of several turns has one for each.
@@ -217,6 +231,10 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
     def _theta_count(self) -> int:
         return self.generator.theta_count(self._group_size(), self.default_theta_fraction)
 
+    def _trains_on_mixture(self) -> bool:
+        """True where the mixture samples some completions of a group."""
+        return self._theta_count() < self._group_size()
+
     def _theta_rows(self) -> Tensor:
         """True in the rows of all processes (rows,) that the student samples alone, by the plan of this batch."""
         processes = self.accelerator.num_processes
@@ -233,7 +251,7 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
 
         A subclass adds its refusals.
         """
-        alone = self._theta_count()
+        trains_on_mixture = self._trains_on_mixture()
         if self.generator.two_prompts or self.has_teacher_prompts:
             self._check_two_prompts()
         check_choice("vllm_mode", self.args.vllm_mode, VLLM_MODES)
@@ -253,7 +271,7 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
         if self.calls_tools:
             unread.pop(TOOL_TURNS, None)
         warn_of_unread(self.args, unread)
-        if alone == self._group_size():
+        if not trains_on_mixture:
             warn_without_mixture(self.generator, self.args)
 
     def _check_own_teacher(self) -> None:
@@ -333,7 +351,7 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
         of_tokens = output.get("old_per_token_logps")
         if of_tokens is not None and not (noise and self.model.training):
             mask = loss_mask(output).bool()
-            engine, trainer = output["log_theta"][mask], of_tokens[mask]
+            engine, trainer = output[columns.LOG_THETA][mask], of_tokens[mask]
         else:  # TRL computed none, or a noisy one
             few = [of_row[0] for of_row in turns[:ROWS]]
             trainer = log_theta_of(self.model, [one.theta_prompt_ids for one in few], few, self.temperature)
@@ -359,10 +377,10 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
     def _correction_weights(self, output: dict[str, Any], inclusive: bool = True) -> Tensor:
         """Weights (B, T) of the correction for a batch; the mean that some are divided by is that of all processes."""
         return self.correction.weights(
-            output["log_theta"],
-            output["log_q"],
+            output[columns.LOG_THETA],
+            output[columns.LOG_Q],
             loss_mask(output).float(),
-            output["mixture_rows"],
+            output[columns.MIXTURE_ROWS],
             inclusive=inclusive,
             total=self.accelerator.reduce,
         )

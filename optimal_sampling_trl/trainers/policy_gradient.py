@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import metrics
 from ..losses import keep_positive
 from ..user_warnings import warn_user
+from . import columns
 from .rewarded import RewardedTrainer
 
 
@@ -34,10 +35,6 @@ class PolicyGradientTrainer(RewardedTrainer):
                 "them 0.44. Leave `positive_only` at 'all'.",
             )
 
-    def _trains_on_mixture(self) -> bool:
-        """Return True where the mixture samples some completions of a group."""
-        return self._theta_count() < self._group_size()
-
     def _log_rewards(self) -> None:
         """Log, in training, the share of the groups whose rewards differ as well."""
         super()._log_rewards()
@@ -49,7 +46,7 @@ class PolicyGradientTrainer(RewardedTrainer):
 
     def _advantages(self, output: dict[str, Any]) -> Tensor:
         """Return TRL's advantages (B,), those below 0 set to 0 where `positive_only` asks for it."""
-        advantages, mixed = output["advantages"], output["mixture_rows"]
+        advantages, mixed = output["advantages"], output[columns.MIXTURE_ROWS]
         positive_only = self._setting("positive_only")
         if positive_only == "none":
             return advantages

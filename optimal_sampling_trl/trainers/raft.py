@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..losses import REWARD_TOLERANCE, accept_rewards, imitation_loss
 from ..options import suggest_arguments
+from . import columns
 from .config import PolicyGradientConfig, RAFTConfig
 from .generator import FOR_TRAINERS
 from .records import loss_mask
@@ -174,7 +175,7 @@ class RAFTTrainer(RewardedTrainer, trl.GRPOTrainer):
         The loss of an evaluation imitates the student's accepted completions.
         """
         super()._weigh(output)
-        output["imitation_weights"] = weights = self._own_rows(self._imitation_weights())
+        output[columns.IMITATION_WEIGHTS] = weights = self._own_rows(self._imitation_weights())
         if self._setting("denominator") == "accepted":
             output["num_items_in_batch"] = self.accelerator.reduce((weights[:, None] * loss_mask(output)).sum())
 
@@ -182,7 +183,7 @@ class RAFTTrainer(RewardedTrainer, trl.GRPOTrainer):
         """Do nothing: the weights are those of an evaluation too."""
 
     def _trained_on(self, output: dict[str, Any]) -> Tensor:
-        return output["imitation_weights"]
+        return output[columns.IMITATION_WEIGHTS]
 
     def _imitation_weights(self) -> Tensor:
         """Return the weight of each row of all processes, 0 where it is not accepted.
@@ -214,7 +215,7 @@ class RAFTTrainer(RewardedTrainer, trl.GRPOTrainer):
         )
         entropy, tokens = self.accelerator.reduce(torch.stack([(entropies.detach() * mask).sum(), mask.sum()]))
         self._append_metrics({"entropy": float(entropy / tokens.clamp(min=1))})
-        loss = imitation_loss(log_theta, inputs["imitation_weights"], mask.float(), self._token_count(inputs))
+        loss = imitation_loss(log_theta, inputs[columns.IMITATION_WEIGHTS], mask.float(), self._token_count(inputs))
         if self.aux_loss_enabled:  # of a mixture of experts, as TRL adds it
             steps = self.current_gradient_accumulation_steps if self.model.training else 1
             loss = loss + self.router_aux_loss_coef * router_loss / steps

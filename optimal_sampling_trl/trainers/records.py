@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..rollouts.dense import DenseRecords
 from ..rollouts.rollout import RECORDS, Rollout
+from . import columns
 
 Turns = Sequence[Sequence[Rollout]]
 """The rollouts of each completion of a batch, one for each turn."""
@@ -46,7 +47,7 @@ def stack_records(turns: Turns, batch: dict[str, Any]) -> dict[str, Tensor]:
         is_sampled[row, place] = True
     _check_sampled(loss_mask(batch).cpu().bool(), is_sampled)
     mixed = torch.tensor([not of_row[0].mixture.is_theta_only for of_row in turns])
-    stacked = dict(zip(RECORDS, records.unbind(0), strict=True)) | {"mixture_rows": mixed}
+    stacked = dict(zip(RECORDS, records.unbind(0), strict=True)) | {columns.MIXTURE_ROWS: mixed}
     return {name: tensor.to(ids.device) for name, tensor in stacked.items()}
 
 
@@ -121,10 +122,11 @@ def stack_dense(turns: Turns, completion_ids: Tensor, top_k: int) -> dict[str, T
 
 def _columns(dense: DenseRecords, top_k: int) -> dict[str, Tensor]:
     """Name the dense records of T tokens as a batch has them, each (T,) or (T, K)."""
-    columns = {f"dense_{name}": values for name, values in dense.scalars.items()}
+    named = {columns.dense_scalar(name): values for name, values in dense.scalars.items()}
     if dense.ids.shape[1] and top_k:
-        columns |= {"dense_ids": _first(dense.ids, top_k), "dense_log_teacher": _first(dense.log_teacher, top_k)}
-    return columns
+        named[columns.DENSE_IDS] = _first(dense.ids, top_k)
+        named[columns.DENSE_LOG_TEACHER] = _first(dense.log_teacher, top_k)
+    return named
 
 
 def _first(values: Tensor, top_k: int) -> Tensor:

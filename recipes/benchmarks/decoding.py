@@ -35,7 +35,7 @@ class Speed(NamedTuple):
     operation: float
 
 
-class Pair(NamedTuple):
+class ShapePair(NamedTuple):
     """A teacher and a student."""
 
     teacher: Shape
@@ -60,12 +60,12 @@ class Pair(NamedTuple):
         return next(1 << power for power in count() if self.weights / (1 << power) <= CARD / 2)
 
 
-def pair_of(teacher: str, student: str) -> Pair:
+def pair_of(teacher: str, student: str) -> ShapePair:
     """Return the pair of two sizes."""
-    return Pair(MORE[teacher], MORE[student])
+    return ShapePair(MORE[teacher], MORE[student])
 
 
-class Measured(NamedTuple):
+class MeasuredStep(NamedTuple):
     """A measured decoding step: the names of teacher and student, rows, ms, and tokens of the prompt and after it.
 
     One that is not `fitted` checks the model.
@@ -80,13 +80,13 @@ class Measured(NamedTuple):
     fitted: bool
 
 
-def measured() -> list[Measured]:
+def measured() -> list[MeasuredStep]:
     """Read the measured steps."""
     rows = json.loads(MEASURED.read_text())["rows"]
-    return [Measured(**{name: row[name] for name in Measured._fields}) for row in rows]
+    return [MeasuredStep(**{name: row[name] for name in MeasuredStep._fields}) for row in rows]
 
 
-def fit(rows: list[Measured]) -> Speed:
+def fit(rows: list[MeasuredStep]) -> Speed:
     """Fit what a step takes beside reading, by least squares of the relative errors."""
     rows = [row for row in rows if row.fitted]
     pairs = [pair_of(row.teacher, row.student) for row in rows]
@@ -101,12 +101,12 @@ def fit(rows: list[Measured]) -> Speed:
     return Speed(*(found / scale).tolist())
 
 
-def operations(pair: Pair, rows: int, prompt: int, tokens: int) -> float:
+def operations(pair: ShapePair, rows: int, prompt: int, tokens: int) -> float:
     """Count the operations of a decoding step: those of its rows, and its share of the prompts' tokens."""
     return 2.0 * pair.parameters * rows * (1 + prompt / tokens)
 
 
-def step(pair: Pair, rows: int, prompt: int, tokens: int, speed: Speed, split: int = 1) -> float:
+def step(pair: ShapePair, rows: int, prompt: int, tokens: int, speed: Speed, split: int = 1) -> float:
     """Compute the mean seconds of a decoding step of one engine over `split` cards."""
     work = operations(pair, rows, prompt, tokens) * speed.operation
     alone = pair.reads(rows, prompt + tokens / 2) + work
@@ -114,12 +114,12 @@ def step(pair: Pair, rows: int, prompt: int, tokens: int, speed: Speed, split: i
     return speed.fixed + rows * speed.row + alone / split + sums
 
 
-def computed(row: Measured, speed: Speed) -> float:
+def computed(row: MeasuredStep, speed: Speed) -> float:
     """Compute the ms of a step that was measured."""
     return 1e3 * step(pair_of(row.teacher, row.student), row.batch, row.prompt, row.tokens, speed)
 
 
-def check_table(speed: Speed, rows: list[Measured]) -> Iterator[str]:
+def check_table(speed: Speed, rows: list[MeasuredStep]) -> Iterator[str]:
     """Lines of the table of measured and computed steps."""
     yield "| teacher, student | batch | measured, ms | computed, ms | error |"
     yield "|---|--:|--:|--:|--:|"

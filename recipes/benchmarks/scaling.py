@@ -23,7 +23,7 @@ from itertools import count
 from pathlib import Path
 
 import updating
-from decoding import CARD, Pair, Speed, check_table, fit, measured, pair_of, step
+from decoding import CARD, ShapePair, Speed, check_table, fit, measured, pair_of, step
 from memory import ACTIVATIONS, ENGINE_GB, GB, stored
 from updating import Rate, seconds, update_table
 
@@ -33,7 +33,7 @@ COMPLETIONS, PROMPT, TOKENS, MICRO_BATCH = 512, 128, 2048, 4
 CARDS_SHOWN = [1, 2, 4, 8, 16, 32, 64]
 
 
-def rollout(pair: Pair, cards: int, speed: Speed) -> float:
+def rollout(pair: ShapePair, cards: int, speed: Speed) -> float:
     """Compute the seconds of a step's rollouts on engines over `cards` cards, the completions shared out evenly."""
     engines = cards // pair.split()
     if not engines:
@@ -42,24 +42,24 @@ def rollout(pair: Pair, cards: int, speed: Speed) -> float:
     return TOKENS * step(pair, rows, PROMPT, TOKENS, speed, pair.split())
 
 
-def update(pair: Pair, cards: int, rate: Rate) -> float:
+def update(pair: ShapePair, cards: int, rate: Rate) -> float:
     """Compute the seconds of a step's update on as many cards, the completions shared out evenly."""
     return seconds(pair, math.ceil(COMPLETIONS / cards), PROMPT + TOKENS, MICRO_BATCH, rate)
 
 
-def least(pair: Pair) -> int:
+def least(pair: ShapePair) -> int:
     """Count the cards that engine and trainer of a pair fit on together, the trainer split over all."""
     sizes = (pair.split() << power for power in count())
     return next(cards for cards in sizes if colocated(pair, cards) <= CARD * (1 - ACTIVATIONS))
 
 
-def colocated(pair: Pair, cards: int) -> float:
+def colocated(pair: ShapePair, cards: int) -> float:
     """Compute GB a card of weights, work space and trainer, with room for 32 768 tokens of cache an engine."""
     cache = 2 * (pair.teacher.cached + pair.student.cached) * 32768 / GB
     return (pair.weights + cache) / pair.split() + ENGINE_GB + 16 * stored(pair.student) / GB / cards
 
 
-def best_split(pair: Pair, cards: int, speed: Speed, rate: Rate) -> tuple[int, float]:
+def best_split(pair: ShapePair, cards: int, speed: Speed, rate: Rate) -> tuple[int, float]:
     """Find the cards of the engines for which a server and trainers on the rest take the least; and the seconds."""
     choices = range(pair.split(), cards, pair.split())
     times = {engines: rollout(pair, engines, speed) + update(pair, cards - engines, rate) for engines in choices}

@@ -47,7 +47,7 @@ from random_pair import describe, make_random_pair, parser, processor
 from training_arms import ARMS, BASES, ON_GPU, Arm, build
 from training_profile import Profile
 from training_tables import PARTS, line, profiled
-from training_watch import Watch, memory
+from training_watch import TimeWatch, memory
 
 HEAD = ("arm", *PARTS, "GiB", "step ÷ TRL", "GiB ÷ TRL")
 
@@ -146,7 +146,7 @@ def measure(arm: Arm, teacher: str, theta: str, args: argparse.Namespace) -> dic
     args.steps += args.profile
     trainer = build(arm, teacher, theta, args)
     started = time.perf_counter() - began
-    watch = Profile(trainer, args.first, args.steps) if args.profile else Watch(trainer, args.first)
+    watch = Profile(trainer, args.first, args.steps) if args.profile else TimeWatch(trainer, args.first)
     trainer.add_callback(watch)
     trainer.train()
     found = watch.found() | {"GiB": memory(trainer), "started": started}

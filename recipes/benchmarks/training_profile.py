@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from optimal_sampling_trl.trainers import dense_term, distillation
 from random_pair import synchronize
 from training_arms import ON_GPU
-from training_watch import Watch, time_calls
+from training_watch import TimeWatch, time_calls
 
 GROUPS: Mapping[str, str] = MappingProxyType(
     {
@@ -35,14 +35,14 @@ UPDATE = ("loss", "backward", "optimizer")
 LISTED = 12
 
 
-class Profile(Watch):
+class Profile(TimeWatch):
     """Times the parts of a trainer's steps, and records the last one but for its rollout.
 
     A part ends when the GPU has done its work. The means are those of the steps before the last.
 
     Args:
-        trainer: see `Watch`.
-        first: see `Watch`.
+        trainer: see `TimeWatch`.
+        first: see `TimeWatch`.
         steps: of the training.
     """
 

@@ -16,7 +16,7 @@ from random_pair import synchronize
 from training_arms import ON_GPU
 
 
-class Watch(TrainerCallback):
+class TimeWatch(TrainerCallback):
     """Times the parts of a trainer's steps.
 
     Args:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from decoding import Pair, pair_of
+from decoding import ShapePair, pair_of
 from memory import ENGINE_GB, GB, stored
 from training_tables import STORED, size_of
 
@@ -37,7 +37,7 @@ class Update(NamedTuple):
     gib: float
 
     @property
-    def pair(self) -> Pair:
+    def pair(self) -> ShapePair:
         """Its models."""
         return pair_of(self.teacher, self.student)
 
@@ -54,12 +54,12 @@ def measured() -> list[Update]:
     return sorted(found, key=lambda row: (row.teacher, row.tokens))
 
 
-def work(pair: Pair, tokens: int) -> float:
+def work(pair: ShapePair, tokens: int) -> float:
     """Count the operations of an update: 6 a parameter of the student and token, 2 more for the checkpoints."""
     return 8.0 * stored(pair.student) * tokens
 
 
-def seconds(pair: Pair, completions: int, length: int, micro_batch: int, rate: Rate) -> float:
+def seconds(pair: ShapePair, completions: int, length: int, micro_batch: int, rate: Rate) -> float:
     """Compute the seconds of an update on one card.
 
     Args:
@@ -87,7 +87,7 @@ def fit(rows: list[Update]) -> Rate:
     return Rate(*(found / scale).tolist())
 
 
-def memory(pair: Pair) -> float:
+def memory(pair: ShapePair) -> float:
     """Compute GiB of a step on one card without the engine's cache and the trainer's activations."""
     return (pair.weights + 16 * stored(pair.student) / GB + ENGINE_GB) * GB / GIB
 

@@ -72,7 +72,7 @@ class Exam:
         return self.right(ids), total / float(self.mask.sum())
 
 
-class Watch(TrainerCallback):
+class ExamWatch(TrainerCallback):
     """Takes the exam over training: points (completions, tokens, seconds without exams, right, divergence).
 
     Args:

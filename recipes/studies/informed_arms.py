@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset
 
-from exam import Watch
+from exam import ExamWatch
 from optimal_sampling_trl import Mixture, Rollout
 from real_arms import ALONE, FILTER, MIXED, TEACHER, Arm
 from real_exam import EngineExam
@@ -91,7 +91,7 @@ class ToldExam(EngineExam):
         return list(zip(of_teacher, of_student, strict=True))
 
 
-class LeakWatch(Watch):
+class LeakWatch(ExamWatch):
     """Counts the completions of the training that speak of the solution, as well."""
 
     def __init__(self, *positional: Any) -> None:

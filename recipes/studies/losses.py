@@ -24,8 +24,8 @@ sys.path.append(str(Path(__file__).parents[1]))  # the recipes that a study shar
 from ladder import Task
 from ladder import measure as measure_task
 from optimal_sampling_trl import Mixture, OptimalSamplingGenerator, trainers
-from optimal_sampling_trl.demo.arm import EMBEDDED, Job, train
-from optimal_sampling_trl.demo.pair import Pair, make_pair
+from optimal_sampling_trl.demo.arm import EMBEDDED, StudentTask, train
+from optimal_sampling_trl.demo.pair import PairFolders, make_pair
 from optimal_sampling_trl.plots import plot_learning
 from runs import Line, by_rate, read_runs, run_all
 
@@ -115,26 +115,28 @@ DRAWN = (
 """The arms of the picture, the best first."""
 
 
-def subject(ladder: Path | None, task: str) -> tuple[Pair, Job]:
+def subject(ladder: Path | None, task: str) -> tuple[PairFolders, StudentTask]:
     """The pair and what it is to learn: the embedded one's without a ladder."""
     if ladder is None:
         return make_pair(), EMBEDDED
     long, folder = Task.of(task), ladder / task
-    pair = Pair(str(folder / "teacher"), str(folder / "student-2"))
-    return pair, Job(long.completion_length, long.dataset, long.reward, lambda model, _: measure_task(model, long))
+    pair = PairFolders(str(folder / "teacher"), str(folder / "student-2"))
+    return pair, StudentTask(
+        long.completion_length, long.dataset, long.reward, lambda model, _: measure_task(model, long)
+    )
 
 
 def run(name: str, rate: float, seed: int, steps: int, ladder: Path | None, task: str, batch: int = 64) -> list[Line]:
     """One run, in a process of its own: the points (samples, exact match) of its curve. No weights are kept."""
     torch.set_num_threads(1)
-    arm, (pair, job) = ARMS[name], subject(ladder, task)
+    arm, (pair, learned) = ARMS[name], subject(ladder, task)
     generator = {}
     if arm.generator is not None:
         generator["generator"] = OptimalSamplingGenerator(pair.teacher, backend="transformers", **arm.generator)
     schedule = {"learning_rate": rate, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 10}
     with TemporaryDirectory() as output:  # a trainer holds its folder for itself
         settings = {"seed": seed, "output_dir": output, "disable_tqdm": True} | schedule | arm.settings
-        trainer, watch = train(arm.trainer, arm.config, pair, steps, batch, settings, job, **generator)
+        trainer, watch = train(arm.trainer, arm.config, pair, steps, batch, settings, learned, **generator)
     alpha = [
         (entry["step"] * batch, entry["alpha/mean"]) for entry in trainer.state.log_history if "alpha/mean" in entry
     ]

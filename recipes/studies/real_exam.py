@@ -16,7 +16,7 @@ TRIES = 8
 
 
 class EngineExam:
-    """The questions of `exam.Watch` over training, and more at its end; `trainer` is set once it is built.
+    """The questions of `exam.ExamWatch` over training, and more at its end; `trainer` is set once it is built.
 
     Args:
         count: held-out questions; the measurements of several tries take a quarter of them.

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from exam import Watch
+from exam import ExamWatch
 from real_arms import Arm, build
 from real_exam import TRIES, EngineExam
 from real_models import teach
@@ -56,7 +56,7 @@ def _teach(lesson: Lesson, cpu: bool) -> list[Line]:
 
 def train(
     key: Line, arm: Arm, exam: EngineExam, models: tuple[str, str], options: argparse.Namespace, deadline: float,
-    watch_kind: type[Watch] = Watch,
+    watch_kind: type[ExamWatch] = ExamWatch,
 ) -> Line:  # fmt: skip
     """One run from its start to its end, or to the deadline; no weights are kept.
 

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 sys.path.append(str(Path(__file__).parents[1]))  # the recipes that a study shares lie one folder up
 
-from exam import LENGTH, TEMPERATURE, Exam, Watch
+from exam import LENGTH, TEMPERATURE, Exam, ExamWatch
 from optimal_sampling_trl import (
     DistillationConfig,
     DistillationTrainer,
@@ -101,7 +101,7 @@ def run(name: str, rate: float, seed: int, folder: str, options: argparse.Namesp
         for role in ("teacher", "student")
     )
     exam = Exam(teacher.eval(), tokenizer, options.held_out)
-    watch = Watch(exam, options.batch, max(options.steps // 10, 1), deadline)
+    watch = ExamWatch(exam, options.batch, max(options.steps // 10, 1), deadline)
     home = TemporaryDirectory()  # a trainer holds its folder for itself
     shared = {
         "output_dir": home.name, "max_steps": options.steps, "seed": seed, "learning_rate": rate,

@@ -115,7 +115,7 @@ def ranks(oracle: Oracle, args: argparse.Namespace) -> None:
     if ON_A_GPU:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if ON_A_GPU else "gloo")
-    rank, pair = dist.get_rank(), demo.Pair(oracle.teacher, oracle.theta)
+    rank, pair = dist.get_rank(), demo.PairFolders(oracle.teacher, oracle.theta)
     over = {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": size, "seed": args.seed}
     with engine(pair, args.k, **over | ({} if ON_A_GPU else {"enforce_eager": True})) as backend:
         np.random.seed(rank)

@@ -37,7 +37,7 @@ def train_pair(steps: int, folder: Path) -> tuple[Any, Watch]:
     generator = OptimalSamplingGenerator(pair.teacher, backend="transformers")
     settings = {"learning_rate": 1e-3, "output_dir": str(folder)}
     unmeasured = EMBEDDED._replace(measure=lambda model, tokenizer: 0.0)
-    return train(GRPOTrainer, GRPOConfig, pair, steps, 64, settings, job=unmeasured, generator=generator)
+    return train(GRPOTrainer, GRPOConfig, pair, steps, 64, settings, task=unmeasured, generator=generator)
 
 
 def draw(trainer: Any, watch: Watch, output: Path, folder: Path) -> None:

@@ -57,7 +57,7 @@ BANDS = {
 0.019. CPU, one thread, torch 2.13.0, TRL 1.16.0."""
 
 
-def end_of_demo(made: embedded.Pair, folder: Path, name: str, seed: int) -> float:
+def end_of_demo(made: embedded.PairFolders, folder: Path, name: str, seed: int) -> float:
     """Run an arm of the demo for `DEMO_STEPS`, and return how often the student is right."""
     arm = DEMO_ARMS[name]
     tokenizer = AutoTokenizer.from_pretrained(made.student)
@@ -76,7 +76,7 @@ def end_of_demo(made: embedded.Pair, folder: Path, name: str, seed: int) -> floa
     return embedded.measure(trainer.model.eval(), tokenizer)
 
 
-def end_of_stack(made: embedded.Pair, folder: Path, arm: str, runs: int) -> list[float]:
+def end_of_stack(made: embedded.PairFolders, folder: Path, arm: str, runs: int) -> list[float]:
     """Run an arm of past_the_teacher.py with some seeds side by side, and return how often each student is right."""
     (folder / "sort-10").symlink_to(Path(made.teacher).parent)
     rate, steps = STACK[arm]

@@ -91,7 +91,7 @@ def run_failing(script: str, *flags: object, status: int = 1) -> str:
 
 
 def train(
-    name: str, made: embedded.Pair, folder: Path, *flags: object, launcher: tuple[str, ...] | None = None
+    name: str, made: embedded.PairFolders, folder: Path, *flags: object, launcher: tuple[str, ...] | None = None
 ) -> str:
     """Return what a training recipe prints: its YAML, the made pair, two steps of two groups, a small evaluation."""
     tests = folder / "data"

@@ -21,12 +21,12 @@ BROKEN = ("nan", "plus_inf", "all_masked")
 EDGES = (0.0, -0.0, 1e-45, -1e-38, 3.4028234663852886e38, -math.inf, math.inf, -1e-7, -103.97)
 
 
-class Pair(NamedTuple):
+class LogitPair(NamedTuple):
     theta: Tensor
     teacher: Tensor
 
 
-def make_row(kind: str, V: int, scale: float, generator: torch.Generator) -> Pair:
+def make_row(kind: str, V: int, scale: float, generator: torch.Generator) -> LogitPair:
     """The raw logits (V,) of one row of both models."""
 
     def normal() -> Tensor:
@@ -57,7 +57,7 @@ def make_row(kind: str, V: int, scale: float, generator: torch.Generator) -> Pai
         theta, teacher = (theta, teacher.masked_fill(chosen, value)) if scale > 1 else (theta * value, teacher)
     elif kind == "all_masked":
         theta = torch.full((V,), -torch.inf)
-    return Pair(theta.float(), teacher.float())
+    return LogitPair(theta.float(), teacher.float())
 
 
 KINDS = ("random", "random", *ADVERSARIAL, *BROKEN)
@@ -81,19 +81,19 @@ def mixtures(draw: st.DrawFn, methods: tuple[str, ...] = METHODS, forms: tuple[s
 
 
 @st.composite
-def pairs(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS, least: int = 1, scale: float | None = None) -> Pair:
+def pairs(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS, least: int = 1, scale: float | None = None) -> LogitPair:
     """Raw logits (N, V) of both models, V from `least`, each row of its own kind, float32 or rounded to bfloat16."""
     generator = torch.Generator().manual_seed(draw(seeds))
     V = draw(st.integers(least, 8))
     scales = st.just(scale) if scale else st.sampled_from([0.1, 1.0, 5.0, 20.0])
     rows = [make_row(draw(st.sampled_from(kinds)), V, draw(scales), generator) for _ in range(draw(st.integers(1, 4)))]
-    pair = Pair(*(torch.stack(side) for side in zip(*rows)))
-    return Pair(*(side.bfloat16() for side in pair)) if draw(st.booleans()) else pair
+    pair = LogitPair(*(torch.stack(side) for side in zip(*rows)))
+    return LogitPair(*(side.bfloat16() for side in pair)) if draw(st.booleans()) else pair
 
 
-def random_pair(N: int, V: int, seed: int = 0, scale: float = 2.0) -> Pair:
+def random_pair(N: int, V: int, seed: int = 0, scale: float = 2.0) -> LogitPair:
     generator = torch.Generator().manual_seed(seed)
-    return Pair(*(scale * torch.randn(N, V, generator=generator) for _ in range(2)))
+    return LogitPair(*(scale * torch.randn(N, V, generator=generator) for _ in range(2)))
 
 
 def inside(log_theta: Tensor, log_teacher: Tensor, alpha: Tensor, form: str = "geometric") -> Tensor:

@@ -9,14 +9,14 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from helpers.strategies import ADVERSARIAL, Pair, mixtures, pairs, random_pair, temperatures
+from helpers.strategies import ADVERSARIAL, LogitPair, mixtures, pairs, random_pair, temperatures
 from optimal_sampling_trl.mixture import Mixture, MixtureRows, mix, mix_at
 from optimal_sampling_trl.mixture import dense as module
 from optimal_sampling_trl.mixture.dense import SCALARS, Measured, measure
 from optimal_sampling_trl.mixture.reference import reference, reference_dense
 
 
-def measured(pair: Pair, mixture: Mixture, temperature: float = 1.0, top_k: int = 0) -> Measured:
+def measured(pair: LogitPair, mixture: Mixture, temperature: float = 1.0, top_k: int = 0) -> Measured:
     """Measure rows as an engine does: at the α that it solved."""
     theta, teacher = (side.float() for side in pair)
     alpha, _ = mix(theta, teacher, mixture, temperature)
@@ -31,7 +31,7 @@ def assert_equal(got: Tensor, want: Tensor) -> None:
 
 @settings(max_examples=200)
 @given(pairs(("random", *ADVERSARIAL), least=2), mixtures(("kl_symmetry", "fixed", "entropy")), temperatures)
-def test_scalars_are_their_definitions(pair: Pair, mixture: Mixture, temperature: float) -> None:
+def test_scalars_are_their_definitions(pair: LogitPair, mixture: Mixture, temperature: float) -> None:
     want = reference_dense(*pair, mixture, temperature)
     got = measured(pair, mixture, temperature)
     alpha, _ = reference(*pair, mixture, temperature)
@@ -44,11 +44,11 @@ def test_scalars_are_their_definitions(pair: Pair, mixture: Mixture, temperature
 def test_scalars_by_hand() -> None:
     """θ = (1/2, 1/2, 0) and t = (1/2, 0, 1/2): q is the first token alone."""
     theta, teacher = torch.tensor([[0.0, 0.0, -math.inf]]), torch.tensor([[0.0, -math.inf, 0.0]])
-    found = dict(zip(SCALARS, measured(Pair(theta, teacher), Mixture()).scalars[0].tolist()))
+    found = dict(zip(SCALARS, measured(LogitPair(theta, teacher), Mixture()).scalars[0].tolist()))
     two = pytest.approx(math.log(2))
     infinite = {"kl_theta_teacher": math.inf, "kl_teacher_theta": math.inf}
     assert found == infinite | dict.fromkeys(SCALARS[2:6], two) | {"overlap": pytest.approx(0.5)}
-    whole = measured(Pair(theta, teacher), Mixture("fixed", form="arithmetic")).scalars[0]
+    whole = measured(LogitPair(theta, teacher), Mixture("fixed", form="arithmetic")).scalars[0]
     assert whole[SCALARS.index("kl_q_theta")] == math.inf
 
 
@@ -64,7 +64,7 @@ def test_likeliest_tokens(top_k: int) -> None:
 
 
 def test_a_large_vocabulary_in_bfloat16() -> None:
-    pair = Pair(*(side.bfloat16() for side in random_pair(2, 40_000, scale=4.0)))
+    pair = LogitPair(*(side.bfloat16() for side in random_pair(2, 40_000, scale=4.0)))
     want = reference_dense(*pair, Mixture())
     for column, name in enumerate(SCALARS):
         assert_equal(measured(pair, Mixture()).scalars[:, column], want[name])

@@ -9,13 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.strategies import Pair, pairs
+from helpers.strategies import LogitPair, pairs
 from optimal_sampling_trl.mixture import fold_eos, log_distributions
 
 
 @settings(max_examples=60)
 @given(pairs(kinds=("random", "masked", "shifted"), scale=5.0), st.data())
-def test_folding_keeps_the_mass(pair: Pair, data: st.DataObject) -> None:
+def test_folding_keeps_the_mass(pair: LogitPair, data: st.DataObject) -> None:
     teacher = torch.cat([pair.teacher.float(), torch.zeros(len(pair.teacher), 2)], 1)
     V = teacher.shape[1]
     theta_eos, *folded = data.draw(st.permutations(range(V)))[: data.draw(st.integers(2, min(V, 4)))]

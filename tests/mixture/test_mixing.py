@@ -24,7 +24,7 @@ from helpers.strategies import (
     BROKEN,
     RANGED,
     ROOTS,
-    Pair,
+    LogitPair,
     inside,
     kl,
     make_row,
@@ -101,7 +101,7 @@ def assert_row(
 
 @settings(max_examples=200)
 @given(pairs(), st.data())
-def test_every_row_meets_the_reference(pair: Pair, data: st.DataObject) -> None:
+def test_every_row_meets_the_reference(pair: LogitPair, data: st.DataObject) -> None:
     N = len(pair.theta)
     rows = data.draw(st.lists(mixtures(), min_size=N, max_size=N))
     temperature = data.draw(st.lists(temperatures, min_size=N, max_size=N))
@@ -116,7 +116,7 @@ def test_every_row_meets_the_reference(pair: Pair, data: st.DataObject) -> None:
 
 @settings(max_examples=100)
 @given(pairs(kinds=("random",), least=2, scale=2.0), mixtures(), temperatures)
-def test_random_rows_meet_the_tolerances_without_excuse(pair: Pair, mixture: Mixture, temperature: float) -> None:
+def test_random_rows_meet_the_tolerances_without_excuse(pair: LogitPair, mixture: Mixture, temperature: float) -> None:
     assume(mixture.epsilon > 0)  # at a budget of 0, KL(q‖θ) = α²·Var[ℓ]/2 is rounding up to an α of 1e-5
     alpha, log_q = mix(*pair, mixture, temperature)
     for n in range(len(alpha)):
@@ -129,7 +129,7 @@ def test_random_rows_meet_the_tolerances_without_excuse(pair: Pair, mixture: Mix
 @pytest.mark.parametrize(("N", "V_theta", "V_teacher"), [(1, 7, 7), (3, 151_936, 152_064), (2, 1000, 999)])
 def test_odd_shapes(N: int, V_theta: int, V_teacher: int, dtype: torch.dtype) -> None:
     theta, teacher = (row.to(dtype) for row in random_pair(N, max(V_theta, V_teacher)))
-    pair = Pair(theta[:, :V_theta], (theta + teacher)[:, :V_teacher])
+    pair = LogitPair(theta[:, :V_theta], (theta + teacher)[:, :V_teacher])
     for methods in (METHODS[:N], METHODS[-N:]):
         rows = [Mixture(method) for method in methods]
         alpha, log_q = mix(*pair, rows)
@@ -155,7 +155,7 @@ def test_one_token_is_certain() -> None:
 
 @settings(max_examples=60)
 @given(pairs(kinds=("random", "masked", "gaps"), scale=5.0), temperatures, st.sampled_from(RANGED))
-def test_the_ends_are_one_model_exactly(pair: Pair, temperature: float, method: str) -> None:
+def test_the_ends_are_one_model_exactly(pair: LogitPair, temperature: float, method: str) -> None:
     for row, end, other in ((pair.theta, 0.0, pair.teacher), (pair.teacher, 1.0, pair.theta)):
         sides = (row, other) if end == 0.0 else (other, row)
         alpha, log_q = mix(*sides, Mixture(method, end, end, end), temperature)
@@ -165,7 +165,7 @@ def test_the_ends_are_one_model_exactly(pair: Pair, temperature: float, method: 
 
 @settings(max_examples=60)
 @given(pairs(kinds=("random", *ADVERSARIAL)), mixtures(), temperatures)
-def test_log_q_is_normalised(pair: Pair, mixture: Mixture, temperature: float) -> None:
+def test_log_q_is_normalised(pair: LogitPair, mixture: Mixture, temperature: float) -> None:
     alpha, log_q = mix(*pair, mixture, temperature)
     solved = ~alpha.isnan()
     assert log_q[solved].logsumexp(-1).abs().max() < 1e-6 if bool(solved.any()) else True

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from helpers.strategies import RANGED, ROOTS, Pair, inside, kl, pairs, random_pair, share
+from helpers.strategies import RANGED, ROOTS, LogitPair, inside, kl, pairs, random_pair, share
 from optimal_sampling_trl.mixture import (
     FORMS,
     SAME_DIVERGENCE,
@@ -118,7 +118,7 @@ def test_trust_region_rises_with_its_budget() -> None:
 
 @settings(max_examples=60)
 @given(pairs(kinds=("random",), scale=3.0), st.sampled_from(["kl_symmetry", "ess_balance", "entropy"]), share, share)
-def test_teacher_and_student_change_places(pair: Pair, method: str, one: float, other: float) -> None:
+def test_teacher_and_student_change_places(pair: LogitPair, method: str, one: float, other: float) -> None:
     low, high = min(one, other), max(one, other)
     alpha, log_q = mix(pair.theta, pair.teacher, Mixture(method, low, high))
     swapped, swapped_log_q = mix(pair.teacher, pair.theta, Mixture(method, 1 - high, 1 - low))

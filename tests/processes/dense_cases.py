@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
-from helpers.strategies import ADVERSARIAL, BROKEN, Pair, make_row, mixtures, pairs, random_pair, temperatures
+from helpers.strategies import ADVERSARIAL, BROKEN, LogitPair, make_row, mixtures, pairs, random_pair, temperatures
 from optimal_sampling_trl.mixture import Mixture, MixtureRows, dense, fold_eos, mix, mix_at
 from optimal_sampling_trl.mixture.dense import SCALARS, Measured, measure
 from optimal_sampling_trl.mixture.kernels.dense import measure_rows
@@ -29,13 +29,13 @@ ENDS = [Mixture.theta_only(), Mixture.teacher_only()]
 FORMS = [*(Mixture(form=form) for form in ("geometric", "arithmetic")), Mixture("top_k_swap", swap_top_k=5)]
 
 
-def kernels(pair: Pair, mixed: Tensor | None, temperature: Tensor, top_k: int = 0, **more: Any) -> Measured:
+def kernels(pair: LogitPair, mixed: Tensor | None, temperature: Tensor, top_k: int = 0, **more: Any) -> Measured:
     chunk = SMALL if pair.theta.shape[1] < 10_000 else CHUNK
     on_device = [None if one is None else one.to(DEVICE) for one in (*pair, mixed, temperature)]
     return Measured(*(one.cpu() for one in measure_rows(*on_device, top_k, chunk=chunk, **more)))  # type: ignore[arg-type]
 
 
-def mixed_of(pair: Pair, rows: list[Mixture], temperature: Tensor) -> Tensor:
+def mixed_of(pair: LogitPair, rows: list[Mixture], temperature: Tensor) -> Tensor:
     """The mixed logits that an engine samples from, at α solved in float64."""
     V = min(side.shape[1] for side in pair)
     theta, teacher = (side[:, :V].float() for side in pair)
@@ -43,9 +43,9 @@ def mixed_of(pair: Pair, rows: list[Mixture], temperature: Tensor) -> Tensor:
     return mix_at(theta, teacher, alpha, MixtureRows.of(rows), temperature)
 
 
-def assert_scalars(got: Tensor, pair: Pair, rows: list[Mixture], temperature: Tensor) -> None:
+def assert_scalars(got: Tensor, pair: LogitPair, rows: list[Mixture], temperature: Tensor) -> None:
     for n, mixture in enumerate(rows):
-        one = Pair(*(side[n : n + 1] for side in pair))
+        one = LogitPair(*(side[n : n + 1] for side in pair))
         alpha = float(reference(*one, mixture, float(temperature[n]))[0])
         if alpha in (0, 1) or 1e-4 < alpha < 1 - 1e-4:  # others round to an end in float32; NaN has no numbers
             wanted = reference_dense(*one, mixture, float(temperature[n]))
@@ -55,7 +55,7 @@ def assert_scalars(got: Tensor, pair: Pair, rows: list[Mixture], temperature: Te
 
 @settings(max_examples=200 if GPU else 30, suppress_health_check=list(HealthCheck), deadline=None)
 @given(pairs(("random", *ADVERSARIAL), least=2), mixtures(("kl_symmetry", "fixed", "entropy")), temperatures)
-def test_scalars_are_their_definitions(pair: Pair, mixture: Mixture, temperature: float) -> None:
+def test_scalars_are_their_definitions(pair: LogitPair, mixture: Mixture, temperature: float) -> None:
     rows, scale = [mixture] * len(pair.theta), torch.full((len(pair.theta),), temperature)
     got = kernels(pair, mixed_of(pair, rows, scale), scale)
     assert_scalars(got.scalars, pair, rows, scale.double())
@@ -67,22 +67,22 @@ def test_scalars_are_their_definitions(pair: Pair, mixture: Mixture, temperature
 def test_a_few_rows_of_padded_vocabularies_with_endings(V_theta: int, V_teacher: int, dtype: torch.dtype) -> None:
     """Rows of both forms and both ends, out of order, of which others are not read; one end's mass is moved."""
     base, noise = random_pair(6, max(V_theta, V_teacher), scale=3.0)
-    pair = Pair((0.7 * base + noise / 2)[:, :V_theta].to(dtype), base[:, :V_teacher].to(dtype))
+    pair = LogitPair((0.7 * base + noise / 2)[:, :V_theta].to(dtype), base[:, :V_teacher].to(dtype))
     pair.teacher[:, [7, 60]] = 9.0
     rows, asked = [ENDS[0], FORMS[0], ENDS[1], FORMS[1], FORMS[1], FORMS[0]], torch.tensor([3, 0, 5, 2])
     temperature = torch.tensor([1.0, 0.5, 2.0, 0.7, 1.0, 1.3])
-    folded = Pair(pair.theta.float(), fold_eos(pair.teacher.float(), (7, 60), 20))
+    folded = LogitPair(pair.theta.float(), fold_eos(pair.teacher.float(), (7, 60), 20))
     mixed = mixed_of(folded, rows, temperature)
     mixed, broken = torch.nn.functional.pad(mixed, (0, 3), value=-torch.inf), torch.tensor([1, 4])
     for side in (*pair, mixed):
         side[broken] = math.nan
     got = kernels(pair, mixed, temperature, 40, rows=asked.to(DEVICE), stop=(20, 3), folded=(7, 60))
-    kept = Pair(*(side[asked] for side in folded))
+    kept = LogitPair(*(side[asked] for side in folded))
     assert_scalars(got.scalars, kept, [rows[n] for n in asked], temperature[asked])
     assert_likeliest(got, kept, temperature[asked], 40)
 
 
-def assert_likeliest(got: Measured, pair: Pair, temperature: Tensor, top_k: int) -> None:
+def assert_likeliest(got: Measured, pair: LogitPair, temperature: Tensor, top_k: int) -> None:
     """The tokens have the largest logits in falling order, each once; among equal ones any may stand."""
     V = min(side.shape[1] for side in pair)
     both = [torch.log_softmax(side[:, :V].double() / temperature[:, None], -1) for side in pair]
@@ -99,7 +99,7 @@ def assert_likeliest(got: Measured, pair: Pair, temperature: Tensor, top_k: int)
 def test_likeliest_tokens_with_ties_and_tokens_without_mass(top_k: int, dtype: torch.dtype) -> None:
     """Rounded logits tie often; of a row with three tokens the others are still named, each once."""
     theta, teacher = random_pair(5, 300)
-    pair, temperature = Pair(theta.round().to(dtype), teacher.to(dtype)), torch.tensor([1.0, 0.5, 2.0, 0.7, 1.0])
+    pair, temperature = LogitPair(theta.round().to(dtype), teacher.to(dtype)), torch.tensor([1.0, 0.5, 2.0, 0.7, 1.0])
     pair.theta[1, 3:], pair.teacher[2, :-3] = -torch.inf, -torch.inf
     pair.theta[3], pair.theta[4, 100:] = 1.0, -1e30
     assert_likeliest(kernels(pair, None, temperature, top_k), pair, temperature, top_k)
@@ -140,7 +140,7 @@ def test_no_rows_and_bad_rows() -> None:
     got = kernels(random_pair(0, 30), torch.zeros(0, 30), torch.ones(0), 2)
     assert [tuple(one.shape) for one in got] == [(0, 7), (0, 4), (0, 4), (0, 4)]
     with pytest.raises(ValueError, match="measure_rows: 4 rows of the student's logits, 3 of the teacher's"):
-        kernels(Pair(torch.zeros(4, 9), torch.zeros(3, 9)), None, torch.ones(4), 2)
+        kernels(LogitPair(torch.zeros(4, 9), torch.zeros(3, 9)), None, torch.ones(4), 2)
 
 
 @pytest.mark.skipif(not GPU, reason="a CUDA graph needs a GPU")

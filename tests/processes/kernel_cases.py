@@ -23,7 +23,7 @@ from helpers.strategies import (
     BROKEN,
     RANGED,
     ROOTS,
-    Pair,
+    LogitPair,
     inside,
     make_row,
     mixtures,
@@ -65,7 +65,7 @@ MASKED = torch.tensor([[True], [False], [True]])
 
 
 def run(
-    pair: Pair, rows: list[Mixture], temperature: list[float] | None = None, chunk: int = SMALL, **more: Any
+    pair: LogitPair, rows: list[Mixture], temperature: list[float] | None = None, chunk: int = SMALL, **more: Any
 ) -> MixedLogits:
     if temperature is not None:
         more["temperature"] = torch.tensor(temperature, device=DEVICE)
@@ -74,7 +74,7 @@ def run(
     return MixedLogits(*(value.cpu() for value in out))
 
 
-def assert_rows(pair: Pair, rows: list[Mixture], temperature: list[float], got: MixedLogits) -> None:
+def assert_rows(pair: LogitPair, rows: list[Mixture], temperature: list[float], got: MixedLogits) -> None:
     V = min(pair.theta.shape[1], pair.teacher.shape[1])
     log_theta, log_teacher = log_distributions(*pair, torch.tensor(temperature))
     assert got.logits.shape == pair.teacher.shape
@@ -100,16 +100,16 @@ def assert_rows(pair: Pair, rows: list[Mixture], temperature: list[float], got: 
         assert_logits(got.logits[one, :V], pair, one, V, alpha, row, exact)
 
 
-def assert_each_as_alone(pair: Pair, rows: list[Mixture]) -> None:
+def assert_each_as_alone(pair: LogitPair, rows: list[Mixture]) -> None:
     together = run(pair, rows)
     for n, mixture in enumerate(rows):
-        alone = run(Pair(*(side[n : n + 1] for side in pair)), [mixture])
+        alone = run(LogitPair(*(side[n : n + 1] for side in pair)), [mixture])
         assert torch.allclose(alone.alpha, together.alpha[n : n + 1], rtol=0, atol=1e-6)
         assert torch.allclose(alone.logits, together.logits[n : n + 1], rtol=0, atol=1e-5)
 
 
 def assert_logits(
-    logits: Tensor, pair: Pair, one: slice, V: int, alpha: Tensor, row: MixtureRows, temperature: float
+    logits: Tensor, pair: LogitPair, one: slice, V: int, alpha: Tensor, row: MixtureRows, temperature: float
 ) -> None:
     """The mixed logits in float64, to float32's rounding; of the arithmetic form, that of the normalisers too."""
     theta, teacher = (side[one, :V].double() for side in pair)
@@ -125,7 +125,7 @@ def assert_logits(
 
 @settings(max_examples=300 if GPU else 40, suppress_health_check=list(HealthCheck))
 @given(pairs(), st.data())
-def test_every_row_meets_the_reference(pair: Pair, data: st.DataObject) -> None:
+def test_every_row_meets_the_reference(pair: LogitPair, data: st.DataObject) -> None:
     N = len(pair.theta)
     rows = data.draw(st.lists(mixtures(), min_size=N, max_size=N))
     temperature = data.draw(st.lists(temperatures, min_size=N, max_size=N))
@@ -137,30 +137,30 @@ def test_every_row_meets_the_reference(pair: Pair, data: st.DataObject) -> None:
 def test_every_method_at_once_in_wide_rows(V_theta: int, V_teacher: int, dtype: torch.dtype) -> None:
     rows = [*map(Mixture, METHODS), *ARITHMETIC, *SWAPS]
     base, noise = random_pair(len(rows), max(V_theta, V_teacher), scale=3.0)
-    pair = Pair((0.7 * base + noise / 2)[:, :V_theta].to(dtype), base[:, :V_teacher].to(dtype))
+    pair = LogitPair((0.7 * base + noise / 2)[:, :V_theta].to(dtype), base[:, :V_teacher].to(dtype))
     for temperature in (1.0, 0.3, 2.0):
         assert_rows(pair, rows, [temperature] * len(rows), run(pair, rows, [temperature] * len(rows)))
 
 
-def wide_row(kind: str, V: int, spread: float, generator: torch.Generator) -> Pair:
+def wide_row(kind: str, V: int, spread: float, generator: torch.Generator) -> LogitPair:
     theta = 3 * torch.randn(V, generator=generator)
     noise = torch.randn(V, generator=generator)
     if kind == "near":
-        return Pair(theta, theta + spread * noise)
+        return LogitPair(theta, theta + spread * noise)
     if kind == "near, a multiple apart":
-        return Pair(theta, theta + spread * noise + 40.0)
+        return LogitPair(theta, theta + spread * noise + 40.0)
     if kind == "peaked":  # both are sure of one token; the rest decides
         theta[V // 2] = 12 + 10 * spread
         teacher = theta + 2 * noise
         teacher[V // 2] = theta[V // 2] + spread
-        return Pair(theta, teacher)
+        return LogitPair(theta, teacher)
     if kind == "peaked apart":
         teacher = theta + noise
         teacher[V // 3], theta[V // 2] = 25.0, 20.0
-        return Pair(theta, teacher)
+        return LogitPair(theta, teacher)
     if kind == "grammar":  # nearly all of the student's mass is ruled out
         allowed = torch.rand(V, generator=generator) < 0.05
-        return Pair(theta, (theta + noise).masked_fill(~allowed, -torch.inf))
+        return LogitPair(theta, (theta + noise).masked_fill(~allowed, -torch.inf))
     return make_row(kind, V, 20 * spread + 1, generator)
 
 
@@ -177,7 +177,9 @@ WIDE = ("near", "near, a multiple apart", "peaked", "peaked apart", "grammar", "
 def test_hard_rows(method: str, form: str, kind: str, V: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(5)
     spreads = (1e-4, 1e-3, 1e-2, 0.1, 1.0) if GPU else (1e-3, 0.1, 1.0)  # interpreted, each takes its time
-    pair = Pair(*(torch.stack(side).to(dtype) for side in zip(*(wide_row(kind, V, s, generator) for s in spreads))))
+    pair = LogitPair(
+        *(torch.stack(side).to(dtype) for side in zip(*(wide_row(kind, V, s, generator) for s in spreads)))
+    )
     settings = ({}, {"epsilon": 1e-5}, {"alpha_min": 0.2, "alpha_max": 0.7})
     ranges = [Mixture(method, form=form, **one) for one in settings]
     for temperature, mixture in zip((1.0, 0.3, 2.0), ranges):
@@ -193,7 +195,7 @@ def test_certain_models_that_disagree(method: str, gap: float) -> None:
     theta, teacher = base.clone(), base + noise
     theta[:, 3], teacher[:, 3] = gap, torch.tensor([0.0, -gap, gap / 2])
     theta[:, 190], teacher[:, 190] = torch.tensor([0.0, -gap / 3, 0.0]), gap
-    pair, rows = Pair(theta, teacher), [Mixture(method), Mixture(method, alpha_min=0.1, alpha_max=0.9)]
+    pair, rows = LogitPair(theta, teacher), [Mixture(method), Mixture(method, alpha_min=0.1, alpha_max=0.9)]
     for mixture, temperature in zip(rows, (1.0, 0.3125)):
         assert_rows(pair, [mixture] * 3, [temperature] * 3, run(pair, [mixture] * 3, [temperature] * 3))
 
@@ -201,7 +203,7 @@ def test_certain_models_that_disagree(method: str, gap: float) -> None:
 @pytest.mark.parametrize("method", ROOTS)
 def test_a_symmetric_row_is_not_taken_for_a_smooth_one(method: str) -> None:
     """Half the mass of each is nothing to the other, and between the nodes the mixture is sure of the rest."""
-    pair = Pair(torch.tensor([[0.0, 60.0, -60.0, 60.0]]), torch.tensor([[-60.0, -60.0, 60.0, 60.0]]))
+    pair = LogitPair(torch.tensor([[0.0, 60.0, -60.0, 60.0]]), torch.tensor([[-60.0, -60.0, 60.0, 60.0]]))
     for temperature in (0.3, 1.0, 2.0):
         assert_rows(pair, [Mixture(method)], [temperature], run(pair, [Mixture(method)], [temperature]))
 
@@ -213,14 +215,14 @@ def test_near_equal_rows_are_solved_down_to_the_stated_divergence(method: str) -
     ratio = torch.tensor([[3.0, -1.0]], dtype=torch.float64)
     factor = torch.tensor([[4.0], [0.25]], dtype=torch.float64)
     teacher = theta + torch.sqrt(factor * SAME_DIVERGENCE / variance) * ratio
-    got = run(Pair(theta.float(), teacher.float()), [Mixture(method, alpha_max=0.2)] * 2)
+    got = run(LogitPair(theta.float(), teacher.float()), [Mixture(method, alpha_max=0.2)] * 2)
     assert got.alpha.tolist() == pytest.approx([0.2, 0.1])
 
 
 def test_the_sums_normalise_the_rows() -> None:
     theta, teacher = random_pair(4, 300, scale=4.0)
     temperature = [0.3, 1.0, 1.7, 2.0]
-    got = run(Pair(theta[:, :290], teacher), [Mixture("fixed")] * 4, temperature)
+    got = run(LogitPair(theta[:, :290], teacher), [Mixture("fixed")] * 4, temperature)
     scale = torch.tensor(temperature)[:, None].double()
     for logits, total in ((theta, got.theta_sum), (teacher, got.teacher_sum)):
         assert (total.double() - (logits[:, :290].double() / scale).logsumexp(-1)).abs().max() < 1e-5
@@ -233,9 +235,9 @@ def test_endings_are_folded_before_the_temperature(mixture: Mixture, folded: tup
     teacher[0, list(folded)] = 9.0
     teacher[1, [100, *folded]] = -torch.inf
     rows, temperature = [mixture] * 4, [1.0, 0.5, 2.0, 0.7]
-    got = run(Pair(theta, teacher), rows, temperature, stop=(100, 5), folded=folded)
+    got = run(LogitPair(theta, teacher), rows, temperature, stop=(100, 5), folded=folded)
     by_hand = fold_eos(teacher, folded, 100)
-    assert_rows(Pair(theta, by_hand), rows, temperature, got)
+    assert_rows(LogitPair(theta, by_hand), rows, temperature, got)
     total = (by_hand.double() / torch.tensor(temperature)[:, None]).logsumexp(-1)
     assert (got.teacher_sum - total).abs().max() < 1e-5
 
@@ -247,7 +249,7 @@ def test_a_grammar_holds_at_any_alpha(alpha: float, form: str) -> None:
     ruled_out = torch.rand(3, 130, generator=torch.Generator().manual_seed(0)) < 0.7
     teacher = teacher.masked_fill(ruled_out, -torch.inf)
     rows = [Mixture("fixed", alpha_min=alpha, alpha_max=alpha, fixed_alpha=alpha, form=form)] * 3
-    pair = Pair(rule_out(theta, teacher, MASKED), teacher)
+    pair = LogitPair(rule_out(theta, teacher, MASKED), teacher)
     got = run(pair, rows)
     assert_rows(pair, rows, [1.0] * 3, got)
     assert torch.equal(got.logits[[0, 2]].isneginf(), ruled_out[[0, 2]])
@@ -260,11 +262,11 @@ def test_a_grammar_holds_at_any_alpha(alpha: float, form: str) -> None:
 )
 def test_broken_rows_end_and_spoil_no_other(kind: str, mixture: Mixture) -> None:
     theta, teacher = random_pair(5, 150)
-    clean = run(Pair(theta, teacher), [mixture] * 5, stop=(90, 3))
+    clean = run(LogitPair(theta, teacher), [mixture] * 5, stop=(90, 3))
     generator = torch.Generator().manual_seed(2)
     for n, scale in ((1, 1.0), (3, 5.0)):
         theta[n], teacher[n] = make_row(kind, 150, scale, generator)
-    got = run(Pair(theta, teacher), [mixture] * 5, stop=(90, 3))
+    got = run(LogitPair(theta, teacher), [mixture] * 5, stop=(90, 3))
     assert got.alpha.isnan().tolist() == [False, True, False, True, False]
     for before, after in zip(clean, got):
         assert torch.equal(before[[0, 2, 4]], after[[0, 2, 4]])
@@ -280,12 +282,12 @@ def test_without_a_common_token_only_the_ends_have_a_solution() -> None:
     theta[:, 50:], teacher[:, :50] = -torch.inf, -torch.inf
     rows = [*map(Mixture, ("kl_symmetry", "ess_balance", "trust_region", "fixed"))]
     rows += [Mixture.theta_only(), Mixture.teacher_only()]
-    got = run(Pair(theta, teacher), rows)
+    got = run(LogitPair(theta, teacher), rows)
     assert got.alpha.isnan().tolist() == [True] * 4 + [False] * 2
     assert torch.equal(got.logits[4], theta[4])
     assert torch.equal(got.logits[5], teacher[5])
     assert bool((got.logits[:4] == 0).all())  # no ending is known
-    got = run(Pair(theta, teacher), [*ARITHMETIC, ARITHMETIC[0]])
+    got = run(LogitPair(theta, teacher), [*ARITHMETIC, ARITHMETIC[0]])
     assert got.alpha[1] == 0  # of the trust region: KL(q‖θ) is infinite at any other
     assert torch.equal(got.logits[1], theta[1])
     assert got.alpha[4] == 1  # of the gate: the student's entropy is above its scale
@@ -297,16 +299,16 @@ def test_rows_of_both_forms_share_a_batch() -> None:
     """A row does not depend on the forms of its neighbours, which choose between two builds of the kernels."""
     theta, teacher = random_pair(8, 200)
     rows = [*ARITHMETIC, *map(Mixture, ("kl_symmetry", "ess_balance", "trust_region", "fixed"))]
-    assert_each_as_alone(Pair(theta, teacher), rows)
+    assert_each_as_alone(LogitPair(theta, teacher), rows)
 
 
 def test_rows_may_lie_apart_and_padding_is_ignored() -> None:
     theta, teacher = random_pair(8, 200)
     rows = [Mixture(METHODS[n % 4]) for n in range(8)]
-    want = run(Pair(theta, teacher), rows)
+    want = run(LogitPair(theta, teacher), rows)
     wide = torch.full((16, 230), math.nan)
     wide[::2, :200] = theta
-    got = run(Pair(wide[::2], teacher), rows)
+    got = run(LogitPair(wide[::2], teacher), rows)
     for one, other in zip(want, got):
         assert torch.equal(one, other)
     table = torch.tensor([mixture.numbers() for mixture in rows], dtype=torch.float64, device=DEVICE)
@@ -323,9 +325,9 @@ def test_no_rows() -> None:
 def test_what_would_be_read_wrongly_is_refused() -> None:
     theta, teacher = random_pair(4, 30)
     with pytest.raises(ValueError, match=r"mix_logits: 4 rows of the student's logits, 3 of the teacher's"):
-        run(Pair(theta, teacher[:3]), [Mixture()] * 4)
+        run(LogitPair(theta, teacher[:3]), [Mixture()] * 4)
     with pytest.raises(ValueError, match=r"logits of a row of `teacher` lie \d+ numbers apart; wanted 1.*contiguous"):
-        run(Pair(theta, torch.randn(30, 30).T[:4]), [Mixture()] * 4)
+        run(LogitPair(theta, torch.randn(30, 30).T[:4]), [Mixture()] * 4)
 
 
 @pytest.mark.skipif(not GPU, reason="mix() takes the kernels on a GPU alone")
@@ -367,7 +369,7 @@ def test_a_grammar_that_leaves_the_student_no_token() -> None:
     teacher = torch.full((3, 300), -torch.inf)
     teacher[:, 5:9] = 0.0
     rows = [Mixture.theta_only(), Mixture.theta_only(), Mixture.teacher_only()]
-    got = run(Pair(rule_out(theta, teacher, MASKED), teacher), rows, stop=(7,))
+    got = run(LogitPair(rule_out(theta, teacher, MASKED), teacher), rows, stop=(7,))
     assert got.alpha.isnan().tolist() == [True, False, True]
     assert not bool(got.logits.log_softmax(-1).isnan().any())
     assert got.logits[0].argmax() == 7
@@ -408,8 +410,8 @@ def test_the_gate_opens_with_the_entropy_of_the_student(form: str) -> None:
     rows = [Mixture("entropy_gate", form=form, entropy_scale=scale) for scale in (6.0, 5.0, 9.0, 1e-3, 2.0, 2.0, 0.5)]
     rows.append(Mixture(form=form))
     for temperature in (1.0, 0.4):
-        got = run(Pair(theta, teacher), rows, [temperature] * 8)
-        assert_rows(Pair(theta, teacher), rows, [temperature] * 8, got)
+        got = run(LogitPair(theta, teacher), rows, [temperature] * 8)
+        assert_rows(LogitPair(theta, teacher), rows, [temperature] * 8, got)
         assert 0 < float(got.alpha[2]) < 1 == float(got.alpha[3])
 
 
@@ -419,7 +421,9 @@ def test_swapped_rows(kind: str, dtype: torch.dtype) -> None:
     """Ties at the K-th logit (bfloat16, gaps), tokens without mass, and nearly all or nothing outside of S."""
     generator = torch.Generator().manual_seed(3)
     rows = [Mixture("top_k_swap", swap_top_k=K) for K in (1, 2, 25, 199, 200, 10_000)]
-    pair = Pair(*(torch.stack(side).to(dtype) for side in zip(*(wide_row(kind, 200, 1.0, generator) for _ in rows))))
+    pair = LogitPair(
+        *(torch.stack(side).to(dtype) for side in zip(*(wide_row(kind, 200, 1.0, generator) for _ in rows)))
+    )
     for temperature in (1.0, 0.3, 2.0):
         got = run(pair, rows, [temperature] * len(rows))
         assert_rows(pair, rows, [temperature] * len(rows), got)
@@ -433,7 +437,7 @@ def test_an_ending_that_is_the_kth_likeliest_is_kept(dtype: torch.dtype) -> None
     theta, teacher = (side.to(dtype) for side in random_pair(40, 130, scale=0.2))
     teacher[:, :3] = 10.0  # likelier than the ending
     teacher[:, [100, 7, 30]] = 5.0 + torch.rand(40, 3, generator=torch.Generator().manual_seed(1)).to(dtype)
-    got = run(Pair(theta, teacher), [Mixture("top_k_swap", swap_top_k=4)] * 40, stop=(100,), folded=(7, 30))
+    got = run(LogitPair(theta, teacher), [Mixture("top_k_swap", swap_top_k=4)] * 40, stop=(100,), folded=(7, 30))
     p = theta.double().softmax(-1)
     assert torch.allclose(got.alpha.double(), 1 - p[:, [0, 1, 2, 100]].sum(-1), atol=1e-5)
 
@@ -442,14 +446,14 @@ def test_swapped_rows_share_a_batch() -> None:
     """A row does not depend on its neighbours, which choose between builds of the kernels."""
     theta, teacher = random_pair(9, 200)
     rows = [*SWAPS[:2], Mixture(), ARITHMETIC[0], SWAPS[2], Mixture("ess_balance"), ARITHMETIC[1], *ENDS]
-    assert_each_as_alone(Pair(theta, teacher), rows)
+    assert_each_as_alone(LogitPair(theta, teacher), rows)
 
 
 def test_a_grammar_holds_where_a_token_is_swapped() -> None:
     theta, teacher = random_pair(3, 130)
     ruled_out = torch.rand(3, 130, generator=torch.Generator().manual_seed(0)) < 0.7
     teacher = teacher.masked_fill(ruled_out, -torch.inf)
-    pair = Pair(rule_out(theta, teacher, MASKED), teacher)
+    pair = LogitPair(rule_out(theta, teacher, MASKED), teacher)
     rows = [Mixture("top_k_swap", swap_top_k=K) for K in (5, 25, 130)]
     got = run(pair, rows)
     assert_rows(pair, rows, [1.0] * 3, got)

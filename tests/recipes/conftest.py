@@ -8,5 +8,5 @@ import pair as embedded
 
 
 @pytest.fixture(scope="module")
-def made() -> embedded.Pair:
+def made() -> embedded.PairFolders:
     return embedded.make_pair()

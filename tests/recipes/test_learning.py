@@ -16,14 +16,14 @@ from helpers.learning import BANDS, DEMO, STACK, end_of_demo, end_of_stack
 
 
 @pytest.mark.parametrize("arm", DEMO)
-def test_a_run_of_the_demo_ends_in_its_band(made: embedded.Pair, tmp_path: Path, arm: str) -> None:
+def test_a_run_of_the_demo_ends_in_its_band(made: embedded.PairFolders, tmp_path: Path, arm: str) -> None:
     """RAFT on the mixture, and GRPO with half of each group from it, on the transformers backend."""
     band, end = BANDS[arm], end_of_demo(made, tmp_path, arm, seed=0)
     assert band.low <= end <= band.high, f"ended at {end:.3f}, wanted {band.low:.3f} to {band.high:.3f}"
 
 
 @pytest.mark.parametrize("arm", STACK)
-def test_a_stacks_runs_end_in_their_band(made: embedded.Pair, tmp_path: Path, arm: str) -> None:
+def test_a_stacks_runs_end_in_their_band(made: embedded.PairFolders, tmp_path: Path, arm: str) -> None:
     """Distillation and filtered imitation on the mixture's samples, by the package's solver and losses."""
     band = BANDS[arm]
     end = mean(end_of_stack(made, tmp_path, arm, band.runs))

@@ -19,7 +19,7 @@ from helpers.paths import RECIPES
 from helpers.recipes import LAUNCHERS, PYTHON, logs, need_vllm, run, run_failing, train
 
 
-def check_training(name: str, made: embedded.Pair, tmp_path: Path) -> None:
+def check_training(name: str, made: embedded.PairFolders, tmp_path: Path) -> None:
     output = train(name, made, tmp_path)
     entries = [entry for entry in logs(output) if "alpha/mean" in entry]
     assert len(entries) == 2, output
@@ -39,23 +39,23 @@ def check_training(name: str, made: embedded.Pair, tmp_path: Path) -> None:
     assert any(not before[name].equal(after[name]) for name in before)
 
 
-def test_grpo(made: embedded.Pair, tmp_path: Path) -> None:
+def test_grpo(made: embedded.PairFolders, tmp_path: Path) -> None:
     check_training("grpo", made, tmp_path)
 
 
-def test_rloo(made: embedded.Pair, tmp_path: Path) -> None:
+def test_rloo(made: embedded.PairFolders, tmp_path: Path) -> None:
     check_training("rloo", made, tmp_path)
 
 
-def test_raft(made: embedded.Pair, tmp_path: Path) -> None:
+def test_raft(made: embedded.PairFolders, tmp_path: Path) -> None:
     check_training("raft", made, tmp_path)
 
 
-def test_distill(made: embedded.Pair, tmp_path: Path) -> None:
+def test_distill(made: embedded.PairFolders, tmp_path: Path) -> None:
     check_training("distill", made, tmp_path)
 
 
-def test_demo(made: embedded.Pair, tmp_path: Path) -> None:
+def test_demo(made: embedded.PairFolders, tmp_path: Path) -> None:
     output = run("demo.py", "--steps", 2, "--backend", "transformers", "--output", tmp_path)
     assert "Rollouts of the mixture come from transformers" in output
     rows = re.findall(r"^(.+?) +\d+\.\d% +\d+\.\d% +256 +\d+$", output, re.MULTILINE)
@@ -77,7 +77,7 @@ def test_guessing_game(tmp_path: Path) -> None:
         assert re.search(rf"^{who} +finds \d+% of the numbers$", output, re.MULTILINE), output
 
 
-def test_pair(made: embedded.Pair, tmp_path: Path) -> None:
+def test_pair(made: embedded.PairFolders, tmp_path: Path) -> None:
     output = run("pair.py")
     assert output.startswith(str(embedded.DEFAULT))
     assert re.search(r"^teacher +192,480 +9\d\.\d+% ", output, re.MULTILINE)
@@ -86,7 +86,7 @@ def test_pair(made: embedded.Pair, tmp_path: Path) -> None:
         assert [json.loads(row) for row in rows] == [{"prompt": text} for text in embedded.prompts(split, count, 1)]
 
 
-def sample(made: embedded.Pair, folder: Path) -> str:
+def sample(made: embedded.PairFolders, folder: Path) -> str:
     """Return what sample.py prints: its YAML with the made pair, 4 completions of each of 32 prompts, in 3 shards."""
     named = {
         "config": RECIPES / "sample.yaml",
@@ -102,7 +102,7 @@ def sample(made: embedded.Pair, folder: Path) -> str:
     return run("sample.py", *(part for flag, value in named.items() for part in (f"--{flag}", value)))
 
 
-def test_sample(made: embedded.Pair, tmp_path: Path) -> None:
+def test_sample(made: embedded.PairFolders, tmp_path: Path) -> None:
     """The second time it goes on: only the shard that is gone is written."""
     from optimal_sampling_trl import load_rollouts
 
@@ -123,7 +123,7 @@ def test_sample(made: embedded.Pair, tmp_path: Path) -> None:
         assert (path.stat().st_mtime_ns == time) == (path != gone)
 
 
-def test_sft(made: embedded.Pair, tmp_path: Path) -> None:
+def test_sft(made: embedded.PairFolders, tmp_path: Path) -> None:
     from optimal_sampling_trl import load_rollouts
 
     sample(made, tmp_path / "rollouts")
@@ -147,7 +147,7 @@ def test_sft(made: embedded.Pair, tmp_path: Path) -> None:
     assert any(not p.equal(q) for p, q in zip(saved.parameters(), start.parameters(), strict=True))
 
 
-def test_smollm2(made: embedded.Pair, tmp_path: Path) -> None:
+def test_smollm2(made: embedded.PairFolders, tmp_path: Path) -> None:
     """A small Llama in GGUF, 4 bits a weight as the package's: what is unpacked is what the quantised weights say."""
     gguf = pytest.importorskip("gguf")
     wanted = write_gguf(gguf, tmp_path / "small.gguf")
@@ -211,7 +211,7 @@ def write_gguf(gguf: Any, path: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("teacher", ["its folder", pytest.param("student", marks=pytest.mark.engine)])
-def test_prompt_distillation(made: embedded.Pair, tmp_path: Path, teacher: str) -> None:
+def test_prompt_distillation(made: embedded.PairFolders, tmp_path: Path, teacher: str) -> None:
     """A small chat model with the system prompt teaches itself: the student is measured, learns, and is saved. As its
     own teacher it is sampled in the engine."""
     if teacher == "student":
@@ -243,7 +243,7 @@ def test_prompt_distillation(made: embedded.Pair, tmp_path: Path, teacher: str) 
     assert any(not p.equal(q) for p, q in zip(before.parameters(), after.parameters(), strict=True))
 
 
-def test_a_split_that_is_not_there_is_refused_with_words(made: embedded.Pair, tmp_path: Path) -> None:
+def test_a_split_that_is_not_there_is_refused_with_words(made: embedded.PairFolders, tmp_path: Path) -> None:
     """A file has one split, and an evaluation asks for another."""
     prompts = Path(made.teacher).parent / "data" / "train.jsonl"
     flags = ("--config", RECIPES / "distill.yaml", "--dataset_name", prompts, "--output_dir", tmp_path)
@@ -255,7 +255,7 @@ def test_a_split_that_is_not_there_is_refused_with_words(made: embedded.Pair, tm
 
 @pytest.mark.engine
 @pytest.mark.parametrize("name", ["grpo", "raft", "distill"])
-def test_the_yaml_on_vllm(name: str, made: embedded.Pair, tmp_path: Path) -> None:
+def test_the_yaml_on_vllm(name: str, made: embedded.PairFolders, tmp_path: Path) -> None:
     need_vllm()
     output = train(name, made, tmp_path, "--backend", "vllm", launcher=PYTHON)
     assert f"The model is in {tmp_path / 'trained'}, trained by 1 process(es)." in output
@@ -263,7 +263,7 @@ def test_the_yaml_on_vllm(name: str, made: embedded.Pair, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_two_processes(made: embedded.Pair, tmp_path: Path, launcher: str) -> None:
+def test_two_processes(made: embedded.PairFolders, tmp_path: Path, launcher: str) -> None:
     """The lines in accelerate/ddp.yaml, and the command with a profile: two ranks with one group of 8 each, gloo, on a
     CPU. Judged by what is printed and saved, since torch may abort at exit after all work was done."""
     output = train("grpo", made, tmp_path, "--per_device_train_batch_size", 8, launcher=LAUNCHERS[launcher])

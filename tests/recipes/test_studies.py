@@ -76,7 +76,7 @@ def test_horizon(tmp_path: Path) -> None:
     assert all(row["stack"] == 1 and not row["stopped"] for row in alone)
 
 
-def test_presets(made: embedded.Pair, tmp_path: Path) -> None:
+def test_presets(made: embedded.PairFolders, tmp_path: Path) -> None:
     """A stack of the first arms and a run on the pair, and their report."""
     ladder = tmp_path / "ladder" / "sums-40"
     for name in ("teacher-50", "student-2"):
@@ -93,7 +93,7 @@ def test_presets(made: embedded.Pair, tmp_path: Path) -> None:
     assert (tmp_path / "presets.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_an_arm_is_timed_on_the_pair(made: embedded.Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_arm_is_timed_on_the_pair(made: embedded.PairFolders, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(presets, "SHORT", 1)
     monkeypatch.setattr(presets, "LONG", 3)
     (line,) = presets.seconds_on_pair("GRPO")
@@ -101,7 +101,7 @@ def test_an_arm_is_timed_on_the_pair(made: embedded.Pair, monkeypatch: pytest.Mo
     assert line == {"task": "pair", "arm": "GRPO", "device": "cpu"}
 
 
-def test_past_the_teacher(made: embedded.Pair, tmp_path: Path) -> None:
+def test_past_the_teacher(made: embedded.PairFolders, tmp_path: Path) -> None:
     """A stack of the first arms on models that are there under the ladder's names, and its report."""
     ladder = tmp_path / "ladder" / "sums-20"
     for name in ("teacher-50", "student-2"):
@@ -118,7 +118,7 @@ def test_past_the_teacher(made: embedded.Pair, tmp_path: Path) -> None:
     assert (tmp_path / "past_the_teacher.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_probe_places(made: embedded.Pair, tmp_path: Path) -> None:
+def test_probe_places(made: embedded.PairFolders, tmp_path: Path) -> None:
     """Three places of a ladder that holds the embedded pair alone; more are in the runs, and have no models here."""
     for name in ("teacher-50", "teacher-80", "student-2", "student-0"):
         (tmp_path / "many-16").mkdir(exist_ok=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import trl
 from transformers import AutoTokenizer
 
 from helpers.models import make_model
@@ -27,9 +30,22 @@ from helpers.training import (
 from optimal_sampling_trl import Dense, Mixture
 from optimal_sampling_trl.rollouts.rollout import RECORDS
 from optimal_sampling_trl.trainers.engines import seam
+from optimal_sampling_trl.trainers.mixture_trainer import MixtureTrainer
 
 RL = ("grpo", "rloo")
+THEIRS = (trl.GRPOTrainer, trl.RLOOTrainer, trl.DistillationTrainer)
 SERVED: dict[str, Any] = {"generator": {"backend": "auto"}, "vllm_mode": "server"}
+
+
+def test_the_docstring_lists_what_is_overridden() -> None:
+    overridden = {
+        name
+        for base in MixtureTrainer.__mro__[:-1]
+        for name, value in vars(base).items()
+        if inspect.isfunction(value) and any(hasattr(trainer, name) for trainer in THEIRS)
+    }
+    lines = [line for line in inspect.cleandoc(str(MixtureTrainer.__doc__)).splitlines() if line.startswith("- ")]
+    assert {name for line in lines for name in re.findall(r"`(\w+)`", line.split(":")[0])} == overridden
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -71,6 +71,7 @@ ELSEWHERE = {
     "rollouts/progress.py": ("test_sampling_run.py", "the bar of a run"),
     "rollouts/request.py": ("whole/test_bad_inputs.py", "what a request refuses"),
     "trainers/batch_metrics.py": ("trainers/test_mixture_trainer.py", "what every batch of a trainer logs"),
+    "trainers/columns.py": ("trainers/test_records.py", "the columns of every batch, by their names"),
     "trainers/grpo.py": ("trainers/test_policy_gradient.py", "what it shares with RLOO"),
     "trainers/rloo.py": ("trainers/test_policy_gradient.py", "what it shares with GRPO"),
     "trainers/engines/base.py": ("trainers/engines/test_colocated.py", "what the engines of a trainer share"),

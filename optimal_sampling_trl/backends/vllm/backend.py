@@ -95,7 +95,7 @@ class VLLMBackend:
         with in_this_process(), seeds:
             llm = LLM(self.pair.teacher, **settings)
         keep_rows(llm.llm_engine)
-        refuse_added(llm.llm_engine, self.pair)
+        refuse_added(llm.llm_engine)
         return llm
 
     @property

@@ -18,6 +18,7 @@ from ...user_warnings import warn_user
 from . import states
 from .families import OTHER_BACKEND, is_on_cpu
 from .limits import ONE_PROMPT
+from .pair_settings import KEY, PairSettings
 from .plugin import ARCHITECTURE, HYBRID
 from .speculation import speculative_settings
 
@@ -25,13 +26,15 @@ WORKER = "optimal_sampling_trl.backends.vllm.worker.weights.OptimalSamplingWorke
 """The class that vLLM adds to the bases of its worker, by its path."""
 
 
-def engine_settings(pair: Pair, engine_arguments: Mapping[str, Any], **further: Any) -> dict[str, Any]:
+def engine_settings(
+    pair: Pair, engine_arguments: Mapping[str, Any], told: PairSettings | None = None
+) -> dict[str, Any]:
     """Return the engine arguments that this backend sets.
 
     Args:
         pair: what the engine is built on.
         engine_arguments: the user's, which are added to.
-        **further: further settings that the engine tells about itself.
+        told: what the engine tells about the pair; by default what its own processes need.
 
     Raises:
         ValueError: on a teacher that is the student itself, where the engine has one prompt for both.
@@ -41,27 +44,15 @@ def engine_settings(pair: Pair, engine_arguments: Mapping[str, Any], **further: 
             f"The teacher is the student {pair.theta!r} itself, with a prompt of its own, and the engine gives both "
             f"models one prompt where layers have {ONE_PROMPT}. Wanted a student without. {OTHER_BACKEND}"
         )
-    ending = {"stop": pair.ending.stop, "folded": pair.ending.folded}
-    # Windows of one length share a table of blocks with layers that read all; others need one each, and so do layers
-    # that read another layer's cache, for which vLLM finds no place in a common table, and layers with states.
-    has_one_table = len(pair.windows) < 2 and not pair.shares_caches and not pair.has_states
-    groups = {"disable_hybrid_kv_cache_manager": True} if has_one_table and pair.windows else {}
+    told = told or PairSettings.of(pair)
+    groups = {"disable_hybrid_kv_cache_manager": True} if told.has_one_table and pair.windows else {}
     architecture = HYBRID if pair.has_states else ARCHITECTURE
     return {
         **groups,
         **(states.SETTINGS if pair.has_states else {}),
         "max_model_len": pair.context,
         "hf_overrides": {**(engine_arguments.get("hf_overrides") or {}), "architectures": [architecture]},
-        "additional_config": {
-            **(engine_arguments.get("additional_config") or {}),
-            "optimal_sampling": {
-                "theta": pair.theta,
-                "ending": ending,
-                "one_model": pair.one_model,
-                "has_one_table": has_one_table,
-                **further,
-            },
-        },
+        "additional_config": {**(engine_arguments.get("additional_config") or {}), KEY: told.to_dict()},
         "worker_extension_cls": WORKER,
         "logprobs_mode": "processed_logprobs",
         **speculative_settings(pair, engine_arguments),

@@ -24,6 +24,7 @@ from .families import (
     is_on_cpu,
     latent_sizes,
 )
+from .pair_settings import KEY
 from .speculation import NUM_SPECULATIVE_TOKENS, check_speculation
 from .states import check_states
 from .wire import RECORD_COLUMNS
@@ -184,8 +185,8 @@ def _wanted_instead(name: str, value: Any) -> str | None:
     """Say what an argument must be where the engine cannot honour `value`; None where it can."""
     if name == "hf_overrides" and not (isinstance(value, dict) and "architectures" not in value):
         return "a dict without `architectures`, which this backend sets"
-    if name == "additional_config" and not (isinstance(value, dict) and "optimal_sampling" not in value):
-        return "a dict without the key `optimal_sampling`, which this backend sets"
+    if name == "additional_config" and not (isinstance(value, dict) and KEY not in value):
+        return f"a dict without the key `{KEY}`, which this backend sets"
     if name == "logprobs_mode" and value != "processed_logprobs":
         return "'processed_logprobs', which are log q"
     if name == "max_logprobs" and value != -1 and value < RECORD_COLUMNS:

@@ -12,6 +12,7 @@ from ...rollouts.dense import SCALARS, Dense
 from ...rollouts.request import Request
 from ...rollouts.rollout import Rollout, check_solved
 from .limits import ONE_PROMPT
+from .pair_settings import PairSettings, settings_of
 from .wire import (
     DENSE,
     RECORD,
@@ -111,13 +112,13 @@ def to_sampling_params(request: Request, ending: Ending) -> SamplingParams:
     )
 
 
-def check_params(params: Any, prompt_ids: Sequence[int], settings: dict[str, Any]) -> None:
+def check_params(params: Any, prompt_ids: Sequence[int], settings: PairSettings) -> None:
     """Refuse a client's request that the mixture cannot serve: inside the engine it would stop the step.
 
     Args:
         params: vLLM's parameters of the request.
         prompt_ids: its prompt.
-        settings: what the engine's configuration tells about the pair: see `engine_settings`, `messages.describe`.
+        settings: what the engine is told about the pair.
 
     Raises:
         ValueError: on an extra argument that is unknown, out of range or not read by the mixture's method, on records
@@ -130,13 +131,13 @@ def check_params(params: Any, prompt_ids: Sequence[int], settings: dict[str, Any
         if name not in known:
             raise ValueError(unknown_option("extra argument of a request", name, known))
     _check_grammar(params, extra, settings)
-    _check_tokens(params, settings["vocabulary"])
+    _check_tokens(params, settings.vocabulary)
     mixture = mixture_of(extra)
     mixture.check_read("The request's mixture")
     _check_scoring(params, mixture)
     _check_records(params, extra, settings)
-    if prompt_ids and max(prompt_ids) >= settings["vocabulary"]:  # vLLM knows the teacher's vocabulary alone
-        wanted = f"wanted ids below {settings['vocabulary']}, which both models read."
+    if prompt_ids and max(prompt_ids) >= settings.vocabulary:  # vLLM knows the teacher's vocabulary alone
+        wanted = f"wanted ids below {settings.vocabulary}, which both models read."
         raise ValueError(f"The prompt has the token {max(prompt_ids)}; {wanted}")
     if THETA_PROMPT in extra:
         _check_theta_prompt(extra[THETA_PROMPT], len(prompt_ids), settings)
@@ -144,18 +145,9 @@ def check_params(params: Any, prompt_ids: Sequence[int], settings: dict[str, Any
         _check_teacher_shift(extra, len(prompt_ids))
 
 
-def refuse_added(engine: Any, pair: Pair) -> None:
-    """Check each request of an engine in this process before it is added, whoever made its parameters.
-
-    Args:
-        engine: vLLM's.
-        pair: what it serves.
-    """
-    settings = {
-        **engine.vllm_config.additional_config["optimal_sampling"],
-        "vocabulary": pair.vocabulary,
-        "two_prompts": pair.two_prompts,
-    }
+def refuse_added(engine: Any) -> None:
+    """Check each request of vLLM's engine in this process before it is added, whoever made its parameters."""
+    settings = settings_of(engine.vllm_config)
     add_request = engine.add_request
 
     def add(request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
@@ -183,11 +175,11 @@ def _scored_prompt(params: Any) -> str | None:
     return None
 
 
-def _check_grammar(params: Any, extra: dict[str, Any], settings: dict[str, Any]) -> None:
+def _check_grammar(params: Any, extra: dict[str, Any], settings: PairSettings) -> None:
     """Refuse a grammar that would end with a token of the teacher's alone, or would leave no log t to record."""
     if params.structured_outputs is None:
         return
-    if settings["ending"]["folded"]:
+    if settings.ending.folded:
         raise ValueError(
             "The request asks for structured outputs, whose grammar ends with the teacher's token; here that counts "
             "as the student's, since the two models end differently. Drop them."
@@ -214,7 +206,7 @@ def _check_tokens(params: Any, vocabulary: int) -> None:
             )
 
 
-def _check_records(params: Any, extra: dict[str, Any], settings: dict[str, Any]) -> None:
+def _check_records(params: Any, extra: dict[str, Any], settings: PairSettings) -> None:
     """Refuse a wrong request for records: one without their columns, or for more than the models have."""
     if extra.get(RECORD, 0) not in (0, 1):
         raise ValueError(f"The extra argument `{RECORD}` is {extra[RECORD]!r}; wanted 0 or 1.")
@@ -234,7 +226,7 @@ def _check_records(params: Any, extra: dict[str, Any], settings: dict[str, Any])
             f"The request asks for {dense} and no records; wanted the extra argument `{RECORD}` with it. Add it, as 1."
         )
     if dense is not None:
-        dense.check_vocabulary(settings["vocabulary"])
+        dense.check_vocabulary(settings.vocabulary)
     if extra.get(RECORD) and params.logprobs != columns_of(dense):
         raise ValueError(
             f"`logprobs` is {params.logprobs!r} in a request for records; wanted {columns_of(dense)}, whose places "
@@ -242,13 +234,13 @@ def _check_records(params: Any, extra: dict[str, Any], settings: dict[str, Any])
         )
 
 
-def _check_theta_prompt(prompt: Any, longest: int, settings: dict[str, Any]) -> None:
-    if not settings["two_prompts"]:
+def _check_theta_prompt(prompt: Any, longest: int, settings: PairSettings) -> None:
+    if not settings.two_prompts:
         raise ValueError(
             f"The request has the extra argument `{THETA_PROMPT}`; both models of this server read one stream of "
             f"tokens, as where layers have {ONE_PROMPT}. Drop it, or serve a pair without."
         )
-    vocabulary = settings["vocabulary"]
+    vocabulary = settings.vocabulary
     if not isinstance(prompt, list) or not all(type(token) is int and 0 <= token < vocabulary for token in prompt):
         raise ValueError(
             f"`{THETA_PROMPT}` is {str(prompt)[:60]}; wanted a list of token ids below {vocabulary}, which both "

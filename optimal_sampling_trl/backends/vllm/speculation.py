@@ -23,6 +23,7 @@ from ...options import check_whole
 from ...pairing import Pair, has_states, shares_caches
 from ...rollouts.request import Request
 from .families import has_experts, has_window, is_on_cpu, latent_sizes
+from .pair_settings import KEY
 from .versions import minor_version
 
 NUM_SPECULATIVE_TOKENS = "num_speculative_tokens"
@@ -200,4 +201,4 @@ def draft_with_theta() -> None:
 
 def is_fused(vllm_config: Any) -> bool:
     """Tell whether a configuration of vLLM is the fused model's, or that of one of its two models."""
-    return "optimal_sampling" in (vllm_config.additional_config or {})
+    return KEY in (vllm_config.additional_config or {})

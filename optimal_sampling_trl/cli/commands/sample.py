@@ -5,7 +5,6 @@ A run that was stopped, killed or out of disk goes on when the same command is g
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +17,6 @@ from ...rollouts.request import Sampling
 from ...sampling_run import sample_to_folder
 from ...trainers import SamplerArguments
 from ..parser import Parser
-from ..refusals import refusals
 from ..training import load_data
 
 
@@ -71,15 +69,14 @@ class SampleArguments(ScriptArguments):
         return Dense(tuple(self.dense_scalars or ()), self.dense_top_k) if asked else None
 
 
-@refusals("optimal-sampling sample")
-def run(words: Sequence[str] | None = None) -> None:
-    """Sample what a command line asks for; a refusal ends the process.
+def run(words: Sequence[str]) -> None:
+    """Sample what a command line asks for.
 
     Args:
-        words: the command line after the command; by default this process's.
+        words: the command line after the command.
     """
     parser = Parser((SamplerArguments, SampleArguments), "optimal-sampling sample", __doc__ or "")
-    pair, script = parser.read(sys.argv[1:] if words is None else words)
+    pair, script = parser.read(words)
     if not script.model_name_or_path:
         raise ValueError("`--model_name_or_path` is missing; wanted the student's folder or model id.")
     with parser.refusing():

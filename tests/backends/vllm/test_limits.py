@@ -30,6 +30,7 @@ from optimal_sampling_trl.backends.vllm import plugin, versions
 from optimal_sampling_trl.backends.vllm.backend import VLLMBackend
 from optimal_sampling_trl.backends.vllm.launch import engine_settings, platform_settings
 from optimal_sampling_trl.backends.vllm.limits import OWNED, check_arguments, check_pair
+from optimal_sampling_trl.backends.vllm.pair_settings import KEY, settings_of
 from optimal_sampling_trl.backends.vllm.requests import check_request, to_sampling_params
 from optimal_sampling_trl.backends.vllm.wire import read_records
 from optimal_sampling_trl.pairing import Ending
@@ -121,7 +122,7 @@ def test_windows_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
     apart = check_pair(*models, {})
     assert apart.windows == (24, 40)
-    assert not engine_settings(apart, {})["additional_config"]["optimal_sampling"]["has_one_table"]
+    assert not engine_settings(apart, {})["additional_config"][KEY]["has_one_table"]
     assert not check_pair(*models, {"max_model_len": 20}).two_prompts
     plain = make_model(tmp_path / "plain", "mistral", 0)
     for two, can_differ in (((plain, plain), True), ((plain, models[0]), False)):
@@ -262,7 +263,7 @@ def test_hooks_of_the_teachers_architecture_run(pair: tuple[str, str], monkeypat
 
         @staticmethod
         def verify_and_update_config(vllm_config: Any) -> None:
-            seen.append(vllm_config.additional_config["optimal_sampling"]["theta"])
+            seen.append(settings_of(vllm_config).theta)
 
     seen: list[str] = []
     monkeypatch.setitem(MODELS_CONFIG_MAP, "LlamaForCausalLM", Hooks)

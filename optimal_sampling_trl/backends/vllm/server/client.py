@@ -21,7 +21,7 @@ from ....rollouts.rollout import Rollout, check_solved, has_nan
 from ....user_warnings import warn_user
 from ..limits import ONE_PROMPT
 from ..requests import check_request
-from .messages import pair_of, to_arguments, to_rollouts
+from .messages import pair_of, settings_in, to_arguments, to_rollouts
 
 CONCURRENT = 64
 """Requests that are sent at a time: as many connections as TRL's client keeps."""
@@ -56,8 +56,7 @@ class FusedServer:
                 found = STUDENT if self.pair.one_model else self.pair.teacher
                 raise ValueError(f"its teacher is {found!r}, and the generator's {teacher!r}.")
             if not self.pair.one_model:
-                digest = info["additional_config"]["optimal_sampling"]["teacher_digest"]
-                _check_teacher(self.pair.teacher, digest, teacher)
+                _check_teacher(self.pair.teacher, settings_in(info).teacher_digest, teacher)
         self.pushed: list[dict[str, Any]] | None = None
 
     def check_two_prompts(self) -> None:

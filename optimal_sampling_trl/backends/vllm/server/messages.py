@@ -15,6 +15,7 @@ from .... import __version__
 from ....pairing import Ending, Pair, checkpoint_digest, token_digest
 from ....rollouts.request import Request
 from ....rollouts.rollout import Rollout
+from ..pair_settings import KEY, ServerSettings
 from ..wire import (
     RECORD_COLUMNS,
     columns_of,
@@ -31,27 +32,37 @@ if TYPE_CHECKING:
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token")
 """Tokens that chat templates name."""
-TOLD = (
-    *("tokens", "vocabulary", "engine_vocabulary", "two_prompts", "template", "teacher_tokenizer", "teacher_digest"),
-    *("theta", "ending", "one_model"),
-)
-"""The settings without which a trainer cannot use a server."""
 LEAST = -9999.0
 """Number that vLLM's server writes for a log-probability below it, -inf too."""
 
 
-def describe(pair: Pair) -> dict[str, Any]:
-    """Return the settings by which a server describes itself, beyond those that its model needs."""
-    return {
-        "version": __version__,
-        "tokens": token_digest(pair.tokenizer),
-        "vocabulary": pair.vocabulary,
-        "engine_vocabulary": pair.engine_vocabulary,
-        "two_prompts": pair.two_prompts,
-        "template": pair.teacher_template,
-        "teacher_tokenizer": _settings_of(pair.teacher_tokenizer),
-        "teacher_digest": checkpoint_digest(Path(pair.teacher)),
-    }
+def describe(pair: Pair) -> ServerSettings:
+    """Return the settings by which a server of a pair describes itself."""
+    return ServerSettings.of(
+        pair,
+        version=__version__,
+        tokens=token_digest(pair.tokenizer),
+        engine_vocabulary=pair.engine_vocabulary,
+        template=pair.teacher_template,
+        teacher_tokenizer=_settings_of(pair.teacher_tokenizer),
+        teacher_digest=checkpoint_digest(Path(pair.teacher)),
+    )
+
+
+def settings_in(info: dict[str, Any]) -> ServerSettings:
+    """Return the settings by which a server describes itself in vLLM's `/server_info`.
+
+    Raises:
+        ValueError: where the server runs something else than this package serves, or another build of it.
+    """
+    if "model_config" not in info:
+        raise ValueError("its `/server_info` has no `model_config`, by which vLLM's servers tell what they run.")
+    given = (info.get("additional_config") or {}).get(KEY) or {}
+    if "version" not in given:
+        raise ValueError(f"it serves {info['model_config']['model']!r} alone, and no pair of a teacher and a student.")
+    if given["version"] != __version__:
+        raise ValueError(f"it runs version {given['version']} of this package, and the trainer {__version__}.")
+    return ServerSettings.from_dict(given)
 
 
 def pair_of(info: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Pair:
@@ -62,35 +73,25 @@ def pair_of(info: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Pair:
         tokenizer: the trainer's.
 
     Raises:
-        ValueError: where the server runs something else than this package serves, or a student of other tokens.
+        ValueError: where the server does not describe itself, or has a student of other tokens.
     """
-    if "model_config" not in info:
-        raise ValueError("its `/server_info` has no `model_config`, by which vLLM's servers tell what they run.")
-    model = info["model_config"]
-    settings = (info.get("additional_config") or {}).get("optimal_sampling") or {}
-    if "version" not in settings:
-        raise ValueError(f"it serves {model['model']!r} alone, and no pair of a teacher and a student.")
-    if settings["version"] != __version__:
-        raise ValueError(f"it runs version {settings['version']} of this package, and the trainer {__version__}.")
-    missing = [name for name in TOLD if name not in settings]
-    if missing:
-        raise ValueError(f"it runs another build of this package, which does not tell its {', '.join(missing)}.")
+    settings, model = settings_in(info), info["model_config"]
     if model["logprobs_mode"] != "processed_logprobs":
         raise ValueError(f"its `logprobs_mode` is {model['logprobs_mode']!r}; wanted 'processed_logprobs'.")
-    if settings["tokens"] != token_digest(tokenizer):
-        raise ValueError(f"its student {settings['theta']!r} has another tokenizer than the model that is trained.")
+    if settings.tokens != token_digest(tokenizer):
+        raise ValueError(f"its student {settings.theta!r} has another tokenizer than the model that is trained.")
     return Pair(
         teacher=model["model"],
-        theta=settings["theta"],
+        theta=settings.theta,
         tokenizer=tokenizer,
-        vocabulary=settings["vocabulary"],
-        engine_vocabulary=settings["engine_vocabulary"],
+        vocabulary=settings.vocabulary,
+        engine_vocabulary=settings.engine_vocabulary,
         context=model["max_model_len"],
-        ending=Ending(**{name: tuple(ids) for name, ids in settings["ending"].items()}),
-        two_prompts=settings["two_prompts"],
-        teacher_template=settings["template"],
-        teacher_tokenizer=_with_settings(tokenizer, settings["teacher_tokenizer"]),
-        one_model=settings["one_model"],
+        ending=settings.ending,
+        two_prompts=settings.two_prompts,
+        teacher_template=settings.template,
+        teacher_tokenizer=_with_settings(tokenizer, settings.teacher_tokenizer),
+        one_model=settings.one_model,
     )
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from ..launch import engine_settings, platform_settings
 from ..limits import check_arguments, check_pair, check_platform, check_sizes
+from ..pair_settings import settings_of
 from ..plugin import TRANSFER, require
 from ..requests import check_params
 from ..rows import keep_rows
@@ -58,7 +59,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     check_sizes(given)
     check_platform({})  # several devices are fine: weights come to each of the server's processes
     pair = check_pair(named.teacher, named.theta, given)
-    for name, value in engine_settings(pair, given, **describe(pair)).items():
+    for name, value in engine_settings(pair, given, describe(pair)).items():
         setattr(args, name, value)
     args.model, args.weight_transfer_config = pair.teacher, WeightTransferConfig(backend=TRANSFER)
     args.host = args.host or "127.0.0.1"
@@ -143,7 +144,7 @@ def refuse_early(engine: Any) -> None:
     """
     from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
 
-    settings = engine.vllm_config.additional_config["optimal_sampling"]
+    settings = settings_of(engine.vllm_config)
     drafts = engine.vllm_config.speculative_config is not None
     generate = engine.generate
 
@@ -152,7 +153,7 @@ def refuse_early(engine: Any) -> None:
         check_params(sampling_params, ids or (), settings)
         if drafts:
             check_drafted_params(sampling_params)
-        end_at(sampling_params, settings["ending"]["stop"])
+        end_at(sampling_params, settings.ending.stop)
         if wants_record(sampling_params):
             # A trainer's, which reads ids: no object and no text a token.
             sampling_params.flat_logprobs = True

@@ -7,6 +7,7 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from ..draft_counts import DraftCounts, size_of
+from ..pair_settings import settings_of
 from .submodels import theta_model_config
 
 
@@ -16,7 +17,7 @@ class DraftScheduler(AsyncScheduler):
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
         teacher: Any = vllm_config.model_config
-        theta = theta_model_config(teacher, vllm_config.additional_config["optimal_sampling"]["theta"])
+        theta = theta_model_config(teacher, settings_of(vllm_config).theta)
         width = teacher.dtype.itemsize
         table = vllm_config.speculative_config.num_speculative_tokens_per_batch_size
         counts = tuple(sorted(entry[-1] for entry in table))

@@ -13,6 +13,7 @@ from vllm.model_executor.models import ModelRegistry
 
 from ....pairing import has_states, language_model
 from ..hooks import own_architectures
+from ..pair_settings import settings_of
 from .model import OptimalSamplingForCausalLM
 from .submodels import theta_model_config
 
@@ -46,8 +47,7 @@ class OptimalSamplingHybridForCausalLM(OptimalSamplingForCausalLM):
 
 
 def _largest_state(config: VllmConfig) -> tuple[Shapes, tuple[torch.dtype, ...]]:
-    additional: Any = config.additional_config
-    theta = theta_model_config(config.model_config, additional["optimal_sampling"]["theta"])
+    theta = theta_model_config(config.model_config, settings_of(config).theta)
     states = [_state(config, model) for model in (config.model_config, theta) if has_states(model.hf_text_config)]
     return max(states, key=lambda state: sum(prod(shape) * dtype.itemsize for shape, dtype in zip(*state)))
 

@@ -25,10 +25,11 @@ from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.model_loader import DefaultModelLoader
 from vllm.platforms import current_platform
 
-from ....pairing import Ending, is_wrapper
+from ....pairing import is_wrapper
 from ....pairing.names import names_of
 from ....pairing.wrappers import text_weights
 from ..hooks import own_architectures
+from ..pair_settings import KEY, settings_of
 from .destinations import Destinations
 from .shared import share_layers, share_modules
 from .submodels import (
@@ -55,8 +56,7 @@ COMPUTED = ".rotary_emb.inv_freq"
 class OptimalSamplingForCausalLM(nn.Module):
     """Teacher and student as one model of vLLM; the engine's own model is the teacher.
 
-    `additional_config["optimal_sampling"]` describes the rest: `theta` is the student's folder, `ending` the `stop`
-    and `folded` token ids (see `pairing.Ending`), `one_model` whether the teacher is the student itself.
+    `PairSettings` in the engine's `additional_config` tell it the rest.
     """
 
     is_text_generation_model = True
@@ -68,25 +68,24 @@ class OptimalSamplingForCausalLM(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         additional: Any = vllm_config.additional_config
-        settings = additional["optimal_sampling"]
-        self.ending = Ending(**{name: tuple(ids) for name, ids in settings["ending"].items()})
+        settings = settings_of(vllm_config)
+        self.ending = settings.ending
         cache_config = copy_cache_config(vllm_config)
         with set_model_tag("teacher"):
             # Without a prefix: a quantised checkpoint names the layers that it leaves out by their own names.
             self.teacher = build_submodel(*as_text(vllm_config, own_architectures(vllm_config.model_config)), "")
-        theta = theta_model_config(vllm_config.model_config, settings["theta"])
+        theta = theta_model_config(vllm_config.model_config, settings.theta)
         use_own_window(cache_config, theta)
         self.theta_config = replace(
             vllm_config,
             model_config=theta,
             quant_config=None,
             cache_config=cache_config,
-            # Part of the key of compiled code, which the names of the layers are not: one model may be both.
-            additional_config={**additional, "optimal_sampling": {**settings, "role": "theta"}},
+            additional_config={**additional, KEY: replace(settings, role="theta").to_dict()},
         )
         self.wraps = {role: is_wrapper(each.hf_config) for role, each in zip(ROLES, (vllm_config.model_config, theta))}
-        self.one_model: bool = settings["one_model"]
-        self.has_one_table: bool = settings["has_one_table"]
+        self.one_model = settings.one_model
+        self.has_one_table = settings.has_one_table
         layers = vllm_config.compilation_config.static_forward_context
         with set_model_tag("theta"), torch.device("meta") if self.one_model else nullcontext():
             self.theta_config, architectures = as_text(self.theta_config, theta.architectures)
@@ -99,7 +98,7 @@ class OptimalSamplingForCausalLM(nn.Module):
         bind_attention(self.theta, self.theta_config)
         if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
             use_common_blocks(layers.values())
-        files = DefaultModelLoader.Source(settings["theta"], revision=None, prefix=THETA)
+        files = DefaultModelLoader.Source(settings.theta, revision=None, prefix=THETA)
         self.secondary_weights = [] if self.one_model else [files]
         self.teacher_size = vllm_config.model_config.get_hidden_size()
         self.theta_size = theta.get_hidden_size()

@@ -26,7 +26,7 @@ SLOT_COLUMNS = (*FIELDS, "temperature")
 """The columns of the table of slots."""
 
 
-class Step(NamedTuple):
+class MixedSlots(NamedTuple):
     """Hold a step's rows, mixed: their slots, on the device and on the host, and what was measured of them."""
 
     mixed: Mixed
@@ -99,7 +99,7 @@ class SlotSampler:
 
     def mix(
         self, theta: Float[Tensor, "N V_theta"], logits: Float[Tensor, "N V"], slots: Tensor, slots_np: np.ndarray
-    ) -> Step:
+    ) -> MixedSlots:
         """Mix the rows of a step, and measure those that ask for dense records: the sampler may change the logits.
 
         Args:
@@ -120,7 +120,7 @@ class SlotSampler:
         mixed = Mixed(
             found.logits, found.alpha, theta, logits, found.theta_sum, found.teacher_sum, temperature, ending
         )
-        return Step(mixed, slots, slots_np, measure_groups(mixed, self._groups(slots_np, slots.device)))
+        return MixedSlots(mixed, slots, slots_np, measure_groups(mixed, self._groups(slots_np, slots.device)))
 
     def _groups(self, slots_np: np.ndarray, device: torch.device) -> list[Group]:
         """Group a step's rows by the dense records that they ask for: anew only where the step before had others."""
@@ -128,7 +128,7 @@ class SlotSampler:
             self.grouped, self.groups = slots, group_rows([self.dense[slot] for slot in slots_np], device)
         return self.groups
 
-    def record(self, output: Any, step: Step) -> Any:
+    def record(self, output: Any, step: MixedSlots) -> Any:
         """Return what vLLM's sampler returned of a step, with the records of its tokens."""
         wanted, columns = self.wanted_np[step.slots_np], output.logprobs_tensors
         if wanted.any():

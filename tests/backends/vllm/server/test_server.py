@@ -61,6 +61,7 @@ from helpers.servers import MIXED, Server
 from optimal_sampling_trl import Mixture
 from optimal_sampling_trl.backends.vllm import speculation
 from optimal_sampling_trl.backends.vllm.launch import engine_settings
+from optimal_sampling_trl.backends.vllm.pair_settings import KEY, PairSettings
 from optimal_sampling_trl.backends.vllm.requests import check_params
 from optimal_sampling_trl.backends.vllm.server import serve
 from optimal_sampling_trl.backends.vllm.server.client import FusedServer, complete, refuse_silence
@@ -74,6 +75,9 @@ from processes.serve_from_files import FileClient
 COLUMNS = ("--max-logprobs", "64")
 INFORMED = Dataset.from_dict({"prompt": ROWS, "teacher_prompt": [f"{text[::-1]}{text}" for text in ROWS]})
 RECORDED = {"optimal_sampling_record": 1}
+SETTINGS = PairSettings(
+    theta="theta", ending=Ending((256,), ()), vocabulary=272, two_prompts=False, one_model=False, has_one_table=True
+)
 
 
 @pytest.fixture(scope="module")
@@ -370,6 +374,7 @@ def test_nan_is_named_and_leaves_nothing_behind(
         ({"additional_config": {}}, "it serves '.*teacher' alone, and no pair"),
         ({"version": "9.9"}, r"it runs version 9\.9 of this package, and the trainer 0"),
         ({"template": None}, "it runs another build of this package, which does not tell its template"),
+        ({"mood": "good"}, "it runs another build of this package, which also tells its mood"),
         ({"tokens": "0"}, "its student '.*theta' has another tokenizer than the model that is trained"),
         ({"model_config": {"logprobs_mode": "raw_logprobs"}}, "its `logprobs_mode` is 'raw_logprobs'; wanted"),
         ({"teacher": "larger"}, "its teacher is '.*teacher', and the generator's 'larger'"),
@@ -381,13 +386,13 @@ def test_another_server_than_wanted_is_refused(
 ) -> None:
     client = VLLMClient(base_url=server.url)
     info = client.get_server_info()
-    settings = info["additional_config"].get("optimal_sampling")
+    settings = info["additional_config"].get(KEY)
     for name, value in change.items():
         if isinstance(value, dict):
             info[name] = info[name] | value if value else value
         elif value is None:
             del (settings if name in settings else info)[name]
-        else:
+        elif name != "teacher":  # the trainer's, below
             settings[name] = value
     monkeypatch.setattr(client, "get_server_info", lambda: info)
     command = r"\nStart one with `optimal-sampling-serve --teacher \S+ --theta <the student>`"
@@ -528,7 +533,7 @@ def test_two_prompts_travel_as_one_request(server: Server) -> None:
     ],
 )
 def test_what_a_server_refuses_of_two_prompts(own: Any, words: str | None) -> None:
-    settings = {"vocabulary": 272, "two_prompts": own is not None}
+    settings = replace(SETTINGS, two_prompts=own is not None)
     params = SamplingParams(extra_args={THETA_PROMPT: own})
     with pytest.raises(ValueError, match=words) if words else nullcontext():
         check_params(params, [5, 6, 7], settings)
@@ -547,9 +552,8 @@ def test_what_a_server_refuses_of_two_prompts(own: Any, words: str | None) -> No
     ],
 )
 def test_what_a_server_refuses_of_a_shorter_teachers_prompt(extra: Any, words: str | None) -> None:
-    settings = {"vocabulary": 272, "two_prompts": True}
     with pytest.raises(ValueError, match=words) if words else nullcontext():
-        check_params(SamplingParams(extra_args=extra), [5, 6, 7], settings)
+        check_params(SamplingParams(extra_args=extra), [5, 6, 7], replace(SETTINGS, two_prompts=True))
 
 
 def test_the_teachers_template_travels() -> None:
@@ -559,7 +563,7 @@ def test_the_teachers_template_travels() -> None:
     pair = Pair("teacher", "theta", tokenizer, 258, 258, 64, Ending((256,), ()), teacher_tokenizer=teacher)
     info = {
         "model_config": {"model": "teacher", "logprobs_mode": "processed_logprobs", "max_model_len": 64},
-        "additional_config": json.loads(json.dumps(engine_settings(pair, {}, **describe(pair))["additional_config"])),
+        "additional_config": json.loads(json.dumps(engine_settings(pair, {}, describe(pair))["additional_config"])),
     }
     found = pair_of(info, tokenizer)
     assert found.teacher_tokenizer is not None
@@ -571,18 +575,17 @@ def test_the_teachers_template_travels() -> None:
 
 
 def test_a_grammar_is_refused_where_the_models_end_differently() -> None:
-    settings = {"vocabulary": 272, "two_prompts": False, "ending": {"stop": [256], "folded": [257]}}
     params = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a+"))
     with pytest.raises(ValueError, match="structured outputs, whose grammar ends with the teacher's token"):
-        check_params(params, [5], settings)
-    check_params(params, [5], settings | {"ending": {"stop": [256], "folded": []}})
+        check_params(params, [5], replace(SETTINGS, ending=Ending((256,), (257,))))
+    check_params(params, [5], SETTINGS)
 
 
 def test_a_request_of_anybody_ends_at_the_students_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the teacher has no end of its own: vLLM stops at the teacher's, and the student may have more."""
     monkeypatch.setattr(BeamSearchOnlineMixin, "beam_search", BeamSearchOnlineMixin.beam_search)  # put back afterwards
-    settings = {"vocabulary": 272, "two_prompts": False, "ending": {"stop": [256, 7], "folded": []}}
-    config = SimpleNamespace(additional_config={"optimal_sampling": settings}, speculative_config=None)
+    settings = replace(SETTINGS, ending=Ending((256, 7), ()))
+    config = SimpleNamespace(additional_config={KEY: settings.to_dict()}, speculative_config=None)
     engine = SimpleNamespace(vllm_config=config, generate=lambda _, params: params)
     serve.refuse_early(engine)
     assert engine.generate({"prompt_token_ids": [5]}, SamplingParams(stop_token_ids=[9, 7])).stop_token_ids == [
@@ -596,10 +599,9 @@ def test_a_request_of_anybody_ends_at_the_students_tokens(monkeypatch: pytest.Mo
 def test_a_grammar_is_refused_beside_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the engine it would end the step, and the server with it."""
     monkeypatch.setattr(BeamSearchOnlineMixin, "beam_search", BeamSearchOnlineMixin.beam_search)  # put back afterwards
-    settings = {"vocabulary": 272, "two_prompts": False, "ending": {"stop": [256], "folded": []}}
     params = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a+"))
     for drafts, refused in ((None, nullcontext()), ("some", pytest.raises(ValueError, match="this server drafts"))):
-        config = SimpleNamespace(additional_config={"optimal_sampling": settings}, speculative_config=drafts)
+        config = SimpleNamespace(additional_config={KEY: SETTINGS.to_dict()}, speculative_config=drafts)
         engine = SimpleNamespace(vllm_config=config, generate=lambda _, params: params)
         serve.refuse_early(engine)
         with refused:

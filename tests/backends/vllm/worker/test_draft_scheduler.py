@@ -23,8 +23,10 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from helpers.models import make_model
 from optimal_sampling_trl.backends.vllm.draft_counts import DraftCounts
+from optimal_sampling_trl.backends.vllm.pair_settings import KEY, PairSettings
 from optimal_sampling_trl.backends.vllm.speculation import AUTO, AUTO_COUNTS, speculative_settings
 from optimal_sampling_trl.backends.vllm.worker.draft_scheduler import DraftScheduler
+from optimal_sampling_trl.pairing import Ending
 
 BLOCKS = 60
 """So few that requests are preempted."""
@@ -38,6 +40,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 def make_scheduler(teacher: str, theta: str) -> DraftScheduler:
     pair: Any = SimpleNamespace(teacher=teacher, one_model=False)
+    told = PairSettings(
+        theta=theta, ending=Ending((), ()), vocabulary=1, two_prompts=False, one_model=False, has_one_table=True
+    )
     settings = speculative_settings(pair, {"num_speculative_tokens": AUTO})
     model, parallel = ModelConfig(model=teacher, dtype="float32", max_model_len=64), ParallelConfig()
     config = Config(
@@ -52,7 +57,7 @@ def make_scheduler(teacher: str, theta: str) -> DraftScheduler:
         speculative_config=SpeculativeConfig(
             target_model_config=model, target_parallel_config=parallel, **settings["speculative_config"]
         ),
-        additional_config={"optimal_sampling": {"theta": theta}},
+        additional_config={KEY: told.to_dict()},
     )  # fmt: skip
     config.cache_config.num_gpu_blocks = BLOCKS
     spec = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=1, dtype=torch.float32)
