@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,13 +34,38 @@ class BatchMetrics(TrlTrainer):
 
     def __init__(self, **arguments: Any) -> None:
         self.histograms: dict[str, Tensor] = {}
+        self._sums: dict[tuple[bool, str], tuple[float, float]] = {}  # totals and counts of what TRL has yet to log
         super().__init__(**arguments)
 
     def _append_metrics(self, numbers: dict[str, float]) -> None:
         """Add numbers of this batch to those that TRL averages until it logs them."""
-        log = self._metrics["train" if self.model.training else "eval"]
         for name, value in numbers.items():
-            log[name].append(value)
+            self._unlogged()[name].append(value)
+
+    def _append_sum(self, name: str, total: float, count: float) -> None:
+        """Add to a number that is logged as the mean over all that was counted: micro-batches differ in tokens."""
+        key, numbers = (self.model.training, name), self._unlogged()
+        before = self._sums[key] if name in numbers else (0.0, 0.0)
+        self._sums[key] = total, count = before[0] + total, before[1] + count
+        if count:
+            numbers[name] = [total / count]
+
+    def _unlogged(self) -> dict[str, list[float]]:
+        """Return the numbers, by name, that TRL averages at its next log, and then forgets."""
+        return self._metrics["train" if self.model.training else "eval"]
+
+    def evaluation_loop(self, dataloader: Any, *positional: Any, metric_key_prefix: str = "eval", **named: Any) -> Any:
+        """Evaluate or predict as transformers does, and report this evaluation's numbers under its own prefix.
+
+        TRL keeps them for its next log, which calls them `eval_` whichever of several data sets they are of, and which
+        never comes after `predict`.
+        """
+        numbers = self._metrics["eval"]
+        numbers.clear()
+        output = super().evaluation_loop(dataloader, *positional, metric_key_prefix=metric_key_prefix, **named)
+        output.metrics.update({f"{metric_key_prefix}_{name}": mean_of(values) for name, values in numbers.items()})
+        numbers.clear()
+        return output
 
     def _log_batch(self, output: dict[str, Any]) -> None:
         """Log the batch of all processes; α, the ratios and the divergences over the mixture's tokens alone."""
@@ -103,3 +129,9 @@ class BatchMetrics(TrlTrainer):
         if quantile is not None and scale is not None:
             self._append_metrics({metrics.ENTROPY_SCALE: scale})
             self._scale = next_scale(alpha, scale, quantile, self.generator.mixture.entropy_scale)
+
+
+def mean_of(values: Sequence[float]) -> float | None:
+    """Average the numbers of an evaluation's batches as TRL does: NaN is left out, and None stands for no number."""
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else None

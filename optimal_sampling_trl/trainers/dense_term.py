@@ -47,7 +47,7 @@ class DenseTermTrainer(MixtureTrainer):
             loss = super().compute_loss(model, inputs, *positional, **keywords)
         divergences = divergences_of(head, inputs, DIVERGENCES[self.args.dense_divergence])
         total, tokens = self.accelerator.reduce(torch.stack([divergences.detach().sum(), loss_mask(inputs).sum()]))
-        self._append_metrics({metrics.DENSE_DIVERGENCE: float(total / tokens.clamp(min=1))})
+        self._append_sum(metrics.DENSE_DIVERGENCE, float(total), float(tokens))
         self._append_metrics({metrics.DENSE_COEFFICIENT: coefficient})
         if columns.DENSE_WEIGHTS in inputs:
             divergences = divergences * inputs[columns.DENSE_WEIGHTS][loss_mask(inputs).bool()]

@@ -36,13 +36,12 @@ class PolicyGradientTrainer(RewardedTrainer):
             )
 
     def _log_rewards(self) -> None:
-        """Log, in training, the share of the groups whose rewards differ as well."""
+        """Log the share of the groups whose rewards differ as well."""
         super()._log_rewards()
-        if self.model.training:
-            rewards = self.rewards
-            if (bounds := getattr(self.args, "reward_clip_range", None)) is not None:  # RLOO's, before its advantages
-                rewards = rewards.clamp(*bounds)
-            self._append_metrics(metrics.of_groups(rewards.view(-1, self.args.num_generations)))
+        rewards = self.rewards
+        if (bounds := getattr(self.args, "reward_clip_range", None)) is not None:  # RLOO's, before its advantages
+            rewards = rewards.clamp(*bounds)
+        self._append_metrics(metrics.of_groups(rewards.view(-1, self.args.num_generations)))
 
     def _advantages(self, output: dict[str, Any]) -> Tensor:
         """Return TRL's advantages (B,), those below 0 set to 0 where `positive_only` asks for it."""

@@ -214,7 +214,7 @@ class RAFTTrainer(RewardedTrainer, trl.GRPOTrainer):
             compute_aux_loss=self.aux_loss_enabled,
         )
         entropy, tokens = self.accelerator.reduce(torch.stack([(entropies.detach() * mask).sum(), mask.sum()]))
-        self._append_metrics({"entropy": float(entropy / tokens.clamp(min=1))})
+        self._append_sum("entropy", float(entropy), float(tokens))
         loss = imitation_loss(log_theta, inputs[columns.IMITATION_WEIGHTS], mask.float(), self._token_count(inputs))
         if self.aux_loss_enabled:  # of a mixture of experts, as TRL adds it
             steps = self.current_gradient_accumulation_steps if self.model.training else 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -13,10 +13,12 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from transformers.trainer_utils import has_length
 
 from .. import metrics
 from ..losses import accept_rewards
 from ..user_warnings import warn_user
+from .batch_metrics import mean_of
 from .dense_term import DenseTermTrainer
 from .overtaking import Overtaking
 from .reward_functions import check_reward_funcs, checked
@@ -38,7 +40,7 @@ class RewardedTrainer(TwoRounds, DenseTermTrainer):
 
     def __init__(self, **arguments: Any) -> None:
         self._overtaking = Overtaking()
-        self._evaluated: list[Tensor] = []  # rewards of the evaluation that runs
+        self._evaluated: list[Tensor] = []  # rewards (rows, functions) of the evaluation that runs
         self._evaluated_data: Any = None  # its data set
         self._teacher: dict[tuple[str, int], tuple[Any, Tensor]] = {}  # each evaluation's data set, and its rewards
         check_reward_funcs(arguments.get("reward_funcs"))
@@ -58,8 +60,8 @@ class RewardedTrainer(TwoRounds, DenseTermTrainer):
                 f"`metric_for_best_model` is {chosen_by!r}, by which the checkpoint of `load_best_model_at_end` is "
                 "chosen and training is stopped early: an evaluation's loss does not say what the student earns. "
                 "RAFT's may rise as more completions are accepted, that of GRPO and RLOO is about 0, and a dense term "
-                "lowers all as it fades. Set `metric_for_best_model='eval_accepted/theta'` or 'eval_reward', and "
-                "`greater_is_better=True`."
+                "lowers all as it fades. Set `metric_for_best_model='eval_accepted/theta'` or 'eval_reward' (of a "
+                "dictionary of data sets 'eval_<name>_accepted/theta'), and `greater_is_better=True`."
             )
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
@@ -72,24 +74,20 @@ class RewardedTrainer(TwoRounds, DenseTermTrainer):
             prompts = [example["prompt"] for example in self._dataset_rows]
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self.rewards = self._totals(rewards)
-        self._log_rewards()
         if not self.model.training:
-            self._evaluated.append(self.rewards)
-        elif not self.generator.two_rounds:  # else the mixture's are for prompts where the student fails
+            self._evaluated.append(rewards)
+            return rewards
+        self._log_rewards()
+        if not self.generator.two_rounds:  # else the mixture's are for prompts where the student fails
             self._tell(self._overtaking.add(self.rewards, self._theta_rows()))
         return rewards
 
     def _log_rewards(self) -> None:
-        """Log rewards and acceptance of the student's completions and, in training, of the mixture's.
-
-        Of an evaluation TRL's `reward` is the student's.
-        """
+        """Log rewards and acceptance of a training batch, of the student's completions and of the mixture's."""
         halves = self._halves()
-        if self.model.training:
-            self._append_metrics(metrics.of_rewards(self.rewards, *halves))
-        size: Any = self.args.num_generations if self.model.training else self.num_generations_eval
+        self._append_metrics(metrics.of_rewards(self.rewards, *halves))
         rows = (self.rewards, self._accepts(self.rewards), *halves)
-        self._append_metrics(metrics.of_acceptance(*(values.view(-1, size) for values in rows)))
+        self._append_metrics(metrics.of_acceptance(*(values.view(-1, self.args.num_generations) for values in rows)))
 
     def _own_rows(self, of_all: Tensor) -> Tensor:
         """Return this process's part of a value for each row of all processes, which have equally many."""
@@ -110,17 +108,51 @@ class RewardedTrainer(TwoRounds, DenseTermTrainer):
         return super().get_test_dataloader(test_dataset)
 
     def evaluation_loop(self, dataloader: Any, *positional: Any, metric_key_prefix: str = "eval", **named: Any) -> Any:
-        """Evaluate as TRL does, log what the teacher alone earns, and tell where the student has passed somebody."""
+        """Evaluate as TRL does, report what student and teacher earn alone, and tell whom the student has passed.
+
+        Rewards and acceptance are means over all completions, where TRL takes one over batches, of which the last may
+        be smaller.
+        """
         self._evaluated.clear()
         output = super().evaluation_loop(dataloader, *positional, metric_key_prefix=metric_key_prefix, **named)
         if self._evaluated:
-            student, teacher = torch.cat(self._evaluated), self._teacher_rewards(dataloader, metric_key_prefix)
+            rewards = self._evaluated_rewards(dataloader)
+            student, teacher = self._totals(rewards), self._teacher_rewards(dataloader, metric_key_prefix)
+            numbers = self._numbers_of_student(rewards, student)
             if teacher is not None:
-                self._append_metrics(metrics.of_teacher(teacher, self._accepts(teacher)))
+                numbers |= metrics.of_teacher(teacher, self._accepts(teacher))
+            output.metrics.update({f"{metric_key_prefix}_{name}": mean_of([value]) for name, value in numbers.items()})
             self._tell(self._overtaking.evaluate(student, teacher))
         return output
 
-    def _teacher_rewards(self, dataloader: Iterable[Any], name: str) -> Tensor | None:
+    def _evaluated_rewards(self, dataloader: Any) -> Tensor:
+        """Return the rewards (rows, functions) of an evaluation, without the rows that processes sampled twice.
+
+        accelerate fills the last batches of several processes with the first rows.
+        """
+        rewards = torch.cat(self._evaluated)
+        return (
+            rewards[: self.num_examples(dataloader) * self.num_generations_eval] if has_length(dataloader) else rewards
+        )
+
+    def _numbers_of_student(self, rewards: Tensor, totals: Tensor) -> dict[str, float]:
+        """Return what the student earns in an evaluation.
+
+        Args:
+            rewards: of each function (rows, functions).
+            totals: of each row (rows,).
+        """
+        every = torch.ones_like(totals, dtype=torch.bool)
+        rows = (totals, self._accepts(totals), every, ~every)
+        by_function = {
+            f"rewards/{name}/mean": column for name, column in zip(self.reward_func_names, rewards.T, strict=True)
+        }
+        return {
+            **{name: float(values.nanmean()) for name, values in {"reward": totals, **by_function}.items()},
+            **metrics.of_acceptance(*(values.view(-1, self.num_generations_eval) for values in rows)),
+        }
+
+    def _teacher_rewards(self, dataloader: Any, name: str) -> Tensor | None:
         """Return the rewards of the teacher alone on the prompts of an evaluation, measured once for each data set.
 
         A teacher that is the student of the moment has none: they would be another model's by the next evaluation.
@@ -138,7 +170,7 @@ class RewardedTrainer(TwoRounds, DenseTermTrainer):
             with self._teacher_alone():
                 for inputs in dataloader:
                     self._generate_and_score_completions(inputs)
-            self._teacher[key] = data, torch.cat(self._evaluated)
+            self._teacher[key] = data, self._totals(self._evaluated_rewards(dataloader))
         return self._teacher[key][1]
 
     @contextmanager

@@ -122,7 +122,7 @@ def build(name: str, args: argparse.Namespace) -> Any:
         given["trainer"] = {"train_dataset": data}
         given["generator"] |= {"teacher_system_prompt": SYSTEM_PROMPT}
     if name == "evaluation":
-        given["trainer"] = {"eval_dataset": Dataset.from_dict({"prompt": PROMPTS[:4]})}
+        given["trainer"] = {"eval_dataset": Dataset.from_dict({"prompt": PROMPTS[:3]})}
     if engine is None:
         return make_trainer(case.kind, pair, args.folder, mixin=Watch, **given)
     given["generator"] |= {"backend": "auto"}

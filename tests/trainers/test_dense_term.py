@@ -164,8 +164,8 @@ def test_what_a_user_records_leaves_the_loss_as_it_is(
         batch = one_batch(trainer, PROMPTS)
         assert trainer.rollouts[0].dense.ids.shape[1] == 2 * max(k, wish.top_k if wish else 0)
         sampled.append([rollout.completion_ids for rollout in trainer.rollouts])
-        logged = trainer._metrics["train"]["dense/divergence"]
-        losses.append([loss_of(trainer, batch), *logged])
+        loss = loss_of(trainer, batch)
+        losses.append([loss, *trainer._metrics["train"]["dense/divergence"]])
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in trainer.model.parameters()]))
     assert sampled == [sampled[0]] * 4
     assert losses == [pytest.approx(losses[0], rel=1e-6)] * 4
@@ -177,7 +177,7 @@ def test_what_a_user_records_leaves_the_loss_as_it_is(
 def test_micro_batches_add_up_to_the_batch(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
     """Of different length: the term is a mean over the tokens of both, in RLOO as well, whose micro-batches
     transformers averages."""
-    trainer = make_trainer(kind, pair, tmp_path, generator=HALF, dense_coefficient=1.0)
+    trainer = make_trainer(kind, pair, tmp_path, generator=HALF, dense_coefficient=1.0, **ALL)
     trainer.current_gradient_accumulation_steps = 2
     batch = one_batch(trainer, TEXTS[:2] * 4 if kind == "raft" else [text for text in TEXTS[:2] for _ in range(4)])
     halves = [{name: x[part] if x.ndim else x for name, x in batch.items()} for part in (slice(3), slice(3, None))]
@@ -189,9 +189,42 @@ def test_micro_batches_add_up_to_the_batch(pair: tuple[str, str], tmp_path: Path
         with_term = trainer.compute_loss(trainer.model, half)
         trainer.args.dense_coefficient = 0.0
         terms.append((with_term - trainer.compute_loss(trainer.model, half)).item())
-    means = trainer._metrics["train"]["dense/divergence"]
-    wanted = sum(count * mean for count, mean in zip(counts, means, strict=True)) / sum(counts)
-    assert sum(terms) / (2 if kind == "rloo" else 1) == pytest.approx(wanted, rel=1e-4)
+    assert sum(terms) / (2 if kind == "rloo" else 1) == pytest.approx(
+        exact(trainer, batch, 1.0, pair)[1].mean().item()
+    )
+    logged = trainer._metrics["train"]["dense/divergence"]
+    assert logged == pytest.approx([exact(trainer, batch, 1.0, pair)[1].mean().item()])
+
+
+@pytest.mark.parametrize("logging_steps", [1, 3])
+def test_micro_batches_weigh_by_their_tokens_in_the_log(
+    pair: tuple[str, str], tmp_path: Path, logging_steps: int
+) -> None:
+    """Truncated completions count nowhere, so that some micro-batches have few tokens, or none; an evaluation in
+    between counts for itself."""
+    data = {"eval_dataset": Dataset.from_dict({"prompt": TEXTS[:3]})}
+    generator = HALF | {"dense": Dense(("entropy_theta",), V)}
+    trainer = make_trainer(
+        "raft", pair, tmp_path, mixin=Watch, trainer=data, generator=generator, dense_coefficient=1.0, **ALL,
+        mask_truncated_completions=True, max_completion_length=24, gradient_accumulation_steps=4,
+        per_device_train_batch_size=2, learning_rate=0.0, logging_steps=logging_steps,
+        eval_strategy="steps", eval_steps=1,
+    )  # fmt: skip
+    trainer.train()
+    counts = [int(batch["completion_mask"].sum()) for batch in trainer.micro_batches]
+    assert min(counts) == 0
+    assert len({*counts}) > 3
+    tokens = [output["completion_mask"].bool() for training, output, _ in trainer.generations if training]
+    columns = {"dense/divergence": "dense_kl_theta_teacher", "entropy": "dense_entropy_theta"}
+    for name, column in columns.items():
+        exact_values = [
+            output[column][mask]
+            for mask, (_, output, _) in zip(tokens, (one for one in trainer.generations if one[0]), strict=True)
+        ]
+        logs = [log[name] for log in trainer.state.log_history if name in log]
+        parts = [torch.cat(exact_values)] if logging_steps == 3 else exact_values
+        assert logs == pytest.approx([part.mean().item() for part in parts if len(part)], rel=1e-4)
+        assert f"eval_{name}" in trainer.evaluate()
 
 
 def test_the_term_fades_and_then_asks_for_nothing(pair: tuple[str, str], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from helpers.oracle import check_rollout, read_logits
-from helpers.training import TEXTS, Watch, digits, load, make_trainer
+from helpers.training import KINDS, TEXTS, Watch, digits, load, make_trainer
 from optimal_sampling_trl import Mixture
 from optimal_sampling_trl.trainers.overtaking import LEAST
 
@@ -115,8 +115,8 @@ def test_each_data_set_has_its_own_measure_of_the_teacher(pair: tuple[str, str],
         def on_step_end(self, *_: Any, **__: Any) -> None:
             for data in (*sets.values(), None):  # the last is both, each with its prefix
                 trainer.evaluate(data)
-            logs = [log for log in trainer.state.log_history if "eval_reward" in log]
-            measured.extend(log["eval_mixture/reward_teacher"] for log in logs[-4:])
+            for log in trainer.state.log_history[-4:]:
+                measured.extend(value for name, value in log.items() if name.endswith("_mixture/reward_teacher"))
 
     def easy(prompts: list[str], **columns: Any) -> list[float]:
         return [float(prompt in ends["easy"]) for prompt in prompts]
@@ -129,6 +129,49 @@ def test_each_data_set_has_its_own_measure_of_the_teacher(pair: tuple[str, str],
     assert measured == [1.0, 0.0] * 4
     of_teacher = [len(batch) for _, _, batch in trainer.generations if batch[0].mixture == Mixture.teacher_only()]
     assert of_teacher == [len(ends["easy"]), len(ends["hard"])] * 2
+
+
+def by_prompt(completions: list[str], right: list[float], **columns: Any) -> list[float]:
+    """A reward that the prompt alone decides, so that everybody's share is that of the data set."""
+    return right
+
+
+def of_shares(*right: float) -> Dataset:
+    return Dataset.from_dict({"prompt": TEXTS[: len(right)], "right": right})
+
+
+@pytest.mark.parametrize("kind", REWARDED)
+def test_an_evaluation_is_over_completions(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
+    """The last batch is smaller: a mean over batches would be 1/8 where 1 in 5 is right."""
+    sets = {"train_dataset": of_shares(*[0.0] * 8), "eval_dataset": of_shares(0.0, 0.0, 0.0, 0.0, 1.0)}
+    trainer = make_trainer(
+        kind, pair, tmp_path, trainer={"reward_funcs": by_prompt} | sets,
+        max_steps=1, eval_strategy="steps", eval_steps=1, num_generations_eval=1, per_device_eval_batch_size=4,
+    )  # fmt: skip
+    trainer.train()
+    (log,) = evaluations(trainer)
+    names = ("reward", "rewards/by_prompt/mean", "accepted/theta", "accepted/prompts")
+    assert {name: log[f"eval_{name}"] for name in names} == pytest.approx(dict.fromkeys(names, 0.2))
+    assert log["eval_accepted/teacher"] == log["eval_mixture/reward_teacher"] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_evaluation_reports_its_own_numbers(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
+    """Those of a prediction stay out of the next evaluation, and several data sets have each its prefix."""
+    easy, hard = of_shares(1.0, 1.0), of_shares(0.0, 0.0, 0.0)
+    rewarded = {"reward_funcs": by_prompt} if kind in REWARDED else {}
+    sets = {"train_dataset": hard, "eval_dataset": {"easy": easy, "hard": hard}}
+    trainer = make_trainer(
+        kind, pair, tmp_path, trainer=rewarded | sets, per_device_eval_batch_size=2,
+        **({"num_generations_eval": 1} if rewarded else {}),
+    )  # fmt: skip
+    predicted, both = trainer.predict(easy).metrics, trainer.evaluate()
+    for numbers, prefix, share in ((predicted, "test", 1.0), (both, "eval_easy", 1.0), (both, "eval_hard", 0.0)):
+        assert numbers[f"{prefix}_completions/mean_length"] > 0
+        if rewarded:
+            assert numbers[f"{prefix}_accepted/theta"] == numbers[f"{prefix}_reward"] == share
+    assert "eval_completions/mean_length" not in both
+    trainer.close()
 
 
 @pytest.mark.parametrize("kind", REWARDED)
