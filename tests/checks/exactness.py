@@ -45,7 +45,12 @@ ENGINES: dict[str, dict[str, Any]] = {
     "transformers": {"device": "cpu", "max_num_seqs": 2048},
     "vllm": TINY | {"max_num_seqs": 1024, "max_num_batched_tokens": 4096, "kv_cache_memory_bytes": 512 << 20},
 }
-MIXTURES = {method: Mixture(method, epsilon=0.5, fixed_alpha=0.4, entropy_scale=8.0) for method in METHODS}
+OWN_NUMBERS: dict[str, dict[str, float]] = {
+    "trust_region": {"epsilon": 0.5},
+    "fixed": {"fixed_alpha": 0.4},
+    "entropy_gate": {"entropy_scale": 8.0},
+}
+MIXTURES = {method: Mixture(method, **OWN_NUMBERS.get(method, {})) for method in METHODS}
 
 
 def make_walkers(folder: Path) -> tuple[str, str]:
