@@ -59,7 +59,7 @@ class MixtureTrainer(BatchMetrics, SeveralTurns):
     - `_tokenize_prompts`: an error of a chat template is explained.
     - `_generate_single_turn`, `_tool_call_loop`: processes that share an engine sample equally many turns.
     - `_generate_and_score_completions`: the records are put beside TRL's batch, compared, weighed and logged.
-    - `evaluation_loop`: an evaluation samples from the weights as they are now.
+    - `evaluation_loop`: an evaluation samples from the weights as they are now, and reports its own numbers.
     - `log`: histograms of the last batch go out with the numbers.
 
     Attributes:
