@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import find_adapter_config_file
 from transformers.utils.hub import cached_file
 
 from .checkpoint import StoredWeights
@@ -158,11 +159,19 @@ def load_config(model: str, role: str, **kwargs: Any) -> PreTrainedConfig:
     """Return the configuration of a model on disk or on the Hub.
 
     Raises:
-        ValueError: where there is none, or where the model is no decoder that reads text alone.
+        ValueError: where there is none, where there is an adapter alone, or where the model is no decoder that reads
+            text alone.
     """
     try:
         config = AutoConfig.from_pretrained(model, **kwargs)
     except (OSError, ValueError) as error:
+        if _is_adapter(model, **kwargs):
+            merging = f"AutoPeftModelForCausalLM.from_pretrained({str(model)!r}).merge_and_unload()"
+            raise ValueError(
+                f"The {role} could not be loaded from {str(model)!r}: it holds an adapter (adapter_config.json); "
+                "wanted a whole model. Merge it into another folder with peft, "
+                f"`{merging}.save_pretrained('merged')`, save the tokenizer there, too, and pass that folder."
+            ) from error
         where = "The folder does not exist" if not Path(model).exists() else "The folder holds no model"
         raise ValueError(
             f"The {role} could not be loaded from {str(model)!r}: {where} or is no model that transformers knows, and "
@@ -170,6 +179,13 @@ def load_config(model: str, role: str, **kwargs: Any) -> PreTrainedConfig:
         ) from error
     check_decoder(config, role)
     return config
+
+
+def _is_adapter(model: str, token: str | bool | None = None, revision: str | None = None, **_: Any) -> bool:
+    try:
+        return find_adapter_config_file(str(model), token=token, revision=revision) is not None
+    except (OSError, ValueError):  # nothing of that name on the Hub
+        return False
 
 
 def check_weights(model: str, role: str) -> None:

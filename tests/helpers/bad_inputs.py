@@ -64,6 +64,8 @@ class Room:
         (root / "garbled" / "config.json").write_text("{ not json")
         (root / "strange").mkdir()
         (root / "strange" / "config.json").write_text('{"model_type": "no_such_model"}')
+        (root / "adapter").mkdir()
+        (root / "adapter" / "adapter_config.json").write_text("{}")
         (root / "notes").mkdir()
         (root / "notes" / "diary.txt").write_text("dear diary")
         self._sampler: OptimalSamplingV1 | None = None
@@ -203,6 +205,10 @@ CASES: dict[str, tuple[Callable[[Room], Any], tuple[str, ...]]] = {
         ("student", "nowhere'", "does not exist", "Pass a folder"),
     ),
     "checkpoint: empty": (lambda r: r.build_on("empty"), ("student", "empty'", "holds no model", "Pass a folder")),
+    "checkpoint: adapter": (
+        lambda r: r.build_on("adapter"),
+        ("student", "adapter'", "wanted a whole model", "Merge it into another folder"),
+    ),
     "checkpoint: cut": (lambda r: r.build_on("cut"), ("student", "cut'", "Wanted a whole", "copy or save it again")),
     "config.json: no JSON": (lambda r: r.build_on("garbled"), ("student", "garbled'", "no model", "Pass a folder")),
     "config.json: unknown": (lambda r: r.build_on("strange"), ("student", "strange'", "no model", "Pass a folder")),

@@ -27,7 +27,7 @@ from helpers.training import (
     one_batch,
     rows_of,
 )
-from optimal_sampling_trl import Dense, Mixture
+from optimal_sampling_trl import Dense, Mixture, OptimalSamplingV1
 from optimal_sampling_trl.rollouts.rollout import RECORDS
 from optimal_sampling_trl.trainers.engines import seam
 from optimal_sampling_trl.trainers.mixture_trainer import MixtureTrainer
@@ -185,6 +185,39 @@ def test_lora(pair: tuple[str, str], teacher: Any, tmp_path: Path, kind: str) ->
     check_batch(trainer.generations[-1][1], teacher, theta, Mixture(), tolerance=2e-5)
     with pytest.raises(AssertionError, match="off by"):
         check_batch(trainer.generations[-1][1], teacher, load(pair[1]), Mixture(), tolerance=2e-5)
+
+
+def test_a_saved_adapter_is_refused_with_the_line_that_merges_it(pair: tuple[str, str], tmp_path: Path) -> None:
+    """The line gives a student whose log θ is that of the module that was trained."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    trainer = make_trainer("raft", pair, tmp_path, trainer={"peft_config": config}, max_steps=1)
+    trainer.train()
+    adapter, merged = str(tmp_path / "adapter"), str(tmp_path / "merged")
+    trainer.save_model(adapter)
+    teacher, student = pair
+    words = {}
+    for role, attempt in {
+        "teacher": lambda: OptimalSamplingV1(adapter, student, backend="transformers"),
+        "student": lambda: OptimalSamplingV1(teacher, adapter, backend="transformers"),
+        "student ": lambda: make_trainer("raft", (teacher, adapter), tmp_path),
+        "teacher ": lambda: make_trainer("raft", (adapter, student), tmp_path),
+    }.items():
+        start = f"^The {role.strip()} could not be loaded from '{adapter}': it holds an adapter "
+        with pytest.raises(ValueError, match=start) as error:
+            attempt()
+        words[role] = str(error.value)
+    (line,) = {re.findall("`(Auto.*)`", each)[0] for each in words.values()}
+    exec(line.replace("'merged'", repr(merged)), vars(peft))
+    with pytest.raises(ValueError, match="student's tokenizer could not be loaded"):
+        OptimalSamplingV1(teacher, merged, backend="transformers")
+    trainer.processing_class.save_pretrained(merged)
+    with OptimalSamplingV1(teacher, merged, backend="transformers") as sampler:
+        rollouts = sampler.generate(TEXTS[:4], max_tokens=6).rollouts
+    for rollout in rollouts:
+        check_rollout(rollout, load(teacher), trainer.model.eval(), tolerance=2e-5)
+    with pytest.raises(AssertionError):
+        check_rollout(rollouts[0], load(teacher), load(student), tolerance=2e-5)
 
 
 def test_lora_in_a_hybrid_inside_of_a_wrapper(tmp_path: Path) -> None:

@@ -68,11 +68,11 @@ def named_in_words(model: Any, options: Mapping[str, Any] | None) -> Iterator[No
         options: TRL's `model_init_kwargs`.
 
     Raises:
-        ValueError: where TRL finds no file, and there is no configuration under the name.
+        ValueError: where TRL takes no model from it, and there is no configuration under the name.
     """
     try:
         yield
-    except OSError:
+    except (OSError, ValueError):
         if isinstance(model, str):
             load_config(model, "student", **(options or {}))
         raise
