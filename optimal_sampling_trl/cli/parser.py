@@ -43,6 +43,9 @@ class Parser(TrlParser):
         kinds: the dataclasses; the help lists their flags in this order.
         prog: the command, as the help names it.
         description: the first lines of the help.
+
+    Attributes:
+        named: the fields that the last command line sets, by itself or in its YAML file, to their defaults too.
     """
 
     def __init__(self, kinds: Iterable[Any], prog: str, description: str) -> None:
@@ -54,6 +57,7 @@ class Parser(TrlParser):
             allow_abbrev=False,
             formatter_class=Formatter,
         )
+        self.named: frozenset[str] = frozenset()
         self._group_flags()
 
     def read(self, words: Sequence[str], further: Iterable[str] = ()) -> tuple[Any, ...]:
@@ -72,6 +76,7 @@ class Parser(TrlParser):
             parsed: Any = self.parse_args_and_config(apart(words, CONFIG), return_remaining_strings=True)
         *found, _ = parsed
         self._check_choices(found)
+        self.named = self._named(words)
         return tuple(found)
 
     def unread(self, words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -83,11 +88,7 @@ class Parser(TrlParser):
         Raises:
             ValueError: on a value that is none of a flag's choices.
         """
-        words, of_file = apart(words, CONFIG), {}
-        if CONFIG in words:
-            at = words.index(CONFIG)
-            of_file = self._read_file(words[at + 1 : at + 2])
-            del words[at : at + 2]
+        of_file, words = self._of_file(words)
         known = {action.dest for action in self._actions} | {"env"}
         rest = [word for name, value in of_file.items() if name not in known for word in (f"--{name}", str(value))]
         return rest, self.parse_known_args(words)[1]
@@ -135,6 +136,21 @@ class Parser(TrlParser):
                 if not isinstance(value, str):
                     self.error(f"`{name}` in the YAML file holds {shown(value)}; wanted texts. Put it into quotes.")
         return super().set_defaults_with_config(**{**config, **lists})
+
+    def _of_file(self, words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+        """Return the flags of the YAML file that a command line names, and the other words of the line."""
+        words = apart(words, CONFIG)
+        if CONFIG not in words:
+            return {}, words
+        at = words.index(CONFIG)
+        return self._read_file(words[at + 1 : at + 2]), [*words[:at], *words[at + 2 :]]
+
+    def _named(self, words: Sequence[str]) -> frozenset[str]:
+        of_file, words = self._of_file(words)
+        unset = object()
+        known = {action.dest for action in self._actions}
+        found, _ = self.parse_known_args(words, argparse.Namespace(**dict.fromkeys(known, unset)))
+        return frozenset(name for name in known if name in of_file or getattr(found, name) is not unset)
 
     def _read_file(self, named: Sequence[str]) -> dict[str, Any]:
         """Return the flags of a YAML file.

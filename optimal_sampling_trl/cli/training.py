@@ -21,6 +21,7 @@ from ..trainers import GeneratorArguments
 from .launch import launch, launch_flags, launch_words, needs_launch
 from .parser import Parser
 from .refusals import refusals
+from .unread import DATA_FILES, warn_of_unread_flags
 
 
 @dataclass
@@ -109,9 +110,7 @@ def load_data(script: ScriptArguments, evaluate: bool) -> dict[str, Any]:
 
 def _load(name: str, script: ScriptArguments) -> Any:
     """Return the splits of a data set, as the flags say it."""
-    suffix = Path(name).suffix.lstrip(".")
-    if suffix in ("json", "jsonl", "csv", "parquet"):
-        builder = "json" if suffix == "jsonl" else suffix
+    if builder := DATA_FILES.get(Path(name).suffix):
         files = {script.dataset_train_split: name}
         return load_dataset(builder, data_files=files, streaming=script.dataset_streaming)
     return load_dataset(name, script.dataset_config, streaming=script.dataset_streaming)
@@ -225,6 +224,7 @@ class Job:
             resume = checkpoint(training.resume_from_checkpoint, training.output_dir)
             rewards = {"reward_funcs": script.rewards()} if self.rewarded else {}
             data = load_data(script, evaluate=training.eval_strategy != "no")
+        warn_of_unread_flags(parser.named, script, model, evaluates=data["eval_dataset"] is not None)
         trainer = getattr(trainers, f"{self.method}Trainer")(
             generator=generator, args=training, **rewards, **load_options(model, training), **data
         )

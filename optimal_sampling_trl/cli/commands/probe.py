@@ -12,6 +12,7 @@ from ...probe import probe, probe_json, probe_page, probe_text
 from ...trainers.arguments import PairArguments
 from ..parser import Parser
 from ..training import RewardArguments, load_data
+from ..unread import warn_of_unread_flags
 
 
 @dataclass
@@ -45,6 +46,7 @@ def run(words: Sequence[str]) -> None:
     if len(rewards) != 1:
         raise ValueError(f"`--reward_funcs` names {len(rewards)} functions; wanted one, which says what a success is.")
     check_whole("probe", "prompts", script.prompts, 1)
+    warn_of_unread_flags(parser.named, script)
     rows = list(islice(load_data(script, evaluate=False)["train_dataset"], script.prompts))
     with pair.sampler(script.model_name_or_path) as sampler:
         found = probe(

@@ -18,6 +18,7 @@ from ...sampling_run import sample_to_folder
 from ...trainers import SamplerArguments
 from ..parser import Parser
 from ..training import load_data
+from ..unread import warn_of_unread_flags
 
 
 @dataclass
@@ -81,6 +82,7 @@ def run(words: Sequence[str]) -> None:
         raise ValueError("`--model_name_or_path` is missing; wanted the student's folder or model id.")
     with parser.refusing():
         prompts, sampling, dense = script.prompts(), script.sampling(), script.dense()
+        warn_of_unread_flags(parser.named, script)
         with pair.sampler(script.model_name_or_path) as sampler:
             folder = sample_to_folder(
                 sampler,
