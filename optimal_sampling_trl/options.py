@@ -23,7 +23,7 @@ NEARLY = 0.8
 """Similarity from which a keyword counts as a misspelt one of a function that takes any keyword."""
 NAMED = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 """Kinds of parameters that a keyword can name."""
-MAX_MODEL_LEN = "`max_model_len` (of a trainer `vllm_max_model_length`)"
+MAX_MODEL_LEN = "`max_model_len` (of a trainer `vllm_max_model_length`, of a server `--max-model-len`)"
 """The setting of the context, as messages name it."""
 
 

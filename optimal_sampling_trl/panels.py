@@ -13,7 +13,7 @@ import numpy as np
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 """Okabe and Ito's colours, distinct under every form of colour blindness, without the yellow that white swallows."""
 MARKERS = "os^Dvp*"
-"""One for each colour, so that a curve has the same in every panel."""
+"""One for each colour of `PALETTE`, so that a curve keeps its marker in every panel."""
 STYLES = ("-", "--", "-.", ":")
 MARKERS_PER_CURVE = 25
 LONG_LEGEND = 6

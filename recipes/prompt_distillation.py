@@ -38,8 +38,9 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import ModelConfig, ScriptArguments, TrlParser
 
 from optimal_sampling_trl import DistillationConfig, DistillationTrainer, Mixture, OptimalSamplingV1
+from optimal_sampling_trl.cli.data import load_data
 from optimal_sampling_trl.cli.refusals import refusals
-from optimal_sampling_trl.cli.training import checkpoint, load_data, load_options, run
+from optimal_sampling_trl.cli.training import checkpoint, load_options, run
 from optimal_sampling_trl.plots import plot_learning
 from optimal_sampling_trl.trainers import GeneratorArguments
 

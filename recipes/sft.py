@@ -28,8 +28,9 @@ from datasets import Dataset, load_dataset
 from transformers import AutoTokenizer
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
 
+from optimal_sampling_trl.cli.data import load_data
 from optimal_sampling_trl.cli.refusals import refusals
-from optimal_sampling_trl.cli.training import RewardArguments, load_data, load_options
+from optimal_sampling_trl.cli.training import RewardArguments, load_options
 from optimal_sampling_trl.losses import accept_rewards
 from optimal_sampling_trl.pairing import is_chat
 

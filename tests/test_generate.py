@@ -203,7 +203,7 @@ def test_sampling_settings_reach_the_backend(sampler: OptimalSamplingV1, monkeyp
 def test_completions_that_the_context_cuts_are_warned_of(sampler: OptimalSamplingV1, tmp_path: Path) -> None:
     context = sampler.backend.pair.context
     prompts = [[EOS + 1] * (context - 3), [EOS + 1] * 3]
-    words = rf"Completions end before they have `max_tokens`, 5, since the context of {context} tokens ends there"
+    words = rf"the 5 tokens that `max_tokens` leaves them, since the context of {context} tokens ends there"
     with pytest.warns(UserWarning, match=words):
         output = sampler.generate(prompts, max_tokens=5, seed=1)
     assert [len(one.completion_ids) for one in output.rollouts] == [3, 5]

@@ -45,7 +45,7 @@ class Parser(TrlParser):
         description: the first lines of the help.
 
     Attributes:
-        named: the fields that the last command line sets, by itself or in its YAML file, to their defaults too.
+        named: the fields that the last command line set, itself or in its YAML file, even to their defaults.
     """
 
     def __init__(self, kinds: Iterable[Any], prog: str, description: str) -> None:

@@ -1,4 +1,4 @@
-"""The commands that train: data, model and rewards that the flags name, and the run from start to end."""
+"""The commands that train: model and rewards that the flags name, and the run from start to end."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from .. import trainers
 from ..options import unknown_option
 from ..trainers import GeneratorArguments
+from .data import load_data
 from .launch import launch, launch_flags, launch_words, needs_launch
 from .parser import Parser
 from .refusals import refusals
-from .unread import DATA_FILES, warn_of_unread_flags
+from .unread import warn_of_unread_flags
 
 
 @dataclass
@@ -80,42 +80,6 @@ def _is_reward(found: Any) -> bool:
     return "completions" in parameters and any(one.kind == one.VAR_KEYWORD for one in parameters.values())
 
 
-def load_data(script: ScriptArguments, evaluate: bool) -> dict[str, Any]:
-    """Load `train_dataset` and `eval_dataset` from the Hub, a folder or a file (.jsonl, .json, .csv, .parquet).
-
-    Raises:
-        ValueError: where none is named, none is found, or a split is missing.
-    """
-    if not script.dataset_name:
-        raise ValueError("`--dataset_name` is missing; wanted a dataset with the column 'prompt'.")
-    try:
-        data = _load(script.dataset_name, script)
-    except OSError as error:  # what `datasets` raises of files, folders and the Hub
-        raise ValueError(
-            f"`--dataset_name` is {script.dataset_name!r}, and no data was found there: {error}. Wanted a name on the "
-            "Hub, a folder, or a file (.jsonl, .json, .csv, .parquet)."
-        ) from error
-    for flag in ("dataset_train_split", "dataset_test_split")[: 2 if evaluate else 1]:
-        if (split := getattr(script, flag)) not in data:
-            raise ValueError(
-                f"`--{flag}` is {split!r}, and {script.dataset_name} has {', '.join(map(repr, data))}. Name one of "
-                "those, or a folder with a file for each split, such as train.jsonl and test.jsonl; "
-                "`--eval_strategy no` needs no test split."
-            )
-    return {
-        "train_dataset": data[script.dataset_train_split],
-        "eval_dataset": data[script.dataset_test_split] if evaluate else None,
-    }
-
-
-def _load(name: str, script: ScriptArguments) -> Any:
-    """Return the splits of a data set, as the flags say it."""
-    if builder := DATA_FILES.get(Path(name).suffix):
-        files = {script.dataset_train_split: name}
-        return load_dataset(builder, data_files=files, streaming=script.dataset_streaming)
-    return load_dataset(name, script.dataset_config, streaming=script.dataset_streaming)
-
-
 def load_options(model: ModelConfig, training: Any) -> dict[str, Any]:
     """Load `model`, `quantization_config`, `peft_config` of a trainer; the model's other flags go into `training`."""
     training.model_init_kwargs = {
@@ -153,7 +117,7 @@ def checkpoint(given: str | bool | None, output_dir: str) -> str | bool | None:
     return True if is_last else given
 
 
-def run(trainer: Any, resume: str | bool | None = None) -> None:
+def run(trainer: Any, resume: str | bool | None) -> None:
     """Train, resume where asked to, evaluate where there is data, and save.
 
     Args:

@@ -12,19 +12,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ..trainers.unread import Rule
-from ..user_warnings import warn_user
-
-DATA_FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-"""Endings of files with data, and the builder of `datasets` that reads each."""
+from ..trainers.unread import Rule, never, warn_of_one
+from .data import DATA_FILES
 
 
 def _always(flags: Any) -> bool:
     return True
-
-
-def _never(flags: Any) -> bool:
-    return False
 
 
 RULES = (
@@ -49,8 +42,10 @@ RULES = (
         lambda flags: Path(flags.dataset_name or "").suffix not in DATA_FILES,
         "of a data set on the Hub or in a folder, not of a file",
     ),
-    Rule(("dataset_test_split",), lambda flags: flags.evaluates, "where a training evaluates (`--eval_strategy`)"),
-    Rule(("ignore_bias_buffers",), _never, "by TRL's script for DPO alone"),
+    Rule(
+        ("dataset_test_split",), lambda flags: flags.evaluates, "by a training that evaluates (its `--eval_strategy`)"
+    ),
+    Rule(("ignore_bias_buffers",), never, "by TRL's script for DPO alone"),
 )
 """Every field of TRL's `ModelConfig` and `ScriptArguments`, each under one rule."""
 
@@ -69,4 +64,4 @@ def warn_of_unread_flags(named: Container[str], *arguments: Any, evaluates: bool
     for rule in RULES:
         for name in rule.names:
             if name in given and not rule.is_read(flags):
-                warn_user(f"`--{name}` is {values[name]!r} and does nothing here: it is read {rule.reader}. Drop it.")
+                warn_of_one(f"--{name}", values[name], rule.reader)

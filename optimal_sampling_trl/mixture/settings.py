@@ -160,8 +160,8 @@ class Mixture:
     def check_read(self, owner: str) -> None:
         """Refuse a field that is set and that the method does not read.
 
-        Where a user's settings come in; the constructor takes them, since rollouts that earlier versions stored have
-        such a field.
+        It is called where a user's settings come in. The constructor takes such a field, since rollouts that earlier
+        versions stored have one.
 
         Args:
             owner: what takes the mixture, for the error.

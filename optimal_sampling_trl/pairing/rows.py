@@ -13,7 +13,7 @@ from .prompts import TEACHER_PROMPT
 MOST_KEYS = 8
 """Most keys of a dictionary that an error shows."""
 NO_SLICE = "A slice of a data set is a dictionary of its columns: pass `data.select(range(n))`."
-"""Advice to who passed a dictionary for a data set."""
+"""Advice to whoever passes a dictionary in place of a data set."""
 
 
 def check_not_keyed(name: str, given: Any, wanted: str, advice: str = NO_SLICE) -> None:

@@ -262,8 +262,8 @@ def warn_of_context(
     cut = [most for one, most in ended if len(one.completion_ids) < most]
     if cut:
         warn_user(
-            f"Completions end before they have `{setting}`, {max(cut)}, since the context of {context} tokens ends "
-            f"there, prompt included. Shorten the prompts, raise {MAX_MODEL_LEN} where it was set, or pass models "
-            "with a longer context."
+            f"Completions end before they have the {max(cut)} tokens that `{setting}` leaves them, since the context "
+            f"of {context} tokens ends there, prompt included. Shorten the prompts, raise {MAX_MODEL_LEN} where it "
+            "was set, or pass models with a longer context."
         )
     return bool(cut)

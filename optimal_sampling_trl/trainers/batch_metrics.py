@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -63,9 +64,17 @@ class BatchMetrics(TrlTrainer):
         numbers = self._metrics["eval"]
         numbers.clear()
         output = super().evaluation_loop(dataloader, *positional, metric_key_prefix=metric_key_prefix, **named)
-        output.metrics.update({f"{metric_key_prefix}_{name}": mean_of(values) for name, values in numbers.items()})
+        self._report(output, metric_key_prefix, numbers)
         numbers.clear()
         return output
+
+    def _report(self, output: Any, prefix: str, numbers: Mapping[str, Sequence[float]]) -> None:
+        """Put the means of an evaluation's numbers among what it returns; NaN is left out, as TRL does.
+
+        A number that has no mean has no name there: transformers' `log_metrics` takes no None.
+        """
+        known = {name: [value for value in values if not math.isnan(value)] for name, values in numbers.items()}
+        output.metrics.update({f"{prefix}_{name}": fmean(values) for name, values in known.items() if values})
 
     def _log_batch(self, output: dict[str, Any]) -> None:
         """Log the batch of all processes; α, the ratios and the divergences over the mixture's tokens alone."""
@@ -129,9 +138,3 @@ class BatchMetrics(TrlTrainer):
         if quantile is not None and scale is not None:
             self._append_metrics({metrics.ENTROPY_SCALE: scale})
             self._scale = next_scale(alpha, scale, quantile, self.generator.mixture.entropy_scale)
-
-
-def mean_of(values: Sequence[float]) -> float | None:
-    """Average the numbers of an evaluation's batches as TRL does: NaN is left out, and None stands for no number."""
-    known = [value for value in values if not math.isnan(value)]
-    return sum(known) / len(known) if known else None

@@ -18,7 +18,6 @@ from transformers.trainer_utils import has_length
 from .. import metrics
 from ..losses import accept_rewards
 from ..user_warnings import warn_user
-from .batch_metrics import mean_of
 from .dense_term import DenseTermTrainer
 from .overtaking import Overtaking
 from .reward_functions import check_reward_funcs, checked
@@ -65,7 +64,7 @@ class RewardedTrainer(TwoRounds, DenseTermTrainer):
             )
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
-        """Compute TRL's rewards (rows of all processes, functions), and log them.
+        """Compute TRL's rewards (rows of all processes, functions); log training's, keep an evaluation's.
 
         The functions read prompts without the student's system prompt, as they stand in the dataset; in an environment
         they read TRL's, with what it added.
@@ -121,19 +120,20 @@ class RewardedTrainer(TwoRounds, DenseTermTrainer):
             numbers = self._numbers_of_student(rewards, student)
             if teacher is not None:
                 numbers |= metrics.of_teacher(teacher, self._accepts(teacher))
-            output.metrics.update({f"{metric_key_prefix}_{name}": mean_of([value]) for name, value in numbers.items()})
+            self._report(output, metric_key_prefix, {name: [value] for name, value in numbers.items()})
             self._tell(self._overtaking.evaluate(student, teacher))
         return output
 
     def _evaluated_rewards(self, dataloader: Any) -> Tensor:
         """Return the rewards (rows, functions) of an evaluation, without the rows that processes sampled twice.
 
-        accelerate fills the last batches of several processes with the first rows.
+        accelerate fills the last batches of several processes with the first rows. Those of a stream, whose length is
+        not known, stay.
         """
         rewards = torch.cat(self._evaluated)
-        return (
-            rewards[: self.num_examples(dataloader) * self.num_generations_eval] if has_length(dataloader) else rewards
-        )
+        if not has_length(dataloader):
+            return rewards
+        return rewards[: self.num_examples(dataloader) * self.num_generations_eval]
 
     def _numbers_of_student(self, rewards: Tensor, totals: Tensor) -> dict[str, float]:
         """Return what the student earns in an evaluation.
@@ -144,11 +144,11 @@ class RewardedTrainer(TwoRounds, DenseTermTrainer):
         """
         every = torch.ones_like(totals, dtype=torch.bool)
         rows = (totals, self._accepts(totals), every, ~every)
-        by_function = {
-            f"rewards/{name}/mean": column for name, column in zip(self.reward_func_names, rewards.T, strict=True)
-        }
+        named = {"reward": totals}  # TRL's names; functions of one name share a number
+        for name in self.reward_func_names:
+            named[f"rewards/{name}/mean"] = rewards[:, [other == name for other in self.reward_func_names]]
         return {
-            **{name: float(values.nanmean()) for name, values in {"reward": totals, **by_function}.items()},
+            **{name: float(values.nanmean()) for name, values in named.items()},
             **metrics.of_acceptance(*(values.view(-1, self.num_generations_eval) for values in rows)),
         }
 

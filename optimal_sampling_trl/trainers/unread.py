@@ -32,7 +32,8 @@ class Rule(NamedTuple):
     reader: str
 
 
-def _never(args: Any) -> bool:
+def never(args: Any) -> bool:
+    """Return False: nothing reads the field."""
     return False
 
 
@@ -96,11 +97,11 @@ RULES = (
     Rule(
         ("num_completions_to_print", "log_unique_prompts"), lambda a: a.log_completions, "with `log_completions=True`"
     ),
-    Rule(("log_multimodal",), _never, "for images, which rollouts from the mixture do not take"),
-    Rule((TOOL_TURNS,), _never, "with `tools` or an `environment_factory`"),
+    Rule(("log_multimodal",), never, "for images, which rollouts from the mixture do not take"),
+    Rule((TOOL_TURNS,), never, "with `tools` or an `environment_factory`"),
     Rule(
         ("cache_implementation", "transformers_continuous_batching_config", "ds3_gather_for_generation"),
-        _never,
+        never,
         "by TRL's own generation with transformers alone",
     ),
     Rule(
@@ -151,7 +152,12 @@ def warn_of_unread(args: Any, unread: dict[str, str]) -> None:
     """
     changed = _changed(args)
     for name in sorted(unread.keys() & changed.keys()):
-        warn_user(f"`{name}` is {changed[name]!r} and does nothing here: it is read {unread[name]}. Drop it.")
+        warn_of_one(name, changed[name], unread[name])
+
+
+def warn_of_one(name: str, value: Any, reader: str) -> None:
+    """Warn that a setting does nothing; `reader` is the end of "it is read"."""
+    warn_user(f"`{name}` is {value!r} and does nothing here: it is read {reader}. Drop it.")
 
 
 OF_MIXTURE = ("mixture", "schedule", "entropy_quantile")

@@ -1,15 +1,14 @@
-"""The commands that train: rewards, data and the way back into a run, as flags say them."""
+"""The commands that train: rewards and the way back into a run, as flags say them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from datasets import IterableDataset
-from trl import ScriptArguments, TrlParser
+from trl import TrlParser
 
 from optimal_sampling_trl import GRPOConfig
-from optimal_sampling_trl.cli.training import Job, RewardArguments, checkpoint, load_data
+from optimal_sampling_trl.cli.training import Job, RewardArguments, checkpoint
 
 
 def test_resuming_as_a_flag_says_it(tmp_path: Path) -> None:
@@ -49,20 +48,6 @@ def test_a_reward_without_a_module_is_named() -> None:
             RewardArguments(reward_funcs=[path]).rewards()
     (found,) = RewardArguments(reward_funcs=[f"{home}.reward"]).rewards()
     assert found(["21="], ["12"]) == [1.0]
-
-
-def test_a_file_is_data(tmp_path: Path) -> None:
-    (tmp_path / "data.jsonl").write_text('{"prompt": "a"}\n')
-    data = load_data(ScriptArguments(dataset_name=str(tmp_path / "data.jsonl")), evaluate=False)
-    assert data["train_dataset"]["prompt"] == ["a"]
-    assert data["eval_dataset"] is None
-    script = ScriptArguments(dataset_name=str(tmp_path / "data.jsonl"), dataset_streaming=True)
-    assert isinstance(load_data(script, evaluate=False)["train_dataset"], IterableDataset)
-    for name in ("nowhere.jsonl", "nobody/nothing"):
-        with pytest.raises(ValueError, match=f"`--dataset_name` is '{name}', and no data was found there: .* Wanted"):
-            load_data(ScriptArguments(dataset_name=name), evaluate=False)
-    with pytest.raises(ValueError, match="`--dataset_name` is missing"):
-        load_data(ScriptArguments(), evaluate=False)
 
 
 @pytest.mark.parametrize("method", ["GRPO", "RLOO", "RAFT", "Distillation"])

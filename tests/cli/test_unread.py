@@ -106,7 +106,7 @@ def test_a_file_has_no_configurations(name: str) -> None:
 
 def test_a_split_to_evaluate_on_is_read_where_there_is_an_evaluation() -> None:
     words = ["--dataset_test_split", "validation"]
-    assert "where a training evaluates" in unread(words)["dataset_test_split"]
+    assert "by a training that evaluates" in unread(words)["dataset_test_split"]
     assert unread(words, evaluates=True) == {}
 
 

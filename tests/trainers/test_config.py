@@ -83,10 +83,10 @@ def test_engine_arguments_stand_over_trls_settings(pair: tuple[str, str], tmp_pa
 def test_a_context_that_is_short_is_named_by_its_flag(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
     """It cuts completions, of which a trainer warns once, or leaves no room for one."""
     longest = max(map(len, TEXTS))
-    with pytest.raises(ValueError, match=r"raise `max_model_len` \(of a trainer `vllm_max_model_length`\) where"):
+    with pytest.raises(ValueError, match=r"raise `max_model_len` \(of a trainer `vllm_max_model_length`, of a server"):
         make_trainer(kind, pair, tmp_path, vllm_max_model_length=longest)
     trainer = make_trainer(kind, pair, tmp_path, vllm_max_model_length=longest + 3, max_completion_length=10)
-    words = rf"Completions end before they have `max_completion_length`, 10, since the context of {longest + 3} tokens"
+    words = rf"before they have the 10 tokens that `max_completion_length` leaves .* of {longest + 3} tokens"
     prompts = [max(TEXTS, key=len)] * 8
     with pytest.warns(UserWarning, match=words):
         one_batch(trainer, prompts)

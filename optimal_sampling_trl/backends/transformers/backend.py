@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ...options import MAX_MODEL_LEN, check_choice, check_whole, unknown_option
+from ...options import MAX_MODEL_LEN, NAMED, check_choice, check_whole, unknown_option
 from ...pairing import (
     MODEL_OPTIONS,
     NamedWeights,
@@ -255,21 +255,24 @@ class TransformersBackend:
 
 
 def _own_class(model: nn.Module) -> type | None:
-    """Return the class of a model whose code is not transformers', which is known once it is loaded; else None.
+    """Return the class of a loaded model whose code is not transformers' own; None for any other.
 
-    An adapter, and any other module around a model, hands on what it is given.
+    The model inside is looked for: an adapter, or another module around it, hands on what it is given.
     """
     kind = next((type(module) for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     return None if kind is None or kind.__module__.startswith("transformers.") else kind
 
 
 def _taken(model: type) -> set[str]:
-    """Return what a model's `forward` takes by name, or may hand on to that of a base class."""
+    """Return what a model's `forward` takes by name, or may hand on to that of a base class.
+
+    A `forward` that hands on whatever it is given to a model inside names nothing.
+    """
     names: set[str] = set()
-    for kind in model.__mro__:
+    for kind in model.__mro__[: model.__mro__.index(nn.Module)]:
         if "forward" in vars(kind):
             parameters = inspect.signature(vars(kind)["forward"]).parameters
-            names |= parameters.keys()
+            names |= {name for name, one in parameters.items() if one.kind in NAMED} - {"self"}
             if all(one.kind != inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
                 break
     return names
@@ -289,7 +292,7 @@ def _check_cache(model: type, config: PreTrainedConfig, role: str) -> None:
     Raises:
         ValueError: naming the model, its class and what it lacks.
     """
-    taken = _taken(model)
+    taken = _taken(model) or {"past_key_values", "position_ids"}
     if "cache_params" in taken or "past_key_values" not in taken or config.model_type in NO_CACHE:
         lacking = "keeps a state instead of a cache, or neither; wanted a decoder with attention, or a hybrid"
     elif config.model_type in STATES_BESIDE:

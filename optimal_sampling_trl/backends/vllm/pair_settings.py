@@ -1,7 +1,7 @@
 """Settings of a pair that vLLM's processes are told, in the engine's `additional_config`.
 
-The launch writes it (`launch.py`), and every process of the engine reads it. A server tells it to trainers as well,
-in its `/server_info` (`server/messages.py`). It imports no vLLM.
+The launch (`launch.py`) writes them, and every process of the engine reads them. A server tells them to trainers as
+well, in its `/server_info` (`server/messages.py`). This module imports no vLLM.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class PairSettings:
         two_prompts: whether the engine takes another prompt for the student than for the teacher.
         one_model: whether the teacher is the student itself.
         has_one_table: whether all layers of both models share one table of blocks.
-        role: whose configuration it is: a part of the key of compiled code, which the names of the layers are not.
+        role: the model that the configuration is for, `"teacher"` or `"theta"`. It is a part of the key of compiled
+            code, which the names of the layers are not.
     """
 
     theta: str
@@ -81,7 +82,7 @@ class PairSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings(PairSettings):
-    """The same, and what a server tells trainers beyond that.
+    """Settings of the pair that a server serves: those of `PairSettings`, and what it tells trainers beyond them.
 
     Args:
         version: this package's.

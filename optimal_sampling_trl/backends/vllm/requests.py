@@ -37,8 +37,8 @@ SCORES_OF_PROMPTS = {
     "prompt_logprobs": "`prompt_logprobs` (or `echo`)",
     "prompt_logprob_token_ids": "`prompt_logprob_token_ids`",
 }
-"""vLLM's parameters that ask for log-probabilities of a prompt, of which older versions have the first, as errors
-name them."""
+"""vLLM's parameters that ask for log-probabilities of a prompt, and how errors name each. Versions before 0.31 have
+the first alone."""
 
 
 def check_request(request: Request, pair: Pair, index: int, max_logprobs: int) -> None:
@@ -198,7 +198,8 @@ def _check_tokens(params: Any, vocabulary: int) -> None:
     A forced one would stop the step, which looks for its log θ where the student has none.
     """
     for name in ("allowed_token_ids", "logit_bias", "trace_decode_token_ids"):
-        beyond = [token for token in getattr(params, name) or () if token >= vocabulary]
+        named = getattr(params, name, None) or ()  # the last is vLLM's from 0.29 on
+        beyond = [token for token in named if token >= vocabulary]
         if beyond:
             raise ValueError(
                 f"`{name}` names the token {max(beyond)}, which is never drawn; wanted ids below {vocabulary}, which "

@@ -10,8 +10,9 @@ from pathlib import Path
 from ...options import check_whole
 from ...probe import probe, probe_json, probe_page, probe_text
 from ...trainers.arguments import PairArguments
+from ..data import load_data
 from ..parser import Parser
-from ..training import RewardArguments, load_data
+from ..training import RewardArguments
 from ..unread import warn_of_unread_flags
 
 

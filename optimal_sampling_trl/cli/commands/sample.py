@@ -16,8 +16,8 @@ from ...rollouts.dense import Dense
 from ...rollouts.request import Sampling
 from ...sampling_run import sample_to_folder
 from ...trainers import SamplerArguments
+from ..data import load_data
 from ..parser import Parser
-from ..training import load_data
 from ..unread import warn_of_unread_flags
 
 

@@ -202,7 +202,7 @@ class MixtureGeneration:
     def take(self, prompts: Sequence[list[int]], rollouts: Sequence[Rollout], seconds: float) -> TrlReturns:
         """Keep the rollouts of a call as the turns of their rows; a turn without room has no token.
 
-        The first that the context cuts short are warned of.
+        Warn once, of the first call whose completions the context cut short.
 
         Returns:
             what TRL's own `generate` does; see `as_trl_returns`.

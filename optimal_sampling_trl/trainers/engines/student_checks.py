@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from ...pairing import Source, check_adapter, load_config
 from ...pairing.names import WeightNames, names_of
@@ -72,8 +74,8 @@ def named_in_words(model: Any, options: Mapping[str, Any] | None) -> Iterator[No
     """
     try:
         yield
-    except (OSError, ValueError):
-        if isinstance(model, str):
+    except (OSError, ValueError) as error:  # the second is any refusal, or transformers' of a folder without a model
+        if isinstance(model, str) and (isinstance(error, OSError) or (Path(model) / ADAPTER_CONFIG_NAME).is_file()):
             load_config(model, "student", **(options or {}))
         raise
 

@@ -581,6 +581,13 @@ def test_a_grammar_is_refused_where_the_models_end_differently() -> None:
     check_params(params, [5], SETTINGS)
 
 
+def test_parameters_of_older_versions_are_taken() -> None:
+    """vLLM has the second of these from 0.29 on, the last from 0.31."""
+    later, params = ("logprob_token_ids", "trace_decode_token_ids", "prompt_logprob_token_ids"), SamplingParams()
+    older = {name: getattr(params, name) for name in params.__struct_fields__ if name not in later}
+    check_params(SimpleNamespace(**older), [5], SETTINGS)
+
+
 def test_a_request_of_anybody_ends_at_the_students_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the teacher has no end of its own: vLLM stops at the teacher's, and the student may have more."""
     monkeypatch.setattr(BeamSearchOnlineMixin, "beam_search", BeamSearchOnlineMixin.beam_search)  # put back afterwards
