@@ -111,13 +111,13 @@ def assert_each_as_alone(pair: LogitPair, rows: list[Mixture]) -> None:
 def assert_logits(
     logits: Tensor, pair: LogitPair, one: slice, V: int, alpha: Tensor, row: MixtureRows, temperature: float
 ) -> None:
-    """The mixed logits in float64, to float32's rounding; of the arithmetic form, that of the normalisers too."""
+    """The mixed logits in float64, to float32's rounding; of the arithmetic form, that of normalisers and log α too."""
     theta, teacher = (side[one, :V].double() for side in pair)
     want = mix_at(theta, teacher, alpha, row, temperature)
     both = want.isfinite()
     size = theta.abs().masked_fill(~theta.isfinite(), 0) + teacher.abs().masked_fill(~teacher.isfinite(), 0) + 1
     if row.methods("arithmetic") or row.most_swapped:
-        size = size + size.amax() + temperature
+        size = size + size.amax() + temperature + want.abs().masked_fill(~both, 0)  # log α is −103 for the least α
     assert bool(((logits.double() - want)[both].abs() <= 4e-7 * size[both]).all())
     if float(alpha) in (0.0, 1.0) and not row.most_swapped:
         assert torch.equal(logits.double(), want)

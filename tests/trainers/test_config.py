@@ -125,8 +125,9 @@ def test_arguments_by_position_are_trls(pair: tuple[str, str], tmp_path: Path, k
     one_batch(trainer, TEXTS[:1] * 4)
 
 
-def test_no_config_at_all(pair: tuple[str, str], tmp_path: Path) -> None:
+def test_no_config_at_all(pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Our configuration, under TRL's name; on a CPU it has to be told so, or TRL's own default bf16 refuses it."""
+    monkeypatch.chdir(tmp_path)  # where the folder of that name is made
     for kind, name in (("grpo", "student-GRPO"), ("rloo", "student-RLOO"), ("divergence", "student-Distillation")):
         trainer_class, config, _ = KINDS[kind]
         assert trainer_class.config_class is config
