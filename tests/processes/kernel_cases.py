@@ -111,7 +111,7 @@ def assert_each_as_alone(pair: LogitPair, rows: list[Mixture]) -> None:
 def assert_logits(
     logits: Tensor, pair: LogitPair, one: slice, V: int, alpha: Tensor, row: MixtureRows, temperature: float
 ) -> None:
-    """The mixed logits in float64, to float32's rounding; of the arithmetic form, that of normalisers and log α too."""
+    """The mixed logits in float64, to float32's rounding; of the arithmetic form, to that of its terms too."""
     theta, teacher = (side[one, :V].double() for side in pair)
     want = mix_at(theta, teacher, alpha, row, temperature)
     both = want.isfinite()
