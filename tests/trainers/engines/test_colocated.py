@@ -334,7 +334,7 @@ def test_a_recipe_ends_with_its_engine(pair: tuple[str, str], tmp_path: Path, mo
     )
     trainer = make_trainer("grpo", pair, tmp_path, generator=ENGINE | {"backend": "auto"}, max_steps=1)
     assert [role for _, role in read] == ["teacher", "student"]
-    run(trainer)
+    run(trainer, None)
     assert not workspace.is_workspace_manager_initialized()
     with pytest.raises(RuntimeError, match="This engine was closed"):
         trainer.vllm_generation.sync_weights()
